@@ -1,0 +1,147 @@
+"""Graph IR: a model as tensor operators in SSA form.
+
+A :class:`Value` is produced once (by a node, as a graph input, or as a constant). Integer values of up to 64 elements may
+carry their ``content`` as expressions: that is how shapes computed by Shape/Gather/Concat/... chains stay symbolic.
+Operators are looked up in :mod:`luthier.ir.op`; attributes follow the newest ONNX version of each operator, importers
+normalise older forms. Subgraphs (If, Loop, Scan) are attributes of type :class:`Graph` and may read outer Values directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from luthier.ir.dtypes import DType, from_numpy
+from luthier.ir.expr import Expr, as_expr
+
+MAX_CONTENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Element type and shape; each dimension an index expression (a constant, a symbol, or arithmetic on symbols)."""
+
+    dtype: DType
+    shape: tuple[Expr, ...]
+
+    @staticmethod
+    def of(dtype: DType, shape: Iterable[Any]) -> TensorType:
+        return TensorType(dtype, tuple(as_expr(s) for s in shape))
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def static_shape(self) -> tuple[int, ...] | None:
+        """The shape as integers, or None when a dimension is symbolic."""
+        return tuple(s.attr for s in self.shape) if all(s.op == "const" for s in self.shape) else None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(repr, self.shape))}]"
+
+
+class Value:
+    """One tensor. Compared by identity. ``data``: contents when constant; ``content``: elements as Exprs when known symbolically."""
+
+    __slots__ = ("name", "type", "data", "_content")
+
+    def __init__(self, name: str, type: TensorType, data: np.ndarray[Any, Any] | None = None, content: tuple[Expr, ...] | None = None) -> None:
+        self.name, self.type, self.data, self._content = name, type, data, content
+
+    @staticmethod
+    def const(name: str, data: np.ndarray[Any, Any]) -> Value:
+        data = np.asarray(data)
+        return Value(name, TensorType.of(from_numpy(data.dtype), data.shape), data)
+
+    @property
+    def dtype(self) -> DType:
+        return self.type.dtype
+
+    @property
+    def shape(self) -> tuple[Expr, ...]:
+        return self.type.shape
+
+    @property
+    def rank(self) -> int:
+        return len(self.type.shape)
+
+    @property
+    def content(self) -> tuple[Expr, ...] | None:
+        """Elements in row-major order as index expressions (integer and bool tensors of at most 64 elements), if known."""
+        if self._content is None and self.data is not None and self.data.dtype.kind in "iub" and self.data.size <= MAX_CONTENT:
+            self._content = tuple(as_expr(int(x)) for x in self.data.reshape(-1))
+        return self._content
+
+    @content.setter
+    def content(self, c: tuple[Expr, ...] | None) -> None:
+        self._content = c
+
+    def __repr__(self) -> str:
+        return f"%{self.name}: {self.type}"
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operator application. ``inputs``: None marks an omitted optional input. ``source``: where it came from in the model."""
+
+    op: str
+    inputs: tuple[Value | None, ...]
+    outputs: tuple[Value, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    source: str = ""
+
+    def input(self, i: int) -> Value | None:
+        return self.inputs[i] if i < len(self.inputs) else None
+
+    def __str__(self) -> str:
+        outs = ", ".join(map(repr, self.outputs))
+        ins = ", ".join("_" if v is None else f"%{v.name}" for v in self.inputs)
+        at = ", ".join(f"{k}={'{...}' if isinstance(v, Graph) else v}" for k, v in sorted(self.attrs.items()))
+        return f"{outs} = {self.op}({ins}){' {' + at + '}' if at else ''}"
+
+
+@dataclass(eq=False, slots=True)
+class Graph:
+    """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place."""
+
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+    nodes: list[Node]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]
+        return "\n".join(lines + [f"  {n}" for n in self.nodes]) + "\n"
+
+    def producers(self) -> dict[Value, Node]:
+        return {v: n for n in self.nodes for v in n.outputs}
+
+    def users(self) -> dict[Value, list[Node]]:
+        """Every use, subgraphs included (a node whose subgraph reads a value is a user of it)."""
+        out: dict[Value, list[Node]] = {}
+        for n in self.nodes:
+            for v in set(node_reads(n)):
+                out.setdefault(v, []).append(n)
+        return out
+
+
+def subgraphs(n: Node) -> Iterator[Graph]:
+    for a in n.attrs.values():
+        if isinstance(a, Graph):
+            yield a
+
+
+def node_reads(n: Node) -> list[Value]:
+    """Values read by a node, including those its subgraphs capture from outside."""
+    out = [v for v in n.inputs if v is not None]
+    for g in subgraphs(n):
+        inner = set(g.inputs) | {v for m in g.nodes for v in m.outputs}
+        reads = [v for m in g.nodes for v in node_reads(m)] + g.outputs
+        out += [v for v in reads if v not in inner]
+    return out

@@ -1,0 +1,145 @@
+"""Text of expressions, Computes and loop IR. The loop IR text is parsed back by :mod:`luthier.ir.parser`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from luthier.ir.expr import Expr, load_parts
+from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While
+
+_INFIX = {
+    "add": ("+", 6), "sub": ("-", 6), "mul": ("*", 7), "div": ("/", 7), "floordiv": ("//", 7), "mod": ("%", 7), "and": ("&", 3),
+    "or": ("|", 2), "xor": ("^", 2), "shl": ("<<", 5), "shr": (">>", 5), "lt": ("<", 4), "le": ("<=", 4), "eq": ("==", 4), "ne": ("!=", 4),
+}
+
+
+def format_const(e: Expr) -> str:
+    if e.dtype.is_bool:
+        return "true" if e.attr else "false"
+    if e.dtype.is_index:
+        return str(e.attr)
+    v = e.attr
+    if isinstance(v, float):
+        t = "nan" if math.isnan(v) else ("inf" if v > 0 else "-inf") if math.isinf(v) else repr(v)
+    else:
+        t = str(v)
+    return f"{t}:{e.dtype}"
+
+
+def format_expr(e: Expr, prec: int = 0) -> str:
+    """Precedence-aware text; types appear on constants, casts, loads of nothing else."""
+    op, f = e.op, format_expr
+    if op == "const":
+        return format_const(e)
+    if op == "var":
+        return str(e.attr[0])
+    if op in _INFIX:
+        sym, p = _INFIX[op]
+        s = f"{f(e.args[0], p)} {sym} {f(e.args[1], p + 1)}"
+        return f"({s})" if p < prec else s
+    if op == "load":
+        buf, idx, mask, other = load_parts(e)
+        s = f"{buf.name}[{', '.join(f(i) for i in idx)}"
+        return s + "]" if mask is None else f"{s}; {f(mask)}; {f(other)}]"  # type: ignore[arg-type]
+    if op in ("cast", "bitcast"):
+        return f"{'' if op == 'cast' else 'bitcast.'}{e.dtype}({f(e.args[0])})"
+    if op == "ramp":
+        return f"ramp({f(e.args[0])}, {e.attr[0]}, {e.dtype.lanes})"
+    if op == "bcast":
+        return f"bcast({f(e.args[0])}, {e.dtype.lanes})"
+    if op == "vreduce":
+        return f"vreduce.{e.attr}({f(e.args[0])})"
+    if op == "extract":
+        return f"extract({f(e.args[0])}, {e.attr})"
+    if op == "shuffle":
+        return f"shuffle({', '.join(f(a) for a in e.args)}; {', '.join(map(str, e.attr))})"
+    if op == "reduce":
+        name, axes, n = e.attr
+        where = f" where {f(e.args[n])}" if len(e.args) > n else ""
+        ax = ", ".join(f"{a.name} < {f(a.extent)}" for a in axes)
+        return f"{name}[{ax}]({', '.join(f(a) for a in e.args[:n])}{where})"
+    if op == "proj":
+        return f"{f(e.args[0], 9)}.{e.attr}"
+    if op == "call":
+        name, attr = e.attr
+        at = f"<{', '.join(map(str, attr))}>" if attr else ""
+        return f"@{name}{at}.{e.dtype}({', '.join(f(a) for a in e.args)})"
+    return f"{op}({', '.join(f(a) for a in e.args)})"
+
+
+def format_buffer(b: Buffer) -> str:
+    ro = "" if b.writable else " readonly"
+    return f"{b.name}: {b.dtype}[{', '.join(format_expr(s) for s in b.shape)}]{'' if b.scope == 'param' else ' ' + b.scope}{ro}"
+
+
+def format_stmt(s: Stmt, depth: int = 0) -> list[str]:
+    pad = "  " * depth
+    f = format_expr
+    if isinstance(s, Block):
+        return [line for c in s.stmts for line in format_stmt(c, depth)]
+    if isinstance(s, For):
+        head = f"for {f(s.var)} in {f(s.lo)}..{f(s.hi)}{'' if s.kind == 'serial' else ' ' + s.kind}:"
+        return [pad + head, *format_stmt(s.body, depth + 1)]
+    if isinstance(s, While):
+        return [f"{pad}while {f(s.cond)}:", *format_stmt(s.body, depth + 1)]
+    if isinstance(s, If):
+        out = [f"{pad}if {f(s.cond)}:", *format_stmt(s.then, depth + 1)]
+        return out if s.orelse is None else [*out, f"{pad}else:", *format_stmt(s.orelse, depth + 1)]
+    if isinstance(s, Let):
+        return [f"{pad}let {f(s.var)}: {s.var.dtype} = {f(s.value)}"]
+    if isinstance(s, Store):
+        mask = "" if s.mask is None else f" if {f(s.mask)}"
+        return [f"{pad}{s.buf.name}[{', '.join(f(i) for i in s.idx)}] = {f(s.value)}{mask}"]
+    if isinstance(s, Alloc):
+        return [f"{pad}alloc {format_buffer(s.buf)}:", *format_stmt(s.body, depth + 1)]
+    if isinstance(s, Barrier):
+        return [f"{pad}barrier {s.scope}"]
+    if isinstance(s, Call):
+        at = "" if not s.attrs else " {" + ", ".join(f"{k}={v}" for k, v in s.attrs) + "}"
+        return [f"{pad}call {s.callee}({', '.join(_arg(a) for a in s.args)}){at}"]
+    raise TypeError(f"not a statement: {s!r}")
+
+
+def _arg(a: Any) -> str:
+    if isinstance(a, Expr):
+        return format_expr(a)
+    if isinstance(a, tuple):
+        return f"&{a[0].name}[{format_expr(a[1])}]"
+    return f"&{a.name}"
+
+
+def format_func(fn: Func) -> str:
+    ps = ", ".join(format_buffer(p) if isinstance(p, Buffer) else f"{format_expr(p)}: {p.dtype}" for p in fn.params)
+    body = format_stmt(fn.body, 1) or ["  pass"]
+    return "\n".join([f"func {fn.name}({ps}):", *body, ""])
+
+
+def format_compute(c: Any) -> str:
+    from luthier.ir.compute import Fold, Pull, Push
+
+    def axes(ax: Any) -> str:
+        return ", ".join(f"{a.name} < {format_expr(a.extent)}" for a in ax)
+
+    def one(x: Any, pad: str) -> list[str]:
+        if isinstance(x, Pull):
+            return [f"{pad}{x.name}[{axes(x.axes)}]: {x.buf.dtype} = {format_expr(x.expr)}"]
+        if isinstance(x, Push):
+            where = "" if x.where is None else f" where {format_expr(x.where)}"
+            return [
+                f"{pad}{x.name}[{axes(x.axes)}]: {x.buf.dtype} = {format_expr(x.init)}",
+                f"{pad}push [{axes(x.over)}]: {x.name}[{', '.join(format_expr(i) for i in x.index)}] {x.op}= {format_expr(x.value)}{where}",
+            ]
+        assert isinstance(x, Fold)
+        out = [f"{pad}fold {x.axis.name} < {format_expr(x.axis.extent)}{' reverse' if x.reverse else ''}:"]
+        out += [f"{pad}  state {s.buf.name}[{axes(s.axes)}]: {s.buf.dtype} = {format_expr(s.init)}" for s in x.state]
+        for p in x.step:
+            out += one(p, pad + "  ")
+        out += [f"{pad}  emit {p.name}[{x.axis.name}, {axes(p.axes)}]: {p.buf.dtype} = {format_expr(p.expr)}" for p in x.emit]
+        return out + [f"{pad}  next {s.buf.name} = {format_expr(s.next)}" for s in x.state]
+
+    ps = ", ".join([format_buffer(b) for b in c.params] + [format_expr(d) for d in c.dims])
+    lines = [f"compute {c.name}({ps}) -> {', '.join(c.outs)}:"]
+    for x in c.lets:
+        lines += one(x, "  ")
+    return "\n".join(lines) + "\n"
