@@ -1,0 +1,128 @@
+"""Writes one ONNX file from torch, or an int8 one from an f32 one; run by `models.py` in the peers' environment.
+
+    python benchmarks/export_model.py NAME OUT.onnx [--exporter dynamo|torchscript] [--weights FILE] [--float FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import model_inputs  # noqa: E402
+
+DEPTH = 12  # GPT-2 small
+
+
+def build(name: str, weights: Path | None) -> tuple:
+    """(module, example arguments, input names, output names, dynamic axes by input) of an architecture."""
+    import torch
+
+    from benchmarks import torch_models as tm
+
+    if name in ("resnet50", "mobilenetv2"):
+        model = tm.scale_by_fan_in(tm.ResNet50() if name == "resnet50" else tm.MobileNetV2(), seed=1)
+        tm.calibrate_batch_norm(model, torch.from_numpy(model_inputs.images(7, 16, 224, 224)))
+        return model, (torch.randn(2, 3, 224, 224),), ["image"], ["logits"], {"image": {0: "batch"}}
+    if name == "vit-tiny":
+        vit = tm.ViTTiny()
+        tm.scale_by_fan_in(vit, seed=1)
+        torch.nn.init.normal_(vit.pos, 0.0, 0.2, generator=torch.Generator().manual_seed(2))
+        torch.nn.init.normal_(vit.cls, 0.0, 0.2, generator=torch.Generator().manual_seed(3))
+        return vit.eval(), (torch.randn(2, 3, 224, 224),), ["image"], ["logits"], {"image": {0: "batch"}}
+    if name == "mlp":
+        return tm.scale_by_fan_in(tm.MLP(), seed=1).eval(), (torch.randn(4, 1024),), ["x"], ["y"], {"x": {0: "batch"}}
+    if name == "minilm":
+        if weights is None:
+            raise SystemExit("minilm needs --weights model.safetensors")
+        ids = torch.ones(2, 16, dtype=torch.int64)
+        names = ["input_ids", "attention_mask", "token_type_ids"]
+        axes = {n: {0: "batch", 1: "length"} for n in names}
+        outs = ["last_hidden_state", "sentence_embedding"]
+        return tm.MiniLM.from_safetensors(str(weights)), (ids, ids, ids * 0), names, outs, axes
+    if name == "gpt2":
+        gpt = tm.GPT2()
+        tm.scale_by_fan_in(gpt, seed=1)
+        tm.finish_gpt2(gpt)
+        keys = [f"{i}.{kind}" for i in range(DEPTH) for kind in ("key", "value")]
+        names = ["input_ids", *(f"past_key_values.{k}" for k in keys)]
+        axes = {"input_ids": {0: "batch", 1: "sequence"}}
+        axes |= {n: {0: "batch", 2: "past"} for n in names[1:]}
+        args = (torch.ones(2, 3, dtype=torch.int64), [torch.randn(2, 12, 5, 64) for _ in keys])
+        return gpt.eval(), args, names, ["logits", *(f"present.{k}" for k in keys)], axes
+    raise SystemExit(f"unknown architecture {name}")
+
+
+def export(name: str, out: Path, exporter: str, weights: Path | None) -> None:
+    """Runs torch.onnx.export with its defaults (the opset included) but for dynamic axes and one single file."""
+    import torch
+
+    model, args, names, outs, axes = build(name, weights)
+    kwargs: dict = {"input_names": names, "output_names": outs}
+    if exporter == "dynamo":
+        dims: dict[str, torch.export.Dim] = {}
+        shapes = [
+            {axis: dims.setdefault(label, torch.export.Dim(label)) for axis, label in axes[n].items()} for n in names
+        ]
+        tree = (shapes[0], shapes[1:]) if name == "gpt2" else tuple(shapes)
+        kwargs |= {"dynamo": True, "dynamic_shapes": tree, "external_data": False}
+    else:
+        kwargs |= {"dynamo": False, "dynamic_axes": axes}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, args, str(out), **kwargs)
+
+
+def quantize(source: Path, out: Path) -> None:
+    """onnxruntime's static quantizer with its defaults: QDQ, u8 activations, s8 weights, calibrated on 16 scenes."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Scenes(CalibrationDataReader):
+        """Feeds sixteen scenes, one at a time."""
+
+        def __init__(self) -> None:
+            self.rows: Iterator[NDArray[np.float32]] = iter(model_inputs.images(11, 16, 224, 224))
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:  # type: ignore[override]
+            row = next(self.rows, None)
+            return None if row is None else {"image": row[None]}
+
+    ready = out.with_suffix(".float.onnx")
+    quant_pre_process(str(source), str(ready))
+    quantize_static(
+        str(ready),
+        str(out),
+        Scenes(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        reduce_range=False,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    ready.unlink()
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--float", type=Path, help="the f32 model to quantize")
+    args = parser.parse_args()
+    if args.float is not None:
+        quantize(args.float, args.out)
+    else:
+        export(args.name, args.out, args.exporter, args.weights)
+
+
+if __name__ == "__main__":
+    main()

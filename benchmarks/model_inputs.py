@@ -1,0 +1,208 @@
+"""Inputs that mean something: rendered text, scenes, speech-like sound, sentences, file bytes. Seeded, numpy only (Pillow draws)."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+SENTENCES = (
+    "The compiler splits the loop, keeps the tile in registers and writes each result once.",
+    "A measurement without its conditions is an anecdote, so every table names the machine.",
+    "She walked along the harbour at dusk while the fishing boats came in one after another.",
+    "Interest rates were left unchanged for the third month in a row, the central bank said.",
+    "Add the flour slowly, stir until the dough is smooth and let it rest for half an hour.",
+    "Light from that galaxy left before the first fish crawled onto dry land.",
+    "Please restart the router, wait for two minutes and then tell me which lamps are green.",
+    "The violin maker taps the plate and listens, then shaves another hair's breadth of spruce.",
+)
+WORDS = "Luthier compiles tensors ahead of time 0123456789 matrix vector kernel 42.7 % total amount due".split()
+
+
+def text_image(seed: int, height: int, width: int, size: int = 28) -> NDArray[np.uint8]:
+    """A page of printed words on a tinted background: u8[height,width,3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = np.random.default_rng(seed)
+    back = tuple(int(v) for v in rng.integers(215, 256, 3))
+    ink = tuple(int(v) for v in rng.integers(0, 70, 3))
+    image = Image.new("RGB", (width, height), back)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size)
+    y = max(2, int(size * 0.4)) if height > size * 2 else max(0, (height - int(size * 1.2)) // 2)
+    while y + size <= height:
+        x = int(size * 0.4)
+        while True:
+            word = WORDS[int(rng.integers(len(WORDS)))]
+            length = int(draw.textlength(word + " ", font=font))
+            if x + length > width - size // 3:
+                break
+            draw.text((x, y), word, fill=ink, font=font)
+            x += length
+        y += int(size * 1.9)
+    pixels = np.asarray(image, dtype=np.int16) + rng.integers(-4, 5, (height, width, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def text_line(seed: int, height: int, width: int, flipped: bool = False) -> NDArray[np.uint8]:
+    """One printed line that fills the picture: u8[height,width,3]; upside down when `flipped`."""
+    picture = text_image(seed, height, width, size=int(height * 0.62))
+    return picture[::-1, ::-1] if flipped else picture
+
+
+def scene(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """A picture with the statistics of a photograph: 1/f texture, shaded ellipses and boxes. u8[height,width,3]."""
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(seed)
+    fy = np.fft.fftfreq(height)[:, None]
+    fx = np.fft.rfftfreq(width)[None, :]
+    falloff = 1.0 / np.maximum(np.hypot(fy, fx), 1.0 / max(height, width)) ** 1.2
+    texture = np.empty((height, width, 3))
+    shared = rng.standard_normal((height, fx.shape[1], 2)) @ np.array([1, 1j])
+    for c in range(3):
+        own = rng.standard_normal((height, fx.shape[1], 2)) @ np.array([1, 1j])
+        texture[:, :, c] = np.fft.irfft2((shared + 0.5 * own) * falloff, s=(height, width))
+    texture = (texture - texture.mean()) / texture.std() * 45 + rng.uniform(90, 160, 3)
+    image = Image.fromarray(np.clip(texture, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(4, 10))):
+        cy, cx = rng.uniform(0, height), rng.uniform(0, width)
+        ry, rx = rng.uniform(0.05, 0.3, 2) * min(height, width)
+        colour = rng.uniform(20, 235, 3)
+        box = rng.random() < 0.3
+        for ring in range(8):
+            k = 1 - ring / 8
+            bounds = (cx - rx * k, cy - ry * k, cx + rx * k, cy + ry * k)
+            fill = tuple(int(v) for v in np.clip(colour * (0.6 + 0.07 * ring), 0, 255))
+            (draw.rectangle if box else draw.ellipse)(bounds, fill=fill)
+    return np.asarray(image)
+
+
+def normalized(
+    picture: NDArray[np.uint8],
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+) -> NDArray[np.float32]:
+    """u8[H,W,3] -> f32[3,H,W], scaled to [0,1], shifted by `mean` and divided by `std`."""
+    scaled = (picture.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def images(seed: int, batch: int, height: int, width: int) -> NDArray[np.float32]:
+    """ImageNet-normalised scenes: f32[batch,3,height,width]."""
+    return np.stack([normalized(scene(seed * 1000 + i, height, width)) for i in range(batch)])
+
+
+def speech(seed: int, seconds: float, rate: int = 16000) -> NDArray[np.float32]:
+    """Vowel-like syllables with pauses, over faint noise: f32[seconds * rate] in [-1,1].
+
+    Each syllable is a sum of harmonics of a gliding pitch, shaped by three formants.
+    """
+    rng = np.random.default_rng(seed)
+    total = int(seconds * rate)
+    out = rng.standard_normal(total) * 0.002
+    vowels = ((730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410))
+    start = int(0.15 * rate)
+    syllable = 0
+    while start < total:
+        length = int(rng.uniform(0.12, 0.3) * rate)
+        t = np.arange(min(length, total - start)) / rate
+        pitch = rng.uniform(100, 180) * (1 + rng.uniform(-0.25, 0.1) * t / max(t[-1], 1e-3))
+        phase = 2 * np.pi * np.cumsum(pitch) / rate
+        formants = vowels[int(rng.integers(len(vowels)))]
+        sound = np.zeros_like(t)
+        for k in range(1, 36):
+            freq = k * pitch.mean()
+            gain = sum(1 / (1 + ((freq - f) / (60 + 0.06 * f)) ** 2) / (i + 1) for i, f in enumerate(formants))
+            sound += gain / k**0.4 * np.sin(k * phase)
+        envelope = np.sin(np.pi * np.linspace(0, 1, t.size)) ** 0.5
+        out[start : start + t.size] += sound / (np.abs(sound).max() + 1e-9) * envelope * rng.uniform(0.3, 0.6)
+        syllable += 1
+        start += length + int(rng.uniform(0.01, 0.05) * rate)
+        if syllable % 9 == 0:
+            start += int(0.4 * rate)
+    return np.clip(out, -1, 1).astype(np.float32)
+
+
+class WordPiece:
+    """BERT's uncased WordPiece over a vocabulary file: greedy longest match, `##` continues a word."""
+
+    def __init__(self, vocab: Path) -> None:
+        self.ids = {line: i for i, line in enumerate(vocab.read_text(encoding="utf-8").split("\n")) if line}
+
+    def word(self, word: str) -> list[int]:
+        """The ids of one lower-case word; `[UNK]` when some part is not in the vocabulary."""
+        ids: list[int] = []
+        start = 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = ("##" if start else "") + word[start:end]
+                if piece in self.ids:
+                    ids.append(self.ids[piece])
+                    start = end
+                    break
+            else:
+                return [self.ids["[UNK]"]]
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """`[CLS]` ids `[SEP]`, punctuation split off."""
+        spaced = "".join(c if c.isalnum() else f" {c} " for c in text.lower())
+        return [self.ids["[CLS]"], *(i for w in spaced.split() for i in self.word(w)), self.ids["[SEP]"]]
+
+
+def tokens(vocab: Path, seed: int, batch: int, length: int) -> dict[str, NDArray[np.int64]]:
+    """English sentences as BERT inputs of i64[batch,length]; rows after the first are shorter and padded."""
+    piece = WordPiece(vocab)
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((batch, length), np.int64)
+    mask = np.zeros((batch, length), np.int64)
+    for row in range(batch):
+        wanted = length if row == 0 else max(2, length - int(rng.integers(0, max(1, length // 2))))
+        text: list[int] = []
+        while len(text) < wanted - 2:
+            text += piece.encode(SENTENCES[int(rng.integers(len(SENTENCES)))])[1:-1]
+        line = [piece.ids["[CLS]"], *text[: wanted - 2], piece.ids["[SEP]"]]
+        ids[row, :wanted] = line
+        mask[row, :wanted] = 1
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def file_samples() -> dict[str, bytes]:
+    """Small files of known kinds, by the name that a file-type classifier should give them."""
+    python = '"""Reads rows."""\nimport csv\nimport sys\n\n\ndef main(path: str) -> int:\n'
+    python += "    with open(path) as handle:\n        for row in csv.reader(handle):\n            print(row)\n    return 0\n"
+    python += '\n\nif __name__ == "__main__":\n    sys.exit(main(sys.argv[1]))\n'
+    page = "<!DOCTYPE html>\n<html><head><title>Tools</title><style>p{color:#333}</style></head>\n<body>"
+    page += "".join(f'<p class="t">Paragraph {i} with a <a href="/x/{i}">link</a>.</p>\n' for i in range(30))
+    source = '#include <stdio.h>\n#include <stdlib.h>\n\nstatic int add(int a, int b) {\n    return a + b;\n}\n\n'
+    source += 'int main(int argc, char **argv) {\n    printf("%d\\n", add(argc, 2));\n    return EXIT_SUCCESS;\n}\n'
+    rows = "".join('  {"id": %d, "name": "item %d", "tags": ["a", "b"], "ok": true},\n' % (i, i) for i in range(40))
+    pixels = b"".join(b"\0" + bytes((x * y) & 255 for x in range(96)) for y in range(64))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 32, 64, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks
+    )
+    script = "#!/bin/bash\nset -euo pipefail\nfor f in *.txt; do\n  echo \"$f\"\n  wc -l \"$f\" | awk '{print $1}'\ndone\n"
+    return {
+        "python": python.encode(),
+        "html": (page + "</body></html>\n").encode(),
+        "c": source.encode(),
+        "json": ("[\n" + rows + '  {"id": -1}\n]\n').encode(),
+        "png": png,
+        "shell": script.encode(),
+    }
+
+
+def magika_tokens(content: bytes, beg: int = 1024, end: int = 1024, block: int = 4096, pad: int = 256) -> NDArray[np.int32]:
+    """The first and last bytes of a file, stripped of white space and padded with 256: i32[1,beg+end]."""
+    head = np.frombuffer(content[:block].lstrip()[:beg], np.uint8).astype(np.int32)
+    tail = np.frombuffer(content[-block:].rstrip()[-end:], np.uint8).astype(np.int32)
+    row = np.full(beg + end, pad, np.int32)
+    row[: head.size] = head
+    row[beg + end - tail.size :] = tail
+    return row[None]
