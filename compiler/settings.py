@@ -1,0 +1,96 @@
+"""Every environment variable that luthier reads, declared once, with its help. ``luthier settings`` prints this table.
+
+A leaf module like ``luthier.errors``: it imports nothing else of luthier, so every layer may read a setting with
+``settings.cache_dir.get()``. Values are read when asked for, never cached, so a test can set one with ``monkeypatch``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from luthier.errors import SettingError
+
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "spin_us", "threads", "toolchain"]
+
+T = TypeVar("T")
+_REGISTRY: list[Setting[object]] = []
+
+
+@dataclass(frozen=True)
+class Setting(Generic[T]):
+    """One environment variable. ``parse`` turns its text into a value; ``default`` is used when it is unset or empty."""
+
+    name: str
+    parse: Callable[[str], T]
+    default: T
+    help: str
+
+    def get(self) -> T:
+        """The value now. Raises ``SettingError`` when the text does not parse."""
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise SettingError(f"{self.name}={text!r} is not valid: {error}", hint=self.help) from error
+
+    def is_set(self) -> bool:
+        return bool(os.environ.get(self.name, "").strip())
+
+
+def _declare(name: str, parse: Callable[[str], T], default: T, help: str) -> Setting[T]:
+    setting = Setting(name, parse, default, help)
+    _REGISTRY.append(setting)  # type: ignore[arg-type]
+    return setting
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("must not be negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be at least 1")
+    return value
+
+
+def _flag(text: str) -> bool:
+    lowered = text.lower()
+    if lowered in ("1", "true", "yes", "on"):
+        return True
+    if lowered in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("expected 1 or 0")
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "luthier"
+
+
+def all_settings() -> list[Setting[object]]:
+    """Every declared setting, in the order of this file."""
+    return list(_REGISTRY)
+
+
+dump = _declare("LUTHIER_DUMP", _path, None, "Folder into which a compile writes the IR after each pass that changed it")
+cache_dir = _declare("LUTHIER_CACHE_DIR", _path, _default_cache(), "Folder of the content-addressed cache of compiled kernels")
+cache_size = _declare("LUTHIER_CACHE_MB", _count, 1024, "Upper limit of the kernel cache in MiB; 0 turns the cache off")
+threads = _declare("LUTHIER_THREADS", _positive, None, "Worker threads of a loaded module; default: the cores this process may use")
+spin_us = _declare("LUTHIER_SPIN_US", _count, 50, "Microseconds that an idle worker spins before it sleeps")
+debug = _declare("LUTHIER_DEBUG", _flag, False, "1: the command line shows tracebacks, and every pass is followed by the verifier")
+toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
+color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")
