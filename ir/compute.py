@@ -155,7 +155,8 @@ class State:
 class Fold:
     """``for axis: step; emit; state = next``. ``step``: Pulls recomputed each round (they may read state and the axis).
 
-    ``emit``: tensors with one slice per round: (buffer whose first axis is ``axis``, remaining axes, value). The final states
+    ``emit``: tensors with one slice per round: a Pull whose buffer has ``axis`` among its axes (``Pull.axes`` lists all axes of
+    the buffer, ``axis`` included, in the buffer's order). The final states
     are readable after the Fold under their own names. ``reverse`` walks the axis from its end."""
 
     name: str
@@ -218,7 +219,7 @@ def map_let(x: LetStmt, fn: Callable[[Expr], Expr]) -> LetStmt:
         return Push(x.buf, x.axes, fn(x.init), x.over, tuple(fn(i) for i in x.index), fn(x.value), x.op, None if x.where is None else fn(x.where))
     return Fold(
         x.name, x.axis, tuple(State(s.buf, s.axes, fn(s.init), fn(s.next)) for s in x.state),
-        tuple(Pull(p.buf, p.axes, fn(p.expr)) for p in x.step), tuple(Pull(p.buf, p.axes, fn(p.expr)) for p in x.emit), x.reverse,
+        tuple(Pull(p.buf, p.axes, fn(p.expr)) for p in x.step), tuple(Pull(p.buf, p.axes, fn(p.expr)) for p in x.emit), x.reverse, x.axes,
     )
 
 
@@ -309,7 +310,7 @@ def normalize(c: Compute) -> Compute:
                 *pre, last = _normal_pull(e, fresh)
                 step += pre
                 emit.append(last)
-            lets.append(Fold(x.name, x.axis, tuple(state), tuple(step), tuple(emit), x.reverse))
+            lets.append(Fold(x.name, x.axis, tuple(state), tuple(step), tuple(emit), x.reverse, x.axes))
         else:
             lets.append(x)
     return replace(c, lets=tuple(lets))

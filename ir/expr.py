@@ -873,7 +873,12 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
         return extract(args[0], a)
     if op == "vreduce":
         return vreduce(a, args[0])
-    return _mk(op, e.dtype, args, a)
+    lanes = max((x.dtype.lanes for x in args), default=1)
+    d = e.dtype
+    if lanes != d.lanes and d.lanes == 1:  # operands were vectorised
+        args = tuple(bcast(x, lanes) for x in args)
+        d = d.vec(lanes)
+    return _mk(op, d, args, a)
 
 
 def rewrite(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None) -> Expr:

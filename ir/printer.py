@@ -135,7 +135,7 @@ def format_compute(c: Any) -> str:
         out += [f"{pad}  state {s.buf.name}[{axes(s.axes)}]: {s.buf.dtype} = {format_expr(s.init)}" for s in x.state]
         for p in x.step:
             out += one(p, pad + "  ")
-        out += [f"{pad}  emit {p.name}[{x.axis.name}, {axes(p.axes)}]: {p.buf.dtype} = {format_expr(p.expr)}" for p in x.emit]
+        out += [f"{pad}  emit {p.name}[{axes(p.axes)}]: {p.buf.dtype} = {format_expr(p.expr)}" for p in x.emit]
         return out + [f"{pad}  next {s.buf.name} = {format_expr(s.next)}" for s in x.state]
 
     ps = ", ".join([format_buffer(b) for b in c.params] + [format_expr(d) for d in c.dims])
