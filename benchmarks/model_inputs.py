@@ -60,13 +60,13 @@ def scene(seed: int, height: int, width: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng(seed)
     fy = np.fft.fftfreq(height)[:, None]
     fx = np.fft.rfftfreq(width)[None, :]
-    falloff = 1.0 / np.maximum(np.hypot(fy, fx), 1.0 / max(height, width)) ** 1.2
+    falloff = 1.0 / np.maximum(np.hypot(fy, fx), 1.0 / max(height, width)) ** rng.uniform(0.5, 1.9)
     texture = np.empty((height, width, 3))
     shared = rng.standard_normal((height, fx.shape[1], 2)) @ np.array([1, 1j])
     for c in range(3):
-        own = rng.standard_normal((height, fx.shape[1], 2)) @ np.array([1, 1j])
+        own = rng.standard_normal((height, fx.shape[1], 2)) @ np.array([1, 1j]) * rng.uniform(0.2, 1)
         texture[:, :, c] = np.fft.irfft2((shared + 0.5 * own) * falloff, s=(height, width))
-    texture = (texture - texture.mean()) / texture.std() * 45 + rng.uniform(90, 160, 3)
+    texture = (texture - texture.mean()) / texture.std() * rng.uniform(10, 70) + rng.uniform(40, 215, 3)
     image = Image.fromarray(np.clip(texture, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(4, 10))):

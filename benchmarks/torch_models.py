@@ -34,8 +34,32 @@ def scale_by_fan_in(module: nn.Module, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
+def tame_residuals(module: nn.Module) -> nn.Module:
+    """Gives random convolution stacks the noise tolerance of trained ones. In place.
+
+    Activations start one standard deviation above the rectifier's corner and each residual branch adds 0.3 of
+    its input's spread: otherwise rounding noise (of int8, say) grows with the depth until it drowns the image.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.bias += 1.0
+    for part in module.modules():
+        if isinstance(part, Bottleneck | InvertedResidual):
+            last = part.bn3 if isinstance(part, Bottleneck) else part.layers[-1]
+            assert isinstance(last, nn.BatchNorm2d)
+            last.bias -= 1.0
+            if not isinstance(part, InvertedResidual) or part.residual:
+                last.weight *= 0.3
+    return module
+
+
+@torch.no_grad()
 def calibrate_batch_norm(module: nn.Module, images: Tensor) -> nn.Module:
-    """Sets every batch norm's running mean and variance to those of `images` (f32[N,3,H,W]). In place."""
+    """Sets every batch norm's running mean and variance to those of `images` (f32[N,3,H,W]). In place.
+
+    The last linear layer is centred on the mean of its input and scaled, so that logits tell images apart (with
+    a standard deviation of two) instead of sharing one large common part.
+    """
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -43,7 +67,18 @@ def calibrate_batch_norm(module: nn.Module, images: Tensor) -> nn.Module:
     module.train()
     for batch in images.split(8):
         module(batch)
-    return module.eval()
+    module.eval()
+    head = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in images.split(8):
+        module(batch)
+    handle.remove()
+    features = torch.cat(seen)
+    centred = features - features.mean(0)
+    head.weight *= 2.0 / (centred @ head.weight.T).std()
+    head.bias -= head.weight @ features.mean(0)
+    return module
 
 
 class Bottleneck(nn.Module):

