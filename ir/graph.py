@@ -4,6 +4,17 @@ A :class:`Value` is produced once (by a node, as a graph input, or as a constant
 carry their ``content`` as expressions: that is how shapes computed by Shape/Gather/Concat/... chains stay symbolic.
 Operators are looked up in :mod:`luthier.ir.op`; attributes follow the newest ONNX version of each operator, importers
 normalise older forms. Subgraphs (If, Loop, Scan) are attributes of type :class:`Graph` and may read outer Values directly.
+
+**Dimensions that only the data decides.** Two ways, both used from ``Op.infer``:
+
+* :func:`new_dim` gives an operator whose *own output* has an extent that its kernel finds out (NonZero, Unique, Compress) a
+  symbol; ``Op.compute`` returns a ``Kernel`` whose ``symbols`` say which buffer element holds its value. ``infer`` may run
+  many times: the symbol depends on the node's output name only, and ``compute`` finds it in ``node.outputs[k].shape``.
+* :func:`content_or_symbols` gives an operator that needs the *values* of a small integer input (Reshape, Slice, Expand, Tile,
+  Pad, Range ...) its elements as index expressions: constants, symbolic shape arithmetic, or, when nothing is known before
+  run time, symbols that the program reads from the tensor before it runs the node.
+
+Value names are unique in a graph and its subgraphs.
 """
 
 from __future__ import annotations
@@ -15,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import DType, from_numpy
-from luthier.ir.expr import Expr, as_expr
+from luthier.ir.errors import ShapeError
+from luthier.ir.expr import Expr, as_expr, free_vars, var
 
 MAX_CONTENT = 64
 
@@ -45,12 +57,14 @@ class TensorType:
 
 
 class Value:
-    """One tensor. Compared by identity. ``data``: contents when constant; ``content``: elements as Exprs when known symbolically."""
+    """One tensor. Compared by identity. ``data``: contents when constant; ``content``: elements as Exprs when known symbolically.
 
-    __slots__ = ("name", "type", "data", "_content")
+    ``bound``: the content consists of symbols that the program loads from this tensor at run time (see ``content_or_symbols``)."""
+
+    __slots__ = ("name", "type", "data", "_content", "bound")
 
     def __init__(self, name: str, type: TensorType, data: np.ndarray[Any, Any] | None = None, content: tuple[Expr, ...] | None = None) -> None:
-        self.name, self.type, self.data, self._content = name, type, data, content
+        self.name, self.type, self.data, self._content, self.bound = name, type, data, content, False
 
     @staticmethod
     def const(name: str, data: np.ndarray[Any, Any]) -> Value:
@@ -145,3 +159,53 @@ def node_reads(n: Node) -> list[Value]:
         reads = [v for m in g.nodes for v in node_reads(m)] + g.outputs
         out += [v for v in reads if v not in inner]
     return out
+
+
+def new_dim(node: Node, key: str = "n", hi: Expr | int | None = None) -> Expr:
+    """The symbol (at least 0, at most ``hi``) for an extent that the kernel of ``node`` decides.
+
+    The same node and key always give the same symbol. Raises nothing."""
+    return var(f"{node.outputs[0].name}.{key}", lo=0, hi=hi)
+
+
+def content_or_symbols(node: Node, i: int) -> tuple[Expr, ...]:
+    """The elements of integer input ``i`` in row-major order as index expressions, always.
+
+    Known contents (constants, symbolic shape arithmetic) come as they are. Otherwise every element becomes a symbol without
+    bounds, the input is marked ``bound``, and the program loads the symbols from the tensor before the node's kernels run; the
+    number of elements must then be a constant of at most 64.
+
+    Raises ShapeError when the number of elements itself is unknown or too large."""
+    v = node.input(i)
+    if v is None:
+        raise ShapeError(f"input {i} is needed", node=node.name, op=node.op)
+    if v.content is not None:
+        return v.content
+    n = 1
+    for s in v.shape:
+        if s.op != "const":
+            raise ShapeError(
+                f"the length of input {i} ({v.name}) must be known to infer shapes", node=node.name, op=node.op,
+                shapes={v.name: v.shape}, hint="pin the dimensions with shapes= or --shape",
+            )
+        n *= s.attr
+    if v.data is not None:
+        return tuple(as_expr(int(x)) for x in v.data.reshape(-1))
+    if n > MAX_CONTENT:
+        raise ShapeError(f"input {i} ({v.name}) has {n} elements; at most {MAX_CONTENT} can decide a shape", node=node.name, op=node.op)
+    v.content = tuple(var(f"{v.name}.{k}", lo=None) for k in range(n))
+    v.bound = True
+    return v.content
+
+
+def type_symbols(t: TensorType) -> set[Expr]:
+    """Symbols that a shape depends on."""
+    return set().union(*(free_vars(s) for s in t.shape)) if t.shape else set()
+
+
+def all_nodes(g: Graph) -> Iterator[Node]:
+    """Every node, subgraphs included, outer first."""
+    for n in g.nodes:
+        yield n
+        for sub in subgraphs(n):
+            yield from all_nodes(sub)

@@ -1,0 +1,501 @@
+"""ONNX models (opsets 1 to the newest) to :class:`luthier.ir.graph.Graph`.
+
+Nodes are brought to the newest operator form (:mod:`luthier.importers.onnx_upgrade`); operators without a registered Op are
+replaced by their function body, of the model or of the ONNX standard; constant subexpressions are folded on the way, so
+that shape arithmetic is known when types are inferred. ``onnx.checker`` and ``onnx.shape_inference`` are not used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
+
+from luthier.importers import onnx_upgrade
+from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, sparse_to_array, to_array
+from luthier.ir.builder import Names, infer_node
+from luthier.ir.dtypes import f32
+from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, UnsupportedOperator
+from luthier.ir.expr import Expr, as_expr, var
+from luthier.ir.graph import Graph, Node, TensorType, Value
+from luthier.ir.op import REGISTRY, lookup
+from luthier.passes.fold_constants import fold_node
+
+Shapes = Mapping[str, Sequence[Any]]
+_ANONYMOUS = re.compile(r"^(\?|unk__\?|-1|None|)$")
+
+
+def import_onnx(model: Any, shapes: Shapes | None = None) -> Graph:
+    """The graph of an ``onnx.ModelProto`` or of a file.
+
+    ``shapes``: {input name: extents}; an integer pins a dimension (everywhere where its symbol occurs), None or -1 leaves it
+    as the model declares it. Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
+    folder: Path | None = None
+    if not isinstance(model, ModelProto):
+        path = os.fspath(model)
+        try:
+            with open(path, "rb") as f:
+                raw = f.read()
+        except OSError as e:
+            raise InvalidModel(f"cannot read the model {path!r}: {e.strerror}") from None
+        folder = Path(path).resolve().parent
+        model = ModelProto()
+        try:
+            model.ParseFromString(raw)
+        except Exception as e:  # google.protobuf's DecodeError, whichever protobuf is installed
+            raise InvalidModel(f"{path!r} is no ONNX model: {e}") from None
+        del raw
+        if not model.HasField("graph"):
+            raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
+    return _Importer(model, folder, dict(shapes or {})).run()
+
+
+class _Scope:
+    """Names visible in a graph or function: ONNX name to Value (None: an optional input that was left out)."""
+
+    def __init__(self, parent: _Scope | None, opsets: Mapping[str, int], prefix: str, functions_above: tuple[str, ...] = ()) -> None:
+        self.values: dict[str, Value | None] = {}
+        self.parent, self.opsets, self.prefix, self.functions_above = parent, opsets, prefix, functions_above
+        self.attrs: dict[str, AttributeProto] | None = parent.attrs if parent is not None else None
+
+    def find(self, name: str) -> Value | None:
+        s: _Scope | None = self
+        while s is not None:
+            if name in s.values:
+                return s.values[name]
+            s = s.parent
+        raise KeyError(name)
+
+
+def _domain(d: str) -> str:
+    return "" if d == "ai.onnx" else d
+
+
+def _opsets(imports: Iterable[Any]) -> dict[str, int]:
+    return {_domain(o.domain): int(o.version) for o in imports}
+
+
+class _Importer:
+    def __init__(self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]]) -> None:
+        self.model, self.folder, self.shapes = model, folder, shapes
+        self.names = Names()
+        self.nodes: list[Node] = []
+        self.symbols: dict[str, Expr] = {}
+        self.functions = {(_domain(f.domain), f.name, getattr(f, "overload", "")): f for f in model.functions}
+        self.serial = 0
+
+    # ---------------------------------------------------------------- graphs
+
+    def run(self) -> Graph:
+        lookup("")  # loads every operator family
+        g = self.model.graph
+        opsets = _opsets(self.model.opset_import) or {"": 1}
+        newest = onnx.defs.onnx_opset_version()
+        if opsets.get("", 1) > newest:
+            raise UnsupportedOperator(f"the model uses opset {opsets['']}, this version knows opsets up to {newest}")
+        scope = _Scope(None, opsets, "")
+        constants = self._initializers(g, scope)
+        unknown = set(self.shapes) - {i.name for i in g.input}
+        if unknown:
+            raise ShapeError(f"shapes names no input of the model: {sorted(unknown)}; inputs are {[i.name for i in g.input if i.name not in constants]}")
+        declared = [i for i in g.input if i.name not in constants]
+        pins = self._pins(declared)
+        inputs = []
+        for i in declared:
+            v = Value(self.names.fresh(i.name), self._input_type(i, pins))
+            scope.values[i.name] = v
+            inputs.append(v)
+        self._nodes(g.node, scope)
+        outputs = self._outputs(g, scope)
+        return Graph(g.name or "model", inputs, outputs, self.nodes)
+
+    def _outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
+        out = []
+        for o in g.output:
+            try:
+                v = scope.find(o.name)
+            except KeyError:
+                raise InvalidModel(f"graph {g.name!r} declares the output {o.name!r}, which no node produces") from None
+            if v is None:
+                raise InvalidModel(f"output {o.name!r} of graph {g.name!r} is an optional value that was left out")
+            out.append(v)
+        return self._distinct(out, [o.name for o in g.output])
+
+    def _distinct(self, values: list[Value], wanted: list[str]) -> list[Value]:
+        """Graph outputs keep their ONNX names even where an input, a constant or one value twice is returned."""
+        produced = {v for n in self.nodes for v in n.outputs}
+        seen: set[Value] = set()
+        out = []
+        for v, name in zip(values, wanted, strict=True):
+            if v.name != name or v in seen or v not in produced:
+                w = Value(self.names.fresh(name), v.type, None, v.content)
+                self.nodes.append(Node("Identity", (v,), (w,), {}, w.name, ""))
+                v = w
+            seen.add(v)
+            out.append(v)
+        return out
+
+    def _initializers(self, g: GraphProto, scope: _Scope) -> set[str]:
+        for t in g.initializer:
+            scope.values[t.name] = self._constant(to_array(t, self.folder), t.name)
+        for s in g.sparse_initializer:
+            scope.values[s.values.name] = self._constant(sparse_to_array(s, self.folder), s.values.name)
+        return set(scope.values)
+
+    def _subgraph(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | None] = ()) -> Graph:
+        """A branch or loop body; ``inputs``: their types where the operator knows better than the declaration."""
+        saved, self.nodes = self.nodes, []
+        self.serial += 1
+        scope = _Scope(outer, outer.opsets, f"{outer.prefix}{g.name or 'body'}.{self.serial}/")
+        self._initializers(g, scope)
+        ins = []
+        for k, i in enumerate(g.input):
+            known = inputs[k] if k < len(inputs) else None
+            v = Value(self.names.fresh(scope.prefix + i.name), known if known is not None else self._input_type(i, {}))
+            scope.values[i.name] = v
+            ins.append(v)
+        self._nodes(g.node, scope)
+        outs = self._branch_outputs(g, scope)
+        nodes, self.nodes = self.nodes, saved
+        return Graph(scope.prefix.rstrip("/"), ins, outs, nodes)
+
+    def _branch_outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
+        out = []
+        for o in g.output:
+            try:
+                v = scope.find(o.name)
+            except KeyError:
+                raise InvalidModel(f"subgraph {g.name!r} declares the output {o.name!r}, which no node produces") from None
+            if v is None:
+                raise UnsupportedOperator(f"subgraph {g.name!r} returns an optional value that was left out")
+            out.append(v)
+        return out
+
+    # ---------------------------------------------------------------- inputs
+
+    def _dim_label(self, d: Any) -> str | None:
+        return d.dim_param if d.HasField("dim_param") and not _ANONYMOUS.match(d.dim_param) else None
+
+    def _pins(self, declared: list[ValueInfoProto]) -> dict[str, int]:
+        """{dimension name: extent} from ``shapes``. Raises ShapeError on contradictions."""
+        pins: dict[str, int] = {}
+        for i in declared:
+            want = self.shapes.get(i.name)
+            if want is None:
+                continue
+            dims = list(i.type.tensor_type.shape.dim)
+            if i.type.tensor_type.HasField("shape") and len(want) != len(dims):
+                raise ShapeError(f"input {i.name!r} has rank {len(dims)}, shapes gives {list(want)}")
+            for d, w in zip(dims, want, strict=False):
+                label = self._dim_label(d)
+                if w is None or (isinstance(w, int) and w < 0) or isinstance(w, str):
+                    continue
+                if d.HasField("dim_value") and d.dim_value >= 0 and d.dim_value != w:
+                    raise ShapeError(f"input {i.name!r} declares {d.dim_value} where shapes gives {w}", shapes={i.name: tuple(want)})
+                if label is not None and pins.setdefault(label, int(w)) != int(w):
+                    raise ShapeError(f"dimension {label!r} is pinned to {pins[label]} and to {w}", hint="give it one extent")
+        return pins
+
+    def _input_type(self, i: ValueInfoProto, pins: Mapping[str, int]) -> TensorType:
+        kind = i.type.WhichOneof("value")
+        if kind != "tensor_type":
+            raise UnsupportedOperator(f"input {i.name!r} is a {(kind or 'untyped value').removesuffix('_type')}; only tensors are supported")
+        t = i.type.tensor_type
+        dtype = element_type(t.elem_type, f"input {i.name!r}")
+        if dtype.kind == "s":
+            raise UnsupportedOperator(f"input {i.name!r} holds strings; no target computes with them", hint="tokenise before the model")
+        want = self.shapes.get(i.name)
+        if not t.HasField("shape"):
+            if want is None:
+                raise ShapeError(f"input {i.name!r} declares no rank", hint=f"give it with shapes={{{i.name!r}: (...)}}")
+            return TensorType(dtype, tuple(self._dim(i.name, k, None, w, pins) for k, w in enumerate(want)))
+        dims = list(t.shape.dim)
+        return TensorType(dtype, tuple(self._dim(i.name, k, d, None if want is None else want[k], pins) for k, d in enumerate(dims)))
+
+    def _dim(self, name: str, axis: int, d: Any, want: Any, pins: Mapping[str, int]) -> Expr:
+        if d is not None and d.HasField("dim_value") and d.dim_value >= 0:
+            return as_expr(int(d.dim_value))
+        label = None if d is None else self._dim_label(d)
+        if label is not None and label in pins:
+            return as_expr(pins[label])
+        if isinstance(want, int) and want >= 0:
+            return as_expr(want)
+        if isinstance(want, str):
+            label = want
+        return self._symbol(label or f"{name}.{axis}")
+
+    def _symbol(self, label: str) -> Expr:
+        s = self.symbols.get(label)
+        if s is None:
+            base = re.sub(r"[^\w.]", "_", label)
+            s = self.symbols[label] = var(self.names.fresh(base if not base[:1].isdigit() else f"d{base}"))
+        return s
+
+    # ---------------------------------------------------------------- nodes
+
+    def _constant(self, data: Any, name: str) -> Value:
+        data = np.asarray(data)
+        try:
+            return Value.const(self.names.fresh(name or "const"), data)
+        except TypeError as e:
+            raise UnsupportedOperator(f"constant {name!r}: {e}") from None
+
+    def _nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
+        for n in protos:
+            try:
+                self._node(n, scope)
+            except LuthierError as e:
+                label = n.name or (n.output[0] if n.output else "")
+                raise e.at(node=scope.prefix + label, op=_qualified(n)) from None
+
+    def _node(self, n: NodeProto, scope: _Scope) -> None:
+        if n.op_type == "Constant" and _domain(n.domain) == "":
+            scope.values[n.output[0]] = self._constant(self._constant_data(n, scope), scope.prefix + n.output[0])
+            return
+        inputs: list[Value | None] = []
+        for name in n.input:
+            if not name:
+                inputs.append(None)
+                continue
+            try:
+                inputs.append(scope.find(name))
+            except KeyError:
+                raise InvalidModel(f"input {name!r} is produced by no earlier node") from None
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        for v in inputs:
+            if v is not None and v.dtype.kind == "s":
+                raise UnsupportedOperator("strings are not supported: no target computes with them")
+        if self._expand_function(n, inputs, scope):
+            return
+        attrs, graphs = self._attributes(n, scope)
+        op = _qualified(n)
+        if graphs and op == "If" and inputs and inputs[0] is not None and _known(inputs[0]) is not None:
+            self._inline_branch(n, graphs["then_branch" if _known(inputs[0]) else "else_branch"], scope)
+            return
+        for key, proto in graphs.items():
+            attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+        outs = list(n.output)
+        while outs and not outs[-1]:
+            outs.pop()
+        old = onnx_upgrade.Old(
+            op, inputs, attrs, len(outs), scope.opsets.get(_domain(n.domain), 1), self._emitter(scope, n), lambda a: self._constant(a, scope.prefix + "const"),
+            scope.prefix + (n.name or outs[0]),
+        )
+        values = onnx_upgrade.apply(old) if _domain(n.domain) == "" else None
+        if values is None:
+            values = self._emit(old.op, old.inputs, old.attrs, [scope.prefix + o if o else "" for o in outs[: old.outputs]], scope.prefix + n.name, n)
+        for o, v in zip(outs, values, strict=False):
+            if o:
+                scope.values[o] = v
+
+    def _emitter(self, scope: _Scope, n: NodeProto) -> Any:
+        def emit(op: str, inputs: list[Value | None], attrs: dict[str, Any], outputs: int = 1) -> tuple[Value, ...]:
+            base = scope.prefix + (n.output[0] if n.output else n.name)
+            return self._emit(op, inputs, attrs, [f"{base}.{op.lower()}" for _ in range(outputs)], base, n)
+
+        return emit
+
+    def _emit(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], outs: list[str], name: str, proto: NodeProto) -> tuple[Value, ...]:
+        """Add a node (or the constants it folds to); its outputs."""
+        values = tuple(Value(self.names.fresh(o or f"{name}.unused"), TensorType(f32, ())) for o in outs)
+        node = Node(op, tuple(inputs), values, attrs, name or values[0].name, proto.name)
+        while node.inputs and node.inputs[-1] is None:
+            node.inputs = node.inputs[:-1]
+        if lookup(op) is None:
+            raise _unsupported(op)
+        infer_node(node)
+        folded = fold_node(node)
+        if folded is not None:
+            for v, a in zip(values, folded, strict=False):
+                v.data, v.type = a, Value.const(v.name, a).type
+            return values
+        self.nodes.append(node)
+        return values
+
+    def _inline_branch(self, n: NodeProto, g: GraphProto, scope: _Scope) -> None:
+        self.serial += 1
+        inner = _Scope(scope, scope.opsets, f"{scope.prefix}{g.name or 'branch'}.{self.serial}/")
+        self._initializers(g, inner)
+        self._nodes(g.node, inner)
+        for o, v in zip(n.output, self._branch_outputs(g, inner), strict=False):
+            scope.values[o] = v
+
+    def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:
+        attrs: dict[str, Any] = {}
+        graphs: dict[str, GraphProto] = {}
+        for a in n.attribute:
+            name = a.name
+            if a.ref_attr_name:
+                if scope.attrs is None or a.ref_attr_name not in scope.attrs:
+                    continue
+                a = scope.attrs[a.ref_attr_name]
+            if a.type == AttributeProto.GRAPH:
+                graphs[name] = a.g
+            else:
+                attrs[name] = attribute_value(a, self.folder)
+        return attrs, graphs
+
+    def _constant_data(self, n: NodeProto, scope: _Scope) -> Any:
+        attrs, _ = self._attributes(n, scope)
+        for key in ("value", "sparse_value"):
+            if key in attrs:
+                return attrs[key]
+        for key, dtype in (("value_int", np.int64), ("value_ints", np.int64), ("value_float", np.float32), ("value_floats", np.float32)):
+            if key in attrs:
+                return np.array(attrs[key], dtype)
+        if "value_string" in attrs or "value_strings" in attrs:
+            return np.array(attrs.get("value_string", attrs.get("value_strings")), object)
+        raise InvalidModel("a Constant without a value")
+
+    # ---------------------------------------------------------------- functions
+
+    def _expand_function(self, n: NodeProto, inputs: list[Value | None], scope: _Scope) -> bool:
+        """Inline the function that defines ``n``; False when ``n`` has an Op of its own."""
+        domain = _domain(n.domain)
+        op = _qualified(n)
+        if op in REGISTRY or (domain == "" and op in onnx_upgrade.UPGRADES and onnx_upgrade_target(op) in REGISTRY):
+            return False
+        body = self.functions.get((domain, n.op_type, getattr(n, "overload", "")))
+        defaults: dict[str, AttributeProto] = {}
+        if body is None:
+            body, defaults = self._standard_function(n, inputs, scope)
+        if body is None:
+            raise _unsupported(op)
+        key = f"{op}:{getattr(n, 'overload', '')}"
+        if key in scope.functions_above:
+            raise InvalidModel(f"function {op} calls itself")
+        self.serial += 1
+        inner = _Scope(None, _opsets(body.opset_import) or scope.opsets, f"{scope.prefix}{n.name or n.op_type}.{self.serial}/", (*scope.functions_above, key))
+        given = {}
+        for a in n.attribute:
+            if a.ref_attr_name:
+                if scope.attrs is not None and a.ref_attr_name in scope.attrs:
+                    b = AttributeProto()
+                    b.CopyFrom(scope.attrs[a.ref_attr_name])
+                    b.name = a.name
+                    given[a.name] = b
+            else:
+                given[a.name] = a
+        inner.attrs = defaults | {a.name: a for a in body.attribute_proto} | given
+        for k, name in enumerate(body.input):
+            inner.values[name] = inputs[k] if k < len(inputs) else None
+        self._nodes(body.node, inner)
+        for name, o in zip(body.output, n.output, strict=False):
+            if o:
+                try:
+                    scope.values[o] = inner.find(name)
+                except KeyError:
+                    raise InvalidModel(f"function {op} does not produce its output {name!r}") from None
+        return True
+
+    def _standard_function(self, n: NodeProto, inputs: list[Value | None], scope: _Scope) -> tuple[FunctionProto | None, dict[str, AttributeProto]]:
+        """The body that the ONNX standard gives for ``n``, for the version that the model imports."""
+        opset = scope.opsets.get(_domain(n.domain), 1)
+        try:
+            schema = onnx.defs.get_schema(n.op_type, opset, _domain(n.domain))
+        except onnx.defs.SchemaError:
+            return None, {}
+        body: FunctionProto | None = None
+        if schema.has_context_dependent_function:
+            versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset] or list(schema.context_dependent_function_opset_versions)
+            raw = schema.get_context_dependent_function_with_opset_version(max(versions), self._resolved(n, scope).SerializeToString(), [_type_proto(v) for v in inputs])
+            body = FunctionProto()
+            body.ParseFromString(raw)
+        elif schema.has_function:
+            versions = [v for v in schema.function_opset_versions if v <= opset] or list(schema.function_opset_versions)
+            body = FunctionProto()
+            body.ParseFromString(schema.get_function_with_opset_version(max(versions)))
+        if body is None or not body.node:
+            return None, {}
+        if not body.opset_import:
+            body.opset_import.add(domain="", version=opset)
+        defaults = {k: a.default_value for k, a in schema.attributes.items() if a.default_value.name}
+        return body, defaults
+
+    def _resolved(self, n: NodeProto, scope: _Scope) -> NodeProto:
+        """``n`` with attribute references of the enclosing function replaced by their values."""
+        if not any(a.ref_attr_name for a in n.attribute):
+            return n
+        out = NodeProto()
+        out.CopyFrom(n)
+        del out.attribute[:]
+        for a in n.attribute:
+            b = AttributeProto()
+            if a.ref_attr_name:
+                if scope.attrs is None or a.ref_attr_name not in scope.attrs:
+                    continue
+                b.CopyFrom(scope.attrs[a.ref_attr_name])
+                b.name = a.name
+            else:
+                b.CopyFrom(a)
+            out.attribute.append(b)
+        return out
+
+
+def onnx_upgrade_target(op: str) -> str:
+    """What an operator that exists only in old opsets becomes."""
+    return {"Upsample": "Resize", "Scatter": "ScatterElements"}.get(op, op)
+
+
+def _qualified(n: NodeProto) -> str:
+    d = _domain(n.domain)
+    return f"{d}::{n.op_type}" if d else n.op_type
+
+
+def _known(v: Value) -> bool | None:
+    """A condition's value when it is known at compile time."""
+    c = v.content
+    return bool(c[0].attr) if c is not None and len(c) == 1 and c[0].op == "const" else None
+
+
+def _unsupported(op: str) -> UnsupportedOperator:
+    near = difflib.get_close_matches(op, REGISTRY, 1, 0.8)
+    hint = "write it with luthier.op, or export the model without it" + (f"; did you mean {near[0]}?" if near else "")
+    return UnsupportedOperator(f"operator {op} is not implemented and has no function body", op=op, hint=hint)
+
+
+_CODES = {d: code for code, d in ELEMENT.items()}
+
+
+def _type_proto(v: Value | None) -> bytes:
+    """A value's type for the standard's context-dependent functions."""
+    t = onnx.TypeProto()
+    if v is not None:
+        t.tensor_type.elem_type = _CODES[v.dtype]
+        t.tensor_type.shape.SetInParent()
+        for s in v.shape:
+            d = t.tensor_type.shape.dim.add()
+            if s.op == "const":
+                d.dim_value = s.attr
+            else:
+                d.dim_param = repr(s)
+    return t.SerializeToString()  # type: ignore[no-any-return]
+
+
+def _body_types(op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], body: GraphProto) -> list[TensorType | None]:
+    """Types of a loop body's inputs, from the node's own inputs."""
+    if op == "Loop":
+        from luthier.ir.dtypes import boolean, i64
+
+        return [TensorType(i64, ()), TensorType(boolean, ()), *(None if v is None else v.type for v in inputs[2:])]
+    if op == "Scan":
+        m = int(attrs["num_scan_inputs"])
+        states = len(inputs) - m
+        axes = attrs.get("scan_input_axes", (0,) * m)
+        out: list[TensorType | None] = [None if v is None else v.type for v in inputs[:states]]
+        for v, a in zip(inputs[states:], axes, strict=False):
+            if v is None:
+                out.append(None)
+                continue
+            a = a + v.rank if a < 0 else a
+            out.append(TensorType(v.dtype, v.shape[:a] + v.shape[a + 1 :]))
+        return out
+    return []
