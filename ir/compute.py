@@ -157,7 +157,8 @@ class Fold:
 
     ``emit``: tensors with one slice per round: a Pull whose buffer has ``axis`` among its axes (``Pull.axes`` lists all axes of
     the buffer, ``axis`` included, in the buffer's order). The final states
-    are readable after the Fold under their own names. ``reverse`` walks the axis from its end."""
+    are readable after the Fold under their own names. ``reverse`` walks the axis from its end. ``axes``: shared axes; the fold
+    runs independently for every point of them (batch, heads, rows), and states, steps and emits that have one carry that very axis."""
 
     name: str
     axis: Axis
@@ -165,6 +166,7 @@ class Fold:
     step: tuple[Pull, ...] = ()
     emit: tuple[Pull, ...] = ()
     reverse: bool = False
+    axes: tuple[Axis, ...] = ()
 
 
 LetStmt = Union[Pull, Push, Fold]
