@@ -619,8 +619,27 @@ def _below(r: Expr, n: Expr) -> bool:
             else:
                 t = _pmul(t, {(a,): 1})
         top = _padd(top, t, 1)
-    low, _ = bounds(_from_poly(_padd(linear(n), top, -1)))
-    return low is not None and low > 0
+    return _positive(_padd(linear(n), top, -1), 4)
+
+
+def _positive(p: Poly, depth: int) -> bool:
+    """p > 0, using d * (x // d) = x - x % d and, where it helps, -min(a, b) >= -a and >= -b."""
+    for m, c in p.items():
+        if len(m) == 1 and m[0].op == "floordiv" and m[0].args[1].op == "const" and m[0].args[1].attr > 0 and c % m[0].args[1].attr == 0:
+            x, d = m[0].args
+            k = c // d.attr
+            rest = {q: v for q, v in p.items() if q != m}
+            rest = _padd(rest, _pmul(linear(x), {(): k}), 1)
+            return _positive(_padd(rest, _pmul(linear(_divmod("mod", x, d)), {(): k}), -1), depth)
+    low, _ = bounds(_from_poly(p))
+    if low is not None and low > 0:
+        return True
+    if depth:
+        for m, c in p.items():
+            if len(m) == 1 and m[0].op == "min" and c < 0:
+                rest = {q: v for q, v in p.items() if q != m}
+                return any(_positive(_padd(rest, _pmul(linear(a), {(): c}), 1), depth - 1) for a in m[0].args)
+    return False
 
 
 def _ramp_binary(op: str, a: Expr, b: Expr) -> Expr | None:
@@ -658,6 +677,13 @@ def compare(op: str, a: Any, b: Any) -> Expr:
     if a.dtype.is_index or (a.dtype.is_int and a.dtype.lanes == 1 and a.dtype.bits <= 32):
         if a.op == "bcast" and b.op == "bcast":
             return bcast(compare(op, a.args[0], b.args[0]), a.dtype.lanes)
+        if a.dtype.is_index and a.dtype.lanes > 1 and op in ("lt", "le"):  # whole vectors at once, by their extreme lanes
+            (amin, amax), (bmin, bmax) = _extremes(a), _extremes(b)
+            if amin is not None and bmin is not None:
+                if prove(compare(op, amax, bmin)):
+                    return const(True, out)
+                if is_const(compare(op, amin, bmax), False):
+                    return const(False, out)
         if a.dtype is index:
             lo, hi = bounds(a - b)
         else:
@@ -681,6 +707,16 @@ def compare(op: str, a: Any, b: Any) -> Expr:
     if a is b and not a.dtype.is_float:
         return const(op in ("le", "eq"), out)
     return _mk(op, out, (a, b))
+
+
+def _extremes(v: Expr) -> tuple[Any, Any]:
+    """(smallest, largest) lane of a ramp or broadcast, else (None, None)."""
+    if v.op == "bcast":
+        return v.args[0], v.args[0]
+    if v.op == "ramp":
+        end = v.args[0] + v.attr[0] * (v.dtype.lanes - 1)
+        return (v.args[0], end) if v.attr[0] > 0 else (end, v.args[0])
+    return None, None
 
 
 def floordiv(a: Any, b: Any) -> Expr:

@@ -31,18 +31,22 @@ def flat_index(b: Buffer, idx: tuple[Expr, ...]) -> tuple[Expr, ...]:
 
 def flatten(f: Func) -> Func:
     memo: dict[Expr, Expr] = {}
+    params = {p.name: flat_buffer(p) for p in f.params if isinstance(p, Buffer)}  # accesses may view a parameter in another rank
+
+    def target(b: Buffer) -> Buffer:
+        hit = params.get(b.name)
+        return flat_buffer(b) if hit is None or b.scope in ("local", "shared") else hit
 
     def fix(e: Expr) -> Expr | None:
         if e.op != "load":
             return None
         b, idx, m, o = load_parts(e)
-        if b.rank == 1:
-            return None
-        return load(flat_buffer(b), flat_index(b, idx), m, o)
+        nb = target(b)
+        return None if nb is b else load(nb, flat_index(b, idx), m, o)
 
     def st(s: Stmt) -> Stmt:
         if isinstance(s, Store):
-            return Store(flat_buffer(s.buf), flat_index(s.buf, s.idx), s.value, s.mask)
+            return Store(target(s.buf), flat_index(s.buf, s.idx), s.value, s.mask)
         if isinstance(s, Alloc):
             return Alloc(flat_buffer(s.buf), st(s.body))
         return map_children(s, st)

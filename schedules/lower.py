@@ -350,13 +350,18 @@ class _Nest:
             h = hash_var(lp.var)
             n = self.lo.resolve(self.whole(lp), env)
             f = self.lo.s.ext[lp.cut]
-            if n.op == "const" and f.op == "const" and n.attr % f.attr:
-                full = n.attr // f.attr
+            if lp.tail == "min":
+                return self.one_loop(lp, ext, env, lambda e: body({**e, hash_var(lp.cut): minimum(f, n - e[lp.var] * f)}))
+            if not (n.op == "const" and n.attr % f.attr == 0):
+                full = n // f
                 parts: list[Stmt] = []
-                if full:
-                    parts.append(self.one_loop(lp, const(full), {**env, h: const(full)}, body))
-                e2 = {**env, lp.var: const(full), hash_var(lp.cut): const(n.attr % f.attr)}
-                parts.append(body(e2))
+                if not (full.op == "const" and full.attr == 0):
+                    parts.append(self.one_loop(lp, full, {**env, h: full}, body))
+                e2 = {**env, lp.var: full}
+                if n.op == "const":
+                    parts.append(body({**e2, hash_var(lp.cut): n % f}))
+                else:
+                    parts.append(If(full * f < n, body(e2)))
                 return block(*parts)
         return self.one_loop(lp, ext, env, body)
 
@@ -632,13 +637,15 @@ def _rebind(s: Stmt, env: dict[str, Buffer]) -> Stmt:
     from luthier.ir.loop import map_children, rewrite_stmt
 
     def f(x: Expr) -> Expr | None:
-        if x.op == "load" and x.attr[0].name in env and x.attr[0] is not env[x.attr[0].name]:
+        if x.op == "load" and x.attr[0].name in env and x.attr[0] is not env[x.attr[0].name] and x.attr[0].scope != "local":
+            if x.attr[0].rank != env[x.attr[0].name].rank:
+                return None
             _, idx, m, o = load_parts(x)
             return load(env[x.attr[0].name], idx, m, o)
         return None
 
     def st(x: Stmt) -> Stmt:
-        if isinstance(x, Store) and x.buf.name in env:
+        if isinstance(x, Store) and x.buf.name in env and x.buf.rank == env[x.buf.name].rank:
             return replace(x, buf=env[x.buf.name])
         return map_children(x, st)
 

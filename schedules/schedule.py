@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from luthier.ir.compute import MONOIDS, Axis, Compute, Fold, Pull, Push, let_exprs, normalize, reduce_
 from luthier.ir.errors import LuthierError
 from luthier.ir.expr import Expr, as_expr, bounds, const, load, load_parts, loads, rewrite, select, substitute, var, walk
@@ -34,6 +36,7 @@ class Loop:
     kind: str = "serial"
     reduce: bool = False
     cut: Expr | None = None
+    tail: str = ""
 
     @property
     def name(self) -> str:
@@ -78,11 +81,41 @@ def hash_var(v: Expr) -> Expr:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """A re-laid-out copy of ``param``: dimensions in ``order`` (tiled ones in blocks), then the tiles; ``job`` computes it."""
+
+    param: str
+    order: tuple[int, ...]
+    tile: tuple[tuple[int, int], ...]
+    job: Compute
+    buf: Buffer
+
+    def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The packed copy of an array, zero padded; raises ValueError when the rank does not fit."""
+        if a.ndim != len(self.order):
+            raise ValueError(f"{self.param} has {a.ndim} dimensions, its packing {len(self.order)}")
+        tile = dict(self.tile)
+        pad = [(0, -a.shape[d] % tile.get(d, 1)) for d in range(a.ndim)]
+        if any(p[1] for p in pad):
+            a = np.pad(a, pad)
+        shape: list[int] = []
+        blocks, tiles = {}, {}
+        for d, n in enumerate(a.shape):
+            blocks[d] = len(shape)
+            shape.append(n // tile.get(d, 1))
+            if d in tile:
+                tiles[d] = len(shape)
+                shape.append(tile[d])
+        perm = [blocks[d] for d in self.order] + [tiles[d] for d, _ in self.tile]
+        return np.ascontiguousarray(a.reshape(shape).transpose(perm))
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     compute: Compute
     stages: dict[str, Stage]
     ext: dict[Expr, Expr]
-    packed: dict[str, tuple[str, Compute]] = field(default_factory=dict)
+    packed: dict[str, Packing] = field(default_factory=dict)
     trace: tuple[tuple[Any, ...], ...] = ()
 
     def stage_of(self, loop: str) -> tuple[Stage, int]:
@@ -172,7 +205,8 @@ def _fold_stages(f: Fold, stages: dict[str, Stage], ext: dict[Expr, Expr]) -> No
 def split(s: Schedule, loop: str, factor: int, tail: str = "guard", into: tuple[str, str] | None = None) -> Schedule:
     """``for i < N`` -> ``for i.0 < ceil(N / factor): for i.1 < factor`` with ``i = i.0 * factor + i.1``.
 
-    ``tail``: ``guard`` masks the overhang; ``cut`` peels the last round, whose inner extent is ``N mod factor``; ``pad`` computes
+    ``tail``: ``guard`` masks the overhang; ``cut`` peels the last round, whose inner extent is ``N mod factor``; ``min`` gives every
+    round the extent ``min(factor, N - i.0 * factor)`` (for an outer loop whose rounds are large); ``pad`` computes
     the overhang in full (every operand must be staged with padding, and the result of the overhang must not be stored).
     Raises ScheduleError for a factor below 1 or an unknown loop."""
     if factor < 1:
@@ -185,7 +219,7 @@ def split(s: Schedule, loop: str, factor: int, tail: str = "guard", into: tuple[
         raise ScheduleError(f"loop name {vo!r} or {vi!r} is taken")
     h = hash_var(old.var)
     ext = {vo: (h + (factor - 1)) // factor, vi: as_expr(factor)}
-    lo = Loop(vo, old.kind, old.reduce, cut=vi if tail == "cut" else None)
+    lo = Loop(vo, old.kind, old.reduce, cut=vi if tail in ("cut", "min") else None, tail=tail)
     li = Loop(vi, "serial", old.reduce)
     sub = {k: substitute(e, {old.var: vo * factor + vi}) for k, e in st.subst.items()}
     guards = tuple((substitute(e, {old.var: vo * factor + vi}), b) for e, b in st.guards)
@@ -367,7 +401,7 @@ def pack(s: Schedule, param: str, order: tuple[int, ...], tile: dict[int, int], 
         return None
 
     stages = {k: replace(x, expr=rewrite(x.expr, repl)) for k, x in s.stages.items()}
-    return replace(s, stages=stages, packed={**s.packed, n: (param, job)}, trace=(*s.trace, ("pack", param, order, tuple(tile.items()), name)))
+    return replace(s, stages=stages, packed={**s.packed, n: Packing(param, order, tuple(tile.items()), job, nb)}, trace=(*s.trace, ("pack", param, order, tuple(tile.items()), name)))
 
 
 def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
