@@ -407,7 +407,7 @@ class _Gen:
             return f"({a[0]} {_INFIX[op]} {a[1]})"
         if op in COMPARE and e.args[0].dtype.bits >= 8:
             return f"({a[0]} {_CMP[op]} {a[1]})"
-        if op in _BOOL and (d.is_bool or d.is_int and d.bits >= 8):
+        if op in _BOOL and (d.is_bool or (d.is_int and d.bits >= 8)):
             return f"({a[0]} {_BOOL[op]} {a[1]})"
         if op == "not" and d.is_bool:
             return f"(~{a[0]})" if vec else f"(not {a[0]})"

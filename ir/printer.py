@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
-from luthier.ir.expr import Expr, load_parts
-from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While
+from luthier.ir.expr import Expr, load_parts, loads
+from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 
 _INFIX = {
     "add": ("+", 6), "sub": ("-", 6), "mul": ("*", 7), "div": ("/", 7), "floordiv": ("//", 7), "mod": ("%", 7), "and": ("&", 3),
     "or": ("|", 2), "xor": ("^", 2), "shl": ("<<", 5), "shr": (">>", 5), "lt": ("<", 4), "le": ("<=", 4), "eq": ("==", 4), "ne": ("!=", 4),
 }
+
+
+_NAME = re.compile(r"[A-Za-z_][\w'^#]*(?:\.[\w'^#]+)*\Z")
+KEYWORDS = frozenset("func for in while if else let alloc barrier call pass const true false inf nan readonly".split())
+
+
+def format_name(n: str) -> str:
+    """A name as it stands; quoted where the parser could not tell it from something else."""
+    return n if _NAME.match(n) and n not in KEYWORDS else json.dumps(n)
+
+
+def format_bounds(v: Expr, default: tuple[Any, Any] = (0, None)) -> str:
+    """``{lo..hi}`` of a variable's declaration, nothing when they are the default."""
+    _, lo, hi = v.attr
+    if not (v.dtype.is_index or v.dtype.is_int) or (lo, hi) == default:
+        return ""
+    return f"{{{'' if lo is None else lo}..{'' if hi is None else format_expr(hi) if isinstance(hi, Expr) else hi}}}"
 
 
 def format_const(e: Expr) -> str:
@@ -33,14 +52,14 @@ def format_expr(e: Expr, prec: int = 0) -> str:
     if op == "const":
         return format_const(e)
     if op == "var":
-        return str(e.attr[0])
+        return format_name(e.attr[0])
     if op in _INFIX:
         sym, p = _INFIX[op]
         s = f"{f(e.args[0], p)} {sym} {f(e.args[1], p + 1)}"
         return f"({s})" if p < prec else s
     if op == "load":
         buf, idx, mask, other = load_parts(e)
-        s = f"{buf.name}[{', '.join(f(i) for i in idx)}"
+        s = f"{format_name(buf.name)}[{', '.join(f(i) for i in idx)}"
         return s + "]" if mask is None else f"{s}; {f(mask)}; {f(other)}]"  # type: ignore[arg-type]
     if op in ("cast", "bitcast"):
         return f"{'' if op == 'cast' else 'bitcast.'}{e.dtype}({f(e.args[0])})"
@@ -70,7 +89,7 @@ def format_expr(e: Expr, prec: int = 0) -> str:
 
 def format_buffer(b: Buffer) -> str:
     ro = "" if b.writable else " readonly"
-    return f"{b.name}: {b.dtype}[{', '.join(format_expr(s) for s in b.shape)}]{'' if b.scope == 'param' else ' ' + b.scope}{ro}"
+    return f"{format_name(b.name)}: {b.dtype}[{', '.join(format_expr(s) for s in b.shape)}]{'' if b.scope == 'param' else ' ' + b.scope}{ro}"
 
 
 def format_stmt(s: Stmt, depth: int = 0) -> list[str]:
@@ -79,7 +98,7 @@ def format_stmt(s: Stmt, depth: int = 0) -> list[str]:
     if isinstance(s, Block):
         return [line for c in s.stmts for line in format_stmt(c, depth)]
     if isinstance(s, For):
-        head = f"for {f(s.var)} in {f(s.lo)}..{f(s.hi)}{'' if s.kind == 'serial' else ' ' + s.kind}:"
+        head = f"for {f(s.var)}{format_bounds(s.var, _loop_bounds(s.hi))} in {f(s.lo)}..{f(s.hi)}{'' if s.kind == 'serial' else ' ' + s.kind}:"
         return [pad + head, *format_stmt(s.body, depth + 1)]
     if isinstance(s, While):
         return [f"{pad}while {f(s.cond)}:", *format_stmt(s.body, depth + 1)]
@@ -87,17 +106,17 @@ def format_stmt(s: Stmt, depth: int = 0) -> list[str]:
         out = [f"{pad}if {f(s.cond)}:", *format_stmt(s.then, depth + 1)]
         return out if s.orelse is None else [*out, f"{pad}else:", *format_stmt(s.orelse, depth + 1)]
     if isinstance(s, Let):
-        return [f"{pad}let {f(s.var)}: {s.var.dtype} = {f(s.value)}"]
+        return [f"{pad}let {f(s.var)}: {s.var.dtype}{format_bounds(s.var)} = {f(s.value)}"]
     if isinstance(s, Store):
         mask = "" if s.mask is None else f" if {f(s.mask)}"
-        return [f"{pad}{s.buf.name}[{', '.join(f(i) for i in s.idx)}] = {f(s.value)}{mask}"]
+        return [f"{pad}{format_name(s.buf.name)}[{', '.join(f(i) for i in s.idx)}] = {f(s.value)}{mask}"]
     if isinstance(s, Alloc):
         return [f"{pad}alloc {format_buffer(s.buf)}:", *format_stmt(s.body, depth + 1)]
     if isinstance(s, Barrier):
         return [f"{pad}barrier {s.scope}"]
     if isinstance(s, Call):
         at = "" if not s.attrs else " {" + ", ".join(f"{k}={v}" for k, v in s.attrs) + "}"
-        return [f"{pad}call {s.callee}({', '.join(_arg(a) for a in s.args)}){at}"]
+        return [f"{pad}call {format_name(s.callee)}({', '.join(_arg(a) for a in s.args)}){at}"]
     raise TypeError(f"not a statement: {s!r}")
 
 
@@ -105,14 +124,31 @@ def _arg(a: Any) -> str:
     if isinstance(a, Expr):
         return format_expr(a)
     if isinstance(a, tuple):
-        return f"&{a[0].name}[{format_expr(a[1])}]"
-    return f"&{a.name}"
+        return f"&{format_name(a[0].name)}[{format_expr(a[1])}]"
+    return f"&{format_name(a.name)}"
+
+
+def _loop_bounds(hi: Expr) -> tuple[Any, Any]:
+    """What the variable of a loop below ``hi`` that starts at 0 records."""
+    h = hi - 1
+    return 0, int(h.attr) if h.op == "const" else h
+
+
+def const_buffers(body: Stmt) -> list[Buffer]:
+    """Buffers of scope const that ``body`` reads, in order of first use."""
+    out: dict[str, Buffer] = {}
+    for s in walk_stmts(body):
+        for e in loads(*exprs_of(s)):
+            if e.attr[0].scope == "const":
+                out.setdefault(e.attr[0].name, e.attr[0])
+    return list(out.values())
 
 
 def format_func(fn: Func) -> str:
-    ps = ", ".join(format_buffer(p) if isinstance(p, Buffer) else f"{format_expr(p)}: {p.dtype}" for p in fn.params)
+    ps = ", ".join(format_buffer(p) if isinstance(p, Buffer) else f"{format_expr(p)}: {p.dtype}{format_bounds(p)}" for p in fn.params)
     body = format_stmt(fn.body, 1) or ["  pass"]
-    return "\n".join([f"func {fn.name}({ps}):", *body, ""])
+    data = [f"  const {format_buffer(b)}" for b in const_buffers(fn.body)]
+    return "\n".join([f"func {format_name(fn.name)}({ps}):", *data, *body, ""])
 
 
 def format_compute(c: Any) -> str:

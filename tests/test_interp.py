@@ -7,7 +7,20 @@ import pytest
 
 from luthier.ir.dtypes import bf16, boolean, f32, i8, i32, i64, index
 from luthier.ir.errors import KernelError, VerificationError
-from luthier.ir.expr import bcast, bitcast, cast, const, extract, load, ramp, select, shuffle, unary, var, vreduce
+from luthier.ir.expr import (
+    bcast,
+    bitcast,
+    cast,
+    const,
+    extract,
+    load,
+    ramp,
+    select,
+    shuffle,
+    unary,
+    var,
+    vreduce,
+)
 from luthier.ir.interp import evaluate_expr, run_func
 from luthier.ir.loop import Alloc, Barrier, Buffer, Call, For, Func, If, Let, Store, While, block
 
