@@ -1,0 +1,368 @@
+"""The command line: ``luthier`` with its sub-commands, and ``compile``, which is ``luthier compile``.
+
+Errors are one line on standard error and exit status 2; anything that is not a ``LuthierError`` is a defect and exits with 70.
+``--debug`` (or ``LUTHIER_DEBUG=1``) shows the traceback. Heavy imports happen inside the commands, so ``luthier --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from luthier import settings
+from luthier.errors import ArtifactError, InputError, LuthierError
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from luthier.module import Module
+
+INTERRUPTED, DEFECT = 130, 70
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ShapeParam(click.ParamType[dict[str, tuple[int | str, ...]]]):
+    """``name=1x128``; an ``x``-separated list of extents, a word for one that stays symbolic, nothing for a scalar."""
+
+    name = "name=1x128"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).rpartition("=")
+        if not equals or not name:
+            self.fail(f"{value!r} is not of the form name=1x128", param, ctx)
+        extents: list[int | str] = []
+        for part in text.split("x") if text else []:
+            if part.isdecimal():
+                extents.append(int(part))
+            elif part.isidentifier():
+                extents.append(part)
+            else:
+                self.fail(f"{part!r} in {value!r} is neither an extent nor a name", param, ctx)
+        return name, tuple(extents)
+
+
+def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def wrap(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return wrap
+
+
+_debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+_model = click.argument("model", type=click.Path(path_type=Path))
+_compile_options = _options(
+    click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v3, wasm, webgpu, cuda:sm_90, ..."),
+    click.option("--shape", "shapes", type=ShapeParam(), multiple=True, help="Pin the shape of an input; repeatable."),
+    click.option("--threads", type=click.IntRange(1), help="Worker threads; default: the cores this process may use."),
+)
+_data_options = _options(
+    click.option("--input", "-i", "files", multiple=True, metavar="[NAME=]FILE", help="An input: .npy, or .npz with names."),
+    click.option("--seed", default=0, show_default=True, help="Seed of the random inputs that are not given."),
+)
+
+
+def _console(stderr: bool = False) -> rich.console.Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, no_color=settings.color.is_set() or None, highlight=False)
+
+
+def _open(model: Path, target: str, shapes: Sequence[tuple[str, tuple[int, ...]]], threads: int | None) -> Module:
+    """Compile a model file, or load an artifact folder."""
+    import luthier
+
+    if model.is_dir():
+        return luthier.load(model)
+    return luthier.compile(_existing(model), target=target, shapes=dict(shapes) or None, threads=threads)
+
+
+def _existing(model: Path) -> Path:
+    if not model.exists():
+        raise InputError(f"no such file: {model}")
+    return model
+
+
+def _inputs(
+    module: Module, files: Sequence[str], shapes: Sequence[tuple[str, tuple[int | str, ...]]], seed: int
+) -> dict[str, Any]:
+    """The arrays named by ``--input``, and random ones for what remains (symbolic extents from ``--shape``, else 1)."""
+    from luthier.feeds import random_inputs, read_inputs
+
+    return random_inputs(module.inputs, dict(shapes), seed, given=read_inputs(module.inputs, files))
+
+
+def _publish(module: Module, out: Path, write: Callable[[Path], None] | None = None) -> None:
+    """Save beside ``out``, then rename: ``out`` is the old artifact or the whole new one, never a part."""
+    out = out.absolute()
+    if out.exists() and not (out / "manifest.json").exists():
+        raise ArtifactError(f"{out} exists and is no artifact", hint="name another folder with -o")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
+    stale = out.with_name(f".{out.name}.old-{os.getpid()}")
+    try:
+        module.save(fresh)
+        if out.exists():
+            out.rename(stale)
+        fresh.rename(out)
+    finally:
+        for folder in (fresh, stale):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="luthier")
+def luthier() -> None:
+    """An ahead-of-time tensor compiler and autotuner."""
+
+
+@luthier.command("compile")
+@_model
+@_compile_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
+@_debug
+def compile_command(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, debug: bool
+) -> None:
+    """Compile an ONNX MODEL into an artifact: a folder that runs without Python."""
+    import luthier as package
+
+    out = output or Path(f"{model.stem}.luthier")
+    start = time.perf_counter()
+    module = package.compile(_existing(model), target=target, shapes=dict(shapes) or None, threads=threads)
+    compiled = time.perf_counter() - start
+    _publish(module, out)
+    size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+    click.echo(f"{out}: {size / 1e6:.1f} MB, compiled for {target} in {compiled:.2f} s")
+    for kind, values in (("input", module.inputs), ("output", module.outputs)):
+        for value in values:
+            click.echo(f"  {kind:6} {value.name}: {value.dtype}[{', '.join(map(str, value.shape))}]")
+
+
+@luthier.command()
+@_model
+@_compile_options
+@_data_options
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the outputs to this .npz file.")
+@_debug
+def run(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int,
+    output: Path | None, debug: bool,
+) -> None:  # fmt: skip
+    """Run MODEL (an ONNX file or an artifact) once and print or write its outputs."""
+    import numpy as np
+
+    module = _open(model, target, shapes, threads)
+    feeds = _inputs(module, files, shapes, seed)
+    outputs = module.run(feeds)
+    for name, array in outputs.items():
+        click.echo(f"{name}: {_describe(array)}")
+    if output is not None:
+        np.savez(output, **outputs)
+
+
+def _describe(value: Any) -> str:
+    """Shape, dtype and a few numbers of an array."""
+    import numpy as np
+
+    array = np.asarray(value)
+    text = f"{array.dtype}{list(array.shape)}"
+    if array.size and array.dtype.kind in "fiub":
+        wide = array.astype(np.float64)
+        text += f" min {wide.min():.6g} max {wide.max():.6g} mean {wide.mean():.6g}"
+    flat = np.array2string(array.reshape(-1)[:8], precision=4, separator=", ", max_line_width=200)
+    return f"{text} {flat[:-1]}{', ...' if array.size > 8 else ''}]"
+
+
+@luthier.command()
+@_model
+@_compile_options
+@_data_options
+@click.option("--runs", default=50, show_default=True, type=click.IntRange(1), help="Timed calls.")
+@click.option("--profile/--no-profile", default=True, help="Also time every kernel.")
+@click.option("--top", default=20, show_default=True, help="Kernels shown.")
+@click.option("--onnxruntime", "peer", is_flag=True, help="Also time onnxruntime, with as many threads (MODEL an ONNX file).")
+@_debug
+def bench(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, runs: int,
+    profile: bool, top: int, peer: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Latency of MODEL and a per-kernel profile with the names of its nodes."""
+    module = _open(model, target, shapes, threads)
+    feeds = _inputs(module, files, shapes, seed)
+    outputs = module.run(feeds)
+    _print_times("luthier", _times(lambda: module.run(feeds, out=outputs), runs))
+    if peer:
+        from luthier.compare import session
+
+        reference = session(model, threads)
+        _print_times("onnxruntime", _times(lambda: reference.run(None, feeds), runs))
+    if profile:
+        _print_profile(module.profile(feeds), top)
+
+
+def _times(call: Callable[[], object], runs: int) -> list[float]:
+    """Milliseconds of ``runs`` calls after a warm-up of at most half a second."""
+    end = time.perf_counter() + 0.5
+    for _ in range(10):
+        call()
+        if time.perf_counter() > end:
+            break
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _print_times(name: str, times: list[float]) -> None:
+    click.echo(f"{name}: median {statistics.median(times):.3f} ms, min {min(times):.3f} ms, {len(times)} runs")
+
+
+def _print_profile(rows: Sequence[Mapping[str, Any]], top: int) -> None:
+    from rich.table import Table
+
+    total = sum(row["ms"] for row in rows) or 1.0
+    table = Table(box=None, pad_edge=False)
+    for title in ("ms", "%", "GFLOP/s", "GB/s"):
+        table.add_column(title, justify="right")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("nodes", overflow="fold")
+    ordered = sorted(rows, key=lambda row: -row["ms"])
+    for row in ordered[:top]:
+        rate = [f"{row[k] / row['ms'] / 1e6:.1f}" if row.get(k) and row["ms"] else "" for k in ("flops", "bytes")]
+        nodes = row["nodes"] if isinstance(row["nodes"], str) else ", ".join(row["nodes"])
+        table.add_row(f"{row['ms']:.3f}", f"{100 * row['ms'] / total:.1f}", *rate, str(row["kernel"]), nodes)
+    _console().print(table)
+    if len(ordered) > top:
+        click.echo(f"and {len(ordered) - top} more kernels, {sum(r['ms'] for r in ordered[top:]):.3f} ms")
+
+
+@luthier.command()
+@_model
+@_compile_options
+@click.option("--stage", multiple=True, help="Show only these stages (as named in the listing); repeatable.")
+@click.option("--kernel", help="Show only what mentions this kernel or node.")
+@click.option("--list", "listing", is_flag=True, help="List the stages instead of printing them.")
+@_debug
+def inspect(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, stage: tuple[str, ...], kernel: str | None,
+    listing: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Show how MODEL compiles: graph, groups, kernels, loop IR, source."""
+    from luthier.inspection import stages
+
+    for name, text in stages(_existing(model), target, dict(shapes), threads):
+        if stage and not any(s in name for s in stage):
+            continue
+        if listing:
+            click.echo(f"{name}: {text.count(chr(10)) + 1} lines")
+            continue
+        if kernel:
+            text = "\n\n".join(block for block in text.split("\n\n") if kernel in block)
+        if text:
+            click.echo(f"== {name}\n{text}")
+
+
+@luthier.command()
+@_model
+@_compile_options
+@_data_options
+@click.option("--rtol", default=1e-3, show_default=True, help="Relative to the largest magnitude of the value.")
+@click.option("--all", "everything", is_flag=True, help="Print every value, not only those that diverge.")
+@_debug
+def compare(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, rtol: float,
+    everything: bool, debug: bool,
+) -> None:  # fmt: skip
+    """Compare every intermediate value of MODEL with onnxruntime's; the first divergence is named. Exits 1 if there is one."""
+    from luthier.compare import compare_values
+
+    rows = compare_values(_existing(model), target, dict(shapes), threads, files, seed)
+    bad = [row for row in rows if not row.error <= rtol]
+    for row in rows:
+        if everything or row in bad:
+            click.echo(f"{'DIVERGES' if row in bad else 'ok':8} {row.value} ({row.op} {row.node}): error {row.error:.3g} {row.detail}".rstrip())
+    click.echo(f"{len(rows)} values compared, {len(bad)} diverge by more than {rtol:g}")
+    if bad:
+        first = bad[0]
+        click.echo(f'first divergence: value "{first.value}" of node "{first.node}" ({first.op})')
+        raise click.exceptions.Exit(1)
+
+
+@luthier.command()
+@click.option("--missing", is_flag=True, help="Also list the ONNX operators that no file of luthier.ir.ops registers.")
+@_debug
+def ops(missing: bool, debug: bool) -> None:
+    """The operators, and which targets compile them."""
+    from luthier.inspection import operator_matrix
+
+    header, rows = operator_matrix(missing)
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+    click.echo(f"{sum(1 for row in rows if any(cell == 'yes' for cell in row[2:]))} operators")
+
+
+@luthier.command("settings")
+@_debug
+def settings_command(debug: bool) -> None:
+    """The environment variables that luthier reads, with their values now."""
+    for setting in settings.all_settings():
+        origin = "set" if setting.is_set() else "default"
+        click.echo(f"{setting.name} = {setting.get()} ({origin})\n    {setting.help}")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"luthier: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; turn every way to fail into one line and an exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        debug = debug or settings.debug.get()
+        code = command.main(words, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(0)
+    except click.ClickException as error:
+        if debug:
+            raise
+        _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # a reader such as head went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except LuthierError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)", DEFECT)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+main: Callable[[], NoReturn] = functools.partial(_entry, luthier)
+compile_main: Callable[[], NoReturn] = functools.partial(_entry, compile_command)
