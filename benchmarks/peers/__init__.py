@@ -1,0 +1,1 @@
+"""One worker per runtime; `worker.py` is their common part."""
