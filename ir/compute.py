@@ -238,8 +238,10 @@ def let_exprs(x: LetStmt) -> tuple[Expr, ...]:
     return tuple(out + [e.expr for e in x.emit])
 
 
-def _normal_pull(p: Pull, fresh: Callable[[str], str]) -> list[Pull]:
-    """Before: ``t[i] = reduce(..) * 2``. After: ``t.acc[i] = reduce(..); t[i] = t.acc[i] * 2`` (inner reductions first)."""
+def _normal_pull(p: Pull, fresh: Callable[[str], str], keep: frozenset[Expr] = frozenset()) -> list[Pull]:
+    """Before: ``t[i] = reduce(..) * 2``. After: ``t.acc[i] = reduce(..); t[i] = t.acc[i] * 2`` (inner reductions first).
+
+    ``keep``: axis variables with a meaning outside the pull (the shared axes of a Fold), which are not renamed."""
     out: list[Pull] = []
     env: dict[Expr, Expr] = {}
     top = p.expr
@@ -256,7 +258,7 @@ def _normal_pull(p: Pull, fresh: Callable[[str], str]) -> list[Pull]:
             break
         bound = [a for a in _enclosing(p, target) if a.var in _fv(target)]
         axes = (*p.axes, *bound)
-        rename = {a.var: var(a.name + "'", lo=0, hi=a.extent - 1) for a in axes}
+        rename = {a.var: a.var if a.var in keep else var(a.name + "'", lo=0, hi=a.extent - 1) for a in axes}
         new_axes = tuple(Axis(rename[a.var], a.extent) for a in axes)
         q = pull(fresh(p.name + ".acc"), new_axes, substitute(substitute(target, env), rename))
         out.append(q)
@@ -297,19 +299,20 @@ def normalize(c: Compute) -> Compute:
         if isinstance(x, Pull):
             lets += _normal_pull(x, fresh)
         elif isinstance(x, Fold):
+            shared = frozenset(a.var for a in x.axes)
             step: list[Pull] = []
             for p in x.step:
-                step += _normal_pull(p, fresh)
+                step += _normal_pull(p, fresh, shared)
             state, emit = [], []
             for s in x.state:
-                *pre, last = _normal_pull(Pull(s.buf, s.axes, s.next), fresh)
+                *pre, last = _normal_pull(Pull(s.buf, s.axes, s.next), fresh, shared)
                 if last.expr.op == "reduce":
                     q = pull(fresh(s.buf.name + ".acc"), last.axes, last.expr)
                     pre, last = [*pre, q], Pull(s.buf, s.axes, load(q.buf, [a.var for a in s.axes]))
                 step += pre
                 state.append(State(s.buf, s.axes, s.init, last.expr))
             for e in x.emit:
-                *pre, last = _normal_pull(e, fresh)
+                *pre, last = _normal_pull(e, fresh, shared)
                 step += pre
                 emit.append(last)
             lets.append(Fold(x.name, x.axis, tuple(state), tuple(step), tuple(emit), x.reverse, x.axes))
