@@ -601,25 +601,29 @@ def _divmod(op: str, a: Expr, b: Expr) -> Expr:
 
 
 def _below(r: Expr, n: Expr) -> bool:
-    """0 <= r < n where each variable's symbolic upper bound is substituted once (i*B + j with i < A, j < B is below A*B)."""
+    """0 <= r < n, replacing variables by their upper bounds one after another, those with bounds over other variables first."""
     lo, _ = bounds(r)
     if lo is None or lo < 0:
         return False
-    top: Poly = {}
-    for m, k in linear(r).items():
-        t: Poly = {(): k}
-        for a in m:
-            hi = a.attr[2] if a.op == "var" else None
-            if k < 0:
-                return False
-            if isinstance(hi, Expr):
-                t = _pmul(t, linear(hi))
-            elif isinstance(hi, int):
-                t = _pmul(t, {(): hi} if hi else {})
-            else:
-                t = _pmul(t, {(a,): 1})
-        top = _padd(top, t, 1)
-    return _positive(_padd(linear(n), top, -1), 4)
+    p = _padd(linear(n), linear(r), -1)
+    while not _positive(p, 4):
+        falling = {a for m, c in p.items() for a in m if c < 0 and a.op == "var" and (isinstance(a.attr[2], Expr) or (len(m) == 1 and a.attr[2] is not None))}
+        rising = {a for m, c in p.items() for a in m if c > 0}
+        todo = [a for a in falling if a not in rising]  # p is smallest where these are largest
+        if not todo:
+            return False
+        v = max(todo, key=lambda x: (isinstance(x.attr[2], Expr) and any(y in free_vars(x.attr[2]) for y in todo), isinstance(x.attr[2], Expr), x.key))
+        hi = linear(as_expr(v.attr[2]))
+        q: Poly = {}
+        for m, c in p.items():
+            t: Poly = {(): c}
+            for a in m:
+                t = _pmul(t, hi if a is v else {(a,): 1})
+            q = _padd(q, t, 1)
+        if q == p:
+            return False
+        p = q
+    return True
 
 
 def _positive(p: Poly, depth: int) -> bool:

@@ -16,7 +16,7 @@ from luthier.ir.expr import (
     Expr, as_expr, bounds, const, free_vars, linear, load, load_parts, loads, maximum, minimum, prove, rewrite, select, substitute, var,
 )
 from luthier.ir.expr import _from_poly, _mk
-from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Stmt, Store, block
+from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.schedule import Loop, Schedule, Stage, hash_var
 
 Env = dict[Expr, Expr]
@@ -346,6 +346,13 @@ class _Nest:
                 return inner(e)  # type: ignore[no-any-return]
             return self.lo.attached((self.st.name, lp.var), e, None, lambda: inner(e))
 
+        parts: list[Stmt] = []
+        if lp.tail == "peel":
+            if not (ext.op == "const" and ext.attr <= 1):
+                parts.append(self.one_loop(lp, ext - 1, env, body))
+            last = body({**env, lp.var: ext - 1})
+            parts.append(last if bounds(ext)[0] not in (None, 0) else If(const(0) < ext, last))
+            return block(*parts)
         if lp.cut is not None:
             h = hash_var(lp.var)
             n = self.lo.resolve(self.whole(lp), env)
@@ -354,7 +361,9 @@ class _Nest:
                 return self.one_loop(lp, ext, env, lambda e: body({**e, hash_var(lp.cut): minimum(f, n - e[lp.var] * f)}))
             if not (n.op == "const" and n.attr % f.attr == 0):
                 full = n // f
-                parts: list[Stmt] = []
+                if lp.kind == "parallel" and not (full.op == "const" and full.attr == 0):
+                    return self.parallel_cut(lp, n, f, full, env, body)
+                parts = []
                 if not (full.op == "const" and full.attr == 0):
                     parts.append(self.one_loop(lp, full, {**env, h: full}, body))
                 e2 = {**env, lp.var: full}
@@ -364,6 +373,15 @@ class _Nest:
                     parts.append(If(full * f < n, body(e2)))
                 return block(*parts)
         return self.one_loop(lp, ext, env, body)
+
+    def parallel_cut(self, lp: Loop, n: Expr, f: Expr, full: Expr, env: Env, body) -> Stmt:  # type: ignore[no-untyped-def]
+        """A parallel loop keeps its tail inside, as the last round: nothing follows a parallel loop."""
+        v = self.lo.fresh(lp.name, (n + f - 1) // f)
+        w = self.lo.fresh(lp.name, full)
+        main = block(Let(w, v), body({**env, hash_var(lp.var): full, lp.var: w}))
+        e2 = {**env, lp.var: full}
+        tail = body({**e2, hash_var(lp.cut): n % f} if n.op == "const" and lp.cut is not None else e2)
+        return For(v, const(0), (n + f - 1) // f, lp.kind, If(v < full, main, tail))
 
     def whole(self, lp: Loop) -> Expr:
         """The loop that ``lp`` was split from."""
@@ -462,8 +480,6 @@ class _Nest:
         if n == 1:
             s: Stmt = Store(acc[0], at, new[0])
         else:  # components read each other's old values
-            from luthier.ir.loop import Let
-
             tmp = [var(f"{b.name}~t{k}", v.dtype) for k, (b, v) in enumerate(zip(acc, new, strict=True))]
             s = block(*(Let(t, v) for t, v in zip(tmp, new, strict=True)), *(Store(b, at, t) for b, t in zip(acc, tmp, strict=True)))
         return s if prove(cond) else If(cond, s)
@@ -510,7 +526,7 @@ class _FoldNest(_Nest):
         for q in f.state:
             r = self.state_region(q.axes, env, f)
             regions[q.buf.name] = r
-            b = Buffer(q.buf.name, q.buf.dtype, tuple(x for _, x in r), "local")
+            b = Buffer(q.buf.name + ".s", q.buf.dtype, tuple(x for _, x in r), "local")
             bufs.append(b)
             ax = [lo.fresh(f"{q.buf.name}.{a.name}", x) for a, (_, x) in zip(q.axes, r, strict=True)]
             sub = {a.var: minimum(base + v, a.extent - 1) for a, v, (base, _) in zip(q.axes, ax, r, strict=True)}

@@ -454,6 +454,15 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     return replace(s, stages=stages, ext=ext, trace=(*s.trace, ("stage", tensor, "private", loop)))
 
 
+def peel(s: Schedule, loop: str) -> Schedule:
+    """The last round of a loop becomes straight code after it, so that conditions which only it needs vanish from the others.
+
+    Before ``for i < n: S(i)``, after ``for i < n - 1: S(i); S(n - 1)``. A form of ``specialize`` on a loop interval."""
+    st, i = s.stage_of(loop)
+    loops = (*st.loops[:i], replace(st.loops[i], tail="peel"), *st.loops[i + 1 :])
+    return s.put(replace(st, loops=loops), "peel", loop)
+
+
 def _vars(e: Expr) -> list[Expr]:
     return [x for x in walk(e) if x.op == "var"]
 
@@ -478,5 +487,5 @@ def readers(s: Schedule, tensor: str) -> list[Stage]:
 
 __all__ = [
     "Schedule", "Stage", "Loop", "ScheduleError", "schedule", "split", "reorder", "fuse", "annotate", "inline", "stage", "cache", "pack",
-    "specialize", "readers", "bounds",
+    "specialize", "peel", "readers", "bounds",
 ]

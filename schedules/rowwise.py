@@ -1,0 +1,132 @@
+"""Template for softmax, normalisations and reductions: every reduction lives in the loop over the rows of its consumer.
+
+``out[r, c] = f(x[r, c], m[r], ...)`` with ``m[r] = reduce over c``: rows are parallel, reductions and output walk a row in
+lanes, and intermediate rows stay in a local buffer when they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.ir.expr import Expr, load_parts, loads
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.elementwise import _widest, pointwise
+from luthier.schedules.reduction import use_lanes
+from luthier.schedules.schedule import Schedule, annotate, fuse, inline, split, stage
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
+    if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
+        return None
+    out = s.stages[s.compute.outs[0]]
+    if list(s.stages)[-1] != out.name or not any(st.reduction is not None for st in s.stages.values()):
+        return None
+    if out.reduction is not None:
+        return _root_reduction(s, caps) if len(s.stages) == 1 else None
+    pos = positions(s, out.name)
+    if pos is None:
+        return None
+    depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
+    if depth == 0 or depth > len(out.axes) or any(st.at is not None for st in s.stages.values()):
+        return None
+    if depth == len(out.axes) and len(s.stages) > 2:
+        pass
+    for n in [n for n in s.stages if n != out.name]:  # rows that cannot be kept are computed again where they are read
+        st = s.stages[n]
+        free = [a for a, p in zip(st.axes, pos[n], strict=True) if p is None]
+        size = st.buf.dtype.itemsize
+        for a in free:
+            size = size * a.extent.attr if a.extent.op == "const" and size >= 0 else -1
+        if free and not 0 <= size <= row_bytes:
+            if st.reduction is not None:
+                return None
+            s = inline(s, n)
+    names = [lp.name for lp in out.loops[:depth]]
+    while len(names) > 1:
+        s = fuse(s, names[0], names[1])
+        names = [s.stages[out.name].loops[0].name, *names[2:]]
+    for n in [n for n in s.stages if n != out.name]:
+        s = stage(s, n, at=names[0])
+    for n in [n for n in s.stages if n != out.name]:
+        st = s.stages[n]
+        if st.reduction is not None:
+            s = use_lanes(s, n, caps, spatial_ok=False)
+        else:
+            s = _lanes_of_row(s, n, caps, pos[n])
+    # parts of split reductions must live inside the row as well
+    for n in list(s.stages):
+        if n.endswith(".p") and s.stages[n].at is None:
+            s = stage(s, n, at=names[0])
+    o = s.stages[out.name]
+    if len(o.loops) > 1:
+        last = o.loops[-1]
+        lanes = caps.lanes(_widest(o))
+        k = s.static_extent(last.var)
+        if lanes > 1 and (k is None or k >= lanes):
+            s = split(s, last.name, lanes, "cut")
+            s = annotate(s, f"{last.name}.1", "vectorize")
+    return annotate(s, names[0], "parallel")
+
+
+def positions(s: Schedule, out: str) -> dict[str, list[int | None]] | None:
+    """For every axis of every intermediate tensor: which axis of the output it follows (None: none, or not always the same)."""
+    o = s.stages[out]
+    res: dict[str, list[int | None]] = {}
+    maps: dict[str, dict[Expr, int]] = {out: {a.var: i for i, a in enumerate(o.axes)}}
+    for n in reversed(list(s.stages)):
+        st = s.stages[n]
+        if n == out:
+            continue
+        found: list[set[int | None]] = [set() for _ in st.axes]
+        used = False
+        for u in s.stages.values():
+            for x in loads(u.expr):
+                if x.attr[0].name != n:
+                    continue
+                if u.name not in maps:
+                    return None
+                used = True
+                for d, i in enumerate(load_parts(x)[1]):
+                    found[d].add(maps[u.name].get(i))
+        if not used:
+            return None
+        res[n] = [f.pop() if len(f) == 1 else None for f in found]
+        maps[n] = {a.var: p for a, p in zip(st.axes, res[n], strict=True) if p is not None}
+    return res
+
+
+def _lanes_of_row(s: Schedule, name: str, caps: Capabilities, pos: list[int | None]) -> Schedule:
+    st = s.stages[name]
+    free = [i for i, p in enumerate(pos) if p is None]
+    if not free:
+        return s
+    lp = st.loops[free[-1]]
+    lanes = caps.lanes(_widest(st))
+    n = s.static_extent(lp.var)
+    if lanes > 1 and n is not None and n >= lanes:
+        s = split(s, lp.name, lanes, "cut")
+        s = annotate(s, f"{lp.name}.1", "vectorize")
+    return s
+
+
+def _root_reduction(s: Schedule, caps: Capabilities) -> Schedule:
+    name = s.compute.outs[0]
+    s = use_lanes(s, name, caps)
+    st = s.stages[name]
+    names = [lp.name for lp in st.loops if not lp.reduce and lp.kind == "serial"]
+    outer = []
+    for lp in st.loops:
+        if lp.name not in names:
+            break
+        outer.append(lp.name)
+    moved = {x.at[1].attr[0] for x in s.stages.values() if x.at is not None}
+    while len(outer) > 1 and not moved & set(outer[:2]):
+        s = fuse(s, outer[0], outer[1])
+        outer = [s.stages[name].loops[0].name, *outer[2:]]
+    if outer:
+        s = annotate(s, outer[0], "parallel")
+    return s
+
+
+_ = pointwise
