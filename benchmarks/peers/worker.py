@@ -1,7 +1,7 @@
 """The part that all workers share: a line protocol of JSON on standard input and output.
 
     {"cmd": "load", "name", "model", "original", "shapes", "inputs": FILE.npz, "threads", "cache", "options"}
-        -> {"ok": true, "load_s", "version", "rss_mb"}
+        -> {"ok": true, "load_s", "version", "rss_mb", "kept_s"}
     {"cmd": "run", "count", "warm"} -> {"ok": true, "ms": [one per call]}
     {"cmd": "outputs", "path"}      -> {"ok": true}     writes the outputs for the first set of inputs
     {"cmd": "profile"}              -> {"ok": true, "rows": [...]}
@@ -51,6 +51,7 @@ class Loaded:
     calls: list[Callable[[], Any]]
     outputs: Callable[[], list[NDArray[Any]]]
     profile: Callable[[], list[dict[str, Any]]] | None = None
+    kept_s: float = 0.0  # what an earlier run spent on a result that this one took from the cache
 
 
 def read_sets(path: str) -> list[Inputs]:
@@ -95,7 +96,7 @@ def serve(load: Callable[[Job], Bind]) -> None:
                 loaded = bind(sets)
                 loaded.calls[0]()
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                answer: dict[str, Any] = {"load_s": seconds, "version": loaded.version, "rss_mb": peak}
+                answer: dict[str, Any] = {"load_s": seconds, "version": loaded.version, "rss_mb": peak, "kept_s": loaded.kept_s}
             elif loaded is None:
                 raise RuntimeError("nothing is loaded")
             elif request["cmd"] == "run":
