@@ -86,7 +86,16 @@ class _Placer:
                 memo[e] = r
                 return r
 
-            if isinstance(st, (Store, Let)):
+            if isinstance(st, Let) and st.value not in avail:
+                v = st.value
+                if v.args:
+                    args = tuple(bind(a) for a in v.args)
+                    v = rebuild(v, args) if any(x is not y for x, y in zip(args, v.args, strict=True)) else v
+                out += pre2
+                out.append(Let(st.var, v))
+                if _worth(st.value):
+                    avail[st.value] = st.var
+            elif isinstance(st, (Store, Let)):
                 new = map_exprs(st, bind)
                 out += pre2
                 out.append(new)

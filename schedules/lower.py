@@ -394,7 +394,8 @@ class _Nest:
         if ext.op == "const" and ext.attr == 1 and lp.kind not in ("parallel",):
             return body({**env, lp.var: const(0)})  # type: ignore[no-any-return]
         v = self.lo.fresh(lp.name, ext)
-        return For(v, const(0), ext, lp.kind, body({**env, lp.var: v}))
+        one = ext.op == "const" and ext.attr == 1
+        return For(v, const(0), ext, lp.kind, body({**env, lp.var: const(0) if one else v}))
 
     def spatial(self, loops: list[int], env: Env, leaf) -> Stmt:  # type: ignore[no-untyped-def]
         if not loops:

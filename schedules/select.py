@@ -25,7 +25,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, schedule
 
-TEMPLATES = ("rowwise", "elementwise")
+TEMPLATES = ("contract", "rowwise", "elementwise")
 
 
 @dataclass(slots=True)

@@ -1,0 +1,432 @@
+"""Template for contractions: matrix products, convolutions (implicit GEMM, grouped, depthwise) and matrix-vector products.
+
+The pattern is ``acc[..] = sum(f(P) * g(Q))`` with an elementwise epilogue. The innermost output axis ``v`` goes to lanes; the
+factor that contains it is ``P`` (packed into panels of the tile's width when it is constant), the other factor is broadcast.
+``u`` is the innermost axis that only the broadcast factor has. The register tile is ``mu`` rows of ``u`` by ``nv`` lanes of
+``v``, kept in registers over the whole reduction; both sizes minimise a cycle estimate over the actual extents, so a tile
+that divides the extent beats a larger one that does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from luthier.ir.compute import Axis, Pull, axis
+from luthier.ir.expr import Expr, bounds, const, free_vars, is_const, load, load_parts, loads, rewrite, substitute, var, walk
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.elementwise import flat, pointwise, stride
+from luthier.schedules.rowwise import positions
+from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, inline, pack, reorder, split, stage
+
+
+def apply(
+    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 4,
+    mblock: int | None = None, order: str | None = None,
+) -> Schedule | None:
+    if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
+        return None
+    out = s.compute.outs[0]
+    acc = _accumulator(s)
+    if acc is None or list(s.stages)[-1] != out:
+        return None
+    for n in [n for n in s.stages if n not in (out, acc)]:
+        if s.stages[n].reduction is not None:
+            return None
+        s = inline(s, n)
+    if acc != out:
+        pos = positions(s, out)
+        if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
+            return None
+    st = s.stages[acc]
+    if not st.axes or is_const(st.axes[-1].extent, 1) and len(st.axes) == 1:
+        return None
+    if acc == out:  # a trivial epilogue gives the tile a place to be stored from
+        s, acc = _split_epilogue(s, out)
+        st = s.stages[acc]
+    if work(st) is not None and work(st) < 2048:  # type: ignore[operator]
+        return None
+    p, q = _factors(st)
+    v = st.axes[-1].var
+    s = _pad_input(s, acc, caps)
+    st = s.stages[acc]
+    p, q = _factors(st)
+    if v not in free_vars(p):
+        p, q = q, p
+    if v not in free_vars(p):
+        return None
+    depthwise = v in free_vars(q)
+    us = [a for a in st.axes[:-1] if a.var in free_vars(q if not depthwise else p) and a.var not in free_vars(p if not depthwise else q)]
+    if depthwise and not us:
+        us = [a for a in st.axes[:-1] if a.var in free_vars(q) and a.var not in free_vars(p)]
+    lanes = caps.lanes(max(st.buf.dtype.bits, 32))
+    n_ext = st.axes[-1].extent
+    if n_ext.op == "const" and n_ext.attr < lanes and not _packable(s, p, v, constants):
+        return None
+    s = _merge(s, [acc, out], [a.var for a in us])
+    st = s.stages[acc]
+    us = [a for a in st.axes[:-1] if a.var in {x.var for x in us} or a.name.startswith("_u")]
+    m_ext = us[-1].extent if us else const(1)
+    total_m = const(1)
+    for a in us:
+        total_m = total_m * a.extent
+    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, total_m)
+    mu, nv = mu or mu_, nv or nr * lanes
+    padded = False
+    if not depthwise and _packable(s, p, v, constants):
+        s, padded = _pack_panel(s, acc, p, v, nv)
+    s = _merge_reduce(s, acc)
+    return _tile(s, acc, out, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+
+
+def work(st: Stage) -> int | None:
+    """Multiply-adds when all extents are known."""
+    assert st.reduction is not None
+    n = 1
+    for a in (*st.axes, *st.reduction.attr[1]):
+        if a.extent.op != "const":
+            return None
+        n *= a.extent.attr
+    return n
+
+
+def _accumulator(s: Schedule) -> str | None:
+    """The one reduction stage, if it is a plain sum of products."""
+    reds = [st for st in s.stages.values() if st.reduction is not None]
+    if len(reds) != 1:
+        return None
+    r = reds[0].reduction
+    assert r is not None
+    if r.attr[0] != "sum" or len(r.args) != 1 or _product(r.args[0]) is None:
+        return None
+    return reds[0].name
+
+
+def _product(e: Expr) -> tuple[Expr, Expr] | None:
+    while e.op == "cast":
+        e = e.args[0]
+    if e.op != "mul" or not loads(e.args[0]) or not loads(e.args[1]):
+        return None
+    return e.args[0], e.args[1]
+
+
+def _factors(st: Stage) -> tuple[Expr, Expr]:
+    assert st.reduction is not None
+    f = _product(st.reduction.args[0])
+    assert f is not None
+    return f
+
+
+def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
+    """``O = sum(..)`` becomes ``O.acc = sum(..); O = O.acc``."""
+    st = s.stages[out]
+    ren = {a.var: var(a.name + "'", lo=0, hi=a.extent - 1) for a in st.axes}
+    ab = replace(st.buf, name=f"{out}.acc")
+    ext = dict(s.ext)
+    for k in [k for k in ext if k.attr[0].startswith(out + ".")]:
+        del ext[k]
+    a_st = _pull_stage(Pull(ab, tuple(Axis(ren[a.var], a.extent) for a in st.axes), substitute(st.expr, ren)), ext)
+    o_st = _pull_stage(Pull(st.buf, st.axes, load(ab, [a.var for a in st.axes])), ext)
+    return replace(s, stages={ab.name: a_st, out: o_st}, ext=ext, trace=(*s.trace, ("epilogue", out))), ab.name
+
+
+# ---------------------------------------------------------------- tile choice
+
+
+def tile(m: Expr, n: Expr, lanes: int, registers: int, total_m: Expr) -> tuple[int, int]:
+    """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
+
+    Two FMAs and two loads a cycle, four cycles of FMA latency; accumulators, the panel's vectors and one broadcast share the
+    registers."""
+    mm = m.attr if m.op == "const" else 96
+    nn = n.attr if n.op == "const" else 256
+    best: tuple[float, int, int] | None = None
+    for nr in range(1, 9):
+        if nr > 1 and (nr - 1) * lanes >= nn:
+            break
+        for mu in range(1, 29):
+            if mu * nr + nr + 1 > registers or mu > mm:
+                break
+            c = 0.0
+            for rows, times in ((mu, mm // mu), (mm % mu, 1)):
+                if rows:
+                    c += times * max(rows * nr / 2, (rows + nr) / 2, 4.0)
+            c *= -(-nn // (nr * lanes))
+            c *= 1 + 0.01 * (mu == 1)
+            if best is None or c < best[0] * 0.999:
+                best = (c, mu, nr)
+    assert best is not None
+    return best[1], best[2]
+
+
+# ---------------------------------------------------------------- rewriting towards a GEMM
+
+
+def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
+    """A masked (padded) load of the contraction becomes a plain load of a padded copy, made by a stage of its own."""
+    st = s.stages[acc]
+    for x in loads(st.expr):
+        buf, idx, mask, other = load_parts(x)
+        if mask is None or other is None or not is_const(other):
+            continue
+        box = [bounds(i) for i in idx]
+        if any(lo is None or hi is None for lo, hi in box):
+            continue
+        base = [min(lo, 0) for lo, _ in box]  # type: ignore[type-var]
+        shape = [hi - b + 1 for (_, hi), b in zip(box, base, strict=True)]  # type: ignore[operator]
+        if any(n.op != "const" for n in buf.shape):
+            continue
+        shape = [max(k, n.attr - b) if b == 0 and k <= n.attr else k for k, n, b in zip(shape, buf.shape, base, strict=True)]
+        ax = [axis(f"x{d}", n) for d, n in enumerate(shape)]
+        src = [a.var + b for a, b in zip(ax, base, strict=True)]
+        inside = const(0).eq(0)
+        for i, n in zip(src, buf.shape, strict=True):
+            inside = inside & (const(0) <= i) & (i < n)
+        pb = replace(buf, name=f"{buf.name}.pad", shape=tuple(a.extent for a in ax), scope="global", writable=True)
+        ext = dict(s.ext)
+        pst = _pull_stage(Pull(pb, tuple(ax), load(buf, src, inside, other)), ext)
+
+        def repl(e: Expr, x: Expr = x, pb: Any = pb, idx: Any = idx, base: Any = base) -> Expr | None:
+            return load(pb, [i - b for i, b in zip(idx, base, strict=True)]) if e is x else None
+
+        stages = {pb.name: pst, **s.stages, acc: replace(st, expr=rewrite(st.expr, repl))}
+        s = replace(s, stages=stages, ext=ext, trace=(*s.trace, ("pad", buf.name)))
+        s = pointwise(s, pb.name, caps)
+        st = s.stages[acc]
+    return s
+
+
+def _merge(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
+    """Adjacent row axes that every access of accumulator and epilogue walks as one become one axis."""
+    stages = [s.stages[n] for n in names]
+    rank = len(stages[0].axes)
+    ok_pos = {i for i, a in enumerate(stages[0].axes) if a.var in allowed}
+    ext = dict(s.ext)
+    k = rank - 2
+    while k > 0:
+        if k in ok_pos and k - 1 in ok_pos and all(_walks_as_one(st, k) for st in stages):
+            stages = [_join_axes(st, k) for st in stages]
+            ok_pos = {i if i < k else i - 1 for i in ok_pos if i != k}
+            s = replace(s, trace=(*s.trace, ("merge", names[0], k)))
+        k -= 1
+    if len(stages[0].axes) == rank:
+        return s
+    out = dict(s.stages)
+    # the accumulator's buffer lost a dimension: the epilogue must load it so
+    a_st, o_st = stages
+    for key in [key for key in ext if key.attr[0].rsplit(".", 1)[0] in names]:
+        del ext[key]
+    for st in (a_st, o_st):
+        out[st.name] = _pull_stage(Pull(st.buf, st.axes, st.expr), ext)
+    return replace(s, stages=out, ext=ext)
+
+
+def _walks_as_one(st: Stage, k: int) -> bool:
+    a, b = st.axes[k - 1], st.axes[k]
+    for x in loads(st.expr):
+        buf, idx, m, _ = load_parts(x)
+        if m is not None:
+            return False
+        e = flat(buf, idx)
+        da, db = stride(e, a.var), stride(e, b.var)
+        if da is None or db is None or (da is not db * b.extent and not is_const(b.extent, 1)):
+            return False
+    inside = {y for x in loads(st.expr) for i in load_parts(x)[1] for y in walk(i)}
+    return not any(y in (a.var, b.var) and y not in inside for y in walk(st.expr))
+
+
+def _join_axes(st: Stage, k: int) -> Stage:
+    a, b = st.axes[k - 1], st.axes[k]
+    f = axis(f"_u{a.name.lstrip('_u')}{b.name.lstrip('_u')}", a.extent * b.extent)
+    env = {a.var: f.var, b.var: const(0)} if is_const(b.extent, 1) else {a.var: const(0), b.var: f.var}
+
+    def view(x: Expr) -> Expr | None:
+        if x.op != "load":
+            return None
+        lb, idx, m, o = load_parts(x)
+        if not any(free_vars(i) & env.keys() for i in idx):
+            return None
+        fb = replace(lb, shape=(lb.size(),))
+        return load(fb, (substitute(flat(lb, idx), env),), m, o)
+
+    axes = (*st.axes[: k - 1], f, *st.axes[k + 1 :])
+    buf = replace(st.buf, shape=tuple(x.extent for x in axes))
+
+    def own(x: Expr) -> Expr | None:  # the epilogue's load of the accumulator keeps one index per axis
+        if x.op == "load" and x.attr[0].name != st.name and x.attr[0].scope == "global" and x.attr[0].rank == len(st.axes):
+            lb, idx, m, o = load_parts(x)
+            if all(i is y.var for i, y in zip(idx, st.axes, strict=True)):
+                nb = replace(lb, shape=buf.shape)
+                return load(nb, [y.var for y in axes])
+        return None
+
+    e = _rewrite_loads(st.expr, own, view)
+    return replace(st, buf=buf, axes=axes, expr=e)
+
+
+def _rewrite_loads(e: Expr, own: Any, view: Any) -> Expr:
+    def f(x: Expr) -> Expr | None:
+        r = own(x)
+        return view(x) if r is None else r
+
+    return rewrite(e, f)
+
+
+def _merge_reduce(s: Schedule, acc: str) -> Schedule:
+    """Adjacent reduction axes that both factors walk as one become one (kw and ic of an unpadded row, for instance)."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    axes = list(red.attr[1])
+    e = red.args[0]
+    k = len(axes) - 1
+    while k > 0:
+        a, b = axes[k - 1], axes[k]
+        good = True
+        for x in loads(e):
+            buf, idx, m, _ = load_parts(x)
+            f = flat(buf, idx)
+            da, db = stride(f, a.var), stride(f, b.var)
+            good = good and m is None and da is not None and db is not None and (da is db * b.extent or is_const(b.extent, 1))
+        if good:
+            j = axis(f"{a.name}{b.name}", a.extent * b.extent)
+            env = {a.var: j.var, b.var: const(0)} if is_const(b.extent, 1) else {a.var: const(0), b.var: j.var}
+
+            def view(x: Expr, env: Any = env) -> Expr | None:
+                if x.op != "load":
+                    return None
+                lb, idx, m, o = load_parts(x)
+                if not any(free_vars(i) & env.keys() for i in idx):
+                    return None
+                return load(replace(lb, shape=(lb.size(),)), (substitute(flat(lb, idx), env),), m, o)
+
+            e = rewrite(e, view)
+            axes[k - 1 : k + 1] = [j]
+        k -= 1
+    if len(axes) == len(red.attr[1]):
+        return s
+    from luthier.ir.compute import reduce_
+
+    ext = {k2: v2 for k2, v2 in s.ext.items() if k2.attr[0].rsplit(".", 1)[0] != acc}
+    st2 = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, e)), ext)
+    return replace(s, stages={**s.stages, acc: st2}, ext=ext, trace=(*s.trace, ("merge_reduce", acc)))
+
+
+# ---------------------------------------------------------------- packing and tiling
+
+
+def _packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bool:
+    """P reads one parameter whose dimension along ``v`` is indexed by v alone, and either it is constant or its lanes are strided."""
+    ls = [x for x in loads(p) if v in free_vars(x)]
+    if len(ls) != 1:
+        return False
+    buf, idx, m, _ = load_parts(ls[0])
+    if m is not None or buf.scope != "param" or sum(i is v for i in idx) != 1 or sum(v in free_vars(i) for i in idx) != 1:
+        return False
+    if any(i.op not in ("var", "const") for i in idx):
+        return False
+    if buf.name in constants:
+        return True
+    d = stride(flat(buf, idx), v)
+    return d is None or not is_const(d, 1)
+
+
+def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Schedule, bool]:
+    x = next(x for x in loads(p) if v in free_vars(x))
+    buf, idx, _, _ = load_parts(x)
+    d = next(k for k, i in enumerate(idx) if i is v)
+    red = s.stages[acc].reduction
+    assert red is not None
+    rank = {a.var: n for n, a in enumerate(red.attr[1])}
+    batch = [k for k, i in enumerate(idx) if k != d and i not in rank]
+    inner = sorted((k for k, i in enumerate(idx) if i in rank), key=lambda k: rank[idx[k]])
+    s = pack(s, buf.name, (*batch, d, *inner), {d: nv})
+    return s, all(v not in free_vars(y) or y.attr[0].name == f"{buf.name}.pack" for y in loads(s.stages[acc].expr))
+
+
+def _tile(
+    s: Schedule, acc: str, out: str, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
+    mblock: int | None, order: str | None,
+) -> Schedule:
+    o = s.stages[out]
+    names = [lp.name for lp in o.loops]
+    upos = [i for i, a in enumerate(s.stages[acc].axes) if a.var in {u.var for u in us}]
+    v = names[-1]
+    n = s.static_extent(o.loops[-1].var)
+    s = split(s, v, nv, "guard", into=(f"{out}.vo", f"{out}.vi"))
+    outer = [x for i, x in enumerate(names[:-1]) if i not in upos]
+    rows = [names[i] for i in upos]
+    tail_rows: list[str] = []
+    if rows:
+        u = rows.pop()
+        m = s.static_extent(s.stages[out].loops[s.stages[out].find(u)].var)
+        s = split(s, u, mu, "cut" if m is not None else "guard", into=(f"{out}.uo", f"{out}.ui"))
+        s = annotate(s, f"{out}.ui", "unroll")
+        tail_rows = [f"{out}.uo", f"{out}.ui"]
+    weights = _bytes(s, acc)
+    panels_outer = order == "panels" if order else not depthwise and (weights is None or weights > caps.l2 // 2)
+    if panels_outer:
+        seq = [*outer, f"{out}.vo", *rows, *tail_rows, f"{out}.vi"]
+        par = [*outer, f"{out}.vo"]
+    else:
+        seq = [*outer, *rows, f"{out}.vo", *tail_rows, f"{out}.vi"]
+        par = [*outer, *rows, f"{out}.vo"]
+    s = reorder(s, *seq)
+    if len(par) == 1 and n is not None and n <= nv and not rows and f"{out}.uo" in seq:
+        m = s.static_extent(s.stages[out].loops[s.stages[out].find(f"{out}.uo")].var)
+        if m is None or m > 2:  # one panel only: share the rows out
+            s = reorder(s, f"{out}.uo", f"{out}.vo")
+            par = [f"{out}.uo"]
+    at = f"{out}.uo" if tail_rows else f"{out}.vo"
+    if par == [f"{out}.uo"]:
+        at = f"{out}.vo"
+    while len(par) > 1:
+        s = fuse(s, par[0], par[1])
+        f = s.stages[out].loops[0].name
+        if at == par[1]:
+            at = f
+        par = [f, *par[2:]]
+    if par:
+        s = annotate(s, par[0], "parallel")
+    s = _lanes(s, f"{out}.vi", nv, lanes)
+    s = stage(s, acc, at=at, pad=(len(s.stages[acc].axes) - 1,) if padded else ())
+    a = s.stages[acc]
+    reds = [lp.name for lp in a.loops if lp.reduce]
+    vl = a.loops[len(a.axes) - 1].name
+    ul = [lp.name for i, lp in enumerate(a.loops[: len(a.axes) - 1])]
+    s = reorder(s, *[x for i, x in enumerate(ul) if i not in upos[-1:]], *reds, *[x for i, x in enumerate(ul) if i in upos[-1:]], vl)
+    s = _lanes(s, vl, nv, lanes)
+    if upos:
+        s = annotate(s, ul[upos[-1]], "unroll")
+    small = 1
+    for r in reversed(reds):
+        k = s.static_extent(next(lp.var for lp in a.loops if lp.name == r))
+        if k is not None and small * k <= (9 if depthwise else ku):
+            s = annotate(s, r, "unroll")
+            small *= k
+        else:
+            if k is not None and r == reds[-1] and ku > 1 and k % ku == 0 and k > ku:
+                s = split(s, r, ku)
+                s = annotate(s, f"{r}.1", "unroll")
+            break
+    return s
+
+
+def _lanes(s: Schedule, loop: str, width: int, lanes: int) -> Schedule:
+    """A loop over ``width`` columns becomes unrolled vectors of ``lanes``."""
+    if width > lanes:
+        s = split(s, loop, lanes)
+        s = annotate(s, f"{loop}.0", "unroll")
+        loop = f"{loop}.1"
+    return annotate(s, loop, "vectorize")
+
+
+def _bytes(s: Schedule, acc: str) -> int | None:
+    """Bytes of the packed factor, when static."""
+    for x in loads(s.stages[acc].expr):
+        b = x.attr[0]
+        if b.name.endswith(".pack"):
+            n = b.size()
+            return int(n.attr * b.dtype.itemsize) if n.op == "const" else None
+    return None
