@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.builder import operator
+from luthier.ir.dtypes import f32
 from luthier.ir.errors import InputError, LuthierError
-from luthier.ir.graph import Graph, Node, Value
+from luthier.ir.expr import Expr
+from luthier.ir.graph import Graph, Node, TensorType, Value
 
 Array = np.ndarray[Any, Any]
 
@@ -17,12 +19,29 @@ Array = np.ndarray[Any, Any]
 def evaluate_graph(graph: Graph, feeds: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """(outputs by name, every intermediate value by name) for inputs by name. Raises InputError when an input is missing."""
     env: dict[Value, Array] = {}
+    env[_SYMBOLS] = {}  # type: ignore[assignment]
     for v in graph.inputs:
         if v.name not in feeds:
             raise InputError(f"input {v.name!r} is missing; expected {[i.name for i in graph.inputs]}")
         env[v] = np.asarray(feeds[v.name]).astype(v.dtype.numpy, copy=False)
+        bind_symbols(env, v)
     outs = run_nodes(graph, env)
-    return {v.name: a for v, a in zip(graph.outputs, outs, strict=True)}, {v.name: a for v, a in env.items()}
+    return {n: a for (n, _), a in zip(graph.results(), outs, strict=True)}, {v.name: a for v, a in env.items() if v is not _SYMBOLS}
+
+
+_SYMBOLS = Value("symbols", TensorType.of(f32, ()))
+
+
+def bind_symbols(env: dict[Value, Array], v: Value) -> None:
+    """Learn the values of symbols that stand alone as a dimension of ``v``, or that are read from its elements."""
+    table: dict[Expr, int] = env[_SYMBOLS]  # type: ignore[assignment]
+    a = env[v]
+    for s, n in zip(v.shape, a.shape, strict=False):
+        if s.op == "var":
+            table[s] = n
+    if v.bound and v.content is not None:
+        for s, x in zip(v.content, a.reshape(-1), strict=True):
+            table[s] = int(x)
 
 
 def run_nodes(graph: Graph, env: dict[Value, Array]) -> list[Array]:
@@ -30,6 +49,7 @@ def run_nodes(graph: Graph, env: dict[Value, Array]) -> list[Array]:
     for n in graph.nodes:
         for v, a in zip(n.outputs, evaluate_node(n, env), strict=False):
             env[v] = np.asarray(a)
+            bind_symbols(env, v)
     return [read(env, v) for v in graph.outputs]
 
 
@@ -40,6 +60,11 @@ def read(env: Mapping[Value, Array], v: Value) -> Array:
 def evaluate_node(n: Node, env: dict[Value, Array]) -> list[Array]:
     """The outputs of one node. Raises LuthierError naming it."""
     args = [None if v is None else read(env, v) for v in n.inputs]
+    if n.op == "Content":
+        from luthier.ir.interp import evaluate_expr
+
+        table: dict[Expr, int] = env[_SYMBOLS]  # type: ignore[assignment]
+        return [np.array([evaluate_expr(e, table) for e in v.content or ()]).astype(v.dtype.numpy).reshape([int(evaluate_expr(s, table)) for s in v.shape]) for v in n.outputs]
     if n.op in _CONTROL:
         return _CONTROL[n.op](n, args, env)
     try:

@@ -121,17 +121,25 @@ class Node:
 
 @dataclass(eq=False, slots=True)
 class Graph:
-    """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place."""
+    """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place.
+
+    ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
+    input, a constant, or the same value twice."""
 
     name: str
     inputs: list[Value]
     outputs: list[Value]
     nodes: list[Node]
     aliases: dict[str, str] = field(default_factory=dict)
+    output_names: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]
         return "\n".join(lines + [f"  {n}" for n in self.nodes]) + "\n"
+
+    def results(self) -> list[tuple[str, Value]]:
+        """(name for callers, value) of the outputs in order."""
+        return list(zip(self.output_names or tuple(v.name for v in self.outputs), self.outputs, strict=True))
 
     def producers(self) -> dict[Value, Node]:
         return {v: n for n in self.nodes for v in n.outputs}

@@ -114,7 +114,7 @@ class _Importer:
             inputs.append(v)
         self._nodes(g.node, scope)
         outputs = self._outputs(g, scope)
-        return Graph(g.name or "model", inputs, outputs, self.nodes)
+        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(o.name for o in g.output))
 
     def _outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
         out = []
@@ -125,20 +125,6 @@ class _Importer:
                 raise InvalidModel(f"graph {g.name!r} declares the output {o.name!r}, which no node produces") from None
             if v is None:
                 raise InvalidModel(f"output {o.name!r} of graph {g.name!r} is an optional value that was left out")
-            out.append(v)
-        return self._distinct(out, [o.name for o in g.output])
-
-    def _distinct(self, values: list[Value], wanted: list[str]) -> list[Value]:
-        """Graph outputs keep their ONNX names even where an input, a constant or one value twice is returned."""
-        produced = {v for n in self.nodes for v in n.outputs}
-        seen: set[Value] = set()
-        out = []
-        for v, name in zip(values, wanted, strict=True):
-            if v.name != name or v in seen or v not in produced:
-                w = Value(self.names.fresh(name), v.type, None, v.content)
-                self.nodes.append(Node("Identity", (v,), (w,), {}, w.name, ""))
-                v = w
-            seen.add(v)
             out.append(v)
         return out
 
@@ -162,21 +148,9 @@ class _Importer:
             scope.values[i.name] = v
             ins.append(v)
         self._nodes(g.node, scope)
-        outs = self._branch_outputs(g, scope)
+        outs = self._outputs(g, scope)
         nodes, self.nodes = self.nodes, saved
         return Graph(scope.prefix.rstrip("/"), ins, outs, nodes)
-
-    def _branch_outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
-        out = []
-        for o in g.output:
-            try:
-                v = scope.find(o.name)
-            except KeyError:
-                raise InvalidModel(f"subgraph {g.name!r} declares the output {o.name!r}, which no node produces") from None
-            if v is None:
-                raise UnsupportedOperator(f"subgraph {g.name!r} returns an optional value that was left out")
-            out.append(v)
-        return out
 
     # ---------------------------------------------------------------- inputs
 
@@ -325,7 +299,7 @@ class _Importer:
         inner = _Scope(scope, scope.opsets, f"{scope.prefix}{g.name or 'branch'}.{self.serial}/")
         self._initializers(g, inner)
         self._nodes(g.node, inner)
-        for o, v in zip(n.output, self._branch_outputs(g, inner), strict=False):
+        for o, v in zip(n.output, self._outputs(g, inner), strict=False):
             scope.values[o] = v
 
     def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:

@@ -112,3 +112,11 @@ class Scan(Op):
             a = a + s.type.rank + 1 if a < 0 else a
             out.append(TensorType(s.dtype, (*s.shape[:a], length, *s.shape[a:])))
         return out
+
+
+@op("Content")
+class Content(Op):
+    """No inputs; the outputs' elements are the index expressions that they carry as ``content``."""
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        return [v.type for v in node.outputs]

@@ -1,0 +1,627 @@
+"""Groups to a Program: kernels scheduled and deduplicated, tensors in buffers, control flow as statements.
+
+Before: a graph. After: ``call matmul_add(x, w, b, t); view u = t; call softmax(u, y)`` over buffers. Groups nobody needs are
+never scheduled: need is propagated backwards from the outputs through what the kernels really read, so that shape arithmetic
+costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from luthier.ir.compute import Compute, axis, pull
+from luthier.ir.dtypes import DType, boolean, i64, index
+from luthier.ir.errors import LuthierError, UnsupportedOperator
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, var
+from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, block
+from luthier.ir.op import Kernel
+from luthier.ir.printer import format_compute, format_func
+from luthier.ir.program import Program
+from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
+from luthier.passes.join_computes import Joined, join
+from luthier.passes.materialize_contents import CONTENT
+
+Array = np.ndarray[Any, Any]
+
+
+class Scheduled(Protocol):
+    """What the scheduler returns for a Compute (:class:`luthier.schedules.select.Kernels`)."""
+
+    funcs: tuple[Func, ...]
+    temps: tuple[Buffer, ...]
+    packed: dict[str, Array]
+
+
+ScheduleFn = Callable[[Compute, Mapping[str, Array]], Scheduled]
+KernelFn = Callable[[Func], Func]
+
+
+def build_program(graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn) -> Program:
+    """``schedule``: Compute and constant parameters to kernels; ``finish_kernel``: loop passes for hand-written kernels.
+
+    Raises UnsupportedOperator for control flow that has no lowering, and whatever the operators raise."""
+    return _Builder(graph, schedule, finish_kernel).program()
+
+
+@dataclass(slots=True)
+class _Item:
+    """One group on its way to statements. ``work``: Joined, Kernel, or None for views, contents and control flow."""
+
+    group: Group
+    work: Joined | Kernel | None
+    reads: list[Value]
+    symbols: set[Expr]
+    forwarded: bool = False
+    wanted: list[Value] = field(default_factory=list)
+
+    @property
+    def node(self) -> Node:
+        return self.group.nodes[0]
+
+
+class _Builder:
+    def __init__(self, graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn) -> None:
+        self.graph, self.schedule, self.finish_kernel = graph, schedule, finish_kernel
+        self.names: set[str] = set()
+        self.storage: dict[Value, Buffer] = {}
+        self.buffers: list[Buffer] = []
+        self.views: dict[str, tuple[str, Expr]] = {}
+        self.constants: dict[str, Array] = {}
+        self.const_keys: dict[Any, Buffer] = {}
+        self.alive: list[Array] = []
+        self.kernels: dict[str, Func] = {}
+        self.kernel_texts: dict[str, str] = {}
+        self.cache: dict[str, Scheduled] = {}
+        self.nodes: dict[int, tuple[str, ...]] = {}
+        self.calls = 0
+
+    # ---------------------------------------------------------------- the whole
+
+    def program(self) -> Program:
+        inputs, dims = [], {}
+        for i, v in enumerate(self.graph.inputs):
+            b = Buffer(v.name, v.dtype, v.shape, "param", False)
+            self.names.add(v.name)
+            self.storage[v] = b
+            inputs.append(b)
+            for k, s in enumerate(v.shape):
+                if s.op == "var":
+                    dims.setdefault(s, (i, k))
+        outputs, outs, output_names = [], [], {}
+        for name, v in self.graph.results():
+            b = Buffer(self.fresh(name), v.dtype, v.shape, "param", True)
+            if b.name != name:
+                output_names[b.name] = name
+            outputs.append(b)
+            outs.append((v, b))
+        defined = set(dims)
+        read = [Let(s, cast(self.at(self.storage[v], k), index)) for v in self.graph.inputs for k, s in enumerate(v.content or ()) if v.bound]
+        defined |= {s.var for s in read}
+        body = self.block(self.graph, outs, defined)
+        used = self._used_symbols(body)
+        return Program(
+            self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
+            block(*(s for s in read if s.var in used), *body), self.views, self.nodes, output_names,
+        )  # fmt: skip
+
+    def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
+        from luthier.ir.loop import exprs_of, walk_stmts
+
+        out: set[Expr] = set()
+        for s in body:
+            for t in walk_stmts(s):
+                for e in exprs_of(t):
+                    out |= free_vars(e)
+        for b in self.buffers:
+            for e in b.shape:
+                out |= free_vars(e)
+        for v in self.graph.outputs:
+            out |= type_symbols(v.type)
+        return out
+
+    def fresh(self, base: str) -> str:
+        base = re.sub(r"[^\w.:/-]", "_", base) or "t"
+        name, k = base, 0
+        while name in self.names:
+            k += 1
+            name = f"{base}.{k}"
+        self.names.add(name)
+        return name
+
+    # ---------------------------------------------------------------- a block: backwards for need, forwards for statements
+
+    def block(self, graph: Graph, outs: Sequence[tuple[Value, Buffer]], defined: set[Expr]) -> list[Stmt]:
+        """Statements that compute ``graph`` and leave each output value in its buffer. ``defined``: symbols known outside."""
+        groups = fuse_operators(graph)
+        makes = self._makers(groups, defined)
+        needed = {v for v, _ in outs}
+        symbols = set().union(*(type_symbols(v.type) for v, _ in outs)) if outs else set()
+        items: list[_Item] = []
+        for g in reversed(groups):
+            wanted = [v for n in g.nodes for v in n.outputs if v in needed]
+            if not wanted and not symbols & makes.get(g, set()):
+                continue
+            it = self._prepare(g)
+            it.wanted = wanted
+            needed.update(it.reads)
+            symbols |= it.symbols
+            items.append(it)
+        items.reverse()
+        self._bind_outputs(items, outs)
+        stmts: list[Stmt] = []
+        for it in items:
+            try:
+                self._emit(it, stmts, symbols, defined)
+            except LuthierError as e:
+                raise e.at(node=it.node.name, op=it.node.op) from None
+        done: set[str] = set()
+        for v, b in outs:
+            s = self.storage.get(v)
+            if (s is b or (s is not None and self.views.get(s.name, ("",))[0] == b.name)) and b.name not in done:
+                done.add(b.name)
+                continue
+            self._copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
+        return stmts
+
+    def _makers(self, groups: Sequence[Group], defined: set[Expr]) -> dict[Group, set[Expr]]:
+        """Symbols that each group decides: loaded from a value it stores, or extents that its kernel finds."""
+        seen = set(defined)
+        out: dict[Group, set[Expr]] = {}
+        for g in groups:
+            mine: set[Expr] = set()
+            for n in g.nodes:
+                for v in n.outputs:
+                    mine |= type_symbols(v.type) - seen
+                    if v.bound and v.content is not None:
+                        mine |= set(v.content) - seen
+            seen |= mine
+            if mine:
+                out[g] = mine
+        return out
+
+    def _prepare(self, g: Group) -> _Item:
+        n = g.nodes[0]
+        shapes = set().union(*(type_symbols(v.type) for v in g.outputs))
+        if n.op == CONTENT:
+            return _Item(g, None, [], shapes | {s for v in n.outputs for e in v.content or () for s in free_vars(e)})
+        if n.op in _CONTROL:
+            reads = [v for v in node_reads(n) if v.data is None]
+            return _Item(g, None, reads, shapes | _graph_symbols(n))
+        if all(kind_of(m) == VIEW for m in g.nodes):
+            v = n.inputs[0]
+            assert v is not None
+            return _Item(g, None, [v], shapes)
+        work = join(g.name, g.nodes, g.outputs)
+        if isinstance(work, Kernel):
+            reads = [v for v in n.inputs if v is not None and v.data is None]
+            extra = {s for b in work.temps for e in b.shape for s in free_vars(e)} | {s for c in work.capacity.values() for e in c for s in free_vars(e)}
+            return _Item(g, work, reads, (shapes | extra | set(work.func.scalars)) - set(work.symbols))
+        reads = [v for v in work.params.values() if v.data is None]
+        return _Item(g, work, reads, shapes | set(work.compute.dims))
+
+    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]]) -> None:
+        """Producers write straight into output buffers, through views where the shape differs."""
+        makers = {v: it for it in items for n in it.group.nodes for v in n.outputs}
+        taken: set[Value] = set(self.storage)
+        for v, b in outs:
+            it = makers.get(v)
+            chain: list[Value] = []
+            while it is not None and it.work is None and it.node.op not in _CONTROL and it.node.op != CONTENT and v not in taken:
+                chain.append(v)
+                u = it.node.inputs[0]
+                assert u is not None
+                v, it = u, makers.get(u)
+            if it is None or v in taken or any(c in taken for c in chain):
+                continue
+            if isinstance(it.work, Kernel) and it.work.capacity or (it.node.op in _CONTROL and type_symbols(v.type) - {s for s in type_symbols(b_type(b))}):
+                continue
+            if it.node.op in ("Loop", "Scan"):
+                continue
+            top = chain[0] if chain else v
+            self.storage[top] = b
+            taken.add(top)
+            for c in [*chain[1:], *([v] if chain else [])]:
+                self.storage[c] = self._view(c, b)
+                taken.add(c)
+            for c in chain:
+                makers[c].forwarded = True
+
+    # ---------------------------------------------------------------- buffers
+
+    def buffer_of(self, v: Value) -> Buffer:
+        """Where ``v`` lives; constants are added on first use."""
+        b = self.storage.get(v)
+        if b is None:
+            if v.data is not None:
+                b = self.constant(v.name, v.data, v.dtype)
+            else:
+                b = self.temp(v.name, v.dtype, v.shape)
+            self.storage[v] = b
+        return b
+
+    def temp(self, name: str, dtype: DType, shape: Sequence[Expr]) -> Buffer:
+        b = Buffer(self.fresh(name), dtype, tuple(shape), "global", True)
+        self.buffers.append(b)
+        return b
+
+    def constant(self, name: str, data: Array, dtype: DType) -> Buffer:
+        """The constant as a buffer; equal small ones and the very same large ones are stored once."""
+        key: Any = (data.tobytes(), dtype, data.shape) if data.nbytes <= 4096 and data.dtype != object else (id(data), dtype, data.shape)
+        b = self.const_keys.get(key)
+        if b is None:
+            b = Buffer(self.fresh(name), dtype, tuple(as_expr(s) for s in data.shape), "const", False)
+            self.const_keys[key] = b
+            self.alive.append(data)
+            self.constants[b.name] = np.ascontiguousarray(data).reshape(data.shape)
+        return b
+
+    def _view(self, v: Value, base: Buffer) -> Buffer:
+        root, offset = self.views.get(base.name, (base.name, const(0)))
+        b = Buffer(self.fresh(v.name), v.dtype, v.shape, base.scope if base.scope != "const" else "global", base.writable)
+        self.views[b.name] = (root, offset)
+        return b
+
+    def at(self, b: Buffer, k: int | Expr) -> Expr:
+        """Element ``k`` in row-major order."""
+        return load(replace(b, shape=(b.size(),)), [as_expr(k)])
+
+    # ---------------------------------------------------------------- statements
+
+    def _emit(self, it: _Item, stmts: list[Stmt], symbols: set[Expr], defined: set[Expr]) -> None:
+        n = it.node
+        if n.op == CONTENT:
+            for v in it.wanted:
+                b = self.buffer_of(v)
+                flat = replace(b, shape=(b.size(),))
+                for k, e in enumerate(v.content or ()):
+                    stmts.append(Store(flat, (const(k),), cast(e, v.dtype)))
+        elif n.op in _CONTROL:
+            _CONTROL[n.op](self, it, stmts, defined)
+        elif it.work is None:
+            self._emit_views(it, stmts)
+        elif isinstance(it.work, Kernel):
+            self._emit_kernel(it, it.work, stmts)
+        else:
+            self._emit_compute(it, it.work, stmts)
+        for m in it.group.nodes:
+            for v in m.outputs:
+                if v.bound and v.content is not None:
+                    for k, s in enumerate(v.content):
+                        if s in symbols:
+                            stmts.append(Let(s, cast(self.at(self.buffer_of(v), k), index)))
+                            defined.add(s)
+
+    def _emit_views(self, it: _Item, stmts: list[Stmt]) -> None:
+        if it.forwarded:
+            return
+        for n in it.group.nodes:
+            (u, v) = n.inputs[0], n.outputs[0]
+            assert u is not None
+            src = self.buffer_of(u)
+            if v in self.storage:
+                self._copy(src, self.storage[v], stmts, (n.name,))
+            elif u.data is not None:
+                self.storage[v] = self.constant(v.name, u.data, u.dtype)
+            else:
+                self.storage[v] = self._view(v, src)
+
+    def _emit_compute(self, it: _Item, work: Joined, stmts: list[Stmt]) -> None:
+        args: dict[str, Buffer] = {}
+        consts: dict[str, Array] = {}
+        key = format_compute(replace(work.compute, name="k"))
+        for name, v in work.params.items():
+            if v.data is not None:
+                consts[name] = v.data
+            else:
+                args[name] = self.buffer_of(v)
+        for name, v in work.outs.items():
+            args[name] = self.buffer_of(v)
+        key += ",".join(sorted(consts))
+        k = self.cache.get(key)
+        if k is None:
+            k = self.cache[key] = self.schedule(work.compute, consts)
+            packed = k.packed
+        elif k.packed:
+            packed = self._repack(k, work, consts)
+        else:
+            packed = {}
+        for name, a in packed.items():
+            args[name] = self.constant(f"{it.node.name}.{name}", a, work_dtype(k, name, a))
+        read = {b.name for f in k.funcs for b in f.buffers}
+        for name, v in work.params.items():
+            if v.data is not None and name in read:
+                args[name] = self.buffer_of(v)
+        for t in k.temps:
+            args[t.name] = self.temp(f"{it.node.name}.{t.name}", t.dtype, t.shape)
+        names = tuple(m.name for m in it.group.nodes)
+        for f in k.funcs:
+            self._call(f, args, {}, stmts, names)
+
+    def _repack(self, k: Scheduled, work: Joined, consts: Mapping[str, Array]) -> dict[str, Array]:
+        """The packed constants of an equal Compute with other weights."""
+        packings = getattr(k, "packings", None)
+        if packings is not None:
+            return {name: p.apply(consts[p.param]) for name, p in packings.items() if p.param in consts}
+        return self.schedule(work.compute, consts).packed
+
+    def _call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
+        callee = self.kernel(f)
+        actual = [scalars.get(p, p) if isinstance(p, Expr) else args[p.name] for p in f.params]
+        self.nodes[self.calls] = names
+        self.calls += 1
+        stmts.append(Call(callee, tuple(actual)))
+
+    def kernel(self, f: Func) -> str:
+        """The name under which ``f`` is stored; equal kernels once."""
+        text = format_func(replace(f, name="k")) + "".join(f"{n}:{a.dtype}{a.tobytes().hex()}" for n, a in sorted(f.data.items()))
+        name = self.kernel_texts.get(text)
+        if name is None:
+            base = re.sub(r"\W", "_", f.name)
+            name, k = base, 1
+            while name in self.kernels:
+                k += 1
+                name = f"{base}_{k}"
+            self.kernel_texts[text] = name
+            self.kernels[name] = replace(f, name=name)
+        return name
+
+    def _emit_kernel(self, it: _Item, work: Kernel, stmts: list[Stmt]) -> None:
+        n = it.node
+        args: dict[str, Buffer] = {}
+        order: list[Value] = []
+        for v in n.inputs:
+            if v is not None and v not in order:
+                args[f"p{len(order)}"] = self.buffer_of(v)
+                order.append(v)
+        later: list[tuple[Value, Buffer]] = []
+        for v, name in zip(it.group.outputs, [f"o{i}" for i in range(len(it.group.outputs))], strict=True):
+            cap = work.capacity.get(name)
+            if cap is not None:
+                args[name] = self.temp(v.name + ".capacity", v.dtype, cap)
+                later.append((v, args[name]))
+            else:
+                args[name] = self.buffer_of(v)
+        for b in work.func.buffers:
+            if b.name not in args:
+                args[b.name] = self.temp(f"{n.name}.{b.name}", b.dtype, b.shape)
+        self._call(self.finish_kernel(work.func), args, {}, stmts, (n.name,))
+        for s, (name, k) in work.symbols.items():
+            stmts.append(Let(s, cast(self.at(args[name], k), index)))
+        for v, b in later:
+            self.storage[v] = self._view(v, b)
+
+    def _copy(self, src: Buffer | tuple[Buffer, Expr], dst: Buffer | tuple[Buffer, Expr], stmts: list[Stmt], names: tuple[str, ...], size: Expr | None = None) -> None:
+        """All elements of ``src`` to ``dst`` in row-major order."""
+        b = src if isinstance(src, Buffer) else src[0]
+        n = var("n")
+        a = axis("i", n)
+        c = Compute("copy", (Buffer("p0", b.dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", b.dtype, (n,), "param", False), [a.var])),), ("o0",))
+        key = f"copy {b.dtype}"
+        k = self.cache.get(key)
+        if k is None:
+            k = self.cache[key] = self.schedule(c, {})
+        total = size if size is not None else b.size()
+        for f in k.funcs:
+            self._call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
+
+    # ---------------------------------------------------------------- control flow
+
+    def _emit_if(self, it: _Item, stmts: list[Stmt], defined: set[Expr]) -> None:
+        n = it.node
+        assert n.inputs[0] is not None
+        cond = self.at(self.buffer_of(n.inputs[0]), 0)
+        branches = (n.attrs["then_branch"], n.attrs["else_branch"])
+        own = [sorted({s for s in type_symbols(v.type)} - defined, key=lambda e: e.key) for v in n.outputs]
+        if not any(own):
+            outs = [self.buffer_of(v) for v in n.outputs]
+            blocks = [Block(tuple(self.block(g, list(zip(g.outputs, outs, strict=False)), set(defined)))) for g in branches]
+            stmts.append(If(cond, blocks[0], blocks[1]))
+            return
+        extents = [(v, k) for v in n.outputs for k, s in enumerate(v.shape) if s.op == "var" and s not in defined]
+        dims = self.temp(f"{n.name}.extents", i64, (as_expr(len(extents)),))
+        parts, results = [], []
+        for g in branches:
+            temps = [self.temp(f"{n.name}.{w.name}", w.dtype, w.shape) for w in g.outputs[: len(n.outputs)]]
+            inner = self.block(g, list(zip(g.outputs, temps, strict=False)), set(defined))
+            for j, (v, k) in enumerate(extents):
+                inner.append(Store(dims, (const(j),), cast(g.outputs[n.outputs.index(v)].shape[k], i64)))
+            parts.append(Block(tuple(inner)))
+            results.append(temps)
+        stmts.append(If(cond, parts[0], parts[1]))
+        seen: set[Expr] = set()
+        for j, (v, k) in enumerate(extents):
+            if v.shape[k] not in seen:
+                seen.add(v.shape[k])
+                stmts.append(Let(v.shape[k], cast(self.at(dims, j), index)))
+        defined |= seen
+        copies: list[list[Stmt]] = [[], []]
+        for k, v in enumerate(n.outputs):
+            b = self.buffer_of(v)
+            for side in (0, 1):
+                self._copy(results[side][k], b, copies[side], (n.name,), b.size())
+        stmts.append(If(cond, Block(tuple(copies[0])), Block(tuple(copies[1]))))
+
+    def _emit_loop(self, it: _Item, stmts: list[Stmt], defined: set[Expr]) -> None:
+        from luthier.ir.ops.control_flow import keeps_going, states
+
+        n = it.node
+        body: Graph = n.attrs["body"]
+        ns = states(n)
+        m, c0 = n.input(0), n.input(1)
+        i, going = self.temp(f"{n.name}.i", i64, (as_expr(1),)), self.temp(f"{n.name}.cond", boolean, (as_expr(1),))
+        stmts.append(Store(i, (const(0),), const(0, i64)))
+        stmts.append(Store(going, (const(0),), const(True, boolean) if c0 is None else self.at(self.buffer_of(c0), 0)))
+        cond = load(going, [const(0)])
+        limit = None if m is None else self.at(self.buffer_of(m), 0)
+        if limit is not None:
+            cond = land(cond, load(i, [const(0)]) < limit)
+        state = self._start_states(n, n.inputs[2:], n.outputs[:ns], stmts)
+        scans = n.outputs[ns:]
+        slices = body.outputs[1 + ns :]
+        stacks: list[Buffer] = []
+        for v in scans:
+            if keeps_going(body) and m is not None:
+                stacks.append(self.buffer_of(v))
+                continue
+            if m is None or m.content is None:
+                raise UnsupportedOperator("a Loop with scan outputs needs a trip count that is known when it starts", node=n.name, op=n.op)
+            cap = (m.content[0], *v.shape[1:])
+            stacks.append(self.temp(f"{v.name}.capacity", v.dtype, cap))
+        it_var = var(f"{n.name}.round", lo=0)
+        self.storage[body.inputs[0]] = self._alias(i, body.inputs[0])
+        self.storage[body.inputs[1]] = self._alias(going, body.inputs[1])
+        for v, b in zip(body.inputs[2:], state, strict=True):
+            self.storage[v] = self._alias(b, v)
+        nxt = [self.temp(f"{n.name}.next{k}", v.dtype, v.shape) for k, v in enumerate(body.outputs)]
+        inner_defined = set(defined) | {it_var}
+        inner: list[Stmt] = [Let(it_var, cast(load(i, [const(0)]), index))]
+        inner += self._read_bound(body.inputs, inner_defined)
+        inner += self.block(body, list(zip(body.outputs, nxt, strict=True)), inner_defined)
+        for v, src, dst in zip(slices, nxt[1 + ns :], stacks, strict=True):
+            self._copy(src, (dst, it_var * v_size(v)), inner, (n.name,))
+        for src, dst in zip(nxt[1 : 1 + ns], state, strict=True):
+            self._copy(src, dst, inner, (n.name,))
+        inner.append(Store(going, (const(0),), self.at(nxt[0], 0)))
+        inner.append(Store(i, (const(0),), cast(it_var + 1, i64)))
+        stmts.append(While(cond, Block(tuple(inner))))
+        for v, b in zip(scans, stacks, strict=True):
+            if self.storage.get(v) is not b:
+                s = v.shape[0]
+                if s not in defined:
+                    stmts.append(Let(s, cast(load(i, [const(0)]), index)))
+                    defined.add(s)
+                self.storage[v] = self._view(v, b)
+
+    def _emit_scan(self, it: _Item, stmts: list[Stmt], defined: set[Expr]) -> None:
+        from luthier.ir.ops.control_flow import states
+
+        n = it.node
+        body: Graph = n.attrs["body"]
+        ns = states(n)
+        seqs = [v for v in n.inputs[ns:] if v is not None]
+        in_axes = [a + v.rank if a < 0 else a for a, v in zip(n.attrs.get("scan_input_axes", (0,) * len(seqs)), seqs, strict=True)]
+        in_rev = n.attrs.get("scan_input_directions", (0,) * len(seqs))
+        outs = n.outputs[ns:]
+        out_axes = [a + v.rank if a < 0 else a for a, v in zip(n.attrs.get("scan_output_axes", (0,) * len(outs)), outs, strict=True)]
+        out_rev = n.attrs.get("scan_output_directions", (0,) * len(outs))
+        length = seqs[0].shape[in_axes[0]]
+        i = self.temp(f"{n.name}.i", i64, (as_expr(1),))
+        t = var(f"{n.name}.round", lo=0)
+        stmts.append(Store(i, (const(0),), const(0, i64)))
+        state = self._start_states(n, n.inputs[:ns], n.outputs[:ns], stmts)
+        for v, b in zip(body.inputs[:ns], state, strict=True):
+            self.storage[v] = self._alias(b, v)
+        inner_defined = set(defined) | {t}
+        inner: list[Stmt] = [Let(t, cast(load(i, [const(0)]), index))]
+        for seq, v, a, rev in zip(seqs, body.inputs[ns:], in_axes, in_rev, strict=True):
+            self._slice(seq, v, a, (length - 1 - t) if rev else t, t, inner, n.name)
+        inner += self._read_bound(body.inputs, inner_defined)
+        nxt = [self.temp(f"{n.name}.next{k}", v.dtype, v.shape) for k, v in enumerate(body.outputs)]
+        inner += self.block(body, list(zip(body.outputs, nxt, strict=True)), inner_defined)
+        stacks = []
+        for v, s, src, a, rev in zip(outs, body.outputs[ns:], nxt[ns:], out_axes, out_rev, strict=True):
+            b = self.buffer_of(v) if a == 0 else self.temp(f"{v.name}.stack", v.dtype, (length, *s.shape))
+            stacks.append(b)
+            self._copy(src, (b, ((length - 1 - t) if rev else t) * v_size(s)), inner, (n.name,))
+        for src, dst in zip(nxt[:ns], state, strict=True):
+            self._copy(src, dst, inner, (n.name,))
+        inner.append(Store(i, (const(0),), cast(t + 1, i64)))
+        stmts.append(While(cast(load(i, [const(0)]), index) < length, Block(tuple(inner))))
+        for v, b, a in zip(outs, stacks, out_axes, strict=True):
+            if a != 0:
+                self._move_axis(b, v, a, stmts, n.name)
+
+    def _start_states(self, n: Node, starts: Sequence[Value | None], results: Sequence[Value], stmts: list[Stmt]) -> list[Buffer]:
+        state = []
+        for v, r in zip(starts, results, strict=False):
+            assert v is not None
+            b = self.buffer_of(r)
+            self._copy(self.buffer_of(v), b, stmts, (n.name,))
+            state.append(b)
+        return state
+
+    def _alias(self, b: Buffer, v: Value) -> Buffer:
+        """``b`` seen with the shape of ``v``."""
+        w = replace(b, name=self.fresh(v.name), shape=v.shape)
+        root, offset = self.views.get(b.name, (b.name, const(0)))
+        self.views[w.name] = (root, offset)
+        return w
+
+    def _read_bound(self, values: Iterable[Value], defined: set[Expr]) -> list[Stmt]:
+        out: list[Stmt] = []
+        for v in values:
+            if v.bound and v.content is not None:
+                for k, s in enumerate(v.content):
+                    out.append(Let(s, cast(self.at(self.buffer_of(v), k), index)))
+                    defined.add(s)
+        return out
+
+    def _gather_call(self, name: str, src: Buffer, dst: Buffer, index_of: Callable[[list[Expr]], list[Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], node: str) -> None:
+        axes = [axis(f"i{k}", s) for k, s in enumerate(dst.shape)]
+        p = Buffer("p0", src.dtype, src.shape, "param", False)
+        x = pull("o0", axes, load(p, index_of([a.var for a in axes])))
+        dims = {s for e in (*src.shape, *dst.shape, *x.expr.args) for s in free_vars(e)} - {a.var for a in axes}
+        c = Compute(name, (p,), tuple(sorted(dims, key=lambda e: e.key)), (x,), ("o0",))
+        for f in self.schedule(c, {}).funcs:
+            self._call(f, {"p0": src, "o0": dst}, scalars, stmts, (node,))
+
+    def _slice(self, seq: Value, v: Value, a: int, position: Expr, t: Expr, stmts: list[Stmt], node: str) -> None:
+        """``v = seq[..., position, ...]`` (axis ``a``)."""
+        k = var("position", lo=0)
+        self._gather_call("slice", self.buffer_of(seq), self.buffer_of(v), lambda ix: [*ix[:a], k, *ix[a:]], {k: position}, stmts, node)
+
+    def _move_axis(self, src: Buffer, v: Value, a: int, stmts: list[Stmt], node: str) -> None:
+        """``v[..., t, ...] = src[t, ...]`` (axis ``a``)."""
+        self._gather_call("move_axis", src, self.buffer_of(v), lambda ix: [ix[a], *ix[:a], *ix[a + 1 :]], {}, stmts, node)
+
+
+_CONTROL: dict[str, Callable[[_Builder, _Item, list[Stmt], set[Expr]], None]] = {
+    "If": _Builder._emit_if, "Loop": _Builder._emit_loop, "Scan": _Builder._emit_scan,
+}  # fmt: skip
+
+
+def _graph_symbols(n: Node) -> set[Expr]:
+    from luthier.ir.graph import subgraphs
+
+    out: set[Expr] = set()
+    for g in subgraphs(n):
+        for m in g.nodes:
+            out |= set().union(*(type_symbols(v.type) for v in m.outputs)) if m.outputs else set()
+            for v in m.outputs:
+                if v.content is not None:
+                    out |= {s for e in v.content for s in free_vars(e)}
+            out |= _graph_symbols(m)
+    return out
+
+
+def v_size(v: Value) -> Expr:
+    n = as_expr(1)
+    for s in v.shape:
+        n = n * s
+    return n
+
+
+def b_type(b: Buffer) -> Any:
+    from luthier.ir.graph import TensorType
+
+    return TensorType(b.dtype, b.shape)
+
+
+def work_dtype(k: Scheduled, name: str, a: Array) -> DType:
+    """The element type that the kernels declare for a packed constant."""
+    for f in k.funcs:
+        for b in f.buffers:
+            if b.name == name:
+                return b.dtype
+    from luthier.ir.dtypes import from_numpy
+
+    return from_numpy(a.dtype)
+
+
+
