@@ -1,0 +1,307 @@
+"""What operator families share: attribute and shape checks, broadcasting by index expressions, symbolic contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from luthier.ir import dtypes as D
+from luthier.ir.compute import Axis, Compute, LetStmt, Pull, axis, let_exprs
+from luthier.ir.dtypes import DType, f32, index
+from luthier.ir.errors import ShapeError, TypeMismatch, UnsupportedOperator
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, prove, select, walk
+from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
+from luthier.ir.loop import Buffer
+from luthier.ir.op import REGISTRY, Op
+
+Array = np.ndarray[Any, Any]
+Shape = tuple[Expr, ...]
+ZERO, ONE = const(0), const(1)
+
+# element types as ONNX numbers them (attributes `to`, `dtype`)
+ELEMENT_TYPES: dict[int, DType] = {
+    1: D.f32, 2: D.u8, 3: D.i8, 4: D.u16, 5: D.i16, 6: D.i32, 7: D.i64, 8: D.string, 9: D.boolean, 10: D.f16, 11: D.f64, 12: D.u32,
+    13: D.u64, 16: D.bf16, 17: D.f8e4m3fn, 18: D.f8e4m3fnuz, 19: D.f8e5m2, 20: D.f8e5m2fnuz, 21: D.u4, 22: D.i4, 24: D.f8e8m0,
+    25: D.u2, 26: D.i2,
+}  # fmt: skip
+
+
+def register(name: str, instance: Op) -> None:
+    """Register an operator instance (families that are tables of instances rather than classes)."""
+    instance.name = name
+    REGISTRY[name] = instance
+
+
+def element_type(node: Node, code: Any) -> DType:
+    """The type that attribute ``to`` or ``dtype`` names (ONNX number or DType). Raises UnsupportedOperator."""
+    if isinstance(code, DType):
+        return code
+    d = ELEMENT_TYPES.get(int(code))
+    if d is None or d is D.string:
+        raise UnsupportedOperator(f"element type number {code} is not supported", node=node.name, op=node.op)
+    return d
+
+
+def shape_error(node: Node, message: str, hint: str | None = None) -> ShapeError:
+    """A ShapeError that names the node and the shapes of its inputs."""
+    shapes = {v.name: tuple(v.shape) for v in node.inputs if v is not None}
+    return ShapeError(message, node=node.name, op=node.op, shapes=shapes, hint=hint)
+
+
+def type_error(node: Node, message: str) -> TypeMismatch:
+    types = ", ".join(f"{v.name} {v.dtype}" for v in node.inputs if v is not None)
+    return TypeMismatch(f"{message} (inputs: {types})", node=node.name, op=node.op)
+
+
+def unsupported(node: Node, message: str, hint: str | None = None) -> UnsupportedOperator:
+    return UnsupportedOperator(message, node=node.name, op=node.op, hint=hint)
+
+
+def need(node: Node, i: int) -> Value:
+    """Input ``i``. Raises ShapeError when it was left out."""
+    v = node.input(i)
+    if v is None:
+        raise shape_error(node, f"input {i} is missing")
+    return v
+
+
+def get(ins: Sequence[Buffer | None], i: int) -> Buffer | None:
+    return ins[i] if i < len(ins) else None
+
+
+def must(ins: Sequence[Buffer | None], i: int) -> Buffer:
+    b = get(ins, i)
+    assert b is not None, f"input {i} is missing"
+    return b
+
+
+def check_axis(node: Node, a: int, rank: int, what: str = "axis") -> int:
+    """``a`` in 0 .. rank - 1 (negative counts from the end). Raises ShapeError."""
+    a = int(a)
+    if not -rank <= a < max(rank, 1):
+        raise shape_error(node, f"{what} {a} is out of range for rank {rank}")
+    return a + rank if a < 0 else a
+
+
+def known_ints(node: Node, i: int, what: str) -> tuple[int, ...] | None:
+    """The values of integer input ``i`` when it is given; they must be known at compile time. Raises UnsupportedOperator."""
+    v = node.input(i)
+    if v is None:
+        return None
+    if v.data is not None:
+        return tuple(int(x) for x in v.data.reshape(-1))
+    c = v.content
+    if c is not None and all(e.op == "const" for e in c):
+        return tuple(e.attr for e in c)
+    raise unsupported(node, f"{what} must be known at compile time", hint="fold or pin the computation that produces it")
+
+
+def const_value(v: Value | None) -> Any:
+    """The Python value of a one-element constant, else None."""
+    if v is None or v.data is None or v.data.size != 1:
+        return None
+    x = v.data.reshape(-1)[0]
+    return x.item() if v.data.dtype.kind in "fiub" else float(x)
+
+
+def is_one(e: Expr) -> bool:
+    return e.op == "const" and e.attr == 1
+
+
+def same(a: Expr, b: Expr) -> bool:
+    """Provably equal."""
+    return a is b or prove((a - b).eq(0))
+
+
+def differ(a: Expr, b: Expr) -> bool:
+    """Provably unequal."""
+    return prove(a.ne(b)) if a is not b else False
+
+
+def broadcast_dim(a: Expr, b: Expr) -> Expr | None:
+    """The extent that ``a`` and ``b`` broadcast to; None when they cannot."""
+    if same(a, b) or is_one(b):
+        return a
+    if is_one(a):
+        return b
+    if a.op == "const" and b.op == "const":
+        return None
+    if a.op == "const":
+        return a
+    if b.op == "const":
+        return b
+    return select(a.eq(1), b, a)
+
+
+def broadcast(node: Node, *shapes: Shape) -> Shape:
+    """Numpy's broadcasting on symbolic shapes. A symbol against a constant other than 1 gives the constant.
+
+    Raises ShapeError."""
+    out: Shape = ()
+    for s in shapes:
+        n = max(len(out), len(s))
+        x, y = (ONE,) * (n - len(out)) + out, (ONE,) * (n - len(s)) + tuple(s)
+        dims = []
+        for a, b in zip(x, y, strict=True):
+            d = broadcast_dim(a, b)
+            if d is None:
+                raise shape_error(node, f"cannot broadcast extent {a!r} against {b!r}")
+            dims.append(d)
+        out = tuple(dims)
+    return out
+
+
+def axes_of(shape: Iterable[Any], prefix: str = "i") -> tuple[Axis, ...]:
+    """One axis a dimension: ``i0``, ``i1`` ..."""
+    return tuple(axis(f"{prefix}{k}", s) for k, s in enumerate(shape))
+
+
+def bcast_index(shape: Shape, axes: Sequence[Axis]) -> tuple[Expr, ...]:
+    """Indices into a tensor of ``shape`` for a point of ``axes`` that it is broadcast to, aligned at the right."""
+    out = []
+    for s, a in zip(shape, axes[len(axes) - len(shape) :], strict=True):
+        if is_one(s):
+            out.append(ZERO)
+        elif s.op == "const" or same(s, a.extent):
+            out.append(a.var)
+        else:
+            out.append(select(s.eq(1), ZERO, a.var))
+    return tuple(out)
+
+
+def at(buf: Buffer, axes: Sequence[Axis]) -> Expr:
+    """``buf`` read at a point of ``axes``, broadcast."""
+    return load(buf, bcast_index(buf.shape, axes))
+
+
+def operand(node: Node, i: int, ins: Sequence[Buffer | None], axes: Sequence[Axis]) -> Expr:
+    """Input ``i`` at a point of ``axes``, broadcast; a one-element constant becomes a number in the expression."""
+    b = must(ins, i)
+    v = node.input(i)
+    x = const_value(v)
+    if x is not None and v is not None and b.dtype.bits >= 8:
+        return const(x, b.dtype)
+    return at(b, axes)
+
+
+def wide(d: DType) -> DType:
+    """The type to compute in: f32 for narrow floats, else ``d`` itself."""
+    return f32 if d.is_float and d.bits < 32 else d
+
+
+def widen(e: Expr) -> Expr:
+    return cast(e, wide(e.dtype))
+
+
+def make(node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer], lets: Iterable[LetStmt]) -> Compute:
+    """A Compute whose dims are the symbols that its shapes and expressions mention."""
+    params: list[Buffer] = []
+    for b in ins:
+        if b is not None and all(p.name != b.name for p in params):
+            params.append(b)
+    return finish(outs[0].name, params, outs, tuple(lets))
+
+
+def finish(name: str, params: Sequence[Buffer], outs: Sequence[Buffer], lets: tuple[LetStmt, ...]) -> Compute:
+    bound: set[Expr] = set()
+    used: set[Expr] = set()
+
+    def see(e: Expr) -> None:
+        used.update(free_vars(e))
+        for x in walk(e):
+            if x.op == "reduce":
+                for a in x.attr[1]:
+                    used.update(free_vars(a.extent))
+
+    def see_axes(axes: Iterable[Axis]) -> None:
+        for a in axes:
+            bound.add(a.var)
+            used.update(free_vars(a.extent))
+
+    for b in params:
+        for s in b.shape:
+            see(s)
+    for x in lets:
+        for e in let_exprs(x):
+            see(e)
+        if hasattr(x, "over"):
+            see_axes(x.over)
+        if hasattr(x, "axes"):
+            see_axes(x.axes)
+        if hasattr(x, "state"):
+            see_axes((x.axis,))
+            for s in x.state:
+                see_axes(s.axes)
+            for p in (*x.step, *x.emit):
+                see_axes(p.axes)
+    dims = sorted(used - bound, key=lambda v: v.key)
+    return Compute(name, tuple(params), tuple(dims), lets, tuple(b.name for b in outs))
+
+
+def define(out: Buffer, axes: Sequence[Axis], e: Expr) -> Pull:
+    """``out[axes] = e``, converted to the type of ``out``."""
+    return Pull(out, tuple(axes), cast(e, out.dtype))
+
+
+def temp(out: Buffer, suffix: str, axes: Sequence[Axis], e: Expr) -> Pull:
+    """An intermediate tensor named after ``out``."""
+    from luthier.ir.compute import pull
+
+    return pull(f"{out.name}.{suffix}", axes, e)
+
+
+# ---------------------------------------------------------------- symbolic contents
+
+
+def contents(node: Node, *which: int) -> list[Array] | None:
+    """Contents of inputs ``which`` (all when none is given) as object arrays of index expressions, if all are known."""
+    out = []
+    for i in which or range(len(node.inputs)):
+        v = node.input(i)
+        s = None if v is None else v.type.static_shape
+        if v is None or s is None or v.content is None:
+            return None
+        a = np.empty(len(v.content), object)
+        a[:] = v.content
+        out.append(a.reshape(s))
+    return out
+
+
+def map_content(node: Node, fn: Callable[..., Any], *which: int) -> list[tuple[Expr, ...] | None] | None:
+    """``fn`` applied element by element to the (broadcast) contents of the inputs."""
+    if not (node.outputs[0].dtype.is_int or node.outputs[0].dtype.is_bool):
+        return None
+    arrays = contents(node, *which)
+    if arrays is None:
+        return None
+    if max(int(np.prod(np.broadcast_shapes(*(a.shape for a in arrays)))), 1) > MAX_CONTENT:
+        return None
+    full = np.broadcast_arrays(*arrays)
+    return [tuple(as_expr(fn(*p)) for p in zip(*(a.reshape(-1) for a in full), strict=True))]
+
+
+def flag(cond: Expr) -> Expr:
+    """A condition as 0 or 1 in index arithmetic."""
+    return select(cond, ONE, ZERO)
+
+
+def object_content(a: Array) -> list[tuple[Expr, ...] | None] | None:
+    """Content from an object array, when it is small enough."""
+    return [tuple(as_expr(x) for x in a.reshape(-1))] if a.size <= MAX_CONTENT else None
+
+
+def to_index(e: Expr) -> Expr:
+    return cast(e, index)
+
+
+def like(t: TensorType, shape: Iterable[Any]) -> TensorType:
+    return TensorType.of(t.dtype, shape)
+
+
+def static(node: Node, e: Expr, what: str) -> int:
+    """A dimension that must be a constant. Raises ShapeError."""
+    if e.op != "const":
+        raise shape_error(node, f"{what} must be a constant, it is {e!r}", hint="pin the dimension with shapes= or --shape")
+    return int(e.attr)
