@@ -86,7 +86,8 @@ def _open(model: Path, target: str, shapes: Sequence[tuple[str, tuple[int, ...]]
 
     if model.is_dir():
         return luthier.load(model)
-    return luthier.compile(_existing(model), target=target, shapes=dict(shapes) or None, threads=threads)
+    _existing(model)
+    return luthier.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
 
 
 def _existing(model: Path) -> Path:
@@ -139,9 +140,9 @@ def compile_command(
     """Compile an ONNX MODEL into an artifact: a folder that runs without Python."""
     import luthier as package
 
-    out = output or Path(f"{model.stem}.luthier")
+    out = output or Path(f"{_existing(model).stem}.luthier")
     start = time.perf_counter()
-    module = package.compile(_existing(model), target=target, shapes=dict(shapes) or None, threads=threads)
+    module = package.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

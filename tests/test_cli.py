@@ -128,5 +128,5 @@ def test_interrupt_is_clean(tmp_path: Path) -> None:
     time.sleep(0.1)
     os.kill(child.pid, signal.SIGINT)
     _, stderr = child.communicate(timeout=20)
-    assert (child.returncode, stderr) == (130, "luthier: interrupted\n")
+    assert (child.returncode, stderr.strip()) == (130, "luthier: interrupted")
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
