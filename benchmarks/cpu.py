@@ -97,12 +97,15 @@ def measure(model: str, labels: list[str], threads: int, rounds: int, console: C
                 row["peers"][label] = {**peer.loaded, "agrees": difference(got, reference) <= case.agreement}
         counts: dict[str, int] = {}
         for peer in peers:
-            typical = statistics.median(peer.turn(3, 2))
-            counts[peer.label] = max(3, min(300, math.ceil(TURN_MS / max(typical, 1e-3))))
+            typical = peer.turn(1, 0)[0]
+            if typical < 500:
+                typical = statistics.median(peer.turn(3, 2))
+            counts[peer.label] = max(3 if typical < 500 else 1, min(300, math.ceil(TURN_MS / max(typical, 1e-3))))
         for round_ in range(rounds):
             for peer in peers if round_ % 2 == 0 else peers[::-1]:
                 count = counts[peer.label]
-                peer.times.append(peer.turn(count, max(1, min(20, count // 8))))
+                warm = 0 if count == 1 else max(1, min(20, count // 8))
+                peer.times.append(peer.turn(count, warm))
         for peer in peers:
             everything = [t for times in peer.times for t in times]
             by_round = [statistics.median(times) for times in peer.times]

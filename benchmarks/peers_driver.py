@@ -27,7 +27,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "openvino": ("openvino", {}),
     "torch": ("pytorch", {}),
     "torch.compile": ("pytorch", {"compile": True}),
-    "tvm": ("tvm", {}),
+    "tvm": ("tvm", {"trials": int(os.environ.get("TVM_TRIALS", "0"))}),
     "iree": ("iree", {}),
 }
 
@@ -71,7 +71,8 @@ def pinned_model(case: ModelCase) -> Path:
 
 
 def folded_model(case: ModelCase) -> Path:
-    """The pinned model with its shape arithmetic folded, for runtimes that stumble over it; standard operators only."""
+    """The pinned model with its shape arithmetic folded, at opset 17 or newer, for runtimes that stumble over it; standard operators only."""
+    import onnx.version_converter
     import onnxruntime
 
     pinned = case.static_twin or pinned_model(case)
@@ -83,6 +84,9 @@ def folded_model(case: ModelCase) -> Path:
         options.optimized_model_filepath = str(scratch)
         out.parent.mkdir(parents=True, exist_ok=True)
         onnxruntime.InferenceSession(str(pinned), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(str(scratch))
+        if all(entry.version < 17 for entry in model.opset_import if entry.domain == ""):
+            onnx.save(onnx.version_converter.convert_version(model, 17), str(scratch))
         os.replace(scratch, out)
     return out
 
@@ -116,7 +120,7 @@ class Peer:
         self.label = label
         script, options = PEERS[label]
         python = sys.executable if script == "luthier" else peers_python()
-        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENVINO_TELEMETRY="0", TVM_NUM_THREADS=str(threads))
+        environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENVINO_TELEMETRY="0", TVM_NUM_THREADS=str(threads), TVM_BIND_THREADS="0")
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.process = subprocess.Popen(
