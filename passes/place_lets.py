@@ -11,7 +11,23 @@ from __future__ import annotations
 
 from luthier.ir.expr import Expr, bounds, free_vars, rebuild, var
 from luthier.ir.loop import (
-    Alloc, Barrier, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, exprs_of, map_exprs, stmts_of, walk_stmts,
+    Alloc,
+    Barrier,
+    Buffer,
+    Call,
+    For,
+    Func,
+    If,
+    Let,
+    Stmt,
+    Store,
+    While,
+    block,
+    children,
+    exprs_of,
+    map_exprs,
+    stmts_of,
+    walk_stmts,
 )
 
 _LEAF = frozenset(("const", "var"))
@@ -26,6 +42,29 @@ class _Placer:
         self.n = 0
         self.reads_memo: dict[Expr, frozenset[str]] = {}
         self.mem_memo: dict[Expr, bool] = {}
+        self.write_memo: dict[int, tuple[frozenset[str], bool]] = {}
+        self.keep: list[Stmt] = []  # statements whose id is in write_memo stay alive
+
+    def writes(self, s: Stmt) -> tuple[frozenset[str], bool]:
+        """Buffers stored to, and whether anything may be (calls, barriers)."""
+        if isinstance(s, Store):
+            return frozenset((s.buf.name,)), False
+        if isinstance(s, (Let,)):
+            return frozenset(), False
+        if isinstance(s, (Call, Barrier)):
+            return frozenset(), True
+        hit = self.write_memo.get(id(s))
+        if hit is None:
+            names: set[str] = set()
+            anything = False
+            for c in children(s):
+                n, a = self.writes(c)
+                names |= n
+                anything = anything or a
+            hit = frozenset(names), anything
+            self.write_memo[id(s)] = hit
+            self.keep.append(s)
+        return hit
 
     def fresh(self, e: Expr) -> Expr:
         self.n += 1
@@ -111,10 +150,18 @@ class _Placer:
             elif isinstance(st, While):
                 out.append(While(st.cond, self.region(st.body, outer)))
             elif isinstance(st, Alloc):
-                out.append(Alloc(st.buf, self.region(self.use(st.body, avail), outer)))
+                bufs: list[Buffer] = []
+                inner: Stmt = st
+                while isinstance(inner, Alloc):  # a chain of tiles is one level
+                    bufs.append(inner.buf)
+                    inner = inner.body
+                body = self.region(self.use(inner, avail), outer)
+                for b in reversed(bufs):
+                    body = Alloc(b, body)
+                out.append(body)
             else:
                 out.append(st)
-            w, all_ = _writes(st)
+            w, all_ = self.writes(st)
             if all_:
                 avail = {e: v for e, v in avail.items() if not self.reads(e)}
             elif w:
@@ -123,7 +170,7 @@ class _Placer:
 
     def use(self, s: Stmt, avail: dict[Expr, Expr]) -> Stmt:
         """Values bound before a nested statement are read in it where it does not change them."""
-        w, all_ = _writes(s)
+        w, all_ = self.writes(s) if avail else (frozenset(), False)
         env = {e: v for e, v in avail.items() if not self.reads(e) or not (all_ or self.reads(e) & w)}
         return self.replace(s, env) if env else s
 
@@ -147,7 +194,7 @@ class _Placer:
     def hoist(self, s: For | While) -> tuple[list[Stmt], Stmt]:
         """Maximal pure invariant expressions of a loop become Lets before it."""
         bound = _bound(s)
-        w, all_ = _writes(s.body)
+        w, all_ = self.writes(s.body)
         env: dict[Expr, Expr] = {}
         pre: list[Stmt] = []
         memo: dict[Expr, bool] = {}
@@ -214,18 +261,6 @@ def _worth(e: Expr) -> bool:
     if e.dtype.is_index and e.op == "add" and e.args[1].op == "const":
         return False
     return True
-
-
-def _writes(s: Stmt) -> tuple[frozenset[str], bool]:
-    """Buffers stored to, and whether anything may be (calls, barriers)."""
-    names: set[str] = set()
-    anything = False
-    for x in walk_stmts(s):
-        if isinstance(x, Store):
-            names.add(x.buf.name)
-        elif isinstance(x, (Call, Barrier)):
-            anything = True
-    return frozenset(names), anything
 
 
 def _bound(s: Stmt) -> frozenset[Expr]:
