@@ -10,10 +10,20 @@ from luthier import settings
 from luthier.ir.graph import Graph
 from luthier.ir.program import Program
 from luthier.passes.build_program import build_program
+from luthier.passes.canonicalize import canonicalize
+from luthier.passes.choose_layout import choose_layout
 from luthier.passes.eliminate_dead import eliminate_dead
+from luthier.passes.eliminate_transposes import eliminate_transposes
+from luthier.passes.fold_batch_norm import fold_batch_norm
 from luthier.passes.fold_constants import fold_constants
+from luthier.passes.fold_dequantize import fold_dequantize
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
+from luthier.passes.quantize_integer import quantize_integer
+from luthier.passes.recognise_activations import recognise_activations
+from luthier.passes.recognise_attention import recognise_attention
+from luthier.passes.recognise_norms import recognise_norms
+from luthier.passes.recognise_softmax import recognise_softmax
 
 if TYPE_CHECKING:
     from luthier.schedules.capabilities import Capabilities
@@ -21,8 +31,22 @@ if TYPE_CHECKING:
 GraphPass = Callable[[Graph], bool]
 
 GRAPH_PASSES: tuple[GraphPass, ...] = (
-    materialize_contents,
+    materialize_contents,  # first: no tensor is kept alive for its shape
     eliminate_dead,
+    canonicalize,
+    merge_common,
+    eliminate_dead,
+    recognise_activations,
+    recognise_norms,
+    recognise_softmax,
+    recognise_attention,
+    fold_batch_norm,
+    eliminate_dead,
+    quantize_integer,
+    fold_dequantize,
+    choose_layout,
+    eliminate_transposes,
+    canonicalize,  # transposes that only move unit dimensions become views
     merge_common,
     fold_constants,
     eliminate_dead,

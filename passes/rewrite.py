@@ -82,7 +82,7 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
     for n in graph.nodes:
         if any(v in replaced for v in n.inputs):
             n.inputs = tuple(now(v) for v in n.inputs)
-        for key, g in list(n.attrs.items()):
+        for g in list(n.attrs.values()):
             if isinstance(g, Graph):
                 changed |= rewrite_graph(g, rule, names, ctx, replaced)
         out = rule(n, ctx)
