@@ -29,12 +29,10 @@ from luthier.ir.loop import (
     While,
     exprs_of,
 )
+from luthier.ir.math_rules import RULES
 from luthier.ir.printer import format_stmt
 
-#: operators that ``expand_math`` removes (unless the target has them)
-TRANSCENDENTAL = frozenset(
-    ["rsqrt", "exp", "exp2", "log", "log2", "expm1", "log1p", "tanh", "sigmoid", "erf", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "pow", "atan2"]
-)
+TRANSCENDENTAL = frozenset(RULES)  # what expand_math removes, unless the target has it
 
 
 @dataclass
