@@ -74,6 +74,11 @@ class _Scope:
         raise KeyError(name)
 
 
+def _label(n: NodeProto) -> str:
+    """What messages call a node: its name, or that of its first output."""
+    return n.name or next((o for o in n.output if o), n.op_type)
+
+
 def _domain(d: str) -> str:
     return "" if d == "ai.onnx" else d
 
@@ -109,7 +114,11 @@ class _Importer:
         pins = self._pins(declared)
         inputs = []
         for i in declared:
-            v = Value(self.names.fresh(i.name), self._input_type(i, pins))
+            try:
+                v = Value(self.names.fresh(i.name), self._input_type(i, pins))
+            except LuthierError as e:
+                user = next((n for n in g.node if i.name in n.input), None)
+                raise e.at(node=i.name if user is None else _label(user), op="graph input" if user is None else _qualified(user)) from None
             scope.values[i.name] = v
             inputs.append(v)
         self._nodes(g.node, scope)
@@ -226,8 +235,7 @@ class _Importer:
             try:
                 self._node(n, scope)
             except LuthierError as e:
-                label = n.name or (n.output[0] if n.output else "")
-                raise e.at(node=scope.prefix + label, op=_qualified(n)) from None
+                raise e.at(node=scope.prefix + _label(n), op=_qualified(n)) from None
 
     def _node(self, n: NodeProto, scope: _Scope) -> None:
         if n.op_type == "Constant" and _domain(n.domain) == "":
