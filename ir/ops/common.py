@@ -11,7 +11,7 @@ from luthier.ir import dtypes as D
 from luthier.ir.compute import Axis, Compute, LetStmt, Pull, axis, let_exprs
 from luthier.ir.dtypes import DType, f32, index
 from luthier.ir.errors import ShapeError, TypeMismatch, UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, prove, select, walk
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, prove, select, walk
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import REGISTRY, Op
@@ -132,7 +132,16 @@ def broadcast_dim(a: Expr, b: Expr) -> Expr | None:
         return a
     if b.op == "const":
         return b
+    if clipped(a, b):
+        return b
+    if clipped(b, a):
+        return a
     return select(a.eq(1), b, a)
+
+
+def clipped(a: Expr, b: Expr) -> bool:
+    """``a`` is min(b, c) with a constant c above 1: where the two broadcast at all they are equal."""
+    return a.op == "min" and b in a.args and any(x.op == "const" and x.attr > 1 for x in a.args)
 
 
 def broadcast(node: Node, *shapes: Shape) -> Shape:
@@ -164,7 +173,7 @@ def bcast_index(shape: Shape, axes: Sequence[Axis]) -> tuple[Expr, ...]:
     for s, a in zip(shape, axes[len(axes) - len(shape) :], strict=True):
         if is_one(s):
             out.append(ZERO)
-        elif s.op == "const" or same(s, a.extent):
+        elif s.op == "const" or same(s, a.extent) or clipped(s, a.extent):
             out.append(a.var)
         else:
             out.append(select(s.eq(1), ZERO, a.var))
@@ -172,8 +181,9 @@ def bcast_index(shape: Shape, axes: Sequence[Axis]) -> tuple[Expr, ...]:
 
 
 def at(buf: Buffer, axes: Sequence[Axis]) -> Expr:
-    """``buf`` read at a point of ``axes``, broadcast."""
-    return load(buf, bcast_index(buf.shape, axes))
+    """``buf`` read at a point of ``axes``, broadcast. Where an extent is only assumed to fit, the access is masked."""
+    mask = land(*(a.var < s for s, a in zip(buf.shape, axes[len(axes) - buf.rank :], strict=True) if clipped(s, a.extent)))
+    return load(buf, bcast_index(buf.shape, axes), mask)
 
 
 def operand(node: Node, i: int, ins: Sequence[Buffer | None], axes: Sequence[Axis]) -> Expr:
@@ -305,3 +315,84 @@ def static(node: Node, e: Expr, what: str) -> int:
     if e.op != "const":
         raise shape_error(node, f"{what} must be a constant, it is {e!r}", hint="pin the dimension with shapes= or --shape")
     return int(e.attr)
+
+
+def known_array(v: Value | None) -> Array | None:
+    """The elements of a value when they are known at compile time."""
+    if v is None:
+        return None
+    if v.data is not None:
+        return v.data
+    c, s = v.content, v.type.static_shape
+    if c is None or s is None or not all(e.op == "const" for e in c):
+        return None
+    return np.array([e.attr for e in c], v.dtype.numpy).reshape(s)
+
+
+def moved(op: Op, node: Node) -> list[tuple[Expr, ...] | None] | None:
+    """Contents of the outputs of an operator that only moves elements: its numpy reference on arrays of expressions."""
+    first = contents(node, 0)
+    if first is None:
+        return None
+    rest = [known_array(v) for v in node.inputs[1:]]
+    if any(a is None and v is not None for a, v in zip(rest, node.inputs[1:], strict=True)):
+        return None
+    sizes = [v.type.static_shape for v in node.outputs]
+    if any(s is None or int(np.prod(s)) > MAX_CONTENT for s in sizes):
+        return None
+    return [tuple(as_expr(x) for x in np.asarray(a).reshape(-1)) for a in op.reference(node, first[0], *rest)]
+
+
+def product(dims: Iterable[Expr]) -> Expr:
+    out = ONE
+    for d in dims:
+        out = out * d
+    return out
+
+
+def flat_position(axes: Sequence[Axis]) -> Expr:
+    """Row-major position of a point."""
+    pos = ZERO
+    for a in axes:
+        pos = pos * a.extent + a.var
+    return pos
+
+
+def unravel(pos: Expr, shape: Sequence[Expr]) -> list[Expr]:
+    """Coordinates of row-major position ``pos`` (known to be inside) in ``shape``."""
+    out: list[Expr] = []
+    for s in reversed(shape[1:]):
+        out.append(pos % s)
+        pos = pos // s
+    return [pos, *reversed(out)] if shape else []
+
+
+def reindex(src: Shape, axes: Sequence[Axis]) -> tuple[Expr, ...]:
+    """Coordinates in a tensor of shape ``src`` of the element at the same row-major position as a point of ``axes``.
+
+    Extents that match between the two shapes keep their own index; only what was merged or split is divided."""
+    out: list[Expr] = [ZERO] * len(src)
+    left = [k for k, s in enumerate(src) if not is_one(s)]
+    right = [a for a in axes if not is_one(a.extent)]
+    while left:
+        di, dj = _group(src, left, right)
+        for k, e in zip(left[:di], unravel(flat_position(right[:dj]), [src[k] for k in left[:di]]), strict=True):
+            out[k] = e
+        left, right = left[di:], right[dj:]
+    return tuple(out)
+
+
+def _group(src: Shape, left: list[int], right: list[Axis]) -> tuple[int, int]:
+    """The smallest leading runs of source dimensions and of axes with provably equal products."""
+    for total in range(2, len(left) + len(right)):
+        for di in range(1, total):
+            dj = total - di
+            if di <= len(left) and 1 <= dj <= len(right):
+                if same(product(src[k] for k in left[:di]), product(a.extent for a in right[:dj])):
+                    return di, dj
+    return len(left), len(right)
+
+
+def ceil_div(a: Expr, b: Expr | int) -> Expr:
+    """Rounded up, for either sign of ``b``."""
+    return ZERO - (ZERO - a) // b

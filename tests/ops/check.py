@@ -123,8 +123,9 @@ def build(op: str, arrays: Sequence[Array | None], attrs: Mapping[str, Any], out
             ins.append(Value.const(f"x{k}", a))
             continue
         dims: list[Any] = []
+        plain = not symbolic or (a.ndim == 1 and a.dtype == np.int64)  # such inputs decide shapes: their length must be known
         for d, n in enumerate(a.shape):
-            dims.append(n if not symbolic else var(f"n{n}") if symbolic == "shared" and n > 1 else var(f"d{k}_{d}") if symbolic == "distinct" else n)
+            dims.append(n if plain else var(f"n{n}") if symbolic == "shared" and n > 1 else var(f"d{k}_{d}") if symbolic == "distinct" else n)
         ins.append(Value(f"x{k}", TensorType.of(from_numpy(a.dtype), dims)))
     return make_node(op, ins, dict(attrs), names=Names(), outputs=outputs)
 
