@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.ir.expr import Expr, load_parts, loads
+from luthier.ir.expr import Expr, free_vars, load_parts, loads
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.elementwise import _widest, pointwise
+from luthier.schedules.elementwise import _widest
 from luthier.schedules.reduction import use_lanes
 from luthier.schedules.schedule import Schedule, annotate, fuse, inline, split, stage
 
@@ -25,13 +25,11 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     if out.reduction is not None:
         return _root_reduction(s, caps) if len(s.stages) == 1 else None
     pos = positions(s, out.name)
-    if pos is None:
+    if pos is None or _contractions(s) > 1:
         return None
     depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
     if depth == 0 or depth > len(out.axes) or any(st.at is not None for st in s.stages.values()):
         return None
-    if depth == len(out.axes) and len(s.stages) > 2:
-        pass
     for n in [n for n in s.stages if n != out.name]:  # rows that cannot be kept are computed again where they are read
         st = s.stages[n]
         free = [a for a, p in zip(st.axes, pos[n], strict=True) if p is None]
@@ -67,6 +65,18 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
             s = split(s, last.name, lanes, "cut")
             s = annotate(s, f"{last.name}.1", "vectorize")
     return annotate(s, names[0], "parallel")
+
+
+def _contractions(s: Schedule) -> int:
+    """Reductions of products whose factors have an axis of their own: work that grows faster than what is read."""
+    n = 0
+    for st in s.stages.values():
+        r = st.reduction
+        if r is None or r.attr[0] != "sum" or r.args[0].op != "mul":
+            continue
+        a, b = (free_vars(x) & {y.var for y in st.axes} for x in r.args[0].args)
+        n += bool(a - b) and bool(b - a)
+    return n
 
 
 def positions(s: Schedule, out: str) -> dict[str, list[int | None]] | None:
@@ -128,5 +138,3 @@ def _root_reduction(s: Schedule, caps: Capabilities) -> Schedule:
         s = annotate(s, outer[0], "parallel")
     return s
 
-
-_ = pointwise

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Compute
+from luthier.ir.compute import Compute, Pull, buffers_of, defined, let_exprs, map_let
+from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
+from luthier.passes.expand_math import expand_math
 from luthier.passes.flatten import flatten
 from luthier.passes.place_lets import place_lets
 from luthier.passes.promote_locals import promote_locals
@@ -25,7 +27,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, schedule
 
-TEMPLATES = ("contract", "rowwise", "elementwise")
+TEMPLATES = ("contract", "attention", "rowwise", "elementwise")
 
 
 @dataclass(slots=True)
@@ -42,11 +44,7 @@ class Kernels:
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
-    try:
-        from luthier.passes.expand_math import expand
-    except ImportError:
-        return [flatten, unroll, vectorize, promote_locals, place_lets]
-    return [flatten, unroll, vectorize, promote_locals, functools.partial(expand, native=caps.native), place_lets]
+    return [flatten, unroll, vectorize, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:
@@ -68,7 +66,73 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
         s = t.apply(s0, caps, consts, **knobs)
         if s is not None:
             return finish(s, caps, consts, name)
+        if name == "rowwise":
+            parts = partition(s0.compute)
+            if len(parts) > 1:
+                return _join([build(p, caps, consts) for p in parts], compute)
     raise AssertionError("the elementwise template fits everything")
+
+
+def partition(c: Compute) -> list[Compute]:
+    """A Compute that no template takes as a whole, cut into pieces that one takes: each reduction with the elementwise tensor that
+    is its only reader, every other tensor by itself."""
+    lets = list(c.lets)
+    if not any(isinstance(x, Pull) and _reduces(x) for x in lets) or len(lets) < 2:
+        return [c]
+    readers: dict[str, list[int]] = {}
+    for i, x in enumerate(lets):
+        for n in {ld.attr[0].name for ld in loads(*let_exprs(x))}:
+            readers.setdefault(n, []).append(i)
+    groups: list[list[int]] = []
+    home: dict[int, int] = {}
+    for i, x in enumerate(lets):
+        if isinstance(x, Pull) and not _reduces(x):
+            src = [j for j in range(i) if isinstance(lets[j], Pull) and readers.get(lets[j].name) == [i] and _reduces(lets[j])]  # type: ignore[union-attr]
+            if len(src) == 1 and lets[src[0]].name not in c.outs and groups[home[src[0]]] == src:
+                groups[home[src[0]]].append(i)
+                home[i] = home[src[0]]
+                continue
+        home[i] = len(groups)
+        groups.append([i])
+    order = sorted(groups, key=lambda g: g[-1])
+    if len(order) == 1:
+        return [c]
+    made = {b.name: b for x in lets for b in buffers_of(x)}
+    out = []
+    for g in order:
+        inner = {n for i in g for n in defined(lets[i])}
+        read = [ld.attr[0] for i in g for ld in loads(*let_exprs(lets[i]))]
+        params = {b.name: b for b in c.params if any(r.name == b.name for r in read)}
+        params |= {r.name: replace(r, scope="param") for r in read if r.name in made and r.name not in inner}
+        env = {n: b for n, b in params.items() if n in made}
+
+        def fix(e: Expr, env: dict[str, Buffer] = env) -> Expr | None:
+            if e.op == "load" and e.attr[0].name in env:
+                _, idx, m, o = load_parts(e)
+                return load(env[e.attr[0].name], idx, m, o)
+            return None
+
+        body = tuple(map_let(lets[i], lambda e: rewrite(e, fix)) for i in g)
+        outs = tuple(n for i in g for n in defined(lets[i]) if n in c.outs or any(j not in g for j in readers.get(n, [])))
+        out.append(Compute(f"{c.name}.{len(out)}", tuple(params.values()), c.dims, body, outs))
+    return out
+
+
+def _reduces(p: Pull) -> bool:
+    return p.expr.op == "reduce" or (p.expr.op == "proj" and p.expr.args[0].op == "reduce")
+
+
+def _join(parts: list[Kernels], c: Compute) -> Kernels:
+    temps: dict[str, Buffer] = {}
+    for k in parts:
+        for b in k.temps:
+            temps[b.name] = b
+        for f in k.funcs:
+            for b in f.buffers:
+                if b.writable and b.name not in c.outs:
+                    temps.setdefault(b.name, replace(b, scope="global"))
+    packed = {n: a for k in parts for n, a in k.packed.items()}
+    return Kernels(tuple(f for k in parts for f in k.funcs), tuple(temps.values()), packed, "+".join(k.template for k in parts), tuple(t for k in parts for t in k.trace))
 
 
 def finish(s: Schedule, caps: Capabilities, consts: Mapping[str, np.ndarray[Any, Any]], template: str = "") -> Kernels:
