@@ -85,11 +85,11 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
         for g in list(n.attrs.values()):
             if isinstance(g, Graph):
                 changed |= rewrite_graph(g, rule, names, ctx, replaced)
+        for v in n.outputs:
+            ctx.producers[v] = n
         out = rule(n, ctx)
         if out is None:
             ctx.new.append(n)
-            for v in n.outputs:
-                ctx.producers[v] = n
             continue
         changed = True
         values = [out] if isinstance(out, Value) else list(out)
