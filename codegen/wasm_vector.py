@@ -13,7 +13,19 @@ from dataclasses import replace
 from luthier.codegen.wasm_scalar import Emitter, signed, valtype
 from luthier.ir.dtypes import DType
 from luthier.ir.expr import (
-    COMPARE, Expr, _mk, binary, bitcast, cast, const, extract, is_const, load, load_parts, rebuild, select,
+    COMPARE,
+    Expr,
+    _mk,
+    binary,
+    bitcast,
+    cast,
+    const,
+    extract,
+    is_const,
+    load,
+    load_parts,
+    rebuild,
+    select,
 )
 
 _NAMES = {8: "i8x16", 16: "i16x8", 32: "i32x4", 64: "i64x2"}

@@ -150,8 +150,8 @@ def lower_subbyte(f: Func) -> Func:
 
 
 def _dtype_of(f: Func, name: str) -> Any:
-    from luthier.ir.loop import exprs_of, walk_stmts
     from luthier.ir.expr import loads
+    from luthier.ir.loop import exprs_of, walk_stmts
 
     for s in walk_stmts(f.body):
         for e in exprs_of(s):

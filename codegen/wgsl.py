@@ -1,0 +1,225 @@
+"""Loop IR to WGSL, the shading language of WebGPU.
+
+Buffers are storage buffers in the order of the parameters at ``@group(0) @binding(n)``, scalars are one uniform struct of
+32-bit values at the binding after the last buffer. ``index`` is ``i32``. Narrow integers live in 32 bits; memory holds
+32-bit elements only (``legalize_dtype`` packed the rest). Infinity and NaN come from bits in a private variable, because
+WGSL refuses them in constant expressions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from luthier.codegen.c_style import CStyle
+from luthier.ir.dtypes import DType, i32
+from luthier.ir.errors import CompilationError
+from luthier.ir.expr import Expr
+from luthier.ir.loop import Alloc, Buffer, Call, Func, walk_stmts
+from luthier.passes.flatten import flatten
+from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
+from luthier.passes.map_parallel import map_parallel
+from luthier.passes.place_lets import place_lets
+from luthier.passes.scalarize import scalarize
+
+KEYWORDS = frozenset(
+    """alias break case const const_assert continue continuing default diagnostic discard else enable false fn for if let loop
+    override requires return struct switch true var while array atomic bool f16 f32 i32 u32 vec2 vec3 vec4 ptr sampler texture select
+    bitcast min max abs floor ceil round trunc sqrt fma main dims wg lid target filter read write storage uniform workgroup private
+    function active asm async await class common default demote do double enum explicit export extern final finally from get goto
+    half handle impl import in inline input instance interface is layout mod module move mut namespace new nil noinline null operator
+    out package partial pass patch precise precision premerge process protected pub public ref regardless register resource rest
+    sample self set shared sizeof smooth static std super super_ switch template this throw trait try type typedef union unless use
+    using varying virtual void volatile where with yield wgsl of""".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shader:
+    """``source``: WGSL with entry point ``main``. ``buffers``: parameters after legalisation, in binding order. ``scalars``: fields
+    of the uniform struct. ``grid``: number of groups in x, y, z over the scalars; ``group``: threads of a group."""
+
+    name: str
+    source: str
+    buffers: tuple[Buffer, ...]
+    scalars: tuple[Expr, ...]
+    grid: tuple[Expr, Expr, Expr]
+    group: tuple[int, int, int]
+
+
+class _Wgsl(CStyle):
+    keywords: ClassVar[frozenset[str]] = KEYWORDS
+    target: ClassVar[str] = "WGSL"
+
+    def __init__(self, f: Func, f16: bool = False) -> None:
+        super().__init__(f)
+        self.f16 = f16
+        self.special: dict[str, int] = {}
+        self.globals: list[str] = []
+        self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
+
+    def type(self, d: DType) -> str:
+        if d.is_bool:
+            return "bool"
+        if d.is_index:
+            return "i32"
+        if d.is_int and d.bits <= 32:
+            return "i32" if d.is_signed else "u32"
+        if d.kind == "f" and (d.bits == 32 or (d.bits == 16 and self.f16)):
+            return f"f{d.bits}"
+        raise CompilationError(f"WGSL has no type {d}", op=self.f.name, hint="run legalize_dtype first")
+
+    def literal(self, v: Any, d: DType) -> str:
+        if d.is_bool:
+            return "true" if v else "false"
+        t = self.type(d)
+        if d.is_float:
+            if math.isfinite(v):
+                if v == 0:
+                    return f"-0.0{t[0]}" if math.copysign(1, v) < 0 else f"0.0{t[0]}"
+                return f"{v!r}{'f' if t == 'f32' else 'h'}"
+            bits = int(np.float32(v).view(np.uint32)) if not math.isnan(v) else 0x7FC00000
+            n = self.special.setdefault(f"{bits:#x}", len(self.special))
+            s = f"bitcast<f32>(special_{n})"
+            return s if t == "f32" else f"f16({s})"
+        if t == "u32":
+            return f"{v}u"
+        return "i32(-2147483648)" if v == -(1 << 31) else f"{v}i" if v >= 0 else f"({v}i)"
+
+    def convert(self, x: str, s: DType, d: DType) -> str:
+        t = self.type(d)
+        if d.is_bool:
+            return x if s.is_bool else f"({x} != {self.zero(s)})"
+        if s.is_float and not d.is_float:  # i32(f) saturates; NaN is whatever
+            r = self.choose(f"({x} == {x})", f"{t}({x})", f"{t}(0)")
+            if d.bits < 32:
+                lo, hi = d.limits()
+                r = f"clamp({r}, {self.literal(lo, d)}, {self.literal(hi, d)})"
+            return r
+        r = f"{t}({x})" if self.type(s) != t else x
+        if not d.is_float and not s.is_bool and (d.bits < s.bits or d.is_signed != s.is_signed):
+            return self.wrap(r, d)
+        return r
+
+    def reinterpret(self, x: str, s: DType, d: DType) -> str:
+        if self.type(s) == self.type(d):
+            return self.wrap(x, d) if not d.is_float else x
+        if s.bits != 32 or d.bits != 32:
+            return self.wrap(f"{self.type(d)}({x})", d)
+        return f"bitcast<{self.type(d)}>({x})"
+
+    def choose(self, c: str, a: str, b: str) -> str:
+        return f"select({b}, {a}, {c})"
+
+    def masked_load(self, c: str, a: str, b: str) -> str:
+        return f"select({b}, {a}, {c})"  # reads outside a buffer are harmless by WebGPU's rules
+
+    def wrap(self, x: str, d: DType) -> str:
+        if d.bits >= 32 or d.is_index or d.is_bool or d.is_float:
+            return x
+        return f"extractBits({x}, 0u, {d.bits}u)"
+
+    def math(self, op: str, x: str, d: DType) -> str | None:
+        if op == "popcount":
+            return f"countOneBits({x})" if d.bits >= 32 or not d.is_signed else f"countOneBits({x} & {(1 << d.bits) - 1})"
+        if op == "isinf":
+            return f"(abs({x}) == {self.literal(math.inf, d)})"
+        names = {"abs": "abs", "floor": "floor", "ceil": "ceil", "round": "round", "trunc": "trunc", "sqrt": "sqrt"}
+        if op in names and d.is_float:
+            return f"{names[op]}({x})"
+        return f"(1.0 / sqrt({x}))" if op == "rsqrt" else None
+
+    def shift_amount(self, x: str) -> str:
+        return f"u32({x})"
+
+    def read(self, b: Buffer, i: str) -> str:
+        return f"atomicLoad(&{self.name(b.name)}[{i}])" if b.name in self.atomic else f"{self.name(b.name)}[{i}]"
+
+    def declare(self, name: str, d: DType, v: str) -> str:
+        return f"let {name} = {v};"
+
+    def declare_register(self, b: Buffer) -> str:
+        return f"var {self.name(b.name)}: {self.type(b.dtype)};"
+
+    def declare_array(self, b: Buffer, n: int) -> str:
+        t = f"array<{self.type(b.dtype)}, {max(n, 1)}>"
+        if b.scope == "shared":
+            self.globals.append(f"var<workgroup> {self.name(b.name)}: {t};")
+            return ""
+        if b.scope == "global":
+            raise CompilationError(f"WGSL kernels cannot allocate global memory ({b.name})", op=self.f.name)
+        return f"var {self.name(b.name)}: {t};"
+
+    def for_head(self, v: str, lo: str, hi: str) -> str:
+        return f"for (var {v}: i32 = {lo}; {v} < {hi}; {v}++)"
+
+    def barrier(self, scope: str) -> str:
+        return "workgroupBarrier();" if scope != "global" else "storageBarrier();"
+
+    def position(self, kind: str) -> str:
+        return f"i32({'wg' if kind.startswith('block') else 'lid'}.{kind[-1]})"
+
+    def effect(self, s: Call) -> str:
+        if s.callee != "atomic_store_bits":
+            return super().effect(s)
+        b, at, mask, bits = s.args
+        p = f"&{self.name(b.name)}[{self.expr(at)}]"
+        return f"atomicAnd({p}, ~{self.expr(mask)}); atomicOr({p}, {self.expr(bits)});"
+
+    def shader(self) -> Shader:
+        f = self.f
+        head: list[str] = ["enable f16;"] if self.f16 else []
+        for k, b in enumerate(f.buffers):
+            written = b.writable or b.name in self.atomic
+            t = f"atomic<{self.type(b.dtype)}>" if b.name in self.atomic else self.type(b.dtype)
+            head.append(f"@group(0) @binding({k}) var<storage, {'read_write' if written else 'read'}> {self.name(b.name)}: array<{t}>;")
+        for name, a in f.data.items():
+            vals = ", ".join(self.literal(v, _dtype(f, name)) for v in np.asarray(a).reshape(-1).tolist())
+            head.append(f"var<private> {self.name(name)} = array<{self.type(_dtype(f, name))}, {np.asarray(a).size}>({vals});")
+        if f.scalars:
+            fields = ", ".join(f"{self.name(v)}: {self.type(v.dtype)}" for v in f.scalars)
+            head.append(f"struct Dims {{ {fields} }}")
+            head.append(f"@group(0) @binding({len(f.buffers)}) var<uniform> dims: Dims;")
+            for v in f.scalars:
+                self.put(f"let {self.name(v)} = dims.{self.name(v)};")
+        self.stmt(f.body)
+        group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
+        head += [f"var<private> special_{n}: u32 = {bits}u;" for bits, n in self.special.items()]
+        head += self.globals
+        sig = f"@compute @workgroup_size({group[0]}, {group[1]}, {group[2]})\n"
+        sig += "fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid: vec3<u32>) {"
+        src = "\n".join([*head, "", sig, *self.lines, "}", ""])
+        one = _one()
+        grid = tuple(self.grid.get(f"block.{d}", one) for d in "xyz")
+        return Shader(f.name, src, f.buffers, f.scalars, grid, group)  # type: ignore[arg-type]
+
+
+def _one() -> Expr:
+    from luthier.ir.expr import const
+
+    return const(1)
+
+
+def _dtype(f: Func, name: str) -> DType:
+    for s in walk_stmts(f.body):
+        if isinstance(s, Alloc) and s.buf.name == name:
+            return s.buf.dtype
+    return i32
+
+
+def legalize_wgsl(f: Func) -> Func:
+    """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid."""
+    return place_lets(legalize_dtype(scalarize(map_parallel(flatten(f))), WGSL_RULES))
+
+
+def print_wgsl(f: Func) -> Shader:
+    """Raises CompilationError for what WGSL cannot express (64-bit floats, run-time sized local memory, global scratch)."""
+    return _Wgsl(f).shader()
+
+
+def print_all(funcs: Sequence[Func]) -> list[Shader]:
+    return [print_wgsl(f) for f in funcs]

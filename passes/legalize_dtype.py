@@ -1,0 +1,326 @@
+"""legalize_dtype: types that a target cannot compute with or address become types that it can.
+
+Rules (each is data in :class:`Rules`):
+
+* ``f16``, ``bf16`` without native arithmetic: values are carried in f32 and rounded after every operation that may be inexact
+  (f32 has more than twice the bits, so one operation and one rounding is the correctly rounded result); memory keeps 16 bits.
+* 64-bit integers where there are none: values are carried in 32 bits (indices and counts fit; a kernel whose numbers need more
+  must not be sent there), memory keeps 64 bits: the low word is read, both are written.
+* memory without 8- and 16-bit elements: a parameter becomes 32-bit words, a load extracts its part, a store is
+  ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Buffers of a kernel's own get
+  32-bit elements.
+* ``f64`` where there is none is refused.
+
+Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4]``, ``call atomic_store_bits(&Y, i // 4, 255 <<
+(i % 4 * 8), u32(X[i] < 0) << (i % 4 * 8))``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from luthier.ir import intrin
+from luthier.ir.dtypes import DType, bf16, f16, f32, f64, i32, u16, u32
+from luthier.ir.errors import CompilationError
+from luthier.ir.expr import (
+    BINARY,
+    COMPARE,
+    UNARY,
+    Expr,
+    binary,
+    bitcast,
+    cast,
+    compare,
+    const,
+    load,
+    load_parts,
+    rebuild,
+    select,
+    unary,
+    var,
+)
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a target has. ``small_memory``: loads and stores of 8 and 16 bits."""
+
+    int64: bool = True
+    float64: bool = True
+    half: bool = False
+    small_memory: bool = True
+
+
+WGSL_RULES = Rules(int64=False, float64=False, small_memory=False)
+DEFAULT_RULES = Rules()
+
+
+def _store_bits(buf: Any, at: Any, mask: Any, bits: Any) -> None:
+    flat = buf.reshape(-1)
+    flat[int(at)] = (flat[int(at)] & ~np.uint32(mask)) | np.uint32(bits)
+
+
+intrin.register("atomic_store_bits", _store_bits, "buf[at] = (buf[at] & ~mask) | bits, the bits under mask written atomically", effect=True)
+
+
+# ---------------------------------------------------------------- 16-bit floats, on the bits
+
+
+def half_to_f32(h: Expr) -> Expr:
+    """IEEE half (``u32`` holding 16 bits) to f32, exact; no subnormal f32 occurs on the way."""
+    n = h.dtype.lanes
+    sign, x = binary("shl", h & 0x8000, 16), binary("shl", h & 0x7FFF, 13)
+    normal = bitcast(x + 0x38000000, f32.vec(n))
+    tiny = cast(h & 0x3FF, f32) * 2.0**-24
+    huge = bitcast(x | 0x7F800000, f32.vec(n))
+    v = select((h & 0x7C00).eq(0x7C00), huge, select((h & 0x7C00).eq(0), tiny, normal))
+    return bitcast(bitcast(v, u32.vec(n)) | sign, f32.vec(n))
+
+
+def f32_to_half(v: Expr) -> Expr:
+    """f32 to IEEE half, round to nearest even, as ``u32`` holding 16 bits."""
+    n = v.dtype.lanes
+    b = bitcast(v, u32.vec(n))
+    sign, a = binary("shr", b, 16) & 0x8000, b & 0x7FFFFFFF
+    tiny = cast(unary("round", bitcast(a, f32.vec(n)) * 2.0**24), u32)
+    normal = binary("shr", a + 0xFFF + (binary("shr", a, 13) & 1) - 0x38000000, 13)
+    huge = select(const(0x7F800000, a.dtype) < a, const(0x7E00, a.dtype), const(0x7C00, a.dtype))
+    r = select(const(0x47800000, a.dtype) <= a, huge, select(a < const(0x38800000, a.dtype), tiny, normal))
+    return r | sign
+
+
+def bfloat_to_f32(h: Expr) -> Expr:
+    """bfloat16 (``u32`` holding 16 bits) to f32, exact."""
+    return bitcast(binary("shl", h, 16), f32.vec(h.dtype.lanes))
+
+
+def f32_to_bfloat(v: Expr) -> Expr:
+    """f32 to bfloat16, round to nearest even, as ``u32`` holding 16 bits."""
+    b = bitcast(v, u32.vec(v.dtype.lanes))
+    r = binary("shr", b + 0x7FFF + (binary("shr", b, 16) & 1), 16)
+    return select(const(0x7F800000, b.dtype) < (b & 0x7FFFFFFF), binary("shr", b, 16) | 0x40, r)
+
+
+_DECODE = {f16: half_to_f32, bf16: bfloat_to_f32}
+_ENCODE = {f16: f32_to_half, bf16: f32_to_bfloat}
+_EXACT = frozenset("neg abs floor ceil round trunc min max".split())
+
+
+def legalize_dtype(f: Func, rules: Rules = DEFAULT_RULES) -> Func:
+    """Raises CompilationError for a type that has no rule (f64 where there is none, 8-bit floats, strings)."""
+    lg = _Legalizer(f, rules)
+    if not lg.needed():
+        return f
+    return lg.run()
+
+
+class _Legalizer:
+    def __init__(self, f: Func, rules: Rules) -> None:
+        self.f, self.r = f, rules
+        self.memo: dict[Expr, Expr] = {}
+        self.vars: dict[Expr, Expr] = {}
+        self.bufs: dict[Buffer, Buffer] = {}
+
+    # types -------------------------------------------------------
+
+    def carried(self, d: DType) -> DType:
+        """The type that holds a value of ``d``."""
+        s = d.scalar
+        if s in _DECODE and not (s is f16 and self.r.half):
+            return f32.vec(d.lanes)
+        if s.kind in "iu" and s.bits == 64 and not self.r.int64:
+            return (i32 if s.kind == "i" else u32).vec(d.lanes)
+        if s is f64 and not self.r.float64:
+            raise CompilationError("this target has no f64", op=self.f.name, hint="use f32, or another target")
+        if s.kind.startswith("f8") or s.kind == "s":
+            raise CompilationError(f"no rule for {s}", op=self.f.name)
+        return d
+
+    def soft(self, d: DType) -> bool:
+        return d.scalar in _DECODE and not (d.scalar is f16 and self.r.half)
+
+    def words(self, d: DType) -> int:
+        """Elements of a parameter per 32-bit word: 4, 2, or 1; 0 for two words an element."""
+        if d.is_index or (d.is_int and d.bits == 64):
+            return 0 if not self.r.int64 else 1
+        return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
+
+    def needed(self) -> bool:
+        from luthier.ir.expr import walk
+        from luthier.ir.loop import exprs_of, walk_stmts
+
+        def bad(d: DType) -> bool:
+            s = d.scalar
+            return s in _DECODE or s is f64 or s.kind.startswith("f8") or (s.is_int and s.bits == 64 and not self.r.int64)
+
+        if any(bad(b.dtype) or self.words(b.dtype) != 1 for b in self.f.buffers):
+            return True
+        for s in walk_stmts(self.f.body):
+            if isinstance(s, Alloc) and (bad(s.buf.dtype) or self.words(s.buf.dtype) != 1):
+                return True
+            if any(bad(x.dtype) for e in exprs_of(s) for x in walk(e)):
+                return True
+        return False
+
+    def buffer(self, b: Buffer) -> Buffer:
+        nb = self.bufs.get(b)
+        if nb is None:
+            d = b.dtype
+            if b.scope == "param":
+                w = self.words(d)
+                if w == 0:
+                    nb = replace(b, dtype=u32, shape=(b.size() * 2,))
+                elif w > 1:
+                    nb = replace(b, dtype=u32, shape=((b.size() + (w - 1)) // w,))
+                else:
+                    nb = replace(b, dtype=u16) if self.soft(d) else replace(b, dtype=self.carried(d))
+            else:
+                c = self.carried(d)
+                if not self.r.small_memory and c.bits < 32 and b.rank:
+                    c = (i32 if c.kind == "i" else u32).vec(c.lanes)
+                if d.is_index and not self.r.int64:
+                    c = i32.vec(d.lanes)
+                nb = replace(b, dtype=c)
+            self.bufs[b] = nb
+        return nb
+
+    # expressions -------------------------------------------------
+
+    def expr(self, e: Expr) -> Expr:
+        r = self.memo.get(e)
+        if r is None:
+            r = self.memo[e] = self._expr(e)
+        return r
+
+    def rnd(self, v: Expr, d: DType) -> Expr:
+        """A carried f32 rounded to 16 bits."""
+        s = d.scalar
+        return _DECODE[s](_ENCODE[s](v))
+
+    def _expr(self, e: Expr) -> Expr:
+        op, d = e.op, e.dtype
+        if op == "const":
+            return const(e.attr, self.carried(d))
+        if op == "var":
+            c = self.carried(d)
+            return e if c is d else self.vars.setdefault(e, var(e.attr[0], c, e.attr[1], e.attr[2]))
+        if op == "load":
+            return self.load(e)
+        args = tuple(self.expr(a) for a in e.args)
+        c = self.carried(d)
+        src = e.args[0].dtype
+        if op == "cast":
+            if self.soft(d):
+                v = cast(args[0], f32)
+                return v if self.soft(src) and src.scalar is d.scalar else self.rnd(v, d)
+            return cast(args[0], c)
+        if op == "bitcast":
+            if self.soft(d):
+                return _DECODE[d.scalar](cast(cast(args[0], u16), u32))
+            if self.soft(src):
+                return bitcast(cast(_ENCODE[src.scalar](args[0]), u16), d)
+            return bitcast(args[0], c)
+        if self.soft(d) and op in BINARY | UNARY:
+            v = binary(op, *args) if op in BINARY else unary(op, args[0])
+            return v if op in _EXACT else self.rnd(v, d)
+        if op in COMPARE:
+            return compare(op, *args)
+        if all(x is y for x, y in zip(args, e.args, strict=True)):
+            return e
+        if op == "vreduce" and self.soft(d):
+            raise CompilationError(f"a reduction over lanes of {d} must be accumulated in f32", op=self.f.name)
+        return rebuild(e, args)
+
+    def load(self, e: Expr) -> Expr:
+        b, idx, m, o = load_parts(e)
+        nb = self.buffer(b)
+        ix = tuple(self.expr(i) for i in idx)
+        mm, oo = None if m is None else self.expr(m), None if o is None else self.expr(o)
+        n = e.dtype.lanes
+        c = self.carried(e.dtype)
+        if b.scope != "param":
+            v = load(nb, ix, mm, None if oo is None else cast(oo, nb.dtype.scalar))
+            if not b.rank:
+                return v
+            return v.ne(0) if e.dtype.is_bool and not nb.dtype.is_bool else cast(v, c)
+        w = self.words(b.dtype)
+        if w == 1:
+            if not self.soft(b.dtype):
+                return load(nb, ix, mm, oo)
+            v = _DECODE[b.dtype.scalar](cast(load(nb, ix, mm), u32))
+            return v if mm is None or oo is None else select(mm, v, oo)
+        if w == 0:
+            v = cast(load(nb, (ix[0] * 2,), mm), c)
+            return v if mm is None or oo is None else select(mm, v, oo)
+        word = load(nb, (binary("floordiv", ix[0], w),), mm)
+        shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
+        bits = binary("shr", word, shift) & ((1 << (32 // w)) - 1)
+        if self.soft(b.dtype):
+            v = _DECODE[b.dtype.scalar](bits)
+        elif b.dtype.is_bool:
+            v = bits.ne(0)
+        else:
+            v = cast(bits, b.dtype.vec(n))
+        return v if mm is None or oo is None else select(mm, v, oo)
+
+    # statements --------------------------------------------------
+
+    def stmt(self, s: Stmt) -> Stmt:
+        if isinstance(s, Block):
+            return block(*(self.stmt(x) for x in s.stmts))
+        if isinstance(s, For):
+            return For(s.var, self.expr(s.lo), self.expr(s.hi), s.kind, self.stmt(s.body))
+        if isinstance(s, While):
+            return While(self.expr(s.cond), self.stmt(s.body))
+        if isinstance(s, If):
+            return If(self.expr(s.cond), self.stmt(s.then), None if s.orelse is None else self.stmt(s.orelse))
+        if isinstance(s, Let):
+            return Let(self.expr(s.var), self.expr(s.value))
+        if isinstance(s, Alloc):
+            return Alloc(self.buffer(s.buf), self.stmt(s.body))
+        if isinstance(s, Call):
+            args = tuple(
+                self.expr(a) if isinstance(a, Expr) else (self.buffer(a[0]), self.expr(a[1])) if isinstance(a, tuple) else self.buffer(a)
+                for a in s.args
+            )
+            return Call(s.callee, args, s.attrs)
+        return self.store(s) if isinstance(s, Store) else s
+
+    def store(self, s: Store) -> Stmt:
+        b, nb = s.buf, self.buffer(s.buf)
+        ix = tuple(self.expr(i) for i in s.idx)
+        v, m = self.expr(s.value), None if s.mask is None else self.expr(s.mask)
+        if b.scope != "param":
+            if v.dtype.scalar is not nb.dtype.scalar:
+                v = cast(v, nb.dtype.scalar)
+            return Store(nb, ix, v, m)
+        w = self.words(b.dtype)
+        if self.soft(b.dtype):
+            v = _ENCODE[b.dtype.scalar](v)
+        if w == 1:
+            return Store(nb, ix, cast(v, nb.dtype.scalar) if self.soft(b.dtype) else v, m)
+        if v.dtype.lanes > 1:
+            raise CompilationError(f"lanes stored to packed buffer {b.name}", op=self.f.name, hint="scalarize first")
+        if w == 0:
+            lo = cast(cast(v, i32), u32)
+            hi = cast(binary("shr", cast(v, i32), 31), u32) if b.dtype.is_signed else const(0, u32)
+            at = ix[0] * 2
+            return block(Store(nb, (at,), lo, m), Store(nb, (at + 1,), hi, m))
+        full = (1 << (32 // w)) - 1
+        shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
+        bits = cast(cast(v, u32) if v.dtype.is_bool or v.dtype is u32 else cast(cast(v, i32), u32), u32) & full
+        call: Stmt = Call(
+            "atomic_store_bits", (nb, binary("floordiv", ix[0], w), binary("shl", const(full, u32), shift), binary("shl", bits, shift)),
+        )
+        return call if m is None else If(m, call)
+
+    def run(self) -> Func:
+        params = tuple(self.buffer(p) if isinstance(p, Buffer) else self.expr(p) for p in self.f.params)
+        body = self.stmt(self.f.body)
+        return replace(self.f, params=params, body=body)
+
+
