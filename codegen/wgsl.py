@@ -24,6 +24,7 @@ from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
 from luthier.passes.place_lets import place_lets
+from luthier.passes.round_by_operator import round_by_operator
 from luthier.passes.scalarize import scalarize
 
 KEYWORDS = frozenset(
@@ -213,7 +214,7 @@ def _dtype(f: Func, name: str) -> DType:
 
 def legalize_wgsl(f: Func) -> Func:
     """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid."""
-    return place_lets(legalize_dtype(scalarize(map_parallel(flatten(f))), WGSL_RULES))
+    return place_lets(round_by_operator(legalize_dtype(scalarize(map_parallel(flatten(f))), WGSL_RULES)))
 
 
 def print_wgsl(f: Func) -> Shader:
