@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import model_inputs  # noqa: E402
+from benchmarks import model_inputs
 
 DEPTH = 12  # GPT-2 small
 

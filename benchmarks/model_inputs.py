@@ -88,7 +88,8 @@ def normalized(
     std: tuple[float, float, float] = (0.229, 0.224, 0.225),
 ) -> NDArray[np.float32]:
     """u8[H,W,3] -> f32[3,H,W], scaled to [0,1], shifted by `mean` and divided by `std`."""
-    scaled = (picture.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
+    shift, scale = np.array(mean, np.float32), np.array(std, np.float32)
+    scaled = (picture.astype(np.float32) / 255 - shift) / scale
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
 
@@ -181,7 +182,7 @@ def file_samples() -> dict[str, bytes]:
     page += "".join(f'<p class="t">Paragraph {i} with a <a href="/x/{i}">link</a>.</p>\n' for i in range(30))
     source = '#include <stdio.h>\n#include <stdlib.h>\n\nstatic int add(int a, int b) {\n    return a + b;\n}\n\n'
     source += 'int main(int argc, char **argv) {\n    printf("%d\\n", add(argc, 2));\n    return EXIT_SUCCESS;\n}\n'
-    rows = "".join('  {"id": %d, "name": "item %d", "tags": ["a", "b"], "ok": true},\n' % (i, i) for i in range(40))
+    rows = "".join(f'  {{"id": {i}, "name": "item {i}", "tags": ["a", "b"], "ok": true}},\n' for i in range(40))
     pixels = b"".join(b"\0" + bytes((x * y) & 255 for x in range(96)) for y in range(64))
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 32, 64, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
     png = b"\x89PNG\r\n\x1a\n" + b"".join(

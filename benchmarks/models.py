@@ -237,11 +237,12 @@ def mlp_inputs(seed: int, batch: int = 32) -> Inputs:
     return {"x": np.random.default_rng(seed).standard_normal((batch, 1024), dtype=np.float32)}
 
 
-BATCHES = ({}, {"batch": 3})
-LENGTHS = tuple({"length": n} for n in (8, 17, 64, 128, 200, 384, 512)) + ({"batch": 3, "length": 40},)
-DET_SIZES = ({}, {"height": 480, "width": 640}, {"height": 736, "width": 1120})
-REC_SIZES = ({}, {"width": 160}, {"batch": 3, "width": 512})
-CLS_SIZES = ({}, {"batch": 2}, {"batch": 6})
+Sizes = tuple[dict[str, int], ...]
+BATCHES: Sizes = ({}, {"batch": 3})
+LENGTHS: Sizes = tuple({"length": n} for n in (8, 17, 64, 128, 200, 384, 512)) + ({"batch": 3, "length": 40},)
+DET_SIZES: Sizes = ({}, {"height": 480, "width": 640}, {"height": 736, "width": 1120})
+REC_SIZES: Sizes = ({}, {"width": 160}, {"batch": 3, "width": 512})
+CLS_SIZES: Sizes = ({}, {"batch": 2}, {"batch": 6})
 GPT2_CARRY = {
     f"past_key_values.{i}.{kind}": f"present.{i}.{kind}" for i in range(12) for kind in ("key", "value")
 }

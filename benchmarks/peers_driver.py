@@ -43,6 +43,7 @@ def pinned_model(case: ModelCase) -> Path:
 
     if not case.pin:
         return case.path
+    assert case.shapes is not None
     stat = case.path.stat()
     key = hashlib.sha256(f"{case.shapes}{stat.st_size}{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     out = model_dir() / ".pinned" / f"{case.name}-{key}.onnx"
