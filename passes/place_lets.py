@@ -206,9 +206,12 @@ class _Placer:
                 memo[e] = r
             return r
 
+        visited: set[Expr] = set()
+
         def visit(e: Expr, top: bool = True) -> None:
-            if e in env or not e.args:
+            if e in env or not e.args or e in visited:
                 return
+            visited.add(e)
             if invariant(e):
                 if _worth(e) and e.op != "load":
                     v = self.fresh(e)
