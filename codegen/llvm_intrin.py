@@ -1,0 +1,123 @@
+"""Intrinsics of the LLVM backend: name -> how to print it. Meanings are registered in :mod:`luthier.ir.intrin`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from luthier.ir.expr import Expr
+from luthier.ir.loop import Call
+
+if TYPE_CHECKING:
+    from luthier.codegen.llvm_printer import KernelPrinter
+
+PurePrinter = Callable[[Any, Expr, list[str]], str]
+EffectPrinter = Callable[["KernelPrinter", Call], None]
+
+PURE: dict[str, PurePrinter] = {}
+EFFECT: dict[str, EffectPrinter] = {}
+
+
+def _fma(p: Any, e: Expr, args: list[str]) -> str:
+    from luthier.codegen.llvm_ops import intrinsic
+    from luthier.codegen.llvm_types import reg_type
+
+    return intrinsic(p, "fma", reg_type(e.dtype), *args)
+
+
+def _prefetch(p: Any, s: Call) -> None:
+    buf, offset = s.args[0] if isinstance(s.args[0], tuple) else (s.args[0], None)
+    ptr = p.pointer(buf) if offset is None else p.address(buf, offset)
+    fn = p.declare("llvm.prefetch.p0", "void @(ptr, i32, i32, i32)")
+    p.emit(f"call void @{fn}(ptr {ptr}, i32 0, i32 3, i32 1)")
+
+
+PURE["fma"] = _fma
+EFFECT["prefetch"] = _prefetch
+
+
+def _fmod(bits: int) -> str:
+    """Exact remainder by shift and subtract on mantissas; sign of the dividend; NaN for x infinite, y zero or NaN."""
+    t, i, man = ("float", "i32", 23) if bits == 32 else ("double", "i64", 52)
+    emask = (1 << (bits - 1 - man)) - 1
+    implicit, mmask, smask, inf = 1 << man, (1 << man) - 1, 1 << (bits - 1), emask << man
+    mag = smask - 1
+    return f"""define internal {t} @lt.fmod.f{bits}({t} %x, {t} %y) nounwind {{
+entry:
+  %xb = bitcast {t} %x to {i}
+  %yb = bitcast {t} %y to {i}
+  %sx = and {i} %xb, {-smask}
+  %ax = and {i} %xb, {mag}
+  %ay = and {i} %yb, {mag}
+  %y0 = icmp eq {i} %ay, 0
+  %yn = icmp ugt {i} %ay, {inf}
+  %xi = icmp uge {i} %ax, {inf}
+  %b1 = or i1 %y0, %yn
+  %bad = or i1 %b1, %xi
+  br i1 %bad, label %nan, label %small
+nan:
+  %p = fmul {t} %x, %y
+  %q = fdiv {t} %p, %p
+  ret {t} %q
+small:
+  %lt = icmp ult {i} %ax, %ay
+  br i1 %lt, label %same, label %norm
+same:
+  ret {t} %x
+norm:
+  %xe0 = lshr {i} %ax, {man}
+  %ye0 = lshr {i} %ay, {man}
+  %xm0 = and {i} %ax, {mmask}
+  %ym0 = and {i} %ay, {mmask}
+  %xs = icmp eq {i} %xe0, 0
+  %ys = icmp eq {i} %ye0, 0
+  %xm1 = or {i} %xm0, {implicit}
+  %ym1 = or {i} %ym0, {implicit}
+  %xm = select i1 %xs, {i} %xm0, {i} %xm1
+  %ym = select i1 %ys, {i} %ym0, {i} %ym1
+  %xe = select i1 %xs, {i} 1, {i} %xe0
+  %ye = select i1 %ys, {i} 1, {i} %ye0
+  br label %step
+step:
+  %e = phi {i} [ %xe, %norm ], [ %e1, %next ]
+  %m = phi {i} [ %xm, %norm ], [ %m2, %next ]
+  %d = sub {i} %m, %ym
+  %neg = icmp slt {i} %d, 0
+  %r = select i1 %neg, {i} %m, {i} %d
+  %more = icmp ugt {i} %e, %ye
+  br i1 %more, label %next, label %done
+next:
+  %m2 = shl {i} %r, 1
+  %e1 = sub {i} %e, 1
+  br label %step
+done:
+  %z = icmp eq {i} %r, 0
+  br i1 %z, label %zero, label %fit
+zero:
+  %zs = bitcast {i} %sx to {t}
+  ret {t} %zs
+fit:
+  %fe = phi {i} [ %e, %done ], [ %fe1, %up ]
+  %fm = phi {i} [ %r, %done ], [ %fm1, %up ]
+  %low = icmp ult {i} %fm, {implicit}
+  %can = icmp ugt {i} %fe, 1
+  %go = and i1 %low, %can
+  br i1 %go, label %up, label %pack
+up:
+  %fm1 = shl {i} %fm, 1
+  %fe1 = sub {i} %fe, 1
+  br label %fit
+pack:
+  %isn = icmp uge {i} %fm, {implicit}
+  %ne = select i1 %isn, {i} %fe, {i} 0
+  %nm = and {i} %fm, {mmask}
+  %es = shl {i} %ne, {man}
+  %b = or {i} %es, %nm
+  %bs = or {i} %b, %sx
+  %res = bitcast {i} %bs to {t}
+  ret {t} %res
+}}
+"""
+
+
+HELPERS: dict[str, str] = {"lt.fmod.f32": _fmod(32), "lt.fmod.f64": _fmod(64)}
