@@ -11,6 +11,7 @@ A kernel is ``void name(ptr buffers..., scalars..., i64 lo, i64 hi)``: the outer
 from __future__ import annotations
 
 from collections.abc import Iterable
+
 from luthier.codegen.llvm_expr import ExprPrinter
 from luthier.codegen.llvm_memory import MemoryPrinter
 from luthier.codegen.llvm_types import mem_bytes, mem_type, reg_type
@@ -360,4 +361,18 @@ def module_text(bodies: list[str], declares: dict[str, str], helpers: set[str], 
     return "\n".join([*lines, "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
 
 
-__all__ = ["KernelPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]
+class LLVMPrinter(KernelPrinter):
+    """A kernel for this machine on its own: ``text()`` and the ``declares`` that its module needs."""
+
+    def __init__(self, func: Func, name: str | None = None) -> None:
+        super().__init__(func, host(), name)
+
+    @property
+    def declares(self) -> set[str]:
+        from luthier.codegen.llvm_intrin import HELPERS
+
+        out = {f"declare {sig.replace('@', '@' + n)}" for n, sig in self.declarations.items()}
+        return out | {HELPERS[h] for h in self.helpers} | {"@lt.zero = internal constant [64 x i8] zeroinitializer, align 64"}
+
+
+__all__ = ["KernelPrinter", "LLVMPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]
