@@ -17,7 +17,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.expr import _from_poly, _mk
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
-from luthier.schedules.schedule import Loop, Schedule, Stage, hash_var
+from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var
 
 Env = dict[Expr, Expr]
 Region = list[tuple[Expr, Expr]]
@@ -60,6 +60,8 @@ class _Lower:
         self.byhash = {hash_var(v): v for v in s.ext}
         for st in s.stages.values():
             if st.at is not None:
+                if all(lp.var is not st.at[1] for lp in s.stages[st.at[0]].loops):
+                    raise ScheduleError(f"{st.name} is staged at {st.at[1]!r}, a loop that {st.at[0]} no longer has: stage it after the split")
                 self.children.setdefault(st.at, []).append(st)
 
     # ------------------------------------------------------------ entry
