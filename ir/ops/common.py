@@ -396,3 +396,9 @@ def _group(src: Shape, left: list[int], right: list[Axis]) -> tuple[int, int]:
 def ceil_div(a: Expr, b: Expr | int) -> Expr:
     """Rounded up, for either sign of ``b``."""
     return ZERO - (ZERO - a) // b
+
+
+def pinned(node: Node, arrays: Sequence[Any]) -> Node:
+    """``node`` with its inputs' types taken from arrays: references use it where they reason about shapes."""
+    ins = tuple(None if a is None or v is None else Value(v.name, TensorType.of(v.dtype, np.shape(a)), np.asarray(a)) for v, a in zip(node.inputs, arrays, strict=False))
+    return Node(node.op, ins, node.outputs, node.attrs, node.name, node.source)
