@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -171,6 +172,47 @@ def tokens(vocab: Path, seed: int, batch: int, length: int) -> dict[str, NDArray
         ids[row, :wanted] = line
         mask[row, :wanted] = 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def unigram(tokenizer: Path, text: str) -> list[int]:
+    """SentencePiece's unigram tokens of a text: the split with the highest sum of scores, from a `tokenizer.json`."""
+    vocab = json.loads(tokenizer.read_text(encoding="utf-8"))["model"]["vocab"]
+    pieces = {piece: (index, score) for index, (piece, score) in enumerate(vocab)}
+    text = "\u2581" + text.replace(" ", "\u2581")
+    best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # score, where the last piece starts, its id
+    for end in range(1, len(text) + 1):
+        best.append((best[end - 1][0] - 20.0, end - 1, 2))  # an unknown character
+        for start in range(max(0, end - 16), end):
+            found = pieces.get(text[start:end])
+            if found and best[start][0] + found[1] > best[end][0]:
+                best[end] = (best[start][0] + found[1], start, found[0])
+    ids: list[int] = []
+    end = len(text)
+    while end:
+        _, start, index = best[end]
+        ids.append(index)
+        end = start
+    return ids[::-1]
+
+
+def log_mel(wave: NDArray[np.float32], bands: int = 80, rate: int = 16000) -> NDArray[np.float32]:
+    """Whisper's features of a normalised wave: f32[bands, len(wave) / 160], 25 ms windows, Slaney's mel scale."""
+    wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+    padded = np.pad(wave.astype(np.float64), 200, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::160][: wave.size // 160]
+    power = np.abs(np.fft.rfft(frames * np.hanning(401)[:-1], axis=1)) ** 2
+
+    def to_mel(hz: float) -> float:
+        return hz * 3 / 200 if hz < 1000 else 15 + np.log(hz / 1000) * 27 / np.log(6.4)
+
+    mels = np.linspace(0, to_mel(rate / 2), bands + 2)
+    edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
+    freqs = np.linspace(0, rate / 2, 201)
+    rising = (freqs[None] - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - freqs[None]) / np.diff(edges)[1:, None]
+    filters = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    log = np.log10(np.maximum(filters @ power.T, 1e-10))
+    return ((np.maximum(log, log.max() - 8) + 4) / 4).astype(np.float32)
 
 
 def file_samples() -> dict[str, bytes]:
