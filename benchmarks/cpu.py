@@ -1,10 +1,11 @@
 """The speed table: Luthier against other CPU runtimes on real models, f32 arithmetic, the same static shapes.
 
     python benchmarks/cpu.py [--models A,B] [--peers A,B] [--threads 1,2] [--rounds N] [--json FILE] [--save] [--profile]
+                             [--stat median|min]
 
 Every runtime has a process of its own, pinned to as many cores as it has threads. In each round every runtime takes
 one turn, in an order that alternates, while all others are stopped (SIGSTOP). Each call gets other inputs than the
-call before. Shown are medians; the ratio of a row is best peer / luthier, and the geometric mean counts a row at most
+call before. Shown are medians, or minima on a machine that others use too; the ratio of a row is best peer / luthier, and the geometric mean counts a row at most
 at 1.5.
 """
 
@@ -248,6 +249,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--stat", choices=("median", "min"), default="median", help="what the printed tables show")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--save", nargs="?", const="cpu", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
     parser.add_argument("--profile", action="store_true", help="only Luthier's kernels, against the measured roofline")
@@ -277,12 +279,12 @@ def main() -> int:
                 args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     for threads in sorted({row["threads"] for row in rows}):
         chosen = [row for row in rows if row["threads"] == threads]
-        lines = table_rows(chosen, labels, "median_ms")
-        table = Table(*lines[0], title=f"{threads} thread{'s' if threads > 1 else ''}, median ms")
+        lines = table_rows(chosen, labels, f"{args.stat}_ms")
+        table = Table(*lines[0], title=f"{threads} thread{'s' if threads > 1 else ''}, {args.stat} ms")
         for line in lines[1:]:
             table.add_row(*line)
         console.print(table)
-        mean = mean_ratio(chosen, "median_ms")
+        mean = mean_ratio(chosen, f"{args.stat}_ms")
         if mean:
             console.print(f"geometric mean over {mean[1]} rows, each at most {CAP}: {mean[0]:.3f}")
     if args.save:
