@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from luthier.importers import onnx_upgrade
-from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, sparse_to_array, to_array
+from luthier.importers import onnx_upgrade, onnx_wire
+from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.dtypes import f32
 from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, UnsupportedOperator
@@ -38,23 +38,21 @@ def import_onnx(model: Any, shapes: Shapes | None = None) -> Graph:
     ``shapes``: {input name: extents}; an integer pins a dimension (everywhere where its symbol occurs), None or -1 leaves it
     as the model declares it. Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
     folder: Path | None = None
+    raws: dict[int, memoryview] = {}
     if not isinstance(model, ModelProto):
         path = os.fspath(model)
-        try:
-            with open(path, "rb") as f:
-                raw = f.read()
-        except OSError as e:
-            raise InvalidModel(f"cannot read the model {path!r}: {e.strerror}") from None
         folder = Path(path).resolve().parent
         model = ModelProto()
         try:
-            model.ParseFromString(raw)
-        except Exception as e:  # google.protobuf's DecodeError, whichever protobuf is installed
+            small, raws = onnx_wire.split(path)
+            model.ParseFromString(small)
+        except OSError as e:
+            raise InvalidModel(f"cannot read the model {path!r}: {e.strerror}") from None
+        except Exception as e:  # ValueError, or google.protobuf's DecodeError, whichever protobuf is installed
             raise InvalidModel(f"{path!r} is no ONNX model: {e}") from None
-        del raw
         if not model.HasField("graph"):
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
-    return _Importer(model, folder, dict(shapes or {})).run()
+    return _Importer(model, folder, dict(shapes or {}), raws).run()
 
 
 class _Scope:
@@ -88,8 +86,8 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
 
 
 class _Importer:
-    def __init__(self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]]) -> None:
-        self.model, self.folder, self.shapes = model, folder, shapes
+    def __init__(self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview]) -> None:
+        self.model, self.folder, self.shapes, self.raws = model, folder, shapes, raws
         self.names = Names()
         self.nodes: list[Node] = []
         self.symbols: dict[str, Expr] = {}
@@ -138,8 +136,10 @@ class _Importer:
         return out
 
     def _initializers(self, g: GraphProto, scope: _Scope) -> set[str]:
-        for t in g.initializer:
-            scope.values[t.name] = self._constant(to_array(t, self.folder), t.name)
+        raws = self.raws if scope.parent is None else {}
+        for k, t in enumerate(g.initializer):
+            data = from_bytes(raws[k], t) if k in raws else to_array(t, self.folder)
+            scope.values[t.name] = self._constant(data, t.name)
         for s in g.sparse_initializer:
             scope.values[s.values.name] = self._constant(sparse_to_array(s, self.folder), s.values.name)
         return set(scope.values)

@@ -53,7 +53,17 @@ def to_array(t: TensorProto, folder: Path | None) -> np.ndarray[Any, Any]:
         raise InvalidModel(f"constant {t.name!r} is malformed: {e}") from None
 
 
-def _view(raw: bytes, d: DType, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+def from_bytes(raw: memoryview, t: TensorProto) -> np.ndarray[Any, Any]:
+    """The contents of ``t`` whose raw bytes lie elsewhere: a view, or an aligned copy where the file misaligns them."""
+    d = element_type(t.data_type, f"constant {t.name!r}")
+    if d.bits < 8:
+        copy = TensorProto(data_type=t.data_type, dims=t.dims, raw_data=bytes(raw))
+        return np.asarray(numpy_helper.to_array(copy))
+    a = _view(raw, d, tuple(t.dims), t.name)
+    return a if a.flags.aligned else a.copy()
+
+
+def _view(raw: bytes | memoryview, d: DType, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
     want = int(np.prod(shape, dtype=np.int64)) * d.numpy.itemsize
     if len(raw) != want:
         raise InvalidModel(f"constant {name!r} holds {len(raw)} bytes, its shape {list(shape)} of {d} needs {want}")
