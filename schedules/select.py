@@ -40,6 +40,7 @@ class Kernels:
     packed: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     template: str = ""
     trace: tuple[tuple[Any, ...], ...] = ()
+    packings: dict[str, Any] = field(default_factory=dict)  # {name in packed: the Packing that made it}, to repack other weights
 
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
@@ -132,17 +133,19 @@ def _join(parts: list[Kernels], c: Compute) -> Kernels:
                 if b.writable and b.name not in c.outs:
                     temps.setdefault(b.name, replace(b, scope="global"))
     packed = {n: a for k in parts for n, a in k.packed.items()}
-    return Kernels(tuple(f for k in parts for f in k.funcs), tuple(temps.values()), packed, "+".join(k.template for k in parts), tuple(t for k in parts for t in k.trace))
+    return Kernels(tuple(f for k in parts for f in k.funcs), tuple(temps.values()), packed, "+".join(k.template for k in parts), tuple(t for k in parts for t in k.trace), {n: q for k in parts for n, q in k.packings.items()})
 
 
 def finish(s: Schedule, caps: Capabilities, consts: Mapping[str, np.ndarray[Any, Any]], template: str = "") -> Kernels:
     """Lowering, run-time packing kernels, loop passes."""
     packed: dict[str, np.ndarray[Any, Any]] = {}
+    packings: dict[str, Any] = {}
     pre: list[Func] = []
     temps: list[Buffer] = []
     for n, p in s.packed.items():
         if p.param in consts:
             packed[n] = p.apply(consts[p.param])
+            packings[n] = p
         else:
             k = build(p.job, caps)
             pre += k.funcs
@@ -157,7 +160,7 @@ def finish(s: Schedule, caps: Capabilities, consts: Mapping[str, np.ndarray[Any,
                 written.setdefault(b.name, b)
     outs = set(s.compute.outs)
     temps += [replace(b, scope="global") for n, b in written.items() if n not in outs]
-    return Kernels((*pre, *funcs), tuple(temps), packed, template, s.trace)
+    return Kernels((*pre, *funcs), tuple(temps), packed, template, s.trace, packings)
 
 
 def parallel_extent(f: Func) -> Any:
