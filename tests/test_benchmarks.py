@@ -1,0 +1,89 @@
+"""The benchmark tools' own logic: the f64 reference's convolution, the score, the tokenizer, the roofline loops."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+ROOT = str(Path(__file__).resolve().parents[1])
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`benchmarks` is a folder of the repository, not part of the installed package."""
+    monkeypatch.setattr(sys, "path", [*sys.path, ROOT])
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "w_shape", "attributes"),
+    [
+        ((2, 6, 9, 11), (4, 3, 3, 3), {"pads": [1, 0, 2, 1], "strides": [2, 1], "dilations": [1, 2], "group": 2}),
+        ((1, 4, 8, 8), (4, 1, 3, 3), {"pads": [1] * 4, "strides": [1, 2], "dilations": [1, 1], "group": 4}),
+        ((1, 2, 20), (3, 2, 5), {"pads": [2, 2], "strides": [3], "dilations": [1], "group": 1}),
+    ],
+)
+def test_convolve_equals_the_evaluators_own(
+    x_shape: tuple[int, ...], w_shape: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    from benchmarks.reference_f64 import convolve
+
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal(x_shape), rng.standard_normal(w_shape)
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.DOUBLE, x_shape),
+        helper.make_tensor_value_info("w", TensorProto.DOUBLE, w_shape),
+    ]
+    result = helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)
+    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"], **attributes)], "g", inputs, [result])
+    (expected,) = ReferenceEvaluator(helper.make_model(graph)).run(None, {"x": x, "w": w})
+    np.testing.assert_allclose(convolve(x, w, **attributes), expected, rtol=0, atol=1e-13)
+
+
+def row(model: str, luthier: float, **others: tuple[float, bool]) -> dict[str, Any]:
+    peers: dict[str, Any] = {"luthier": {"median_ms": luthier, "agrees": True}}
+    peers |= {name: {"median_ms": ms, "agrees": agrees} for name, (ms, agrees) in others.items()}
+    return {"model": model, "threads": 1, "peers": peers}
+
+
+def test_score_takes_the_best_agreeing_peer_and_caps_a_row() -> None:
+    from benchmarks.cpu import best_peer, mean_ratio
+
+    slow = row("minilm", 20.0, openvino=(10.0, True), onnxruntime=(12.0, True), iree=(1.0, False))
+    fast = row("gpt2", 1.0, openvino=(9.0, True))
+    beside = row("mlp", 1.0, openvino=(0.1, True))
+    assert best_peer(slow, "median_ms") == ("openvino", 10.0)
+    mean = mean_ratio([slow, fast, beside], "median_ms")
+    assert mean is not None and mean[1] == 2
+    assert mean[0] == pytest.approx(math.sqrt(0.5 * 1.5))
+
+
+def test_word_pieces_are_the_longest_matches(tmp_path: Path) -> None:
+    from benchmarks.model_inputs import WordPiece
+
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "play", "##ing", "##i", ".", "plays"]) + "\n")
+    assert WordPiece(vocab).encode("Playing. Zzz plays") == [2, 4, 5, 7, 1, 8, 3]
+
+
+def test_error_sees_shapes_and_lost_nans() -> None:
+    from benchmarks.compare_models import error
+
+    reference = {"y": np.array([2.0, -4.0, np.nan])}
+    assert error({"y": np.array([2.0, -4.4, np.nan])}, reference) == pytest.approx(0.1)
+    assert error({"y": np.array([2.0, -4.0, 0.0])}, reference) == math.inf
+    assert error({"y": np.zeros((3, 1))}, reference) == math.inf
+    assert error({}, reference) == math.inf
+
+
+def test_ceilings_are_of_this_world() -> None:
+    from benchmarks.ceilings import bandwidth, fma_peak
+
+    assert 1 < fma_peak(tries=1) < 2000
+    assert 0.5 < bandwidth(16 << 10, tries=1) < 5000
