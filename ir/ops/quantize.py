@@ -1,4 +1,4 @@
-"""Quantization: QuantizeLinear and DequantizeLinear, per tensor, per axis and in blocks."""
+"""Quantization: QuantizeLinear and DequantizeLinear (per tensor, per axis, in blocks), DynamicQuantizeLinear."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Axis, Compute
+from luthier.ir.compute import Axis, Compute, Pull, pull, reduce_
 from luthier.ir.dtypes import DType, f32, i32, u8
-from luthier.ir.expr import Expr, cast, const, load, maximum, minimum, unary
+from luthier.ir.expr import Expr, cast, const, load, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -187,6 +187,46 @@ class DequantizeLinear(Scaled):
         return [y.astype(self.target(node).numpy)]
 
 
+def dynamic_parameters(name: str, a: Buffer, scale: Buffer | None = None, zero: Buffer | None = None) -> tuple[list[Pull], Expr, Expr]:
+    """(lets, scale, zero point) of ``a`` (f32) quantized to u8 over its range, which is made to hold 0."""
+    r = axes_of(a.shape, "r")
+    at = [x.var for x in r]
+    hi, lo = (pull(f"{name}.{m}", (), reduce_(m, r, load(a, at))) for m in ("max", "min"))
+    top, low = maximum(const(0.0, f32), load(hi.buf, ())), minimum(const(0.0, f32), load(lo.buf, ()))
+    sb = scale or Buffer(f"{name}.scale", f32, (), "global")
+    zb = zero or Buffer(f"{name}.zero", u8, (), "global")
+    s = load(sb, ())
+    q = unary("round", maximum(const(0.0, f32), minimum(const(255.0, f32), -low / s)))
+    sc = Pull(sb, (), select(top.eq(low), const(1.0, f32), (top - low) / 255.0))
+    return [hi, lo, sc, Pull(zb, (), cast(cast(q, i32), u8))], s, load(zb, ())
+
+
+def dynamic_parameters_ref(x: Array) -> tuple[Any, Any]:
+    """numpy: see :func:`dynamic_parameters`."""
+    top, low = max(np.float32(0), x.max()), min(np.float32(0), x.min())
+    s = np.float32(1) if top == low else np.float32((top - low) / np.float32(255))
+    return s, np.uint8(np.rint(np.clip(-low / s, 0, 255)))
+
+
+@op("DynamicQuantizeLinear")
+class DynamicQuantizeLinear(Op):
+    """x f32 to (y u8, scale, zero point): quantized over the whole range of x, which is made to hold 0."""
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        return [TensorType(u8, need(node, 0).shape), TensorType(f32, ()), TensorType(u8, ())]
+
+    def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
+        x, y = must(ins, 0), outs[0]
+        lets, s, z = dynamic_parameters(y.name, x, outs[1], outs[2])
+        axes = axes_of(y.shape)
+        return make(node, ins, outs, [*lets, define(y, axes, saturate(load(x, [a.var for a in axes]) / s, z, u8))])
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
+        x = np.asarray(arrays[0], np.float32)
+        s, z = dynamic_parameters_ref(x)
+        return [saturate_ref(x / s, np.asarray(z), u8), np.asarray(s), np.asarray(z)]
+
+
 def scale_and_zero(node: Node, ins: Sequence[Buffer | None], s: int, z: int, at: Sequence[Expr] = ()) -> tuple[Expr, Expr | None]:
     """The scale at input ``s`` and zero point at input ``z`` (None when absent or known to be 0) of a quantized operand.
 
@@ -220,4 +260,4 @@ def is_scalar(v: Value | None) -> bool:
     return v is None or v.rank == 0 or v.type.static_shape == (1,)
 
 
-__all__ = ["saturate", "saturate_ref", "scale_and_zero", "centered", "is_scalar"]
+__all__ = ["dynamic_parameters", "dynamic_parameters_ref", "saturate", "saturate_ref", "scale_and_zero", "centered", "is_scalar"]

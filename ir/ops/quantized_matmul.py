@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Axis, Compute, LetStmt, axis, reduce_, sum_
+from luthier.ir.compute import Axis, Compute, axis, sum_
 from luthier.ir.dtypes import f32, i32, u8
-from luthier.ir.expr import Expr, cast, const, load, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, cast, const, load
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -32,7 +32,7 @@ from luthier.ir.ops.common import (
     temp,
     type_error,
 )
-from luthier.ir.ops.quantize import centered, saturate, saturate_ref, scale_and_zero
+from luthier.ir.ops.quantize import centered, dynamic_parameters, dynamic_parameters_ref, saturate, saturate_ref, scale_and_zero
 
 
 def matmul_shape(node: Node, a: Shape, b: Shape) -> Shape:
@@ -270,15 +270,7 @@ class DynamicQuantizeMatMul(Op):
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b, y = must(ins, 0), must(ins, 1), outs[0]
-        r = axes_of(a.shape, "r")
-        at = [x.var for x in r]
-        hi = temp(y, "hi", (), reduce_("max", r, load(a, at)))
-        lo = temp(y, "lo", (), reduce_("min", r, load(a, at)))
-        top, low = maximum(const(0.0, f32), load(hi.buf, ())), minimum(const(0.0, f32), load(lo.buf, ()))
-        sc = temp(y, "scale", (), select(top.eq(low), const(1.0, f32), (top - low) / 255.0))
-        s = load(sc.buf, ())
-        zp = temp(y, "zero", (), cast(cast(unary("round", maximum(const(0.0, f32), minimum(const(255.0, f32), -low / s))), i32), u8))
-        z = load(zp.buf, ())
+        params, s, z = dynamic_parameters(y.name, a)
         i = axes_of(a.shape, "q")
         at = [x.var for x in i]
         q = temp(y, "q", i, saturate(load(a, at) / s, z, u8))
@@ -290,15 +282,12 @@ class DynamicQuantizeMatMul(Op):
         bias = get(ins, 4)
         if bias is not None:
             v = v + load(bias, bcast_index(bias.shape, p.axes))
-        lets: list[LetStmt] = [hi, lo, sc, zp, q, acc, define(y, p.axes, v)]
-        return make(node, ins, outs, lets)
+        return make(node, ins, outs, [*params, q, acc, define(y, p.axes, v)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         a, b, sb, zb, bias = (*arrays, *([None] * (5 - len(arrays))))
         x = np.asarray(a, np.float32)
-        top, low = max(np.float32(0), x.max()), min(np.float32(0), x.min())
-        s = np.float32(1) if top == low else np.float32((top - low) / np.float32(255))
-        z = np.uint8(np.rint(np.clip(-low / s, 0, 255)))
+        s, z = dynamic_parameters_ref(x)
         q = saturate_ref(x / s, np.asarray(z), u8)
         r = integer_matmul(q, b, np.asarray(z), zb).astype(np.float32) * (s * np.asarray(spread(sb, -1, np.ndim(b))))
         return [(r if bias is None else r + np.asarray(bias)).astype(np.float32)]
