@@ -20,9 +20,10 @@ lint: $(VENV)/.luthier-dev
 
 $(VENV)/.luthier-venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  { echo "the Python module venv is missing: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; \
+	else echo "neither python3-venv nor python3-pip is installed: apt-get install python3-venv"; exit 1; fi
 	touch $@
 
 $(VENV)/.luthier-dev: $(VENV)/.luthier-venv pyproject.toml setup.py
