@@ -9,10 +9,10 @@ from luthier.ir.expr import Expr
 from luthier.ir.loop import Call
 
 if TYPE_CHECKING:
-    from luthier.codegen.llvm_printer import KernelPrinter
+    from luthier.codegen.llvm_printer import LLVMPrinter
 
 PurePrinter = Callable[[Any, Expr, list[str]], str]
-EffectPrinter = Callable[["KernelPrinter", Call], None]
+EffectPrinter = Callable[["LLVMPrinter", Call], None]
 
 PURE: dict[str, PurePrinter] = {}
 EFFECT: dict[str, EffectPrinter] = {}

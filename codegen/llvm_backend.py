@@ -1,0 +1,265 @@
+"""From kernels to machine code: text, objects, a library in this process or a shared library on disk.
+
+Only LLVM's code generator runs, no middle-end passes: the shared loop passes have done their work. Objects are identified by the
+hash of their text and the target, so identical kernels are compiled once, in a model and across models. When there is much to
+compile, forked processes share the work (LLVM is behind one lock in a process, and its fatal errors end the process they
+happen in).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import pickle
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from luthier import settings
+from luthier.codegen.llvm_printer import print_kernels
+from luthier.codegen.target import Target, host, usable_cores
+from luthier.errors import CompilationError, TargetError
+from luthier.ir.loop import Func
+
+OPT_LEVEL = 2
+PARALLEL_BYTES = 60_000  # text worth sharing with another process
+
+
+class Cache(Protocol):
+    """Objects by key; :class:`luthier.cache.ObjectCache` is one."""
+
+    def get(self, key: str) -> bytes | None: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+
+_machines: dict[str, Any] = {}
+_lock = threading.Lock()
+
+
+def machine(target: Target, opt: int = OPT_LEVEL) -> Any:
+    """LLVM's target machine, made once. Raises TargetError when this LLVM has no such backend."""
+    key = f"{target.key}|{opt}"
+    tm = _machines.get(key)
+    if tm is None:
+        import llvmlite.binding as llvm
+
+        with _lock:
+            if target.triple.split("-")[0] == host().triple.split("-")[0]:
+                llvm.initialize_native_target()
+                llvm.initialize_native_asmprinter()
+                llvm.initialize_native_asmparser()
+            else:
+                llvm.initialize_all_targets()
+                llvm.initialize_all_asmprinters()
+            try:
+                t = llvm.Target.from_triple(target.triple)
+            except RuntimeError as e:
+                raise TargetError(f"LLVM has no backend for {target.triple}: {e}") from e
+            tm = t.create_target_machine(target.cpu, target.features, opt, "pic", "small")
+            _machines[key] = tm
+    return tm
+
+
+def compile_text(text: str, target: Target, opt: int = OPT_LEVEL) -> bytes:
+    """An object file from LLVM text. Raises CompilationError with LLVM's message for malformed text."""
+    import llvmlite.binding as llvm
+
+    tm = machine(target, opt)
+    try:
+        m = llvm.parse_assembly(text)
+    except RuntimeError as e:
+        raise CompilationError(f"LLVM refuses the generated text: {e}") from e
+    return bytes(tm.emit_object(m))
+
+
+def assembly(text: str, target: Target, opt: int = OPT_LEVEL) -> str:
+    """Assembly for people to read."""
+    import llvmlite.binding as llvm
+
+    return str(machine(target, opt).emit_assembly(llvm.parse_assembly(text)))
+
+
+def text_key(text: str, target: Target, opt: int = OPT_LEVEL) -> str:
+    import llvmlite
+
+    return hashlib.sha256(f"{llvmlite.__version__}|{target.key}|{opt}\n{text}".encode()).hexdigest()
+
+
+_SYMBOL = "lt.k.symbol"
+
+
+def kernel_texts(kernels: Mapping[str, Func], target: Target) -> tuple[dict[str, str], dict[str, str]]:
+    """({kernel: symbol}, {symbol: LLVM module}): a symbol is the hash of the kernel's text, so equal kernels share it."""
+    symbols: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for name, f in kernels.items():
+        try:
+            text = print_kernels([(_SYMBOL, f)], target)
+        except CompilationError as e:
+            raise e.at(op=name) from None
+        sym = "lt_k_" + hashlib.sha256(text.encode()).hexdigest()[:20]
+        symbols[name] = sym
+        if sym not in texts:
+            texts[sym] = text.replace(_SYMBOL, sym).replace("lt.data.lt_k_symbol", f"lt.data.{sym}")
+    return symbols, texts
+
+
+def compile_texts(texts: Sequence[str], target: Target, cache: Cache | None = None, opt: int = OPT_LEVEL) -> list[bytes]:
+    """One object per module text, in order; from the cache where it has them.
+
+    Raises CompilationError when LLVM refuses a text or dies on it."""
+    out: list[bytes | None] = [None] * len(texts)
+    todo: list[int] = []
+    keys = [text_key(t, target, opt) for t in texts]
+    for i, k in enumerate(keys):
+        out[i] = cache.get(k) if cache is not None else None
+        if out[i] is None:
+            todo.append(i)
+    if todo:
+        for i, data in _compile_many([(i, texts[i]) for i in todo], target, opt).items():
+            out[i] = data
+            if cache is not None:
+                cache.put(keys[i], data)
+    return [x for x in out if x is not None]
+
+
+def _compile_many(jobs: list[tuple[int, str]], target: Target, opt: int) -> dict[int, bytes]:
+    total = sum(len(t) for _, t in jobs)
+    workers = min(usable_cores(), len(jobs), 1 + total // PARALLEL_BYTES)
+    if workers < 2 or not hasattr(os, "fork") or threading.active_count() > 1:
+        return {i: compile_text(t, target, opt) for i, t in jobs}
+    machine(target, opt)  # before the fork, so that children inherit it
+    shares: list[list[tuple[int, str]]] = [[] for _ in range(workers)]
+    loads = [0] * workers
+    for job in sorted(jobs, key=lambda j: -len(j[1])):
+        w = loads.index(min(loads))
+        shares[w].append(job)
+        loads[w] += len(job[1])
+    children = [_spawn(share, target, opt) for share in shares[1:]]
+    out: dict[int, bytes] = {}
+    failed: Exception | None = None
+    try:
+        for i, t in shares[0]:
+            out[i] = compile_text(t, target, opt)
+    except CompilationError as e:
+        failed = e
+    for (pid, fd), share in zip(children, shares[1:], strict=True):
+        with os.fdopen(fd, "rb") as f:
+            data = f.read()
+        _, status = os.waitpid(pid, 0)
+        if status != 0 or not data:
+            failed = failed or CompilationError(f"the process that compiled {len(share)} kernels died (status {status})")
+            continue
+        result = pickle.loads(data)
+        if isinstance(result, str):
+            failed = failed or CompilationError(result)
+        else:
+            out.update(result)
+    if failed is not None:
+        raise failed
+    return out
+
+
+def _spawn(share: list[tuple[int, str]], target: Target, opt: int) -> tuple[int, int]:
+    """A forked process that compiles a share and writes its objects to a pipe."""
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(w)
+        return pid, r
+    status = 1
+    try:
+        os.close(r)
+        try:
+            data = pickle.dumps({i: compile_text(t, target, opt) for i, t in share})
+        except CompilationError as e:
+            data = pickle.dumps(str(e))
+        with os.fdopen(w, "wb") as f:
+            f.write(data)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+# ---------------------------------------------------------------- a library in this process
+
+_jit: list[Any] = []
+_numbers = itertools.count()
+
+
+class Library:
+    """Objects linked into this process; ``address(symbol)``. Code lives as long as this object."""
+
+    def __init__(self, objects: Sequence[bytes], exports: Sequence[str]) -> None:
+        import llvmlite.binding as llvm
+
+        machine(host())
+        if not _jit:
+            with _lock:
+                if not _jit:
+                    h = host()
+                    tm = llvm.Target.from_triple(h.triple).create_target_machine(h.cpu, h.features, OPT_LEVEL, "pic", "small", jit=True)
+                    _jit.append(llvm.create_lljit_compiler(tm))
+        b = llvm.JITLibraryBuilder().add_current_process()
+        for o in objects:
+            b.add_object_img(o)
+        for e in exports:
+            b.export_symbol(e)
+        try:
+            self._tracker = b.link(_jit[0], f"luthier.{next(_numbers)}")
+        except RuntimeError as e:
+            raise CompilationError(f"linking in memory failed: {e}") from e
+        self._addresses = {e: int(self._tracker[e]) for e in exports}
+
+    def address(self, symbol: str) -> int:
+        return self._addresses[symbol]
+
+
+# ---------------------------------------------------------------- a shared library on disk
+
+
+def find_linker() -> list[str]:
+    """The command that links a shared library. Raises TargetError when there is none."""
+    given = settings.toolchain.get()
+    names = [given] if given else ["ld.lld", "lld", "ld", "cc", "clang", "gcc"]
+    for n in names:
+        path = shutil.which(n)
+        if path:
+            base = os.path.basename(path)
+            if base == "lld":
+                return [path, "-flavor", "gnu"]
+            return [path] if base.endswith("ld") or base.startswith(("ld", "mold")) or "ld." in base else [path, "-nostdlib"]
+    raise TargetError(
+        "no linker found to write a shared library" if not given else f"the linker {given!r} (LUTHIER_CC) was not found",
+        hint="install binutils or a C compiler, or set LUTHIER_CC; compile-and-run needs none",
+    )
+
+
+def link_shared(objects: Sequence[bytes], out: Path, target: Target) -> None:
+    """Write the shared library ``out``. Raises TargetError without a linker, CompilationError when it fails."""
+    cmd = find_linker()
+    compiler = "-nostdlib" in cmd
+    if target.triple.split("-")[0] != host().triple.split("-")[0] and "lld" not in cmd[0]:
+        cross = shutil.which(f"{target.triple.split('-')[0]}-linux-gnu-ld") or shutil.which("ld.lld")
+        if cross is None:
+            raise TargetError(f"no linker for {target.triple}", hint="install lld or the binutils of that architecture")
+        cmd, compiler = [cross], False
+    with tempfile.TemporaryDirectory() as d:
+        files = []
+        for i, o in enumerate(objects):
+            p = os.path.join(d, f"{i}.o")
+            with open(p, "wb") as f:
+                f.write(o)
+            files.append(p)
+        flags = ["-z", "noexecstack", "-z", "now", "-soname", "model.so", "--hash-style=both", "--build-id=none"]
+        if compiler:
+            flags = ["-Wl," + ",".join(flags)]
+        r = subprocess.run([*cmd, "-shared", *flags, "-o", str(out), *files], capture_output=True, text=True, check=False)
+    if r.returncode != 0:
+        raise CompilationError(f"{cmd[0]} failed: {(r.stderr or r.stdout).strip()[:500]}")
