@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from luthier.codegen.llvm_ops import (
     binary_value,
     cast_value,
@@ -29,17 +27,19 @@ class ExprPrinter:
         self.lines: list[str] = []
         self.entry: list[str] = []
         self.globals: list[str] = []
-        self.declares: set[str] = set()
+        self.declarations: dict[str, str] = {}
+        self.helpers: set[str] = set()
         self.count = 0
         self.block = "entry"
         self.vars: dict[Expr, str] = {}
         self.regs: dict[str, str] = {}
         self.reg_types: dict[str, str] = {}
-        self.scopes: list[dict[Any, str]] = [{}]
+        self.scopes: list[dict[Expr, str]] = [{}]
         self.bound: list[list[Expr]] = [[]]
-        self.stmt_memo: dict[Expr, str] = {}
+        self.memo: dict[Expr, str] = {}
         self.impure: dict[Expr, bool] = {}
-        self.ptrs: dict[str, str] = {}
+        self.buffers: dict[str, str] = {}
+        self.addresses: list[dict[tuple[str, Expr], str]] = [{}]
 
     # ------------------------------------------------------------ text
 
@@ -47,60 +47,56 @@ class ExprPrinter:
         self.count += 1
         return f"%v{self.count}"
 
-    def val(self, text: str) -> str:
+    def ins(self, text: str) -> str:
         self.count += 1
         n = f"%v{self.count}"
-        self.lines.append(f"  {n} = {text}")
+        self.lines.append(f"{n} = {text}")
         return n
 
     def emit(self, text: str) -> None:
-        self.lines.append("  " + text)
+        self.lines.append(text)
 
-    def label(self, base: str = "l") -> str:
+    def label(self, base: str) -> str:
         self.count += 1
         return f"{base}{self.count}"
 
     def start(self, label: str) -> None:
-        self.lines.append(f"{label}:")
+        self.lines.append(f"{label}:\n")
         self.block = label
 
     def declare(self, name: str, signature: str) -> str:
-        """The declaration of a function once; ``@`` in the signature stands for its name."""
-        self.declares.add(f"declare {signature.replace('@', '@' + name, 1)}")
+        self.declarations[name] = signature
         return name
 
     def need(self, helper: str) -> str:
-        """A function that the module defines for itself."""
-        from luthier.codegen.llvm_intrin import HELPERS
-
-        self.declares.add(HELPERS[helper])
+        self.helpers.add(helper)
         return helper
-
-    def nowhere(self) -> str:
-        """An address that masked-off accesses may read: zeros."""
-        self.declares.add("@lt.zero = internal constant [64 x i8] zeroinitializer, align 64")
-        return "@lt.zero"
 
     # ------------------------------------------------------------ scopes
 
     def push(self) -> None:
         self.scopes.append({})
         self.bound.append([])
+        self.addresses.append({})
 
     def pop(self) -> None:
         self.scopes.pop()
+        self.addresses.pop()
         for v in self.bound.pop():
             self.vars.pop(v, None)
-        self.stmt_memo = {}
+        self.memo = {}
 
     def begin_statement(self) -> None:
-        self.stmt_memo = {}
+        self.memo = {}
 
     def bind(self, v: Expr, name: str) -> None:
         if v in self.vars:  # bound again in the same region: what was computed from the old value is void
             for s in self.scopes:
-                for e in [e for e in s if v in free_vars(e if isinstance(e, Expr) else e[1])]:
+                for e in [e for e in s if v in free_vars(e)]:
                     del s[e]
+            for t in self.addresses:
+                for k in [k for k in t if v in free_vars(k[1])]:
+                    del t[k]
         else:
             self.bound[-1].append(v)
         self.vars[v] = name
@@ -114,7 +110,7 @@ class ExprPrinter:
             self.impure[e] = r
         return r
 
-    def expr(self, e: Expr) -> str:
+    def value(self, e: Expr) -> str:
         """The SSA name (or constant) of an expression, emitting what is not yet available here."""
         op = e.op
         if op == "const":
@@ -127,9 +123,9 @@ class ExprPrinter:
         if op == "bcast" and e.args[0].op == "const":
             return splat_text(e.args[0].attr, e.dtype)
         if self.reads_memory(e):
-            r = self.stmt_memo.get(e)
+            r = self.memo.get(e)
             if r is None:
-                r = self.stmt_memo[e] = self.node(e)
+                r = self.memo[e] = self.node(e)
             return r
         for s in reversed(self.scopes):
             r = s.get(e)
@@ -144,45 +140,45 @@ class ExprPrinter:
         if op == "load":
             return self.load(e)
         if op in COMPARE:
-            return compare_value(self, op, self.expr(e.args[0]), self.expr(e.args[1]), e.args[0].dtype)
+            return compare_value(self, op, self.value(e.args[0]), self.value(e.args[1]), e.args[0].dtype)
         if op in BINARY:
             x, y = e.args
             nonneg = False
             if d.is_index and d.lanes == 1 and op in ("floordiv", "mod", "div", "rem"):
                 lo, dlo = bounds(x)[0], bounds(y)[0]
                 nonneg = lo is not None and lo >= 0 and dlo is not None and dlo > 0
-            return binary_value(self, op, self.expr(x), self.expr(y), d, nonneg)
+            return binary_value(self, op, self.value(x), self.value(y), d, nonneg)
         if op in UNARY:
-            return unary_value(self, op, self.expr(e.args[0]), e.args[0].dtype)
+            return unary_value(self, op, self.value(e.args[0]), e.args[0].dtype)
         if op == "select":
             c, a, b = e.args
             ct = "i1" if c.dtype.lanes == 1 else f"<{c.dtype.lanes} x i1>"
             t = reg_type(d)
-            return self.val(f"select {ct} {self.expr(c)}, {t} {self.expr(a)}, {t} {self.expr(b)}")
+            return self.ins(f"select {ct} {self.value(c)}, {t} {self.value(a)}, {t} {self.value(b)}")
         if op == "cast":
-            return cast_value(self, self.expr(e.args[0]), e.args[0].dtype, d)
+            return cast_value(self, self.value(e.args[0]), e.args[0].dtype, d)
         if op == "bitcast":
             s, t = reg_type(e.args[0].dtype), reg_type(d)
-            a = self.expr(e.args[0])
-            return a if s == t else self.val(f"bitcast {s} {a} to {t}")
+            a = self.value(e.args[0])
+            return a if s == t else self.ins(f"bitcast {s} {a} to {t}")
         if op == "bcast":
-            return self.splat_value(self.expr(e.args[0]), d)
+            return self.splat_value(self.value(e.args[0]), d)
         if op == "ramp":
             steps = ", ".join(f"i64 {k * e.attr[0]}" for k in range(d.lanes))
-            return self.val(f"add nsw {reg_type(d)} {self.splat_value(self.expr(e.args[0]), d)}, <{steps}>")
+            return self.ins(f"add nsw {reg_type(d)} {self.splat_value(self.value(e.args[0]), d)}, <{steps}>")
         if op == "extract":
-            return self.val(f"extractelement {reg_type(e.args[0].dtype)} {self.expr(e.args[0])}, i32 {e.attr}")
+            return self.ins(f"extractelement {reg_type(e.args[0].dtype)} {self.value(e.args[0])}, i32 {e.attr}")
         if op == "shuffle":
             return self.shuffle(e)
         if op == "vreduce":
-            return self.vreduce(e.attr, self.expr(e.args[0]), e.args[0].dtype)
+            return self.vreduce(e.attr, self.value(e.args[0]), e.args[0].dtype)
         if op == "call":
             from luthier.codegen.llvm_intrin import PURE
 
             f = PURE.get(e.attr[0])
             if f is None:
                 raise CompilationError(f"the LLVM backend has no intrinsic {e.attr[0]!r}")
-            return f(self, e, [self.expr(a) for a in e.args])
+            return f(self, e, [self.value(a) for a in e.args])
         raise CompilationError(f"the LLVM printer has no {op}")
 
     def load(self, e: Expr) -> str:
@@ -195,13 +191,13 @@ class ExprPrinter:
         t, s = reg_type(d), scalar_type(d)
         if not a.startswith("%"):
             return splat(a, d, s)
-        one = self.val(f"insertelement {t} poison, {s} {a}, i64 0")
-        return self.val(f"shufflevector {t} {one}, {t} poison, <{d.lanes} x i32> zeroinitializer")
+        one = self.ins(f"insertelement {t} poison, {s} {a}, i64 0")
+        return self.ins(f"shufflevector {t} {one}, {t} poison, <{d.lanes} x i32> zeroinitializer")
 
     def pick(self, a: str, b: str, t: str, perm: list[int]) -> str:
         """shufflevector of two vectors of type ``t``; -1 is a lane that does not matter."""
         p = ", ".join("i32 poison" if k < 0 else f"i32 {k}" for k in perm)
-        return self.val(f"shufflevector {t} {a}, {t} {b}, <{len(perm)} x i32> <{p}>")
+        return self.ins(f"shufflevector {t} {a}, {t} {b}, <{len(perm)} x i32> <{p}>")
 
     def shuffle(self, e: Expr) -> str:
         args = e.args
@@ -209,9 +205,9 @@ class ExprPrinter:
         widest = max(a.dtype.lanes for a in args)
         vals: list[tuple[str, int]] = []
         for a in args:
-            n, v = a.dtype.lanes, self.expr(a)
+            n, v = a.dtype.lanes, self.value(a)
             if n == 1:
-                v = self.val(f"insertelement <{widest} x {s}> poison, {s} {v}, i64 0") if widest > 1 else v
+                v = self.ins(f"insertelement <{widest} x {s}> poison, {s} {v}, i64 0") if widest > 1 else v
             elif n < widest:
                 v = self.pick(v, "poison", f"<{n} x {s}>", [*range(n), *([-1] * (widest - n))])
             vals.append((v, n))
@@ -221,7 +217,7 @@ class ExprPrinter:
             out = "poison"
             for lane, p in enumerate(e.attr):
                 if p >= 0:
-                    out = self.val(f"insertelement <{len(e.attr)} x {s}> {out}, {s} {vals[where[p][0]][0]}, i32 {lane}")
+                    out = self.ins(f"insertelement <{len(e.attr)} x {s}> {out}, {s} {vals[where[p][0]][0]}, i32 {lane}")
             return out
         t = f"<{widest} x {s}>"
         out, out_t, done = "", "", [-1] * len(e.attr)
@@ -249,17 +245,17 @@ class ExprPrinter:
             t = f"<{n} x {s}>"
             hd = d.scalar.vec(h)
             if h == 1:
-                x, y = self.val(f"extractelement {t} {a}, i32 0"), self.val(f"extractelement {t} {a}, i32 1")
+                x, y = self.ins(f"extractelement {t} {a}, i32 0"), self.ins(f"extractelement {t} {a}, i32 1")
             else:
                 x, y = self.pick(a, "poison", t, list(range(h))), self.pick(a, "poison", t, list(range(h, 2 * h)))
             r = binary_value(self, op, x, y, hd)
             if n % 2:
-                last = self.val(f"extractelement {t} {a}, i32 {n - 1}")
+                last = self.ins(f"extractelement {t} {a}, i32 {n - 1}")
                 if h == 1:
-                    r = self.val(f"insertelement <2 x {s}> poison, {s} {r}, i32 0")
+                    r = self.ins(f"insertelement <2 x {s}> poison, {s} {r}, i32 0")
                 else:
                     r = self.pick(r, "poison", f"<{h} x {s}>", [*range(h), -1])
-                r = self.val(f"insertelement <{h + 1} x {s}> {r}, {s} {last}, i32 {h}")
+                r = self.ins(f"insertelement <{h + 1} x {s}> {r}, {s} {last}, i32 {h}")
             a, n = r, h + n % 2
         return a
 

@@ -9,10 +9,10 @@ from luthier.ir.expr import Expr
 from luthier.ir.loop import Call
 
 if TYPE_CHECKING:
-    from luthier.codegen.llvm_printer import LLVMPrinter
+    from luthier.codegen.llvm_printer import KernelPrinter
 
 PurePrinter = Callable[[Any, Expr, list[str]], str]
-EffectPrinter = Callable[["LLVMPrinter", Call], None]
+EffectPrinter = Callable[["KernelPrinter", Call], None]
 
 PURE: dict[str, PurePrinter] = {}
 EFFECT: dict[str, EffectPrinter] = {}

@@ -16,7 +16,7 @@ class MemoryPrinter(ExprPrinter):
 
     def pointer(self, b: Buffer) -> str:
         """The base pointer of a buffer; constant data of the kernel becomes a global on first use."""
-        p = self.ptrs.get(b.name)
+        p = self.buffers.get(b.name)
         if p is not None:
             return p
         data = getattr(self, "f", None) and self.f.data.get(b.name)  # type: ignore[attr-defined]
@@ -28,7 +28,7 @@ class MemoryPrinter(ExprPrinter):
         name = f"@lt.data.{self.kernel_symbol()}.{len(self.globals)}"
         text = "".join(f"\\{x:02X}" for x in raw)
         self.globals.append(f'{name} = internal constant [{max(len(raw), 1)} x i8] c"{text or chr(92) + "00"}", align 64\n')
-        self.ptrs[b.name] = name
+        self.buffers[b.name] = name
         return name
 
     def kernel_symbol(self) -> str:
@@ -36,8 +36,8 @@ class MemoryPrinter(ExprPrinter):
         return "".join(c if c.isalnum() else "_" for c in name)
 
     def forget_addresses(self, name: str) -> None:
-        for t in self.scopes:
-            for k in [k for k in t if isinstance(k, tuple) and k[0] == name]:
+        for t in self.addresses:
+            for k in [k for k in t if k[0] == name]:
                 del t[k]
 
     def address(self, b: Buffer, i: Expr) -> str:
@@ -51,15 +51,15 @@ class MemoryPrinter(ExprPrinter):
             key = (b.name, rest)
             p = ""
             if not self.reads_memory(rest):
-                for t in reversed(self.scopes):
+                for t in reversed(self.addresses):
                     if key in t:
                         p = t[key]
                         break
             if not p:
-                p = self.val(f"getelementptr {self.element(b)}, ptr {base}, i64 {self.expr(rest)}")
+                p = self.ins(f"getelementptr {self.element(b)}, ptr {base}, i64 {self.value(rest)}")
                 if not self.reads_memory(rest):
-                    self.scopes[-1][key] = p
-        return self.val(f"getelementptr i8, ptr {p}, i64 {c * self.element_bytes(b)}") if c else p
+                    self.addresses[-1][key] = p
+        return self.ins(f"getelementptr i8, ptr {p}, i64 {c * self.element_bytes(b)}") if c else p
 
     def element(self, b: Buffer) -> str:
         if b.dtype.lanes == 1:
@@ -91,7 +91,7 @@ class MemoryPrinter(ExprPrinter):
         d = e.dtype
         i = idx[0]
         if mask is not None:
-            mask_v, other_v = self.expr(mask), self.expr(other)  # type: ignore[arg-type]
+            mask_v, other_v = self.value(mask), self.value(other)  # type: ignore[arg-type]
             v = self._masked(b, i, d, mask, mask_v, other_v)
             return v
         v = self._plain(b, i, d)
@@ -99,36 +99,36 @@ class MemoryPrinter(ExprPrinter):
 
     def from_memory(self, v: str, d: DType) -> str:
         """Bytes of bool to conditions."""
-        return self.val(f"icmp ne {mem_type(d)} {v}, {splat('0', d, 'i8')}") if d.is_bool else v
+        return self.ins(f"icmp ne {mem_type(d)} {v}, {splat('0', d, 'i8')}") if d.is_bool else v
 
     def to_memory(self, v: str, d: DType) -> str:
-        return self.val(f"zext {reg_type(d)} {v} to {mem_type(d)}") if d.is_bool else v
+        return self.ins(f"zext {reg_type(d)} {v} to {mem_type(d)}") if d.is_bool else v
 
     def _plain(self, b: Buffer, i: Expr, d: DType) -> str:
         n = d.lanes
         if n == 1 or b.dtype.lanes > 1:
-            return self.val(f"load {mem_type(d)}, ptr {self.address(b, i)}, align {self.align(b)}")
+            return self.ins(f"load {mem_type(d)}, ptr {self.address(b, i)}, align {self.align(b)}")
         s = mem_scalar(d)
         if i.op == "ramp":
             st, base = i.attr[0], i.args[0]
             if st == 1:
-                return self.val(f"load {mem_type(d)}, ptr {self.address(b, base)}, align {self.align(b)}")
+                return self.ins(f"load {mem_type(d)}, ptr {self.address(b, base)}, align {self.align(b)}")
             if st == -1:
-                v = self.val(f"load {mem_type(d)}, ptr {self.address(b, base - (n - 1))}, align {self.align(b)}")
+                v = self.ins(f"load {mem_type(d)}, ptr {self.address(b, base - (n - 1))}, align {self.align(b)}")
                 return self.pick(v, "poison", mem_type(d), list(range(n - 1, -1, -1)))
             if st == 2 and n % 2 == 0:  # two overlapping vectors that end at the last element needed
-                lo = self.val(f"load {mem_type(d)}, ptr {self.address(b, base)}, align {self.align(b)}")
-                hi = self.val(f"load {mem_type(d)}, ptr {self.address(b, base + (n - 1))}, align {self.align(b)}")
+                lo = self.ins(f"load {mem_type(d)}, ptr {self.address(b, base)}, align {self.align(b)}")
+                hi = self.ins(f"load {mem_type(d)}, ptr {self.address(b, base + (n - 1))}, align {self.align(b)}")
                 h = n // 2
                 return self.pick(lo, hi, mem_type(d), [*range(0, n, 2), *(n + 2 * k + 1 for k in range(h))])
         if i.op == "bcast":
-            v = self.val(f"load {s}, ptr {self.address(b, i.args[0])}, align {self.align(b)}")
-            one = self.val(f"insertelement {mem_type(d)} poison, {s} {v}, i64 0")
+            v = self.ins(f"load {s}, ptr {self.address(b, i.args[0])}, align {self.align(b)}")
+            one = self.ins(f"insertelement {mem_type(d)} poison, {s} {v}, i64 0")
             return self.pick(one, "poison", mem_type(d), [0] * n)
         v = "poison"
         for k, p in enumerate(self.lane_addresses(b, i)):
-            x = self.val(f"load {s}, ptr {p}, align {self.align(b)}")
-            v = self.val(f"insertelement {mem_type(d)} {v}, {s} {x}, i32 {k}")
+            x = self.ins(f"load {s}, ptr {p}, align {self.align(b)}")
+            v = self.ins(f"insertelement {mem_type(d)} {v}, {s} {x}, i32 {k}")
         return v
 
     def lane_addresses(self, b: Buffer, i: Expr) -> list[str]:
@@ -144,13 +144,13 @@ class MemoryPrinter(ExprPrinter):
                 if y.op == "bcast" and y.args[0].op == "const":
                     i, const = x, y.args[0].attr
                     break
-        v = self.expr(i)
+        v = self.value(i)
         base, el = self.pointer(b), self.element(b)
         out = []
         for k in range(n):
-            lane = self.val(f"extractelement <{n} x i64> {v}, i32 {k}")
-            p = self.val(f"getelementptr {el}, ptr {base}, i64 {lane}")
-            out.append(self.val(f"getelementptr i8, ptr {p}, i64 {const * self.element_bytes(b)}") if const else p)
+            lane = self.ins(f"extractelement <{n} x i64> {v}, i32 {k}")
+            p = self.ins(f"getelementptr {el}, ptr {base}, i64 {lane}")
+            out.append(self.ins(f"getelementptr i8, ptr {p}, i64 {const * self.element_bytes(b)}") if const else p)
         return out
 
     def _masked(self, b: Buffer, i: Expr, d: DType, mask: Expr, m: str, other: str) -> str:
@@ -159,34 +159,34 @@ class MemoryPrinter(ExprPrinter):
             if mask.dtype.lanes > 1:
                 if i.dtype.lanes == 1 and mask.op != "bcast":
                     raise CompilationError(f"a lane mask on one element of {b.name}")
-                mask, m = mask.args[0], self.expr(mask.args[0])
-            p = self.val(f"select i1 {m}, ptr {self.address(b, i)}, ptr {self.nowhere()}")
-            v = self.from_memory(self.val(f"load {t}, ptr {p}, align {item_bytes(d)}"), d)
-            return self.val(f"select i1 {m}, {reg_type(d)} {v}, {reg_type(d)} {other}")
+                mask, m = mask.args[0], self.value(mask.args[0])
+            p = self.ins(f"select i1 {m}, ptr {self.address(b, i)}, ptr @lt.zero")
+            v = self.from_memory(self.ins(f"load {t}, ptr {p}, align {item_bytes(d)}"), d)
+            return self.ins(f"select i1 {m}, {reg_type(d)} {v}, {reg_type(d)} {other}")
         if mask.op == "bcast" and i.op in ("ramp", "bcast") and d.bits * n // 8 <= 64 and (i.op == "bcast" or i.attr[0] in (1, -1)):
-            c = self.expr(mask.args[0])  # one condition for all lanes: redirect the whole access
+            c = self.value(mask.args[0])  # one condition for all lanes: redirect the whole access
             first = i.args[0] if i.op == "bcast" or i.attr[0] == 1 else i.args[0] - (n - 1)
-            p = self.val(f"select i1 {c}, ptr {self.address(b, first)}, ptr {self.nowhere()}")
+            p = self.ins(f"select i1 {c}, ptr {self.address(b, first)}, ptr @lt.zero")
             if i.op == "bcast":
-                x = self.val(f"insertelement {t} poison, {s} {self.val(f'load {s}, ptr {p}, align {self.align(b)}')}, i64 0")
+                x = self.ins(f"insertelement {t} poison, {s} {self.ins(f'load {s}, ptr {p}, align {self.align(b)}')}, i64 0")
                 v = self.pick(x, "poison", t, [0] * n)
             else:
-                v = self.val(f"load {t}, ptr {p}, align {self.align(b)}")
+                v = self.ins(f"load {t}, ptr {p}, align {self.align(b)}")
                 if i.attr[0] == -1:
                     v = self.pick(v, "poison", t, list(range(n - 1, -1, -1)))
-            return self.val(f"select i1 {c}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
+            return self.ins(f"select i1 {c}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
         if i.op == "ramp" and i.attr[0] == 1 and self.vector_masks(d):
             if d.is_bool:
                 other = self.to_memory(other, d)
             fn = self.declare(f"llvm.masked.load.{suffix(t)}.p0", f"{t} @(ptr, <{n} x i1>, {t})")
-            v = self.val(f"call {t} @{fn}(ptr align {self.align(b)} {self.address(b, i.args[0])}, <{n} x i1> {m}, {t} {other})")
+            v = self.ins(f"call {t} @{fn}(ptr align {self.align(b)} {self.address(b, i.args[0])}, <{n} x i1> {m}, {t} {other})")
             return self.from_memory(v, d)
         v = "poison"
         for k, p in enumerate(self.lane_addresses(b, i)):
-            c = self.val(f"extractelement <{n} x i1> {m}, i32 {k}")
-            q = self.val(f"select i1 {c}, ptr {p}, ptr {self.nowhere()}")
-            v = self.val(f"insertelement {t} {v}, {s} {self.val(f'load {s}, ptr {q}, align {self.align(b)}')}, i32 {k}")
-        return self.val(f"select <{n} x i1> {m}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
+            c = self.ins(f"extractelement <{n} x i1> {m}, i32 {k}")
+            q = self.ins(f"select i1 {c}, ptr {p}, ptr @lt.zero")
+            v = self.ins(f"insertelement {t} {v}, {s} {self.ins(f'load {s}, ptr {q}, align {self.align(b)}')}, i32 {k}")
+        return self.ins(f"select <{n} x i1> {m}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
 
     def vector_masks(self, d: DType) -> bool:
         """Whether the target masks memory accesses of this element size in one instruction."""
@@ -201,27 +201,27 @@ class MemoryPrinter(ExprPrinter):
         self.begin_statement()
         b = s.buf
         if b.scope == "local" and b.rank == 0:
-            v = self.expr(s.value)
+            v = self.value(s.value)
             if s.value.dtype.lanes != b.dtype.lanes:
                 v = self.splat_value(v, b.dtype)
             if s.mask is not None:
                 c = "i1" if s.mask.dtype.lanes == 1 else f"<{s.mask.dtype.lanes} x i1>"
                 t = reg_type(b.dtype)
-                v = self.val(f"select {c} {self.expr(s.mask)}, {t} {v}, {t} {self.regs[b.name]}")
+                v = self.ins(f"select {c} {self.value(s.mask)}, {t} {v}, {t} {self.regs[b.name]}")
             self.reg_types[b.name] = reg_type(b.dtype)
             self.regs[b.name] = v
             return
         if len(s.idx) != 1:
             raise CompilationError(f"buffer {b.name} is not flat", hint="flatten must run before the printer")
         i, d = s.idx[0], s.value.dtype
-        v = self.to_memory(self.expr(s.value), d)
+        v = self.to_memory(self.value(s.value), d)
         if s.mask is None:
             self._store(b, i, d, v)
             return
         n, mask = d.lanes, s.mask
         if mask.op == "bcast":
             mask = mask.args[0]
-        m = self.expr(mask)
+        m = self.value(mask)
         if mask.dtype.lanes == 1:
             then, exit_ = self.label("then"), self.label("fi")
             self.emit(f"br i1 {m}, label %{then}, label %{exit_}")
@@ -239,8 +239,8 @@ class MemoryPrinter(ExprPrinter):
             return
         addresses = self.lane_addresses(b, i)
         for k, p in enumerate(addresses):
-            x = self.val(f"extractelement {mem_type(d)} {v}, i32 {k}")
-            c = self.val(f"extractelement <{n} x i1> {m}, i32 {k}")
+            x = self.ins(f"extractelement {mem_type(d)} {v}, i32 {k}")
+            c = self.ins(f"extractelement <{n} x i1> {m}, i32 {k}")
             then, exit_ = self.label("then"), self.label("fi")
             self.emit(f"br i1 {c}, label %{then}, label %{exit_}")
             self.start(then)
@@ -261,11 +261,11 @@ class MemoryPrinter(ExprPrinter):
             self.emit(f"store {t} {r}, ptr {self.address(b, i.args[0] - (n - 1))}, align {self.align(b)}")
             return
         if i.op == "bcast":  # every lane writes the same element: the last one stays
-            x = self.val(f"extractelement {t} {v}, i32 {n - 1}")
+            x = self.ins(f"extractelement {t} {v}, i32 {n - 1}")
             self.emit(f"store {mem_scalar(d)} {x}, ptr {self.address(b, i.args[0])}, align {self.align(b)}")
             return
         for k, p in enumerate(self.lane_addresses(b, i)):
-            x = self.val(f"extractelement {t} {v}, i32 {k}")
+            x = self.ins(f"extractelement {t} {v}, i32 {k}")
             self.emit(f"store {mem_scalar(d)} {x}, ptr {p}, align {self.align(b)}")
 
 

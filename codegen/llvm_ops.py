@@ -10,12 +10,12 @@ from luthier.ir.dtypes import DType, f32, i32
 
 
 class Emitter(Protocol):
-    """What the operators need from the printer: ``val(text)`` emits ``%n = text`` and returns ``%n``; ``declare`` adds a
+    """What the operators need from the printer: ``ins(text)`` emits ``%n = text`` and returns ``%n``; ``declare`` adds a
     declaration once; ``f16c``: the target converts half precision itself."""
 
     f16c: bool
 
-    def val(self, text: str) -> str: ...
+    def ins(self, text: str) -> str: ...
 
     def declare(self, name: str, signature: str) -> str: ...
 
@@ -50,7 +50,7 @@ def intrinsic(p: Emitter, name: str, t: str, *args: str, ret: str | None = None,
     r = ret or t
     full = p.declare(f"llvm.{name}.{suffix(r) + '.' if ret else ''}{suffix(t)}", f"{r} @({', '.join([t] * len(args))}{extra})")
     tail = ", i1 false" if extra == ", i1" else ""
-    return p.val(f"call {flags}{r} @{full}({', '.join(f'{t} {a}' for a in args)}{tail})")
+    return p.ins(f"call {flags}{r} @{full}({', '.join(f'{t} {a}' for a in args)}{tail})")
 
 
 # ---------------------------------------------------------------- half precision
@@ -61,24 +61,24 @@ def widen_half(p: Emitter, a: str, d: DType) -> str:
     w, n = _ity(d, 32), _ity(d, 16)
     ft = reg_type(f32.vec(d.lanes))
     if d.kind == "bf":
-        x = p.val(f"zext {n} {a} to {w}")
-        x = p.val(f"shl {w} {x}, {_k(d, 32, 16)}")
-        return p.val(f"bitcast {w} {x} to {ft}")
+        x = p.ins(f"zext {n} {a} to {w}")
+        x = p.ins(f"shl {w} {x}, {_k(d, 32, 16)}")
+        return p.ins(f"bitcast {w} {x} to {ft}")
     if p.f16c:
         h = "half" if d.lanes == 1 else f"<{d.lanes} x half>"
-        return p.val(f"fpext {h} {p.val(f'bitcast {n} {a} to {h}')} to {ft}")
+        return p.ins(f"fpext {h} {p.ins(f'bitcast {n} {a} to {h}')} to {ft}")
     # no F16C: exponent re-biased by a multiplication that also normalises subnormals
-    x = p.val(f"zext {n} {a} to {w}")
-    sign = p.val(f"shl {w} {p.val(f'and {w} {x}, {_k(d, 32, 0x8000)}')}, {_k(d, 32, 16)}")
-    mag = p.val(f"shl {w} {p.val(f'and {w} {x}, {_k(d, 32, 0x7FFF)}')}, {_k(d, 32, 13)}")
+    x = p.ins(f"zext {n} {a} to {w}")
+    sign = p.ins(f"shl {w} {p.ins(f'and {w} {x}, {_k(d, 32, 0x8000)}')}, {_k(d, 32, 16)}")
+    mag = p.ins(f"shl {w} {p.ins(f'and {w} {x}, {_k(d, 32, 0x7FFF)}')}, {_k(d, 32, 13)}")
     big = splat(float_text(2.0**112, 32), d, "float")
-    f = p.val(f"fmul {ft} {p.val(f'bitcast {w} {mag} to {ft}')}, {big}")
-    fi = p.val(f"bitcast {ft} {f} to {w}")
-    special = p.val(f"icmp uge {w} {mag}, {_k(d, 32, 0x7C00 << 13)}")
-    inf = p.val(f"or {w} {fi}, {_k(d, 32, 0x7F800000)}")
+    f = p.ins(f"fmul {ft} {p.ins(f'bitcast {w} {mag} to {ft}')}, {big}")
+    fi = p.ins(f"bitcast {ft} {f} to {w}")
+    special = p.ins(f"icmp uge {w} {mag}, {_k(d, 32, 0x7C00 << 13)}")
+    inf = p.ins(f"or {w} {fi}, {_k(d, 32, 0x7F800000)}")
     c = "i1" if d.lanes == 1 else f"<{d.lanes} x i1>"
-    r = p.val(f"select {c} {special}, {w} {inf}, {w} {fi}")
-    return p.val(f"bitcast {w} {p.val(f'or {w} {r}, {sign}')} to {ft}")
+    r = p.ins(f"select {c} {special}, {w} {inf}, {w} {fi}")
+    return p.ins(f"bitcast {w} {p.ins(f'or {w} {r}, {sign}')} to {ft}")
 
 
 def narrow_half(p: Emitter, a: str, d: DType) -> str:
@@ -87,46 +87,46 @@ def narrow_half(p: Emitter, a: str, d: DType) -> str:
     ft = reg_type(f32.vec(d.lanes))
     c = "i1" if d.lanes == 1 else f"<{d.lanes} x i1>"
     if d.kind == "bf":
-        x = p.val(f"bitcast {ft} {a} to {w}")
-        odd = p.val(f"and {w} {p.val(f'lshr {w} {x}, {_k(d, 32, 16)}')}, {_k(d, 32, 1)}")
-        r = p.val(f"add {w} {p.val(f'add {w} {x}, {_k(d, 32, 0x7FFF)}')}, {odd}")
-        nan = p.val(f"fcmp uno {ft} {a}, {a}")
-        q = p.val(f"or {w} {x}, {_k(d, 32, 0x400000)}")
-        r = p.val(f"select {c} {nan}, {w} {q}, {w} {r}")
-        return p.val(f"trunc {w} {p.val(f'lshr {w} {r}, {_k(d, 32, 16)}')} to {n}")
+        x = p.ins(f"bitcast {ft} {a} to {w}")
+        odd = p.ins(f"and {w} {p.ins(f'lshr {w} {x}, {_k(d, 32, 16)}')}, {_k(d, 32, 1)}")
+        r = p.ins(f"add {w} {p.ins(f'add {w} {x}, {_k(d, 32, 0x7FFF)}')}, {odd}")
+        nan = p.ins(f"fcmp uno {ft} {a}, {a}")
+        q = p.ins(f"or {w} {x}, {_k(d, 32, 0x400000)}")
+        r = p.ins(f"select {c} {nan}, {w} {q}, {w} {r}")
+        return p.ins(f"trunc {w} {p.ins(f'lshr {w} {r}, {_k(d, 32, 16)}')} to {n}")
     if p.f16c:
         h = "half" if d.lanes == 1 else f"<{d.lanes} x half>"
-        return p.val(f"bitcast {h} {p.val(f'fptrunc {ft} {a} to {h}')} to {n}")
-    x = p.val(f"bitcast {ft} {a} to {w}")
-    mag = p.val(f"and {w} {x}, {_k(d, 32, 0x7FFFFFFF)}")
-    sign = p.val(f"and {w} {p.val(f'lshr {w} {x}, {_k(d, 32, 16)}')}, {_k(d, 32, 0x8000)}")
+        return p.ins(f"bitcast {h} {p.ins(f'fptrunc {ft} {a} to {h}')} to {n}")
+    x = p.ins(f"bitcast {ft} {a} to {w}")
+    mag = p.ins(f"and {w} {x}, {_k(d, 32, 0x7FFFFFFF)}")
+    sign = p.ins(f"and {w} {p.ins(f'lshr {w} {x}, {_k(d, 32, 16)}')}, {_k(d, 32, 0x8000)}")
     # normal results: re-bias, round to nearest even on 13 dropped bits
-    odd = p.val(f"and {w} {p.val(f'lshr {w} {mag}, {_k(d, 32, 13)}')}, {_k(d, 32, 1)}")
-    up = p.val(f"add {w} {p.val(f'add {w} {mag}, {_k(d, 32, 0xFFF - (112 << 23))}')}, {odd}")
-    norm = p.val(f"lshr {w} {up}, {_k(d, 32, 13)}")
+    odd = p.ins(f"and {w} {p.ins(f'lshr {w} {mag}, {_k(d, 32, 13)}')}, {_k(d, 32, 1)}")
+    up = p.ins(f"add {w} {p.ins(f'add {w} {mag}, {_k(d, 32, 0xFFF - (112 << 23))}')}, {odd}")
+    norm = p.ins(f"lshr {w} {up}, {_k(d, 32, 13)}")
     # subnormal results: adding 0.5 aligns the mantissa so that the hardware rounds
-    half = p.val(f"fadd {ft} {p.val(f'bitcast {w} {mag} to {ft}')}, {splat(float_text(0.5, 32), d, 'float')}")
-    sub = p.val(f"sub {w} {p.val(f'bitcast {ft} {half} to {w}')}, {_k(d, 32, 0x3F000000)}")
-    r = p.val(f"select {c} {p.val(f'icmp ult {w} {mag}, {_k(d, 32, 0x38800000)}')}, {w} {sub}, {w} {norm}")
-    r = p.val(f"select {c} {p.val(f'icmp uge {w} {mag}, {_k(d, 32, 0x477FF000)}')}, {w} {_k(d, 32, 0x7C00)}, {w} {r}")
-    r = p.val(f"select {c} {p.val(f'icmp ugt {w} {mag}, {_k(d, 32, 0x7F800000)}')}, {w} {_k(d, 32, 0x7E00)}, {w} {r}")
-    return p.val(f"trunc {w} {p.val(f'or {w} {r}, {sign}')} to {n}")
+    half = p.ins(f"fadd {ft} {p.ins(f'bitcast {w} {mag} to {ft}')}, {splat(float_text(0.5, 32), d, 'float')}")
+    sub = p.ins(f"sub {w} {p.ins(f'bitcast {ft} {half} to {w}')}, {_k(d, 32, 0x3F000000)}")
+    r = p.ins(f"select {c} {p.ins(f'icmp ult {w} {mag}, {_k(d, 32, 0x38800000)}')}, {w} {sub}, {w} {norm}")
+    r = p.ins(f"select {c} {p.ins(f'icmp uge {w} {mag}, {_k(d, 32, 0x477FF000)}')}, {w} {_k(d, 32, 0x7C00)}, {w} {r}")
+    r = p.ins(f"select {c} {p.ins(f'icmp ugt {w} {mag}, {_k(d, 32, 0x7F800000)}')}, {w} {_k(d, 32, 0x7E00)}, {w} {r}")
+    return p.ins(f"trunc {w} {p.ins(f'or {w} {r}, {sign}')} to {n}")
 
 
 def _round_to_odd(p: Emitter, a: str, d: DType) -> str:
     """f64 to float so that a second rounding to half precision is exact: inexact results get an odd last bit."""
     dt, ft, w = reg_type(d), reg_type(f32.vec(d.lanes)), _ity(d, 32)
     c = "i1" if d.lanes == 1 else f"<{d.lanes} x i1>"
-    f = p.val(f"fptrunc {dt} {a} to {ft}")
-    back = p.val(f"fpext {ft} {f} to {dt}")
-    bits = p.val(f"bitcast {ft} {f} to {w}")
-    inexact = p.val(f"fcmp one {dt} {back}, {a}")
-    even = p.val(f"icmp eq {w} {p.val(f'and {w} {bits}, {_k(d, 32, 1)}')}, {_k(d, 32, 0)}")
-    low = p.val(f"fcmp olt {dt} {intrinsic(p, 'fabs', dt, back)}, {intrinsic(p, 'fabs', dt, a)}")
-    step = p.val(f"select {c} {low}, {w} {_k(d, 32, 1)}, {w} {_k(d, 32, -1)}")
-    moved = p.val(f"add {w} {bits}, {step}")
-    fix = p.val(f"and {c} {inexact}, {even}")
-    return p.val(f"bitcast {w} {p.val(f'select {c} {fix}, {w} {moved}, {w} {bits}')} to {ft}")
+    f = p.ins(f"fptrunc {dt} {a} to {ft}")
+    back = p.ins(f"fpext {ft} {f} to {dt}")
+    bits = p.ins(f"bitcast {ft} {f} to {w}")
+    inexact = p.ins(f"fcmp one {dt} {back}, {a}")
+    even = p.ins(f"icmp eq {w} {p.ins(f'and {w} {bits}, {_k(d, 32, 1)}')}, {_k(d, 32, 0)}")
+    low = p.ins(f"fcmp olt {dt} {intrinsic(p, 'fabs', dt, back)}, {intrinsic(p, 'fabs', dt, a)}")
+    step = p.ins(f"select {c} {low}, {w} {_k(d, 32, 1)}, {w} {_k(d, 32, -1)}")
+    moved = p.ins(f"add {w} {bits}, {step}")
+    fix = p.ins(f"and {c} {inexact}, {even}")
+    return p.ins(f"bitcast {w} {p.ins(f'select {c} {fix}, {w} {moved}, {w} {bits}')} to {ft}")
 
 
 # ---------------------------------------------------------------- conversions
@@ -148,21 +148,21 @@ def cast_value(p: Emitter, a: str, src: DType, dst: DType) -> str:
         return narrow_half(p, cast_value(p, a, src, f32.vec(src.lanes)), dst)
     if dst.is_bool:
         if src.is_float:
-            return p.val(f"fcmp une {st} {a}, zeroinitializer")
-        return p.val(f"icmp ne {st} {a}, {splat('0', src, 'i64')}")
+            return p.ins(f"fcmp une {st} {a}, zeroinitializer")
+        return p.ins(f"icmp ne {st} {a}, {splat('0', src, 'i64')}")
     if src.is_bool:
-        return p.val(f"{'uitofp' if dst.is_float else 'zext'} {st} {a} to {dt}")
+        return p.ins(f"{'uitofp' if dst.is_float else 'zext'} {st} {a} to {dt}")
     if src.is_float and dst.is_float:
-        return p.val(f"{'fpext' if dst.bits > src.bits else 'fptrunc'} {st} {a} to {dt}")
+        return p.ins(f"{'fpext' if dst.bits > src.bits else 'fptrunc'} {st} {a} to {dt}")
     if src.is_float:
         return intrinsic(p, "fptosi.sat" if dst.is_signed else "fptoui.sat", st, a, ret=dt)
     if dst.is_float:
-        return p.val(f"{'sitofp' if src.is_signed else 'uitofp'} {st} {a} to {dt}")
+        return p.ins(f"{'sitofp' if src.is_signed else 'uitofp'} {st} {a} to {dt}")
     if dst.bits == src.bits:
         return a
     if dst.bits < src.bits:
-        return p.val(f"trunc {st} {a} to {dt}")
-    return p.val(f"{'sext' if src.is_signed else 'zext'} {st} {a} to {dt}")
+        return p.ins(f"trunc {st} {a} to {dt}")
+    return p.ins(f"{'sext' if src.is_signed else 'zext'} {st} {a} to {dt}")
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -181,16 +181,16 @@ def binary_value(p: Emitter, op: str, a: str, b: str, d: DType, nonneg: bool = F
     c = "i1" if d.lanes == 1 else f"<{d.lanes} x i1>"
     if d.is_float:
         if op in _FLOAT:
-            return p.val(f"{_FLOAT[op]} {t} {a}, {b}")
+            return p.ins(f"{_FLOAT[op]} {t} {a}, {b}")
         if op in ("min", "max"):
-            m = p.val(f"fcmp {'olt' if op == 'min' else 'ogt'} {t} {a}, {b}")
-            return p.val(f"select {c} {m}, {t} {a}, {t} {b}")
+            m = p.ins(f"fcmp {'olt' if op == 'min' else 'ogt'} {t} {a}, {b}")
+            return p.ins(f"select {c} {m}, {t} {a}, {t} {b}")
         if op in ("rem", "floordiv", "mod"):
             return _float_mod(p, op, a, b, d)
         raise CompilationError(f"no LLVM form of {op} on {d}", hint="expand_math must run before the printer")
     if op in _INT:
         nsw = " nsw" if d.is_index and op in ("add", "sub", "mul") else ""
-        return p.val(f"{_INT[op]}{nsw} {t} {a}, {b}")
+        return p.ins(f"{_INT[op]}{nsw} {t} {a}, {b}")
     if d.is_bool:
         raise CompilationError(f"no LLVM form of {op} on bool")
     if op in ("min", "max"):
@@ -199,7 +199,7 @@ def binary_value(p: Emitter, op: str, a: str, b: str, d: DType, nonneg: bool = F
         return _shift(p, op, a, b, d)
     if op in ("div", "rem", "floordiv", "mod"):
         if nonneg:
-            return p.val(f"{'udiv' if op in ('div', 'floordiv') else 'urem'} {t} {a}, {b}")
+            return p.ins(f"{'udiv' if op in ('div', 'floordiv') else 'urem'} {t} {a}, {b}")
         return _int_div(p, op, a, b, d)
     raise CompilationError(f"no LLVM form of {op} on {d}")
 
@@ -208,16 +208,16 @@ def _shift(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
     t, c, e = reg_type(d), "i1" if d.lanes == 1 else f"<{d.lanes} x i1>", f"i{d.bits}"
     ins = "shl" if op == "shl" else "ashr" if d.is_signed else "lshr"
     if b.isdigit() and int(b) < d.bits:
-        return p.val(f"{ins} {t} {a}, {b}")
+        return p.ins(f"{ins} {t} {a}, {b}")
     if b.startswith(f"splat ({e} ") and 0 <= int(b[len(e) + 8 : -1]) < d.bits:
-        return p.val(f"{ins} {t} {a}, {b}")
-    big = p.val(f"icmp uge {t} {b}, {splat(str(d.bits), d, e)}")
+        return p.ins(f"{ins} {t} {a}, {b}")
+    big = p.ins(f"icmp uge {t} {b}, {splat(str(d.bits), d, e)}")
     if ins == "ashr":
-        safe = p.val(f"select {c} {big}, {t} {splat(str(d.bits - 1), d, e)}, {t} {b}")
-        return p.val(f"ashr {t} {a}, {safe}")
-    safe = p.val(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {b}")
-    r = p.val(f"{ins} {t} {a}, {safe}")
-    return p.val(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {r}")
+        safe = p.ins(f"select {c} {big}, {t} {splat(str(d.bits - 1), d, e)}, {t} {b}")
+        return p.ins(f"ashr {t} {a}, {safe}")
+    safe = p.ins(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {b}")
+    r = p.ins(f"{ins} {t} {a}, {safe}")
+    return p.ins(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {r}")
 
 
 def _int_div(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
@@ -229,30 +229,30 @@ def _int_div(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
     z = ""
     safe = b
     if not known or value == 0:
-        z = p.val(f"icmp eq {t} {b}, {zero}")
-        safe = p.val(f"select {c} {z}, {t} {one}, {t} {b}")
+        z = p.ins(f"icmp eq {t} {b}, {zero}")
+        safe = p.ins(f"select {c} {z}, {t} {one}, {t} {b}")
     if not d.is_signed:
         if op in ("div", "floordiv"):
-            q = p.val(f"udiv {t} {a}, {safe}")
-            return p.val(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
-        return p.val(f"urem {t} {a}, {safe}")
+            q = p.ins(f"udiv {t} {a}, {safe}")
+            return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
+        return p.ins(f"urem {t} {a}, {safe}")
     if not known or value == -1:
-        low = p.val(f"icmp eq {t} {a}, {splat(str(-(1 << (d.bits - 1))), d, e)}")
-        m1 = p.val(f"icmp eq {t} {safe}, {splat('-1', d, e)}")
-        safe = p.val(f"select {c} {p.val(f'and {c} {low}, {m1}')}, {t} {one}, {t} {safe}")
-    q = p.val(f"sdiv {t} {a}, {safe}")
+        low = p.ins(f"icmp eq {t} {a}, {splat(str(-(1 << (d.bits - 1))), d, e)}")
+        m1 = p.ins(f"icmp eq {t} {safe}, {splat('-1', d, e)}")
+        safe = p.ins(f"select {c} {p.ins(f'and {c} {low}, {m1}')}, {t} {one}, {t} {safe}")
+    q = p.ins(f"sdiv {t} {a}, {safe}")
     if op == "div":
-        return p.val(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
-    r = p.val(f"sub {t} {a}, {p.val(f'mul {t} {q}, {safe}')}")
+        return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
+    r = p.ins(f"sub {t} {a}, {p.ins(f'mul {t} {q}, {safe}')}")
     if op == "rem":
         return r
-    inexact = p.val(f"icmp ne {t} {r}, {zero}")
-    apart = p.val(f"icmp slt {t} {p.val(f'xor {t} {r}, {safe}')}, {zero}")
-    fix = p.val(f"and {c} {inexact}, {apart}")
+    inexact = p.ins(f"icmp ne {t} {r}, {zero}")
+    apart = p.ins(f"icmp slt {t} {p.ins(f'xor {t} {r}, {safe}')}, {zero}")
+    fix = p.ins(f"and {c} {inexact}, {apart}")
     if op == "mod":
-        return p.val(f"select {c} {fix}, {t} {p.val(f'add {t} {r}, {safe}')}, {t} {r}")
-    q = p.val(f"select {c} {fix}, {t} {p.val(f'sub {t} {q}, {one}')}, {t} {q}")
-    return p.val(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
+        return p.ins(f"select {c} {fix}, {t} {p.ins(f'add {t} {r}, {safe}')}, {t} {r}")
+    q = p.ins(f"select {c} {fix}, {t} {p.ins(f'sub {t} {q}, {one}')}, {t} {q}")
+    return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
 
 
 def _float_mod(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
@@ -260,23 +260,23 @@ def _float_mod(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
     t, s = reg_type(d), reg_type(d.scalar)
     c = "i1" if d.lanes == 1 else f"<{d.lanes} x i1>"
     if op == "floordiv":
-        return intrinsic(p, "floor", t, p.val(f"fdiv {t} {a}, {b}"))
+        return intrinsic(p, "floor", t, p.ins(f"fdiv {t} {a}, {b}"))
     fn = p.need(f"lt.fmod.{'f32' if d.bits == 32 else 'f64'}")
     if d.lanes == 1:
-        r = p.val(f"call {s} @{fn}({s} {a}, {s} {b})")
+        r = p.ins(f"call {s} @{fn}({s} {a}, {s} {b})")
     else:
         r = "poison"
         for k in range(d.lanes):
-            x, y = p.val(f"extractelement {t} {a}, i32 {k}"), p.val(f"extractelement {t} {b}, i32 {k}")
-            r = p.val(f"insertelement {t} {r}, {s} {p.val(f'call {s} @{fn}({s} {x}, {s} {y})')}, i32 {k}")
+            x, y = p.ins(f"extractelement {t} {a}, i32 {k}"), p.ins(f"extractelement {t} {b}, i32 {k}")
+            r = p.ins(f"insertelement {t} {r}, {s} {p.ins(f'call {s} @{fn}({s} {x}, {s} {y})')}, i32 {k}")
     if op == "rem":
         return r
-    nz = p.val(f"fcmp une {t} {r}, zeroinitializer")
-    neg_r, neg_b = p.val(f"fcmp olt {t} {r}, zeroinitializer"), p.val(f"fcmp olt {t} {b}, zeroinitializer")
-    fix = p.val(f"and {c} {nz}, {p.val(f'xor {c} {neg_r}, {neg_b}')}")
-    fixed = p.val(f"select {c} {fix}, {t} {p.val(f'fadd {t} {r}, {b}')}, {t} {r}")
+    nz = p.ins(f"fcmp une {t} {r}, zeroinitializer")
+    neg_r, neg_b = p.ins(f"fcmp olt {t} {r}, zeroinitializer"), p.ins(f"fcmp olt {t} {b}, zeroinitializer")
+    fix = p.ins(f"and {c} {nz}, {p.ins(f'xor {c} {neg_r}, {neg_b}')}")
+    fixed = p.ins(f"select {c} {fix}, {t} {p.ins(f'fadd {t} {r}, {b}')}, {t} {r}")
     signed = intrinsic(p, "copysign", t, fixed, b)
-    return p.val(f"select {c} {nz}, {t} {fixed}, {t} {signed}")
+    return p.ins(f"select {c} {nz}, {t} {fixed}, {t} {signed}")
 
 
 def unary_value(p: Emitter, op: str, a: str, d: DType) -> str:
@@ -288,22 +288,22 @@ def unary_value(p: Emitter, op: str, a: str, d: DType) -> str:
         return narrow_half(p, unary_value(p, op, x, w), d)
     t = reg_type(d)
     if op == "not":
-        return p.val(f"xor {t} {a}, {splat('true' if d.is_bool else '-1', d, 'i1' if d.is_bool else f'i{d.bits}')}")
+        return p.ins(f"xor {t} {a}, {splat('true' if d.is_bool else '-1', d, 'i1' if d.is_bool else f'i{d.bits}')}")
     if d.is_float:
         if op == "neg":
-            return p.val(f"fneg {t} {a}")
+            return p.ins(f"fneg {t} {a}")
         if op in _ROUND:
             return intrinsic(p, _ROUND[op], t, a)
         if op == "rsqrt":
             one = splat(float_text(1.0, d.bits), d, "float" if d.bits == 32 else "double")
-            return p.val(f"fdiv {t} {one}, {intrinsic(p, 'sqrt', t, a)}")
+            return p.ins(f"fdiv {t} {one}, {intrinsic(p, 'sqrt', t, a)}")
         if op == "isnan":
-            return p.val(f"fcmp uno {t} {a}, {a}")
+            return p.ins(f"fcmp uno {t} {a}, {a}")
         if op == "isinf":
             inf = splat(float_text(float("inf"), d.bits), d, "float" if d.bits == 32 else "double")
-            return p.val(f"fcmp oeq {t} {intrinsic(p, 'fabs', t, a)}, {inf}")
+            return p.ins(f"fcmp oeq {t} {intrinsic(p, 'fabs', t, a)}, {inf}")
     elif op == "neg":
-        return p.val(f"sub {t} zeroinitializer, {a}" if d.lanes > 1 else f"sub {t} 0, {a}")
+        return p.ins(f"sub {t} zeroinitializer, {a}" if d.lanes > 1 else f"sub {t} 0, {a}")
     elif op == "abs":
         return a if not d.is_signed else intrinsic(p, "abs", t, a, extra=", i1")
     elif op == "popcount":
@@ -318,10 +318,10 @@ def compare_value(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
         return compare_value(p, op, widen_half(p, a, d), widen_half(p, b, d), w)
     t = reg_type(d)
     if d.is_float:
-        return p.val(f"fcmp {({'lt': 'olt', 'le': 'ole', 'eq': 'oeq', 'ne': 'une'})[op]} {t} {a}, {b}")
+        return p.ins(f"fcmp {({'lt': 'olt', 'le': 'ole', 'eq': 'oeq', 'ne': 'une'})[op]} {t} {a}, {b}")
     if op in ("eq", "ne"):
-        return p.val(f"icmp {op} {t} {a}, {b}")
-    return p.val(f"icmp {'s' if d.is_signed else 'u'}{op} {t} {a}, {b}")
+        return p.ins(f"icmp {op} {t} {a}, {b}")
+    return p.ins(f"icmp {'s' if d.is_signed else 'u'}{op} {t} {a}, {b}")
 
 
 __all__ = [

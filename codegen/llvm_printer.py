@@ -5,7 +5,7 @@ Loops are rotated, with a guard only where the trip count may be 0. An address i
 ``getelementptr`` that the processor's addressing mode absorbs. Multiplications and additions carry ``contract`` and nothing else.
 
 A kernel is ``void name(ptr buffers..., scalars..., i64 lo, i64 hi)``: the outermost parallel loop runs its iterations
-``lo <= i < hi``; without one the whole body runs.
+``lo <= i < hi`` (counted from 0); without one the whole body runs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from luthier.codegen.llvm_memory import MemoryPrinter
 from luthier.codegen.llvm_types import mem_bytes, mem_type, reg_type
 from luthier.codegen.target import Target, host
 from luthier.errors import CompilationError
-from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, bounds
+from luthier.ir.expr import Expr, bounds, free_vars, loads, substitute
 from luthier.ir.loop import (
     Alloc,
     Barrier,
@@ -47,13 +46,41 @@ def is_register(b: Buffer) -> bool:
     return b.scope == "local" and b.rank == 0
 
 
-class LLVMPrinter(MemoryPrinter, ExprPrinter):
+def parallel_loop(f: Func) -> tuple[For, Expr] | None:
+    """The loop that is distributed, and its extent over the kernel's scalar parameters; None when there is none.
+
+    It must be the last statement, below pure Lets and local Allocs only; any other parallel loop runs serially."""
+    env: dict[Expr, Expr] = {}
+    s: Stmt = f.body
+    while True:
+        if isinstance(s, Block):
+            *pre, last = s.stmts if s.stmts else (s,)
+            for x in pre:
+                if not isinstance(x, Let) or loads(x.value):
+                    return None
+                env[x.var] = substitute(x.value, env)
+            if last is s:
+                return None
+            s = last
+        elif isinstance(s, Alloc) and s.buf.scope == "local":
+            s = s.body
+        elif isinstance(s, For) and s.kind == "parallel":
+            n = substitute(s.extent, env)
+            known = {p for p in f.params if isinstance(p, Expr)}
+            return None if loads(n) or not free_vars(n) <= known else (s, n)
+        else:
+            return None
+
+
+class KernelPrinter(MemoryPrinter, ExprPrinter):
     """One kernel to text; ``text()`` does it all."""
 
-    def __init__(self, f: Func, name: str | None = None, target: Target | None = None) -> None:
+    def __init__(self, f: Func, target: Target | None = None, name: str | None = None) -> None:
         super().__init__(target or host())
         self.f = f
         self.name = name or f.name
+        par = parallel_loop(f)
+        self.parallel = par[0] if par else None
         self.stored: dict[int, frozenset[str]] = {}
 
     # ------------------------------------------------------------ whole
@@ -65,7 +92,7 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
         for p in self.f.params:
             if isinstance(p, Buffer):
                 n = f"%p{len(params)}"
-                self.ptrs[p.name] = n
+                self.buffers[p.name] = n
                 align = mem_bytes(p.dtype.scalar)
                 attrs = f"ptr noalias align {align}"
                 if p.name not in written:
@@ -79,8 +106,9 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
                 params.append(f"{reg_type(p.dtype)} {n}")
         self.stmt(self.f.body)
         self.emit("ret void")
-        head = f"define hidden void @{quote(self.name)}({', '.join([*params, 'i64 %lo', 'i64 %hi'])}) #0 {{"
-        return "\n".join([*self.globals, head, "entry:", *self.entry, *self.lines, "}", ""])
+        head = f"define hidden void @{quote(self.name)}({', '.join([*params, 'i64 %lo', 'i64 %hi'])}) local_unnamed_addr #0 {{\nentry:\n"
+        body = "".join(f"  {x}\n" for x in self.entry) + "".join(x if x.endswith(":\n") else f"  {x}\n" for x in self.lines)
+        return "".join(self.globals) + head + body + "}\n"
 
     def _written(self) -> set[str]:
         return set().union(*(self._stores_all(self.f.body)))
@@ -130,9 +158,9 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
         elif isinstance(s, For):
             self.loop(s)
         elif isinstance(s, If):
-            self.branch(s)
+            self.condition(s)
         elif isinstance(s, While):
-            self.while_(s)
+            self.while_loop(s)
         elif isinstance(s, Alloc):
             self.alloc(s)
         elif isinstance(s, Call):
@@ -144,7 +172,7 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
 
     def let(self, s: Let) -> None:
         self.begin_statement()
-        self.bind(s.var, self.expr(s.value))
+        self.bind(s.var, self.value(s.value))
 
     def alloc(self, s: Alloc) -> None:
         b = s.buf
@@ -165,13 +193,13 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
                 hint="stage a smaller tile, or use a global buffer with one slice per parallel iteration",
             )
         ptr = self.fresh()
-        self.entry.append(f"  {ptr} = alloca [{max(n.attr, 1)} x {mem_type(b.dtype)}], align 64")
-        old = self.ptrs.get(b.name)
-        self.ptrs[b.name] = ptr
+        self.entry.append(f"{ptr} = alloca [{max(n.attr, 1)} x {mem_type(b.dtype)}], align 64")
+        old = self.buffers.get(b.name)
+        self.buffers[b.name] = ptr
         self.forget_addresses(b.name)
         self.stmt(s.body)
         if old is not None:
-            self.ptrs[b.name] = old
+            self.buffers[b.name] = old
             self.forget_addresses(b.name)
 
     def call(self, s: Call) -> None:
@@ -202,16 +230,23 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
         if s.kind not in ("serial", "parallel", "unroll", "vectorize"):
             raise CompilationError(f"a {s.kind} loop in kernel {self.f.name}: this target has no thread groups")
         self.begin_statement()
-        if s.extent.op == "const" and s.extent.attr <= 0:
-            return
-        lo, hi = ("%lo", "%hi") if s.kind == "parallel" else (self.expr(s.lo), self.expr(s.hi))
-        low = bounds(s.extent)[0]
-        guard = low is None or low < 1
+        if s is self.parallel:
+            base = self.value(s.lo)
+            zero = s.lo.op == "const" and s.lo.attr == 0
+            lo = "%lo" if zero else self.ins(f"add nsw i64 {base}, %lo")
+            hi = "%hi" if zero else self.ins(f"add nsw i64 {base}, %hi")
+            guard = False  # the caller gives at least one iteration
+        else:
+            if s.extent.op == "const" and s.extent.attr <= 0:
+                return
+            lo, hi = self.value(s.lo), self.value(s.hi)
+            low = bounds(s.extent)[0]
+            guard = low is None or low < 1
         names = sorted(self.changed(s.body))
         start = {n: self.regs[n] for n in names}
         head, exit_ = self.label("loop"), self.label("done")
         if guard:
-            c = self.val(f"icmp slt i64 {lo}, {hi}")
+            c = self.ins(f"icmp slt i64 {lo}, {hi}")
             pre = self.block
             self.emit(f"br i1 {c}, label %{head}, label %{exit_}")
         else:
@@ -229,27 +264,27 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
         self.pop()
         latch = self.block
         self.emit(f"{nxt} = add nsw i64 {v}, 1")
-        c = self.val(f"icmp slt i64 {nxt}, {hi}")
+        c = self.ins(f"icmp slt i64 {nxt}, {hi}")
         self.emit(f"br i1 {c}, label %{head}, label %{exit_}")
         end = {n: self.regs[n] for n in names}
         text = [f"{v} = phi i64 [ {lo}, %{pre} ], [ {nxt}, %{latch} ]"]
         for n in names:
             text.append(f"{phis[n]} = phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]")
-        self.lines[at:at] = ["  " + x for x in text]
+        self.lines[at:at] = text
         self.start(exit_)
         for n in names:
             if guard:
-                self.regs[n] = self.val(f"phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]")
+                self.regs[n] = self.ins(f"phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]")
             else:
                 self.regs[n] = end[n]
 
-    def while_(self, s: While) -> None:
+    def while_loop(self, s: While) -> None:
         names = sorted(self.changed(s.body))
         start = {n: self.regs[n] for n in names}
         head, exit_ = self.label("while"), self.label("done")
         self.begin_statement()
         self.push()
-        c = self.expr(s.cond)
+        c = self.value(s.cond)
         self.pop()
         pre = self.block
         self.emit(f"br i1 {c}, label %{head}, label %{exit_}")
@@ -260,24 +295,24 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
         self.push()
         self.stmt(s.body)
         self.begin_statement()
-        c = self.expr(s.cond)
+        c = self.value(s.cond)
         self.pop()
         latch = self.block
         self.emit(f"br i1 {c}, label %{head}, label %{exit_}")
         end = {n: self.regs[n] for n in names}
-        self.lines[at:at] = [f"  {phis[n]} = phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]" for n in names]
+        self.lines[at:at] = [f"{phis[n]} = phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]" for n in names]
         self.start(exit_)
         for n in names:
-            self.regs[n] = self.val(f"phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]")
+            self.regs[n] = self.ins(f"phi {self.reg_types[n]} [ {start[n]}, %{pre} ], [ {end[n]}, %{latch} ]")
 
-    def branch(self, s: If) -> None:
+    def condition(self, s: If) -> None:
         if s.cond.op == "const":
             taken = s.then if s.cond.attr else s.orelse
             if taken is not None:
                 self.stmt(taken)
             return
         self.begin_statement()
-        c = self.expr(s.cond)
+        c = self.value(s.cond)
         names = sorted(self.changed(s.then) | (self.changed(s.orelse) if s.orelse is not None else frozenset()))
         start = {n: self.regs[n] for n in names}
         then, orelse, exit_ = self.label("then"), self.label("else"), self.label("fi")
@@ -299,29 +334,45 @@ class LLVMPrinter(MemoryPrinter, ExprPrinter):
             self.emit(f"br label %{exit_}")
         self.start(exit_)
         for n in names:
-            self.regs[n] = self.val(f"phi {self.reg_types[n]} [ {then_regs[n]}, %{then_end} ], [ {start[n]}, %{pre} ]")
+            self.regs[n] = self.ins(f"phi {self.reg_types[n]} [ {then_regs[n]}, %{then_end} ], [ {start[n]}, %{pre} ]")
 
 
 def print_kernels(funcs: Iterable[tuple[str, Func]], target: Target) -> str:
     """One LLVM module with the kernels under the given symbol names. Raises CompilationError naming the kernel."""
     bodies: list[str] = []
-    declares: set[str] = set()
+    declares: dict[str, str] = {}
+    helpers: set[str] = set()
     for name, f in funcs:
-        p = LLVMPrinter(f, name, target)
+        p = KernelPrinter(f, target, name)
         bodies.append(p.text())
-        declares |= p.declares
-    return "\n".join([f'target triple = "{target.triple}"', "", *sorted(declares), "", *bodies, attributes(target)])
+        declares.update(p.declarations)
+        helpers |= p.helpers
+    return module_text(bodies, declares, helpers, target)
 
 
-def attributes(target: Target) -> str:
-    """What every function of a module for ``target`` carries."""
+def module_text(bodies: list[str], declares: dict[str, str], helpers: set[str], target: Target) -> str:
+    from luthier.codegen.llvm_intrin import HELPERS
+
+    extra = [HELPERS[h] for h in sorted(helpers)]
+    lines = [f'target triple = "{target.triple}"', ""]
+    lines += [f"declare {sig.replace('@', '@' + n)}" for n, sig in sorted(declares.items())]
     wide = '"prefer-vector-width"="512" "min-legal-vector-width"="512" ' if target.caps.vector_bits == 512 else ""
-    return f'attributes #0 = {{ nounwind {wide}"target-cpu"="{target.cpu}" "target-features"="{target.features}" }}\n'
+    attrs = f'attributes #0 = {{ nounwind {wide}"target-cpu"="{target.cpu}" "target-features"="{target.features}" }}'
+    return "\n".join([*lines, "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
 
 
-def llvm_type(d: DType, memory: bool = False) -> str:
-    """Type of a value in a register, or of an element in memory."""
-    return mem_type(d) if memory else reg_type(d)
+class LLVMPrinter(KernelPrinter):
+    """A kernel for this machine on its own: ``text()`` and the ``declares`` that its module needs."""
+
+    def __init__(self, func: Func, name: str | None = None) -> None:
+        super().__init__(func, host(), name)
+
+    @property
+    def declares(self) -> set[str]:
+        from luthier.codegen.llvm_intrin import HELPERS
+
+        out = {f"declare {sig.replace('@', '@' + n)}" for n, sig in self.declarations.items()}
+        return out | {HELPERS[h] for h in self.helpers} | {"@lt.zero = internal constant [64 x i8] zeroinitializer, align 64"}
 
 
-__all__ = ["LLVMPrinter", "MAX_LOCAL_BYTES", "attributes", "is_register", "llvm_type", "print_kernels", "quote"]
+__all__ = ["KernelPrinter", "LLVMPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]
