@@ -17,7 +17,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.expr import _from_poly, _mk
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
-from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var
+from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var, readers
 
 Env = dict[Expr, Expr]
 Region = list[tuple[Expr, Expr]]
@@ -25,6 +25,7 @@ Region = list[tuple[Expr, Expr]]
 
 def lower(s: Schedule) -> list[Func]:
     """Root stages in order, each a Func whose params are the buffers it touches (written ones last) and the dims it reads."""
+    _check_stages(s)
     out = []
     for st in s.stages.values():
         if st.at is None and (st.fold is not None or st.buf.scope == "global" or st.name in s.compute.outs):
@@ -32,6 +33,24 @@ def lower(s: Schedule) -> list[Func]:
             if st.push is not None:
                 out.append(make_func(f"{s.compute.name}.{st.name}.push", push_nest(st.push, st.buf), s.compute.dims))
     return out
+
+
+def _check_stages(s: Schedule) -> None:
+    """A staged tensor has no reader outside the loop that it is staged in. Raises ScheduleError."""
+    for t in s.stages.values():
+        if t.at is None or t.fold is not None:
+            continue
+        host, loop = t.at
+        if s.stages[host].fold is not None:
+            continue
+        depth = s.stages[host].find(loop.attr[0])
+        for u in readers(s, t.name):
+            w = u
+            while w.name != host and w.at is not None and w.at[0] != host:
+                w = s.stages[w.at[0]]
+            inside = w.name == host or (w.at is not None and s.stages[host].find(w.at[1].attr[0]) >= depth)
+            if not inside:
+                raise ScheduleError(f"{t.name} is staged inside {loop!r} but {u.name} reads it outside of that loop")
 
 
 def push_nest(p: Push, buf: Buffer) -> Stmt:

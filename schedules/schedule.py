@@ -438,7 +438,7 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
         value = select(where, _mask_loads(value, where), MONOIDS[monoid].init((value.dtype,))[0])
     p_axes = tuple(Axis(keep[a.var], a.extent) for a in st.axes) + (Axis(pv, extent(inner.var)),)
     pexpr = reduce_(monoid, [Axis(rv[lp.var], extent(lp.var)) for lp in rest], value) if rest else value
-    pbuf = Buffer(pn, st.buf.dtype, tuple(a.extent for a in p_axes), "local")
+    pbuf = Buffer(pn, st.buf.dtype, tuple(a.extent for a in p_axes), "global")
     pst = _pull_stage(Pull(pbuf, p_axes, pexpr), ext)
     mv = var(pv.attr[0] + "m", lo=0, hi=extent(inner.var) - 1)
     merged = reduce_(monoid, [Axis(mv, extent(inner.var))], load(pbuf, [*(a.var for a in st.axes), mv]))
