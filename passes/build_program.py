@@ -84,7 +84,8 @@ class _Builder:
     # ---------------------------------------------------------------- the whole
 
     def program(self) -> Program:
-        inputs, dims = [], {}
+        inputs: list[Buffer] = []
+        dims: dict[Expr, tuple[int, int]] = {}
         for i, v in enumerate(self.graph.inputs):
             b = Buffer(v.name, v.dtype, v.shape, "param", False)
             self.names.add(v.name)

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.builder import Names
+from luthier.ir.dtypes import i64
 from luthier.ir.expr import Expr, as_expr
 from luthier.ir.graph import Graph, Node, TensorType, Value
-from luthier.ir.dtypes import i64
 from luthier.passes.materialize_contents import CONTENT
 from luthier.passes.rewrite import Context, rewrite_graph
-
 
 
 def canonicalize(graph: Graph) -> bool:

@@ -1,7 +1,7 @@
 """Recognise scaled dot-product attention.
 
 Before: ``s = MatMul(Mul(q, c), Mul(Transpose[..,3,2](k), c)); p = Softmax(Add(s, mask)); y = MatMul(p, v)``.
-After: ``y = Attention{scale=c*c}(q, k, v, mask)`` over ``[batch, heads, length, size]``. The scale may sit on either operand or on
+After: ``y = luthier::Attention{scale=c*c}(q, k, v, mask)`` over ``[batch, heads, length, size]``. The scale may sit on either operand or on
 the product, as Mul or Div; a guard that turns the NaN rows of a fully masked softmax into zeros is absorbed.
 """
 
@@ -15,7 +15,7 @@ from luthier.passes.rewrite import Context, rewrite_graph
 
 def recognise_attention(graph: Graph) -> bool:
     """In place; True when something was recognised."""
-    return lookup("Attention") is not None and rewrite_graph(graph, _rule)
+    return lookup("luthier::Attention") is not None and rewrite_graph(graph, _rule)
 
 
 def _scaled(v: Value | None, ctx: Context) -> tuple[Value | None, float]:
@@ -87,4 +87,4 @@ def _rule(n: Node, ctx: Context) -> Value | None:
         k = ctx.make("Transpose", [kt], {"perm": (0, 1, 3, 2)}, n)
     if mask is not None and (mask.rank > 4 or not mask.dtype.is_float):
         return None
-    return ctx.make("Attention", [q, k, v, mask], {"scale": float(outer * cq * ck)}, n)
+    return ctx.make("luthier::Attention", [q, k, v, mask], {"scale": float(outer * cq * ck)}, n)

@@ -256,7 +256,7 @@ def test_softmax_spelled_out() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(masked: bool) -> None:
-    needs("Attention", "MatMul", "Softmax")
+    needs("luthier::Attention", "MatMul", "Softmax")
     mask = "s2 = Add(s, mask)" if masked else "s2 = Identity(s)"
     g = graph(
         f"""g (float[B, 2, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, float[B, 1, S, T] mask) => (float[B, 2, S, 8] y) {{
@@ -265,7 +265,7 @@ def test_attention(masked: bool) -> None:
     )
     canonicalize(g)
     apply(g, recognise_attention, B=2, S=3, T=5)
-    assert ops(g) == {"Attention": 1}
+    assert ops(g) == {"luthier::Attention": 1}
 
 
 def test_batch_norm_folds_into_the_convolution() -> None:
