@@ -22,7 +22,7 @@ FREE_BYTES = 1 << 16
 def fold_node(node: Node, never: frozenset[str] = NEVER) -> list[Array] | None:
     """The outputs of ``node`` as arrays when all of its inputs are constant, else None.
 
-    A result larger than 64 KiB and than twice the inputs (Expand, Tile, ConstantOfShape) stays a node."""
+    A result larger than 64 KiB and than eight times the inputs (Expand, Tile, ConstantOfShape) stays a node."""
     if node.op in never or any(True for _ in subgraphs(node)):
         return None
     known = [_from_content(v) for v in node.outputs]
@@ -36,7 +36,7 @@ def fold_node(node: Node, never: frozenset[str] = NEVER) -> list[Array] | None:
         if s is None:
             return None
         size += float(np.prod(s, dtype=np.float64)) * v.dtype.itemsize
-    if size > FREE_BYTES and size > 2 * sum(v.data.nbytes for v in node.inputs if v is not None and v.data is not None):
+    if size > FREE_BYTES and size > 8 * sum(v.data.nbytes for v in node.inputs if v is not None and v.data is not None):
         return None
     o = lookup(node.op)
     if o is None:
