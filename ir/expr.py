@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import struct
-import weakref
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,10 +44,11 @@ UNARY = frozenset(
 )
 BINARY = frozenset("add sub mul div rem floordiv mod min max and or xor shl shr pow atan2".split())
 COMPARE = frozenset("lt le eq ne".split())
-_table: weakref.WeakValueDictionary[Any, Expr] = weakref.WeakValueDictionary()
+_table: dict[Any, Expr] = {}
 Number = int | float | bool
 _UNSET: Any = object()
 _index_memo: dict[Any, Expr] = {}
+_limit = [1_000_000]
 
 
 class Expr:
@@ -177,7 +178,19 @@ def _mk(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) ->
         e._bounds = e._vars = e._poly = _UNSET
         e._key = None
         _table[k] = e
+        if len(_table) > _limit[0]:
+            collect()
     return e
+
+
+def collect() -> None:
+    """Forget interned expressions that nothing else refers to (parents before their operands). Runs by itself as the table grows."""
+    _index_memo.clear()
+    for k in reversed(list(_table)):
+        e = _table[k]
+        if sys.getrefcount(e) <= 3:
+            del e, _table[k]
+    _limit[0] = max(1_000_000, 2 * len(_table))
 
 
 # ---------------------------------------------------------------- leaves

@@ -22,7 +22,7 @@ from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, f
 
 
 def apply(
-    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 4,
+    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 2,
     mblock: int | None = None, order: str | None = None,
 ) -> Schedule | None:
     if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):

@@ -45,7 +45,7 @@ class Kernels:
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
-    return [flatten, unroll, vectorize, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
+    return [flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:
