@@ -9,6 +9,7 @@ are shared by chunks, everything else runs on thread 0, and reads and writes are
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +60,13 @@ _SYSTEM = {"x86_64": ("202", 'call void asm sideeffect "pause", "~{memory}"()'),
 
 @dataclass(slots=True)
 class MainText:
-    """``text``: the module with the runtime; it calls the kernels by their symbols. ``weights``: (constant, byte offset), 64-byte
+    """``text``: the program's module, which calls the kernels by their symbols and ``runtime``, a module that depends only on the
+    target; it is not worth optimising. ``weights``: (constant, byte offset), 64-byte
     aligned; ``arrays``: {constant: its bytes, flat uint8, sub-byte elements packed}; ``weights_bytes``: the size of all;
     ``calls``: the kernel of each call, in the order of profiles; ``parallel``: whether threads share any kernel."""
 
     text: str
+    runtime: str
     weights: list[tuple[str, int]]
     arrays: dict[str, np.ndarray[Any, Any]]
     weights_bytes: int
@@ -527,22 +530,22 @@ class _Module:
         main, bind, place = _Main(self), _Bind(self, "lt_bind"), _Bind(self, "lt_place")
         texts = [self.finish(main, main.text()), self.finish(bind, bind.print_bind()), self.finish(place, place.print_place())]
         counts = [
-            f"@lt.weights_bytes = internal constant i64 {self.weights.size}",
-            f"@lt.ctx_bytes = internal constant i64 {WORDS + 8 * max(self.words, 1)}",
-            f"@lt.parallel = internal constant i32 {int(bool(self.shared))}",
-            f"@lt.dyn_first = internal constant i64 {self.dyn_first}",
-            f"@lt.dyn_count = internal constant i64 {len(self.plan.dynamic)}",
+            f"@lt.weights_bytes = hidden constant i64 {self.weights.size}",
+            f"@lt.ctx_bytes = hidden constant i64 {WORDS + 8 * max(self.words, 1)}",
+            f"@lt.parallel = hidden constant i32 {int(bool(self.shared))}",
+            f"@lt.dyn_first = hidden constant i64 {self.dyn_first}",
+            f"@lt.dyn_count = hidden constant i64 {len(self.plan.dynamic)}",
             "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64",
         ]
         runtime = runtime_text(self.target)
         cpu = f'"target-cpu"="{self.target.cpu}" "target-features"="{self.target.features}"'
         text = "\n".join([
-            f'target triple = "{self.target.triple}"', runtime, *counts, *self.string_globals(),
-            *sorted(d for d in self.declares.values() if d not in runtime), *(HELPERS[h] for h in sorted(self.helpers)),
+            f'target triple = "{self.target.triple}"', *_interface(runtime), *counts, *self.string_globals(),
+            *sorted(self.declares.values()), *(HELPERS[h] for h in sorted(self.helpers)),
             *self.wrappers.values(), *texts, f"attributes #0 = {{ nounwind {cpu} }}", "",
         ])  # fmt: skip
         w = self.weights
-        return MainText(text, list(w.offsets.items()), w.arrays, w.size, self.calls, bool(self.shared))
+        return MainText(text, runtime, list(w.offsets.items()), w.arrays, w.size, self.calls, bool(self.shared))
 
     def finish(self, p: KernelPrinter, text: str) -> str:
         """Collects what a printed function needs from the module."""
@@ -617,13 +620,20 @@ class _Bind(_Printer):
 
 
 def runtime_text(target: Target) -> str:
-    """The runtime for a target."""
+    """The runtime for a target, a module of its own."""
     cpu = target.triple.split("-")[0]
     if cpu not in _SYSTEM:
         raise CompilationError(f"no runtime for {target.triple}", hint=f"known processors: {', '.join(_SYSTEM)}")
     text = importlib.resources.files("luthier.codegen.runtime").joinpath("runtime.ll").read_text(encoding="utf-8")
     futex, pause = _SYSTEM[cpu]
-    return text.replace("@SYS_FUTEX@", futex).replace("@PAUSE@", pause)
+    return f'target triple = "{target.triple}"\n' + text.replace("@SYS_FUTEX@", futex).replace("@PAUSE@", pause)
+
+
+def _interface(runtime: str) -> list[str]:
+    """What a program's module must repeat of the runtime: types and declarations of the functions named ``lt.*``."""
+    types = re.findall(r"^%\w+ = type \{.*?\}[^\n]*$", runtime, re.M | re.S)
+    functions = re.findall(r"^define hidden (\S+) (@lt\.[\w.]+\(.*?\)) \{$", runtime, re.M)
+    return [*types, *(f"declare hidden {ret} {sig}" for ret, sig in functions)]
 
 
 def print_main(program: Program, target: Target, symbols: Mapping[str, str]) -> MainText:

@@ -1,5 +1,6 @@
 ; Runtime of a compiled module. Plain libc and pthreads; the program's own part is lt_bind, lt_place and lt_main.
-; @SYS_FUTEX@ and @PAUSE@ are replaced for the target.
+; @SYS_FUTEX@ and @PAUSE@ are replaced for the target. The program's part sees the types and the functions named lt.*, which do
+; not leave the library.
 ;
 ; One call is SPMD: lt_run wakes the workers once and every thread runs lt_main. Iterations of a parallel loop are handed out
 ; in chunks through one 64-bit word, {number of the loop in this run: 32, next chunk: 32}: a thread moves on to loop e + 1 only
@@ -22,6 +23,16 @@
   [512 x i8],            ; 26 message
   [0 x i64]              ; 27 words of the program, at byte 1024
 }
+
+; The program's part.
+@lt.weights_bytes = external hidden constant i64
+@lt.ctx_bytes = external hidden constant i64
+@lt.parallel = external hidden constant i32
+@lt.dyn_first = external hidden constant i64
+@lt.dyn_count = external hidden constant i64
+declare hidden i32 @lt_bind(ptr, ptr, i32, ptr, i32)
+declare hidden i32 @lt_place(ptr, ptr, ptr)
+declare hidden void @lt_main(ptr)
 
 declare i32 @posix_memalign(ptr, i64, i64)
 declare ptr @calloc(i64, i64)
@@ -53,25 +64,25 @@ declare i64 @llvm.smax.i64(i64, i64)
 
 ; ------------------------------------------------------------------ errors
 
-define internal void @lt.status(ptr %ctx, i32 %code) {
+define hidden void @lt.status(ptr %ctx, i32 %code) {
   %p = getelementptr %ctx, ptr %ctx, i32 0, i32 22
   store i32 %code, ptr %p
   ret void
 }
 
-define internal ptr @lt.msg(ptr %ctx) {
+define hidden ptr @lt.msg(ptr %ctx) {
   %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
   ret ptr %p
 }
 
-define internal i1 @lt.failed(ptr %ctx) {
+define hidden i1 @lt.failed(ptr %ctx) {
   %p = getelementptr %ctx, ptr %ctx, i32 0, i32 22
   %v = load i32, ptr %p
   %r = icmp ne i32 %v, 0
   ret i1 %r
 }
 
-define internal void @lt.no_memory(ptr %ctx, i64 %bytes, ptr %what) {
+define hidden void @lt.no_memory(ptr %ctx, i64 %bytes, ptr %what) {
   %m = call ptr @lt.msg(ptr %ctx)
   call i32 (ptr, i64, ptr, ...) @snprintf(ptr %m, i64 512, ptr @lt.e.mem, i64 %bytes, ptr %what)
   call void @lt.status(ptr %ctx, i32 3)
@@ -79,7 +90,7 @@ define internal void @lt.no_memory(ptr %ctx, i64 %bytes, ptr %what) {
 }
 
 ; Counts of inputs and outputs: 1 is a caller's mistake.
-define internal void @lt.check_count(ptr %ctx, i32 %n, i32 %want, i32 %outputs) {
+define hidden void @lt.check_count(ptr %ctx, i32 %n, i32 %want, i32 %outputs) {
   %bad = icmp ne i32 %n, %want
   br i1 %bad, label %fail, label %ok
 fail:
@@ -93,7 +104,7 @@ ok:
   ret void
 }
 
-define internal void @lt.check_tensor(ptr %ctx, ptr %t, ptr %name, i32 %dtype, i32 %rank) {
+define hidden void @lt.check_tensor(ptr %ctx, ptr %t, ptr %name, i32 %dtype, i32 %rank) {
   %done = call i1 @lt.failed(ptr %ctx)
   br i1 %done, label %ok, label %types
 types:
@@ -119,7 +130,7 @@ ok:
   ret void
 }
 
-define internal void @lt.check_dim(ptr %ctx, ptr %name, i32 %axis, i64 %got, i64 %want) {
+define hidden void @lt.check_dim(ptr %ctx, ptr %name, i32 %axis, i64 %got, i64 %want) {
   %bad = icmp ne i64 %got, %want
   br i1 %bad, label %first, label %ok
 first:
@@ -134,7 +145,7 @@ ok:
   ret void
 }
 
-define internal void @lt.check_range(ptr %ctx, ptr %name, i32 %axis, i64 %got, i64 %lo, i64 %hi) {
+define hidden void @lt.check_range(ptr %ctx, ptr %name, i32 %axis, i64 %got, i64 %lo, i64 %hi) {
   %a = icmp slt i64 %got, %lo
   %b = icmp sgt i64 %got, %hi
   %bad = or i1 %a, %b
@@ -153,7 +164,7 @@ ok:
 
 ; ------------------------------------------------------------------ memory
 
-define internal ptr @lt.alloc(i64 %bytes) {
+define hidden ptr @lt.alloc(i64 %bytes) {
   %p = alloca ptr
   %n = call i64 @llvm.smax.i64(i64 %bytes, i64 64)
   %rc = call i32 @posix_memalign(ptr %p, i64 64, i64 %n)
@@ -164,7 +175,7 @@ define internal ptr @lt.alloc(i64 %bytes) {
 }
 
 ; The data of an input into the program's table; only an empty tensor may have none.
-define internal void @lt.input(ptr %ctx, ptr %t, ptr %name, ptr %word, i64 %bytes) {
+define hidden void @lt.input(ptr %ctx, ptr %t, ptr %name, ptr %word, i64 %bytes) {
   %p = load ptr, ptr %t
   store ptr %p, ptr %word
   %z = icmp eq ptr %p, null
@@ -181,7 +192,7 @@ ok:
 }
 
 ; Memory for an output: the caller's array when it is large enough, else a new one (released by lt_free).
-define internal void @lt.output(ptr %ctx, ptr %t, ptr %name, ptr %word, i64 %bytes) {
+define hidden void @lt.output(ptr %ctx, ptr %t, ptr %name, ptr %word, i64 %bytes) {
   %p = load ptr, ptr %t
   %cp = getelementptr %tensor, ptr %t, i32 0, i32 1
   %none = icmp eq ptr %p, null
@@ -213,7 +224,7 @@ made:
 }
 
 ; A buffer that the context keeps: word is its address, the next word its capacity.
-define internal void @lt.grow(ptr %ctx, ptr %word, i64 %bytes, ptr %name) {
+define hidden void @lt.grow(ptr %ctx, ptr %word, i64 %bytes, ptr %name) {
   %cp = getelementptr i8, ptr %word, i64 8
   %c = load i64, ptr %cp
   %p = load ptr, ptr %word
@@ -239,7 +250,7 @@ ok:
   ret void
 }
 
-define internal ptr @lt.arena(ptr %ctx, i64 %bytes) {
+define hidden ptr @lt.arena(ptr %ctx, i64 %bytes) {
   %w = getelementptr %ctx, ptr %ctx, i32 0, i32 11
   call void @lt.grow(ptr %ctx, ptr %w, i64 %bytes, ptr @lt.s.arena)
   %p = load ptr, ptr %w
@@ -248,7 +259,7 @@ define internal ptr @lt.arena(ptr %ctx, i64 %bytes) {
 
 ; ------------------------------------------------------------------ waiting
 
-define internal i64 @lt.now() {
+define hidden i64 @lt.now() {
   %t = alloca [2 x i64]
   %rc = call i32 @clock_gettime(i32 1, ptr %t)
   %s = load i64, ptr %t
@@ -260,7 +271,7 @@ define internal i64 @lt.now() {
 }
 
 ; Until the word differs from old: a few pauses, then yields for %spin ns, then sleep.
-define internal void @lt.wait(ptr %word, i32 %old, ptr %sleepers, i64 %spin) {
+define hidden void @lt.wait(ptr %word, i32 %old, ptr %sleepers, i64 %spin) {
 entry:
   %nospin = icmp sle i64 %spin, 0
   br i1 %nospin, label %sleep, label %fast
@@ -305,7 +316,7 @@ done:
 }
 
 ; word += 1 and wake whoever sleeps on it.
-define internal void @lt.post(ptr %word, ptr %sleepers) {
+define hidden void @lt.post(ptr %word, ptr %sleepers) {
   %a = atomicrmw add ptr %word, i32 1 seq_cst
   %s = load atomic i32, ptr %sleepers seq_cst, align 4
   %any = icmp sgt i32 %s, 0
@@ -318,7 +329,7 @@ out:
 }
 
 ; All threads of the run arrive; their stores are visible afterwards.
-define internal void @lt.barrier(ptr %st) {
+define hidden void @lt.barrier(ptr %st) {
   %np = getelementptr %state, ptr %st, i32 0, i32 3
   %n = load i64, ptr %np
   %one = icmp eq i64 %n, 1
@@ -350,7 +361,7 @@ out:
 ; ------------------------------------------------------------------ parallel loops
 
 ; The next loop of this run; its number distinguishes it in the context's word.
-define internal void @lt.begin_loop(ptr %st) {
+define hidden void @lt.begin_loop(ptr %st) {
   %p = getelementptr %state, ptr %st, i32 0, i32 2
   %v = load i64, ptr %p
   %w = add i64 %v, 1
@@ -359,7 +370,7 @@ define internal void @lt.begin_loop(ptr %st) {
 }
 
 ; About four chunks a thread, no chunk below the grain.
-define internal i64 @lt.chunk(ptr %st, i64 %total, i64 %grain) {
+define hidden i64 @lt.chunk(ptr %st, i64 %total, i64 %grain) {
   %np = getelementptr %state, ptr %st, i32 0, i32 3
   %n = load i64, ptr %np
   %n4 = shl i64 %n, 2
@@ -371,7 +382,7 @@ define internal i64 @lt.chunk(ptr %st, i64 %total, i64 %grain) {
 }
 
 ; Start of a chunk that nobody has, or -1.
-define internal i64 @lt.claim(ptr %st, i64 %lo, i64 %hi, i64 %chunk) {
+define hidden i64 @lt.claim(ptr %st, i64 %lo, i64 %hi, i64 %chunk) {
 entry:
   %ctx = load ptr, ptr %st
   %sp = getelementptr %state, ptr %st, i32 0, i32 2
@@ -406,7 +417,7 @@ none:
 }
 
 ; Profile: time since the last mark is added to call %k. All threads finish the call first.
-define internal void @lt.mark(ptr %st, i64 %k) {
+define hidden void @lt.mark(ptr %st, i64 %k) {
   %ctx = load ptr, ptr %st
   %pp = getelementptr %ctx, ptr %ctx, i32 0, i32 15
   %prof = load ptr, ptr %pp
@@ -440,7 +451,7 @@ out:
 
 ; ------------------------------------------------------------------ threads
 
-define internal ptr @lt.worker(ptr %arg) {
+define hidden ptr @lt.worker(ptr %arg) {
 entry:
   %st = alloca %state
   %ctx = load ptr, ptr %arg
@@ -477,7 +488,7 @@ out:
 }
 
 ; Workers of this process (a forked child starts its own); the number of threads of a run.
-define internal i32 @lt.pool(ptr %ctx) {
+define hidden i32 @lt.pool(ptr %ctx) {
 entry:
   %all = alloca [16 x i64]
   %old = alloca [16 x i64]
