@@ -1,0 +1,112 @@
+"""From a Program to a Module: texts, objects (cached), one library in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.cache import ObjectCache
+from luthier.codegen.llvm_backend import Library, compile_texts, kernel_texts
+from luthier.codegen.llvm_main import DTYPE_CODES, print_main
+from luthier.codegen.target import Target, parse_target
+from luthier.ir.expr import Expr, const, free_vars, substitute, walk
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, While, exprs_of, walk_stmts
+from luthier.ir.program import Program
+from luthier.module import Module
+from luthier.native import ABI_VERSION, EXPORTS, aligned
+
+__all__ = ["build_module"]
+
+
+def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
+    """Compiles what the cache does not have and links in memory; for another machine's target the module can only be saved."""
+    chosen = parse_target(target) if isinstance(target, str) else target
+    symbols, texts = kernel_texts(program.kernels, chosen)
+    main = print_main(program, chosen, symbols)
+    cache = ObjectCache()
+    objects = compile_texts([main.runtime, *texts.values()], chosen, cache)
+    objects += compile_texts([main.text], chosen, cache, opt=0)  # runs once a call: the quickest code generation is enough
+    weights = aligned(main.weights_bytes)
+    for name, offset in main.weights:
+        a = main.arrays[name]
+        weights[offset : offset + a.size] = a
+    native = None if chosen.missing_here() else Library(objects, EXPORTS)
+    return Module(manifest(program, chosen, main.calls), native, weights, threads, objects)
+
+
+def manifest(program: Program, target: Target, calls: list[str]) -> dict[str, Any]:
+    """Everything about a module but its code and weights, as JSON data."""
+    flops = {n: kernel_flops(f) for n, f in program.kernels.items()}
+    sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
+    rows = []
+    for k, (callee, s) in enumerate(zip(calls, sites, strict=True)):
+        f = program.kernels[callee]
+        env = {p: a for p, a in zip(f.params, s.args, strict=True) if isinstance(p, Expr) and isinstance(a, Expr)}
+        size: Expr = const(0)
+        for p in f.buffers:
+            size = size + p.size() * max(1, p.dtype.bits * p.dtype.lanes // 8)
+        rows.append({
+            "kernel": callee, "nodes": list(program.nodes.get(k, ())), "flops": formula(substitute(flops[callee], env)),
+            "bytes": formula(substitute(size, env)),
+        })  # fmt: skip
+    return {
+        "format": 1, "abi": ABI_VERSION, "name": program.name,
+        "target": {"name": target.name, "triple": target.triple, "cpu": target.cpu, "features": sorted(target.flags)},
+        "inputs": [_io(b, b.name) for b in program.inputs],
+        "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
+        "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
+        "kernels": sorted(program.kernels), "calls": rows,
+    }  # fmt: skip
+
+
+def _io(b: Buffer, name: str) -> dict[str, Any]:
+    shape = [int(e.attr) if e.op == "const" else e.attr[0] if e.op == "var" else repr(e) for e in b.shape]
+    return {"name": name, "code": DTYPE_CODES[b.dtype.name], "shape": shape}
+
+
+_OPS = {"add": "+", "sub": "-", "mul": "*", "min": "min", "max": "max", "floordiv": "//", "mod": "%"}
+
+
+def formula(e: Expr) -> Any:
+    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else."""
+    if e.op == "const":
+        return int(e.attr)
+    if e.op == "var":
+        return e.attr[0]
+    if e.op in _OPS:
+        return [_OPS[e.op], formula(e.args[0]), formula(e.args[1])]
+    return 0
+
+
+_FLOAT_OPS = frozenset("add sub mul div min max sqrt neg abs".split())
+
+
+def kernel_flops(f: Func) -> Expr:
+    """Floating-point operations of one run over the kernel's scalars; loops count with their extent at the first outer round."""
+
+    def go(s: Stmt, env: dict[Expr, Expr]) -> Expr:
+        own = sum(e.dtype.lanes for e in walk(*exprs_of(s)) if e.op in _FLOAT_OPS and e.dtype.is_float)
+        n: Expr = const(own)
+        if isinstance(s, Block):
+            inner = dict(env)
+            for c in s.stmts:
+                if isinstance(c, Let) and c.var.dtype.is_index:
+                    inner[c.var] = substitute(c.value, inner)
+                n = n + go(c, inner)
+        elif isinstance(s, For):
+            lo = substitute(s.lo, env)
+            count = substitute(s.hi, env) - lo
+            n = n + go(s.body, {**env, s.var: lo}) * (count if free_vars(count) <= known and _plain(count) else 0)
+        elif isinstance(s, If):
+            n = n + go(s.then, env)
+            if s.orelse is not None:
+                n = n + go(s.orelse, env)
+        elif isinstance(s, (Alloc, While)):
+            n = n + go(s.body, env)
+        return n
+
+    known = set(f.scalars)
+    return go(f.body, {})
+
+
+def _plain(e: Expr) -> bool:
+    return all(x.op in _OPS or x.op in ("const", "var") for x in walk(e))

@@ -1,0 +1,325 @@
+"""Module: a compiled model that can be run, saved and profiled. ``load`` needs neither ``onnx`` nor ``luthier.ir``."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from luthier import settings
+from luthier.errors import InputError, LuthierError, TargetError
+from luthier.native import DTYPES, Context, Functions, Native, numpy_dtype, owned, pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from luthier.codegen.target import Target
+    from luthier.ir.program import Program
+
+__all__ = ["Module", "TensorSpec", "load"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class _Port:
+    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together."""
+
+    name: str
+    dtype: np.dtype[Any]
+    rank: int
+    bits: int
+    word: int
+    shape: tuple[int | str, ...]
+
+
+def _port(d: Mapping[str, Any]) -> _Port:
+    name, bits = DTYPES[d["code"]]
+    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]))
+
+
+class Module:
+    """``inputs``, ``outputs``: what a call takes and gives. ``manifest``: all that is known about the module, as plain data.
+
+    A module may be called from several threads at once; each concurrent call has its own context. ``threads``: workers of a
+    call (None: the setting LUTHIER_THREADS, else the cores that this process may use)."""
+
+    def __init__(
+        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
+    ) -> None:
+        self.manifest = manifest
+        self.inputs = tuple(_spec(d) for d in manifest["inputs"])
+        self.outputs = tuple(_spec(d) for d in manifest["outputs"])
+        self.threads = threads if threads is not None else settings.threads.get()
+        self._weights = weights
+        self._source = source  # objects to link, or the folder that the module was loaded from
+        self._fns = Functions(native) if native is not None else None
+        self._ins = tuple(_port(d) for d in manifest["inputs"])
+        self._outs = tuple(_port(d) for d in manifest["outputs"])
+        self._names = {p.name for p in self._ins}
+        self._idle: list[Context] = []
+        self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
+
+    @staticmethod
+    def from_program(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
+        """Machine code for ``program``. Raises CompilationError, TargetError."""
+        from luthier.build import build_module
+
+        return build_module(program, target, threads)
+
+    # ------------------------------------------------------------ calls
+
+    def __call__(self, *arrays: Any) -> tuple[Array, ...]:
+        """Inputs by position; the outputs in order, as a tuple."""
+        if len(arrays) != len(self._ins):
+            raise InputError(f"the module takes {len(self._ins)} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
+        return tuple(self._run(arrays, None).values())
+
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """``{input name: array}`` to ``{output name: array}``.
+
+        Arrays are numpy's or anything with DLPack or ``__array_interface__`` (not copied when contiguous). ``out``: arrays to
+        write outputs into (contiguous, right dtype, right shape). Raises InputError for a wrong name, dtype, rank or extent,
+        KernelError when a kernel fails."""
+        try:
+            arrays = [inputs[p.name] for p in self._ins]
+        except KeyError:
+            missing = [p.name for p in self._ins if p.name not in inputs]
+            raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
+        if len(inputs) != len(arrays):
+            extra = sorted(set(inputs) - self._names)
+            raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
+        return self._run(arrays, out)
+
+    def _describe(self) -> str:
+        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in self.inputs)
+
+    def _context(self) -> Context:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            if self._fns is None:
+                raise TargetError(f"code for {self.manifest['target']['name']} does not run on this machine", hint="save it and load it there") from None
+            return Context(self._fns, self._weights, self.threads or 0, len(self._ins), len(self._outs))
+
+    def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        ctx = self._context()
+        try:
+            keep = []  # arrays must live until the call returns
+            key = []
+            ins = ctx.ins
+            for i, (p, a) in enumerate(zip(self._ins, arrays, strict=True)):
+                if type(a) is not np.ndarray or a.dtype != p.dtype or not a.flags.c_contiguous or p.bits < 8:
+                    a = _convert(a, p)
+                shape = a.shape
+                if len(shape) != p.rank:
+                    raise InputError(f"input {p.name} has rank {len(shape)}, expected {p.rank}", shapes={"given": shape, "expected": p.shape})
+                keep.append(a)
+                key.append(shape)
+                ins[i, 0] = a.__array_interface__["data"][0]
+            tkey = tuple(key)
+            if p_bits_packed(self._ins):
+                for i, (p, a) in enumerate(zip(self._ins, keep, strict=True)):
+                    if p.bits < 8:
+                        packed = pack_bits(a, p.bits)
+                        keep.append(packed)
+                        ins[i, 0] = packed.__array_interface__["data"][0]
+            if ctx.key != tkey:
+                for i, p in enumerate(self._ins):
+                    ins[i, 2] = p.word
+                    ins[i, 3 : 3 + p.rank] = tkey[i]
+                ctx.key = tkey
+            shapes = self._shapes.get(tkey)
+            if shapes is None:
+                shapes = self._infer(ctx, tkey)
+            results: list[Array | None] = []
+            outs = ctx.outs
+            for j, (q, s) in enumerate(zip(self._outs, shapes, strict=True)):
+                a = None if out is None else out.get(q.name)
+                if a is not None:
+                    _check_out(a, q, s)
+                elif s is not None and q.bits >= 8:
+                    a = np.empty(s, q.dtype)
+                if a is None:
+                    outs[j, 0] = 0
+                    outs[j, 1] = 0
+                else:
+                    outs[j, 0] = a.__array_interface__["data"][0]
+                    outs[j, 1] = a.nbytes
+                results.append(a)
+            assert self._fns is not None
+            if profile:
+                self._fns.set_profile(ctx.ptr, profile)
+            status = self._fns.run(*ctx.args)
+            if profile:
+                self._fns.set_profile(ctx.ptr, None)
+            if status:
+                self._drop_outputs(ctx, results)
+                ctx.check(status)
+            for j, a in enumerate(results):
+                if a is None:
+                    results[j] = self._take(ctx, j)
+                elif shapes[j] is None:
+                    got = tuple(int(x) for x in outs[j, 3 : 3 + self._outs[j].rank])
+                    if got != a.shape:
+                        raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
+        except BaseException:
+            ctx.key = None
+            self._idle.append(ctx)
+            raise
+        self._idle.append(ctx)
+        return {q.name: a for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
+
+    def _infer(self, ctx: Context, key: Any) -> list[tuple[int, ...] | None]:
+        """Shapes of the outputs for input shapes; None where only the run decides."""
+        assert self._fns is not None
+        ctx.check(self._fns.infer(*ctx.args))
+        shapes: list[tuple[int, ...] | None] = []
+        for j, q in enumerate(self._outs):
+            s = tuple(int(x) for x in ctx.outs[j, 3 : 3 + q.rank])
+            shapes.append(None if any(x < 0 for x in s) else s)
+        if len(self._shapes) >= 1024:
+            self._shapes.clear()
+        self._shapes[key] = shapes
+        return shapes
+
+    def _take(self, ctx: Context, j: int) -> Array:
+        """An output that the module allocated."""
+        assert self._fns is not None
+        q = self._outs[j]
+        shape = tuple(int(x) for x in ctx.outs[j, 3 : 3 + q.rank])
+        n = math.prod(shape)
+        nbytes = -(-n * q.bits // 8)
+        raw = owned(int(ctx.outs[j, 0]), nbytes, self._fns.free)
+        if q.bits < 8:
+            return unpack_bits(raw, q.bits, shape, q.dtype, not q.dtype.name.startswith("u"))
+        return raw.view(q.dtype).reshape(shape) if n else np.empty(shape, q.dtype)
+
+    def _drop_outputs(self, ctx: Context, results: Sequence[Array | None]) -> None:
+        assert self._fns is not None
+        for j, a in enumerate(results):
+            if a is None and ctx.outs[j, 0]:
+                self._fns.free(int(ctx.outs[j, 0]))
+                ctx.outs[j, 0] = 0
+
+    # ------------------------------------------------------------ looking inside
+
+    def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:
+        """Mean time of every kernel call over ``runs`` calls: dicts with ``kernel``, ``nodes`` (names), ``ms``, ``flops``,
+        ``bytes`` (both of one call, 0 where unknown). All threads meet after every kernel, so the sum exceeds an ordinary call."""
+        calls = self.manifest["calls"]
+        arrays = [inputs[p.name] for p in self._ins]
+        self.run(inputs)
+        times = np.zeros((max(len(calls), 1), 2), np.int64)
+        for _ in range(max(1, runs)):
+            self._run(arrays, None, times.ctypes.data)
+        dims = {n: int(np.shape(arrays[i])[axis]) for n, (i, axis) in self.manifest["dims"].items()}
+        rows = []
+        for k, c in enumerate(calls):
+            ms = float(times[k, 0]) / max(1, runs) / 1e6
+            count = float(times[k, 1]) / max(1, runs)
+            rows.append({
+                "kernel": c["kernel"], "nodes": tuple(c["nodes"]), "ms": ms,
+                "flops": int(_evaluate(c["flops"], dims) * count), "bytes": int(_evaluate(c["bytes"], dims) * count),
+            })  # fmt: skip
+        return rows
+
+    def benchmark(self, inputs: Mapping[str, Any], runs: int = 50) -> float:
+        """Median milliseconds of a call."""
+        out = self.run(inputs)
+        times = []
+        for _ in range(runs):
+            t = time.perf_counter()
+            self.run(inputs, out=out)
+            times.append(time.perf_counter() - t)
+        return float(np.median(times) * 1e3)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact folder ``path`` (whole or not at all). Raises ArtifactError, TargetError without a linker."""
+        from luthier.artifact import save
+
+        return save(self, Path(path))
+
+
+def p_bits_packed(ports: Sequence[_Port]) -> bool:
+    """Whether any tensor has elements smaller than a byte."""
+    return any(p.bits < 8 for p in ports)
+
+
+def _spec(d: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]))
+
+
+def _convert(a: Any, p: _Port) -> Array:
+    """Anything that is an array to a contiguous numpy array of the right dtype. Raises InputError."""
+    if not isinstance(a, np.ndarray):
+        if hasattr(a, "__dlpack__") and not isinstance(a, np.generic):
+            try:
+                a = np.from_dlpack(a)
+            except (BufferError, RuntimeError, TypeError, ValueError) as e:
+                raise InputError(f"input {p.name}: numpy cannot view this {type(a).__name__}: {e}") from e
+        elif hasattr(a, "__array_interface__") or hasattr(a, "__array__") or isinstance(a, np.generic):
+            a = np.asarray(a)
+        else:
+            try:
+                a = np.asarray(a, p.dtype)
+            except (TypeError, ValueError, OverflowError) as e:
+                raise InputError(f"input {p.name}: {type(a).__name__} is no array of {p.dtype}: {e}") from e
+    if a.dtype != p.dtype:
+        raise InputError(f"input {p.name} has dtype {a.dtype}, expected {p.dtype}", hint=f"convert it with .astype({p.dtype.name!r})")
+    return a if a.flags.c_contiguous else np.ascontiguousarray(a)
+
+
+def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None) -> None:
+    if not isinstance(a, np.ndarray) or a.dtype != q.dtype or not a.flags.c_contiguous or not a.flags.writeable or q.bits < 8:
+        raise InputError(f"out[{q.name!r}] must be a writable contiguous numpy array of {q.dtype}")
+    if shape is not None and a.shape != shape:
+        raise InputError(f"out[{q.name!r}] has shape {list(a.shape)}, the output has {list(shape)}")
+    if len(a.shape) != q.rank:
+        raise InputError(f"out[{q.name!r}] has rank {a.ndim}, the output has {q.rank}")
+
+
+def _evaluate(e: Any, dims: Mapping[str, int]) -> float:
+    """A size formula of the manifest: number, name of a dim, or [operator, operands]; 0 when it needs what only a run knows."""
+    if isinstance(e, str):
+        return float(dims.get(e, 0))
+    if not isinstance(e, list):
+        return float(e)
+    a, b = (_evaluate(x, dims) for x in e[1:])
+    op = e[0]
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    if op == "*":
+        return a * b
+    if op == "min":
+        return min(a, b)
+    if op == "max":
+        return max(a, b)
+    if op == "//":
+        return a // b if b else 0.0
+    if op == "%":
+        return a % b if b else 0.0
+    raise LuthierError(f"unknown operator {op!r} in the manifest")
+
+
+def load(path: str | Path, threads: int | None = None) -> Module:
+    """An artifact folder as a Module. Raises ArtifactError when it is missing, damaged or for another machine."""
+    from luthier.artifact import load as load_folder
+
+    return load_folder(Path(path), threads)
+
+
