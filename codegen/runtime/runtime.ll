@@ -559,7 +559,9 @@ entry:
   %short = icmp slt i64 %bytes, %need
   %addr = ptrtoint ptr %weights to i64
   %low = and i64 %addr, 63
-  %skew = icmp ne i64 %low, 0
+  %odd = icmp ne i64 %low, 0
+  %some = icmp sgt i64 %need, 0
+  %skew = and i1 %odd, %some
   %bad = or i1 %short, %skew
   br i1 %bad, label %fail, label %make
 make:
