@@ -327,7 +327,25 @@ class _Main(_Printer):
         self.access([e.attr[0] for x in exprs_of(s) for e in loads(x)], [s.buf], False)
         self.on_first(lambda: super(_Main, self).store(s))
 
+    def require(self, s: Call) -> None:
+        """``lt.check(got, want)``: the call fails when two extents differ. Every thread sees the same values, so all leave."""
+        self.read_by_all(*s.args)
+        got, want = (self.value(a) for a in s.args)
+        what = dict(s.attrs).get("what", "an extent")
+        bad, go = self.label("l"), self.label("l")
+        self.emit(f"br i1 {self.ins(f'icmp eq i64 {got}, {want}')}, label %{go}, label %{bad}")
+        self.start(bad)
+        self.push()
+        self.on_first(lambda: self.emit(f"call void @lt.check_dim(ptr %ctx, ptr {self.string(what)}, i32 0, i64 {got}, i64 {want})"))
+        self.pop()
+        self.emit("br label %exit")
+        self.start(go)
+        self.begin_statement()
+
     def call_kernel(self, s: Call) -> None:
+        if s.callee == "lt.check":
+            self.require(s)
+            return
         f = self.m.program.kernels.get(s.callee)
         if f is None:
             raise CompilationError(f"program {self.m.program.name} calls the unknown kernel {s.callee}")

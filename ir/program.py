@@ -1,7 +1,8 @@
 """Program: a whole model as one loop-IR function over kernels, the form that code generation and artifacts consume.
 
 ``body`` uses a subset of the loop IR: ``Let`` (dimensions and values read from buffers), ``Call`` of a kernel with buffers
-and scalars in the order of its parameters, ``If``, ``While``, ``Store`` (scalars into small buffers), ``Block``. Buffers are:
+and scalars in the order of its parameters, ``If``, ``While``, ``Store`` (scalars into small buffers), ``Block``. The call
+``lt.check(got, want) {what}`` is no kernel: the run fails with a message when the two index expressions differ. Buffers are:
 the ``inputs`` and ``outputs`` (scope param), ``constants`` (scope const) and ``buffers`` (scope global: temporaries, placed
 into one arena by ``plan_memory`` by their lifetimes in ``body``). A ``Let`` that loads from a buffer defines a
 data-dependent dimension; buffers whose shape needs it are allocated when it is known.

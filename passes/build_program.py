@@ -28,6 +28,7 @@ from luthier.passes.join_computes import Joined, join
 from luthier.passes.materialize_contents import CONTENT
 
 Array = np.ndarray[Any, Any]
+REQUIRE = "luthier::Require"
 
 
 class Scheduled(Protocol):
@@ -197,7 +198,8 @@ class _Builder:
         if all(kind_of(m) == VIEW for m in g.nodes):
             v = n.inputs[0]
             assert v is not None
-            return _Item(g, None, [v], shapes)
+            checked = {s for key in ("got", "want") if n.op == REQUIRE for s in free_vars(n.attrs[key])}
+            return _Item(g, None, [v], shapes | checked)
         work = join(g.name, g.nodes, g.outputs)
         if isinstance(work, Kernel):
             reads = [v for v in n.inputs if v is not None and v.data is None]
@@ -299,6 +301,9 @@ class _Builder:
                             defined.add(s)
 
     def _emit_views(self, it: _Item, stmts: list[Stmt]) -> None:
+        if it.node.op == REQUIRE:
+            a = it.node.attrs
+            stmts.append(Call("lt.check", (a["got"], a["want"]), (("what", str(a["what"])),)))
         if it.forwarded:
             return
         for n in it.group.nodes:

@@ -27,7 +27,7 @@ MAX_NODES = 24
 MAX_REGION = 12
 CONTRACTION, REDUCTION, ELEMENTWISE, INJECTIVE, VIEW, OPAQUE = "contraction", "reduction", "elementwise", "injective", "view", "opaque"
 _POINTWISE = (ELEMENTWISE,)
-_ALONE = frozenset({"Concat", "If", "Loop", "Scan", CONTENT, "Pad"})
+_ALONE = frozenset({"Concat", "If", "Loop", "Scan", CONTENT, "Pad", "luthier::Require"})
 _NO_PROLOGUE = frozenset({"Conv", "ConvTranspose", "ConvInteger", "DeformConv", "Resize", "GridSample", "GatherElements", "Tile"})
 
 

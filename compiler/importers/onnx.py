@@ -23,7 +23,7 @@ from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_typ
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.dtypes import f32
 from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr, var
+from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
 from luthier.passes.fold_constants import fold_node
@@ -264,6 +264,11 @@ class _Importer:
             return
         for key, proto in graphs.items():
             attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+        if op == "If" and inputs and inputs[0] is not None and self._ranks_differ(attrs):
+            equal = _equality(inputs[0])
+            if equal is not None:
+                self._assume_then(n, graphs["then_branch"], equal, scope)
+                return
         outs = list(n.output)
         while outs and not outs[-1]:
             outs.pop()
@@ -309,6 +314,19 @@ class _Importer:
         self._nodes(g.node, inner)
         for o, v in zip(n.output, self._outputs(g, inner), strict=False):
             scope.values[o] = v
+
+    def _ranks_differ(self, attrs: Mapping[str, Any]) -> bool:
+        return any(a.rank != b.rank for a, b in zip(attrs["then_branch"].outputs, attrs["else_branch"].outputs, strict=False))
+
+    def _assume_then(self, n: NodeProto, g: GraphProto, equal: tuple[Expr, Expr], scope: _Scope) -> None:
+        """``If(extent == k) then Squeeze(x) else x``: a rank cannot change from run to run, so the branch that the rest of the model
+        was made for is taken, and the run checks that the extent is ``k``."""
+        self._inline_branch(n, g, scope)
+        for o in n.output:
+            v = scope.values[o]
+            assert v is not None
+            attrs = {"got": equal[0], "want": equal[1], "what": f"an extent that {n.name or o} compares"}
+            scope.values[o] = self._emit("luthier::Require", [v], attrs, [scope.prefix + o + ".checked"], scope.prefix + n.name, n)[0]
 
     def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:
         attrs: dict[str, Any] = {}
@@ -436,6 +454,19 @@ def _known(v: Value) -> bool | None:
     """A condition's value when it is known at compile time."""
     c = v.content
     return bool(c[0].attr) if c is not None and len(c) == 1 and c[0].op == "const" else None
+
+
+def _equality(v: Value) -> tuple[Expr, Expr] | None:
+    """(a, b) when the condition ``v`` is known to be a == b over extents."""
+    c = v.content
+    if c is None or len(c) != 1:
+        return None
+    e = c[0]
+    while e.op in ("cast", "select"):
+        if e.op == "select" and not (is_const(e.args[1], 1) and is_const(e.args[2], 0)):
+            return None
+        e = e.args[0]
+    return (e.args[0], e.args[1]) if e.op == "eq" and e.args[0].dtype.is_index else None
 
 
 def _unsupported(op: str) -> UnsupportedOperator:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from luthier.ir.errors import ShapeError, TypeMismatch
 from luthier.ir.expr import Expr, maximum
 from luthier.ir.graph import Graph, Node, TensorType, content_or_symbols, new_dim
 from luthier.ir.op import Op, op
+from luthier.ir.ops.common import need
 
 
 def _merge(node: Node, k: int, a: TensorType, b: TensorType) -> TensorType:
@@ -120,3 +122,21 @@ class Content(Op):
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         return [v.type for v in node.outputs]
+
+
+@op("luthier::Require")
+class Require(Op):
+    """x -> x, on the condition that index expression ``got`` equals ``want`` (attributes; ``what`` says what they are).
+
+    Stands where an If over shapes was decided at import: the run fails when the other branch would have been right."""
+
+    kind = "view"
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        return [need(node, 0).type]
+
+    def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
+        return [need(node, 0).content]
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Any]:
+        return [arrays[0]]
