@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier import settings
 from luthier.errors import InputError, LuthierError, TargetError
-from luthier.native import DTYPES, Context, Functions, Native, numpy_dtype, owned, pack_bits, unpack_bits
+from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
     from luthier.codegen.target import Target
@@ -68,6 +68,7 @@ class Module:
         self._fns = Functions(native) if native is not None else None
         self._ins = tuple(_port(d) for d in manifest["inputs"])
         self._outs = tuple(_port(d) for d in manifest["outputs"])
+        self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
@@ -128,18 +129,18 @@ class Module:
                     raise InputError(f"input {p.name} has rank {len(shape)}, expected {p.rank}", shapes={"given": shape, "expected": p.shape})
                 keep.append(a)
                 key.append(shape)
-                ins[i, 0] = a.__array_interface__["data"][0]
+                ins[WORDS * i] = address(a)
             tkey = tuple(key)
-            if p_bits_packed(self._ins):
+            if self._packed:
                 for i, (p, a) in enumerate(zip(self._ins, keep, strict=True)):
                     if p.bits < 8:
                         packed = pack_bits(a, p.bits)
                         keep.append(packed)
-                        ins[i, 0] = packed.__array_interface__["data"][0]
+                        ins[WORDS * i] = address(packed)
             if ctx.key != tkey:
                 for i, p in enumerate(self._ins):
-                    ins[i, 2] = p.word
-                    ins[i, 3 : 3 + p.rank] = tkey[i]
+                    ins[WORDS * i + 2] = p.word
+                    ins[WORDS * i + 3 : WORDS * i + 3 + p.rank] = tkey[i]
                 ctx.key = tkey
             shapes = self._shapes.get(tkey)
             if shapes is None:
@@ -153,11 +154,10 @@ class Module:
                 elif s is not None and q.bits >= 8:
                     a = np.empty(s, q.dtype)
                 if a is None:
-                    outs[j, 0] = 0
-                    outs[j, 1] = 0
+                    outs[WORDS * j] = outs[WORDS * j + 1] = 0
                 else:
-                    outs[j, 0] = a.__array_interface__["data"][0]
-                    outs[j, 1] = a.nbytes
+                    outs[WORDS * j] = address(a)
+                    outs[WORDS * j + 1] = a.nbytes
                 results.append(a)
             assert self._fns is not None
             if profile:
@@ -172,7 +172,7 @@ class Module:
                 if a is None:
                     results[j] = self._take(ctx, j)
                 elif shapes[j] is None:
-                    got = tuple(int(x) for x in outs[j, 3 : 3 + self._outs[j].rank])
+                    got = _shape(ctx, j, self._outs[j].rank)
                     if got != a.shape:
                         raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
         except BaseException:
@@ -188,7 +188,7 @@ class Module:
         ctx.check(self._fns.infer(*ctx.args))
         shapes: list[tuple[int, ...] | None] = []
         for j, q in enumerate(self._outs):
-            s = tuple(int(x) for x in ctx.outs[j, 3 : 3 + q.rank])
+            s = _shape(ctx, j, q.rank)
             shapes.append(None if any(x < 0 for x in s) else s)
         if len(self._shapes) >= 1024:
             self._shapes.clear()
@@ -199,10 +199,10 @@ class Module:
         """An output that the module allocated."""
         assert self._fns is not None
         q = self._outs[j]
-        shape = tuple(int(x) for x in ctx.outs[j, 3 : 3 + q.rank])
+        shape = _shape(ctx, j, q.rank)
         n = math.prod(shape)
         nbytes = -(-n * q.bits // 8)
-        raw = owned(int(ctx.outs[j, 0]), nbytes, self._fns.free)
+        raw = owned(ctx.outs[WORDS * j], nbytes, self._fns.free)
         if q.bits < 8:
             return unpack_bits(raw, q.bits, shape, q.dtype, not q.dtype.name.startswith("u"))
         return raw.view(q.dtype).reshape(shape) if n else np.empty(shape, q.dtype)
@@ -210,9 +210,9 @@ class Module:
     def _drop_outputs(self, ctx: Context, results: Sequence[Array | None]) -> None:
         assert self._fns is not None
         for j, a in enumerate(results):
-            if a is None and ctx.outs[j, 0]:
-                self._fns.free(int(ctx.outs[j, 0]))
-                ctx.outs[j, 0] = 0
+            if a is None and ctx.outs[WORDS * j]:
+                self._fns.free(ctx.outs[WORDS * j])
+                ctx.outs[WORDS * j] = 0
 
     # ------------------------------------------------------------ looking inside
 
@@ -253,9 +253,9 @@ class Module:
         return save(self, Path(path))
 
 
-def p_bits_packed(ports: Sequence[_Port]) -> bool:
-    """Whether any tensor has elements smaller than a byte."""
-    return any(p.bits < 8 for p in ports)
+def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:
+    """The shape of output ``j`` after a call."""
+    return tuple(ctx.outs[WORDS * j + 3 : WORDS * j + 3 + rank])
 
 
 def _spec(d: Mapping[str, Any]) -> TensorSpec:

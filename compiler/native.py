@@ -1,7 +1,7 @@
 """The C side of a compiled module as Python sees it: tensors, contexts, memory. Imports nothing but numpy and the leaf modules.
 
-``lt_tensor`` is ``{void *data; int64 capacity; int32 dtype; int32 rank; int64 shape[8]}``, 88 bytes; an array of them is a
-numpy array of 11 words a row, so that filling one costs a few item assignments.
+``lt_tensor`` is ``{void *data; int64 capacity; int32 dtype; int32 rank; int64 shape[8]}``, 88 bytes; an array of them is an
+array of 64-bit words, 11 for each, so that filling one costs a few item assignments.
 """
 
 from __future__ import annotations
@@ -114,10 +114,9 @@ class Context:
             raise LuthierError("no memory for the state of the module")
         if settings.spin_us.is_set():
             fns.set_spin(self.ptr, settings.spin_us.get() * 1000)
-        self.ins = np.zeros((max(n_in, 1), WORDS), np.int64)
-        self.outs = np.zeros((max(n_out, 1), WORDS), np.int64)
-        self.in_ptr, self.out_ptr = self.ins.ctypes.data, self.outs.ctypes.data
-        self.args = (self.ptr, self.in_ptr, n_in, self.out_ptr, n_out)
+        self.ins = (ctypes.c_int64 * (WORDS * max(n_in, 1)))()  # item assignment is quicker here than in numpy
+        self.outs = (ctypes.c_int64 * (WORDS * max(n_out, 1)))()
+        self.args = (self.ptr, ctypes.addressof(self.ins), n_in, ctypes.addressof(self.outs), n_out)
         self.key: Any = None
         _live.add(self)
 
@@ -139,6 +138,18 @@ class Context:
             self.close()
         except AttributeError:
             return  # construction failed before there was anything to release
+
+
+_byte = ctypes.c_char.from_buffer
+_addressof = ctypes.addressof
+
+
+def address(a: np.ndarray[Any, Any]) -> int:
+    """Where an array's data starts (a third of a microsecond for writable arrays, some for others)."""
+    try:
+        return _addressof(_byte(a))
+    except (TypeError, ValueError, BufferError):  # read-only or empty
+        return int(a.ctypes.data)
 
 
 def aligned(size: int, fill: bool = True) -> np.ndarray[Any, Any]:
