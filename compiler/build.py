@@ -30,10 +30,10 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         a = main.arrays[name]
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
-    return Module(manifest(program, chosen, main.calls), native, weights, threads, objects)
+    return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
 
 
-def manifest(program: Program, target: Target, calls: list[str]) -> dict[str, Any]:
+def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int) -> dict[str, Any]:
     """Everything about a module but its code and weights, as JSON data."""
     flops = {n: kernel_flops(f) for n, f in program.kernels.items()}
     sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
@@ -54,7 +54,7 @@ def manifest(program: Program, target: Target, calls: list[str]) -> dict[str, An
         "inputs": [_io(b, b.name) for b in program.inputs],
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
-        "kernels": sorted(program.kernels), "calls": rows,
+        "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes,
     }  # fmt: skip
 
 

@@ -1,0 +1,141 @@
+"""The artifact: a folder that runs without this package.
+
+=================  =====================================================================================
+``manifest.json``  format and ABI version, target, inputs, outputs, kernels, SHA-256 of the other files
+``model.so``       code and runtime; needs nothing but libc
+``model.h``        the C header
+``weights.bin``    constants at 64-byte aligned offsets, to be mapped
+=================  =====================================================================================
+
+Written beside its place and renamed: a folder of that name is the old artifact or the whole new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import ArtifactError
+from luthier.native import ABI_VERSION, SharedObject, map_file
+
+if TYPE_CHECKING:
+    from luthier.module import Module
+
+__all__ = ["FORMAT", "load", "save"]
+
+FORMAT = 1
+_FILES = ("model.so", "model.h", "weights.bin")
+
+
+def save(module: Module, path: Path) -> Path:
+    """Write ``module`` as the folder ``path``; an artifact that is there is replaced.
+
+    Raises ArtifactError when something else is there or the disk refuses, TargetError without a linker."""
+    path = path.absolute()
+    if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise ArtifactError(f"{path} exists and is no artifact", hint="name another folder")
+    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
+    stale = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        _write(module, fresh)
+        if path.exists():
+            path.rename(stale)
+        fresh.rename(path)
+    except OSError as e:
+        raise ArtifactError(f"cannot write {path}: {e}") from e
+    finally:
+        for folder in (fresh, stale):
+            shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _write(module: Module, folder: Path) -> None:
+    if isinstance(module._source, Path):
+        for name in _FILES:
+            shutil.copyfile(module._source / name, folder / name)
+    else:
+        from luthier.codegen.llvm_backend import link_shared
+        from luthier.codegen.target import parse_target
+
+        link_shared(module._source, folder / "model.so", parse_target(module.manifest["target"]["name"]))
+        header = importlib.resources.files("luthier.codegen.runtime").joinpath("luthier.h").read_text(encoding="utf-8")
+        (folder / "model.h").write_text(header, encoding="utf-8")
+        with open(folder / "weights.bin", "wb") as f:
+            module._weights[: module.manifest["weights_bytes"]].tofile(f)
+    files = {name: _digest(folder / name) for name in _FILES}
+    manifest = {**module.manifest, "format": FORMAT, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as f:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def load(path: Path, threads: int | None = None) -> Module:
+    """An artifact as a Module. Raises ArtifactError when it is missing, damaged, of another version or for another machine."""
+    from luthier.module import Module
+
+    path = path.absolute()
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is no artifact: it has no manifest.json", hint="make one with: luthier compile MODEL -o FOLDER") from None
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"cannot read {path / 'manifest.json'}: {e}") from e
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("abi") != ABI_VERSION:
+        found = f"format {manifest.get('format')}, ABI {manifest.get('abi')}" if isinstance(manifest, dict) else "no object"
+        raise ArtifactError(f"{path} has {found}; this package reads format {FORMAT}, ABI {ABI_VERSION}", hint="compile the model again")
+    missing = {"name", "target", "inputs", "outputs", "dims", "calls", "files", "weights_bytes"} - set(manifest)
+    if missing:
+        raise ArtifactError(f"{path / 'manifest.json'} lacks {', '.join(sorted(missing))}")
+    for name in _FILES:
+        want = manifest["files"].get(name)
+        try:
+            got = _digest(path / name)
+        except OSError as e:
+            raise ArtifactError(f"cannot read {path / name}: {e}") from e
+        if got != want:
+            raise ArtifactError(f"{path / name} is damaged: its checksum differs from the manifest's", hint="compile the model again")
+    lacking = missing_features(manifest["target"])
+    if lacking:
+        raise ArtifactError(
+            f"{path} was compiled for {manifest['target']['name']}, this machine lacks {', '.join(lacking)}",
+            hint="compile it for this machine, or for cpu:x86-64-v2",
+        )
+    return Module(manifest, SharedObject(path / "model.so"), map_file(path / "weights.bin"), threads, path)
+
+
+# features whose absence makes code crash, as Linux spells them where it differs
+_LINUX = {
+    "sse4.1": "sse4_1", "sse4.2": "sse4_2", "lzcnt": "abm", "bmi": "bmi1", "avxvnni": "avx_vnni", "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16", "avx512vbmi2": "avx512_vbmi2", "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+}  # fmt: skip
+_CHECKED = frozenset(
+    "ssse3 sse4.1 sse4.2 popcnt avx avx2 fma f16c bmi bmi2 lzcnt avx512f avx512bw avx512cd avx512dq avx512vl avx512vbmi".split()
+) | frozenset(_LINUX)
+
+
+def missing_features(target: dict[str, Any]) -> list[str]:
+    """What the artifact's code may use and this machine does not have."""
+    import platform
+
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    wanted = target["triple"].split("-")[0]
+    if machine != wanted:
+        return [f"the architecture {wanted}"]
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []  # no way to know: the processor decides
+    flags = next((set(line.split(":", 1)[1].split()) for line in text.splitlines() if line.startswith("flags")), None)
+    if flags is None:
+        return []
+    return sorted(f for f in target["features"] if f in _CHECKED and _LINUX.get(f, f) not in flags)
