@@ -186,10 +186,13 @@ def _mk(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) ->
 def collect() -> None:
     """Forget interned expressions that nothing else refers to (parents before their operands). Runs by itself as the table grows."""
     _index_memo.clear()
-    for k in reversed(list(_table)):
+    keys = list(_table)
+    while keys:
+        k = keys.pop()
         e = _table[k]
         if sys.getrefcount(e) <= 3:
             del e, _table[k]
+        del k
     _limit[0] = max(1_000_000, 2 * len(_table))
 
 

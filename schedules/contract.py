@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from luthier.ir.compute import Axis, Pull, axis
+from luthier.ir.compute import Axis, Pull, axis, reduce_
 from luthier.ir.expr import Expr, bounds, const, free_vars, is_const, load, load_parts, loads, rewrite, substitute, var, walk
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import flat, pointwise, stride
 from luthier.schedules.rowwise import positions
 from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, inline, pack, reorder, split, stage
+from luthier.schedules.simplify_axes import split_reduced_axes
 
 
 def apply(
@@ -278,8 +279,8 @@ def _merge_reduce(s: Schedule, acc: str) -> Schedule:
     st = s.stages[acc]
     red = st.reduction
     assert red is not None
-    axes = list(red.attr[1])
-    e = red.args[0]
+    new_axes, e = split_reduced_axes(red.attr[1], red.args[0])
+    axes = list(new_axes)
     k = len(axes) - 1
     while k > 0:
         a, b = axes[k - 1], axes[k]
@@ -304,10 +305,8 @@ def _merge_reduce(s: Schedule, acc: str) -> Schedule:
             e = rewrite(e, view)
             axes[k - 1 : k + 1] = [j]
         k -= 1
-    if len(axes) == len(red.attr[1]):
+    if e is red.args[0]:
         return s
-    from luthier.ir.compute import reduce_
-
     ext = {k2: v2 for k2, v2 in s.ext.items() if k2.attr[0].rsplit(".", 1)[0] != acc}
     st2 = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, e)), ext)
     return replace(s, stages={**s.stages, acc: st2}, ext=ext, trace=(*s.trace, ("merge_reduce", acc)))

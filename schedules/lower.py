@@ -13,9 +13,25 @@ from dataclasses import replace
 
 from luthier.ir.compute import MONOIDS, Fold, Push
 from luthier.ir.expr import (
-    Expr, as_expr, bounds, const, free_vars, linear, load, load_parts, loads, maximum, minimum, prove, rewrite, select, substitute, var,
+    Expr,
+    _from_poly,
+    _mk,
+    as_expr,
+    bounds,
+    const,
+    free_vars,
+    linear,
+    load,
+    load_parts,
+    loads,
+    maximum,
+    minimum,
+    prove,
+    rewrite,
+    select,
+    substitute,
+    var,
 )
-from luthier.ir.expr import _from_poly, _mk
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var, readers
 

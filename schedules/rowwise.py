@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from luthier.ir.expr import Expr, free_vars, load_parts, loads
+from luthier.ir.expr import Expr, free_vars, is_const, load_parts, loads
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import _widest
 from luthier.schedules.reduction import use_lanes
@@ -98,7 +98,10 @@ def positions(s: Schedule, out: str) -> dict[str, list[int | None]] | None:
                     return None
                 used = True
                 for d, i in enumerate(load_parts(x)[1]):
-                    found[d].add(maps[u.name].get(i))
+                    if not (is_const(i, 0) and is_const(st.axes[d].extent, 1)):
+                        found[d].add(maps[u.name].get(i))
+                    elif d < len(o.axes) and is_const(o.axes[d].extent, 1):
+                        found[d].add(d)
         if not used:
             return None
         res[n] = [f.pop() if len(f) == 1 else None for f in found]

@@ -26,6 +26,7 @@ from luthier.passes.vectorize import vectorize
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, schedule
+from luthier.schedules.simplify_axes import drop_units
 
 TEMPLATES = ("contract", "attention", "rowwise", "elementwise")
 
@@ -60,11 +61,14 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
 
     ``knobs`` go to the template (``template="name"`` forces one)."""
     consts = constants or {}
-    s0 = schedule(compute)
+    slim = drop_units(compute)
+    s0 = schedule(slim)
     forced = knobs.pop("template", None)
     for name in (forced,) if forced else TEMPLATES:
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
+        if s is None and name == "rowwise" and slim is not compute:  # a single row is still a row
+            s = t.apply(schedule(compute), caps, consts, **knobs)
         if s is not None:
             return finish(s, caps, consts, name)
         if name == "rowwise":
