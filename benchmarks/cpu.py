@@ -1,11 +1,12 @@
 """The speed table: Luthier against other CPU runtimes on real models, f32 arithmetic, the same static shapes.
 
     python benchmarks/cpu.py [--models A,B] [--peers A,B] [--threads 1,2] [--rounds N] [--json FILE] [--save] [--profile]
-                             [--stat median|min]
+                             [--stat median|min] [--realtime]
 
 Every runtime has a process of its own, pinned to as many cores as it has threads. In each round every runtime takes
 one turn, in an order that alternates, while all others are stopped (SIGSTOP). Each call gets other inputs than the
-call before. Shown are medians, or minima on a machine that others use too; the ratio of a row is best peer / luthier, and the geometric mean counts a row at most
+call before. Shown are medians, or minima; on a machine that others use too, `--realtime` keeps them off the cores of
+the runtime whose turn it is (their share of caches and memory bandwidth remains); the ratio of a row is best peer / luthier, and the geometric mean counts a row at most
 at 1.5.
 """
 
@@ -71,7 +72,7 @@ def difference(ours: list[np.ndarray[Any, Any]], theirs: list[np.ndarray[Any, An
     return worst
 
 
-def measure(model: str, labels: list[str], threads: int, rounds: int, console: Console) -> Row:
+def measure(model: str, labels: list[str], threads: int, rounds: int, console: Console, realtime: bool = False) -> Row:
     """Times one model on every runtime: {'model', 'threads', 'peers': {label: result or error}}."""
     case = get(model)
     available = sorted(os.sched_getaffinity(0))
@@ -98,15 +99,15 @@ def measure(model: str, labels: list[str], threads: int, rounds: int, console: C
                 row["peers"][label] = {**peer.loaded, "agrees": difference(got, reference) <= case.agreement}
         counts: dict[str, int] = {}
         for peer in peers:
-            typical = peer.turn(1, 0)[0]
+            typical = peer.turn(1, 0, realtime)[0]
             if typical < 500:
-                typical = statistics.median(peer.turn(3, 2))
+                typical = statistics.median(peer.turn(3, 2, realtime))
             counts[peer.label] = max(3 if typical < 500 else 1, min(300, math.ceil(TURN_MS / max(typical, 1e-3))))
         for round_ in range(rounds):
             for peer in peers if round_ % 2 == 0 else peers[::-1]:
                 count = counts[peer.label]
                 warm = 0 if count == 1 else max(1, min(20, count // 8))
-                peer.times.append(peer.turn(count, warm))
+                peer.times.append(peer.turn(count, warm, realtime))
         for peer in peers:
             everything = [t for times in peer.times for t in times]
             by_round = [statistics.median(times) for times in peer.times]
@@ -250,6 +251,7 @@ def main() -> int:
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--stat", choices=("median", "min"), default="median", help="what the printed tables show")
+    parser.add_argument("--realtime", action="store_true", help="precedence over other processes during a turn; needs root")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--save", nargs="?", const="cpu", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
     parser.add_argument("--profile", action="store_true", help="only Luthier's kernels, against the measured roofline")
@@ -267,7 +269,7 @@ def main() -> int:
     rows: list[Row] = []
     for threads in (int(t) for t in args.threads.split(",")):
         for model in models:
-            row = measure(model, labels, threads, args.rounds, console)
+            row = measure(model, labels, threads, args.rounds, console, args.realtime)
             rows.append(row)
             line = "  ".join(
                 f"{label} {result['median_ms']:.3g} ({result['min_ms']:.3g})"
