@@ -9,7 +9,7 @@ that divides the extent beats a larger one that does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -176,7 +176,7 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
             continue
         base = [min(lo, 0) for lo, _ in box]  # type: ignore[type-var]
         shape = [hi - b + 1 for (_, hi), b in zip(box, base, strict=True)]  # type: ignore[operator]
-        if any(n.op != "const" for n in buf.shape):
+        if any(n.op != "const" for n in buf.shape) or not _is_box(mask, buf, idx):
             continue
         shape = [max(k, n.attr - b) if b == 0 and k <= n.attr else k for k, n, b in zip(shape, buf.shape, base, strict=True)]
         ax = [axis(f"x{d}", n) for d, n in enumerate(shape)]
@@ -196,6 +196,13 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
         s = pointwise(s, pb.name, caps)
         st = s.stages[acc]
     return s
+
+
+def _is_box(mask: Expr, buf: Any, idx: Sequence[Expr]) -> bool:
+    """True when ``mask`` says no more than that ``idx`` is inside ``buf`` (a transposed convolution's also asks for divisibility)."""
+    if mask.op == "and":
+        return all(_is_box(m, buf, idx) for m in mask.args)
+    return any(mask is c for i, n in zip(idx, buf.shape, strict=True) for c in (const(0) <= i, i < n))
 
 
 def _merge(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
