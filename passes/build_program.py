@@ -78,6 +78,7 @@ class _Builder:
         self.alive: list[Array] = []
         self.kernels: dict[str, Func] = {}
         self.kernel_texts: dict[str, str] = {}
+        self.kernel_ids: dict[int, tuple[Func, str]] = {}
         self.cache: dict[str, Scheduled] = {}
         self.nodes: dict[int, tuple[str, ...]] = {}
         self.calls = 0
@@ -365,6 +366,9 @@ class _Builder:
 
     def kernel(self, f: Func) -> str:
         """The name under which ``f`` is stored; equal kernels once."""
+        known = self.kernel_ids.get(id(f))
+        if known is not None:
+            return known[1]
         text = format_func(replace(f, name="k")) + "".join(f"{n}:{a.dtype}{a.tobytes().hex()}" for n, a in sorted(f.data.items()))
         name = self.kernel_texts.get(text)
         if name is None:
@@ -375,6 +379,7 @@ class _Builder:
                 name = f"{base}_{k}"
             self.kernel_texts[text] = name
             self.kernels[name] = replace(f, name=name)
+        self.kernel_ids[id(f)] = (f, name)
         return name
 
     def _emit_kernel(self, it: _Item, work: Kernel, stmts: list[Stmt]) -> None:
