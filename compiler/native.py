@@ -88,10 +88,18 @@ class Functions:
         self.run = fn("lt_run", i32, p, p, i32, p, i32)
         self.infer = fn("lt_infer", i32, p, p, i32, p, i32)
         self.message = fn("lt_message", ctypes.c_char_p, p)
-        self.free = fn("lt_free", None, p)
+        self._free = fn("lt_free", None, p)
         self.set_profile = fn("lt_set_profile", None, p, p)
         self.set_spin = fn("lt_set_spin", None, p, i64)
         self.threads = fn("lt_threads", i32, p)
+
+    def release(self, ptr: int) -> None:
+        """``lt_free``; as a bound method it keeps the code loaded as long as an output that the module allocated lives."""
+        self.free(ptr)
+
+    def free(self, ptr: int) -> None:
+        """Release an output. A method, so that a pending release keeps the library in memory."""
+        self._free(ptr)
 
 
 _live: weakref.WeakSet[Context] = weakref.WeakSet()
