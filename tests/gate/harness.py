@@ -28,8 +28,7 @@ def funcs_of(case: Case, sched: Callable[[Schedule], Schedule] | None = None) ->
     s = schedule(case.compute)
     if sched is not None:
         s = sched(s)
-    jobs = [f for _, job in s.packed.values() for f in lower(schedule(job))]
-    return jobs + lower(s)
+    return [f for p in s.packed.values() for f in lower(schedule(p.job))] + lower(s)
 
 
 def extents(b: Buffer, env: Mapping[str, int]) -> tuple[int, ...]:

@@ -1,0 +1,133 @@
+"""The grammar gate: twelve kernels, written once, through the interpreter and four printers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from luthier.errors import TargetError
+from luthier.ir.parser import parse_func
+from luthier.ir.printer import format_func, format_stmt
+from luthier.schedules.capabilities import Capabilities
+from tests.gate import backends, dawn
+from tests.gate.harness import Runner, check, funcs_of, interpret, run_case
+from tests.gate.kernels import Case, cases
+from tests.gate.schedules import Scheduler, cpu, gpu
+
+CASES = cases()
+BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+FIXED = Capabilities()  # golden text must not depend on the machine
+
+
+def run(case: Case, sched: Scheduler | None, runner: Runner) -> float:
+    x = case.inputs(np.random.default_rng(7))
+    return check(case, run_case(case, funcs_of(case, sched), x, runner), case.reference(x))
+
+
+@BY_NAME
+def test_text(case: Case, golden: Callable[[str, str], None]) -> None:
+    """The Compute, its plain lowering and its scheduled lowering."""
+    parts: list[str] = []
+    if case.compute is not None:
+        parts += ["# compute", str(case.compute)]
+    if case.program is not None:
+        parts += ["# main", *format_stmt(case.program.body), ""]
+    parts += ["# lowered", *map(str, funcs_of(case))]
+    if case.compute is not None:
+        parts += ["# scheduled", *map(str, funcs_of(case, cpu(case, FIXED)))]
+    golden(f"gate/{case.name}.txt", "\n".join(parts))
+
+
+@BY_NAME
+def test_text_is_parsed_back(case: Case) -> None:
+    for sched in (None, cpu(case, FIXED), gpu(case)):
+        for f in funcs_of(case, sched):
+            text = format_func(f)
+            assert format_func(parse_func(text)) == text
+
+
+@BY_NAME
+@pytest.mark.parametrize("how", ["unscheduled", "cpu", "gpu"])
+def test_interpreter(case: Case, how: str) -> None:
+    if how != "unscheduled" and case.compute is None:
+        pytest.skip("written in loop IR, there is no schedule")
+    run(case, None if how == "unscheduled" else cpu(case, FIXED) if how == "cpu" else gpu(case), interpret)
+
+
+@BY_NAME
+@pytest.mark.parametrize("caps", [backends.WASM, Capabilities(vector_bits=512, registers=32)], ids=["128", "512"])
+def test_interpreter_other_widths(case: Case, caps: Capabilities) -> None:
+    """A schedule is written for any number of lanes; the passed functions are interpreted, vectors included."""
+    if case.compute is None:
+        pytest.skip("written in loop IR, there is no schedule")
+    from luthier.schedules.select import build_kernel
+
+    run(case, cpu(case, caps), lambda f, a, s: interpret(build_kernel(f, caps), a, s))
+
+
+@BY_NAME
+@pytest.mark.parametrize("scheduled", [False, True], ids=["plain", "scheduled"])
+def test_llvm(case: Case, scheduled: bool) -> None:
+    from luthier.codegen.target import host
+
+    run(case, cpu(case, host().caps) if scheduled else None, backends.llvm)
+
+
+@BY_NAME
+@pytest.mark.parametrize("scheduled", [False, True], ids=["plain", "scheduled"])
+def test_wasm(case: Case, scheduled: bool) -> None:
+    pytest.importorskip("wasmtime")
+    run(case, cpu(case, backends.WASM) if scheduled else None, backends.wasm)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Iterator[None]:
+    """A WebGPU adapter; a software one (lavapipe) will do."""
+    pytest.importorskip("wgpu")
+    from luthier.codegen.wgsl_run import device
+
+    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
+    try:
+        device()
+    except TargetError as e:
+        pytest.skip(str(e))
+    yield
+
+
+@BY_NAME
+@pytest.mark.parametrize("scheduled", [False, True], ids=["plain", "scheduled"])
+def test_wgsl_runs_on_wgpu(case: Case, scheduled: bool, adapter: None) -> None:
+    run(case, gpu(case) if scheduled else None, backends.wgsl)
+
+
+def test_wgsl_is_accepted_by_dawn() -> None:
+    if dawn.missing():
+        pytest.skip(dawn.missing())
+    shaders = [backends.shader(f) for c in CASES for f in funcs_of(c, gpu(c))]
+    assert len({s.name for s in shaders}) == len(shaders)
+    assert dawn.refused(shaders) == {}
+
+
+def test_dawn_refuses_what_is_wrong() -> None:
+    """The check above can fail."""
+    if dawn.missing():
+        pytest.skip(dawn.missing())
+    from dataclasses import replace
+
+    s = backends.shader(funcs_of(CASES[0])[0])
+    assert "bool" in dawn.refused([replace(s, source=s.source.replace("0.0f", "true"))])[s.name]
+
+
+@BY_NAME
+def test_cuda_compiles(case: Case) -> None:
+    from luthier.codegen.nvrtc import library
+
+    try:
+        library()
+    except TargetError as e:
+        pytest.skip(str(e))
+    for f in funcs_of(case, gpu(case)):
+        assert backends.cubin(f)[:4] == b"\x7fELF"
