@@ -32,8 +32,8 @@ def expected(w: Any) -> np.ndarray[Any, Any]:
     return numpy_helper.to_array(w) if isinstance(w, TensorProto) else np.asarray(w)
 
 
-def run_case(case: Any) -> None:
-    """Raises AssertionError on a wrong result, LuthierError on a refusal."""
+def run_case(case: Any, atol: float = 0.0) -> None:
+    """``atol``: more absolute tolerance, where the expected values carry rounding noise of their own. Raises AssertionError on a wrong result, LuthierError on a refusal."""
     from luthier.importers.onnx import import_onnx
 
     graph = import_onnx(case.model)
@@ -44,7 +44,7 @@ def run_case(case: Any) -> None:
             what = f"{case.name} output {k}"
             assert g.shape == w.shape, f"{what}: shape {g.shape}, expected {w.shape}"
             if w.dtype.kind == "f" or g.dtype.kind == "V" and not g.dtype.name.startswith(("int", "uint")):
-                np.testing.assert_allclose(g.astype(np.float64), w.astype(np.float64), rtol=max(case.rtol or 0, 1e-3), atol=max(case.atol or 0, 1e-7), err_msg=what)
+                np.testing.assert_allclose(g.astype(np.float64), w.astype(np.float64), rtol=max(case.rtol or 0, 1e-3), atol=max(case.atol or 0, atol, 1e-7), err_msg=what)
             else:
                 np.testing.assert_array_equal(g.astype(np.int64) if g.dtype.kind == "V" else g, w.astype(np.int64) if w.dtype.kind == "V" else w, err_msg=what)
 
