@@ -972,6 +972,15 @@ def substitute(e: Expr, env: Mapping[Expr, Expr]) -> Expr:
         if plain and x.op != "load" and not keys & free_vars(x):
             return x
         r = memo.get(x)
+        if r is None and x.dtype is index and x.op in ("add", "sub", "mul"):  # in one step, without the sums in between
+            p: Poly = {}
+            for m, c in linear(x).items():
+                t: Poly = {(): c}
+                for a in m:
+                    b = go(a)
+                    t = _pmul(t, {(b,): 1} if b is a else linear(b))
+                p = _padd(p, t, 1)
+            r = memo[x] = _from_poly(p)
         if r is None:
             args = tuple(go(a) for a in x.args)
             r = rebuild(x, args) if any(p is not q for p, q in zip(args, x.args, strict=True)) else x
