@@ -39,7 +39,8 @@ def place_lets(f: Func) -> Func:
 
 class _Placer:
     def __init__(self, f: Func) -> None:
-        self.n = 0
+        names = (s.var.attr[0] for s in walk_stmts(f.body) if isinstance(s, Let))
+        self.n = max((int(n[1:]) for n in names if n[0] == "t" and n[1:].isdecimal()), default=0)  # of an earlier run
         self.reads_memo: dict[Expr, frozenset[str]] = {}
         self.mem_memo: dict[Expr, bool] = {}
         self.write_memo: dict[int, tuple[frozenset[str], bool]] = {}
