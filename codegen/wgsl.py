@@ -95,9 +95,12 @@ class _Wgsl(CStyle):
         t = self.type(d)
         if d.is_bool:
             return x if s.is_bool else f"({x} != {self.zero(s)})"
-        if s.is_float and not d.is_float:  # i32(f) saturates; NaN is whatever
+        if s.is_float and not d.is_float:  # t(x) stops at the largest float below the limit; NaN is whatever
             r = self.choose(f"({x} == {x})", f"{t}({x})", f"{t}(0)")
-            if d.bits < 32:
+            if d.bits >= 32:
+                top = ("4294967295u", "4294967296.0") if t == "u32" else ("2147483647i", "2147483648.0")
+                r = self.choose(f"({x} >= {top[1]})", top[0], r)
+            else:
                 lo, hi = d.limits()
                 r = f"clamp({r}, {self.literal(lo, d)}, {self.literal(hi, d)})"
             return r
