@@ -41,7 +41,7 @@ def bind_symbols(env: dict[Value, Array], v: Value) -> None:
             table[s] = n
     if v.bound and v.content is not None:
         for s, x in zip(v.content, a.reshape(-1), strict=True):
-            table[s] = int(x)
+            table[s] = float(x) if s.dtype.is_float else int(x)  # type: ignore[assignment]
 
 
 def run_nodes(graph: Graph, env: dict[Value, Array]) -> list[Array]:

@@ -104,7 +104,7 @@ class _Builder:
             outputs.append(b)
             outs.append((v, b))
         defined = set(dims)
-        read = [Let(s, cast(self.at(self.storage[v], k), index)) for v in self.graph.inputs for k, s in enumerate(v.content or ()) if v.bound]
+        read = [Let(s, cast(self.at(self.storage[v], k), s.dtype)) for v in self.graph.inputs for k, s in enumerate(v.content or ()) if v.bound]
         defined |= {s.var for s in read}
         body = self.block(self.graph, outs, defined)
         used = self._used_symbols(body)
@@ -298,7 +298,7 @@ class _Builder:
                 if v.bound and v.content is not None:
                     for k, s in enumerate(v.content):
                         if s in symbols:
-                            stmts.append(Let(s, cast(self.at(self.buffer_of(v), k), index)))
+                            stmts.append(Let(s, cast(self.at(self.buffer_of(v), k), s.dtype)))
                             defined.add(s)
 
     def _emit_views(self, it: _Item, stmts: list[Stmt]) -> None:
@@ -569,7 +569,7 @@ class _Builder:
         for v in values:
             if v.bound and v.content is not None:
                 for k, s in enumerate(v.content):
-                    out.append(Let(s, cast(self.at(self.buffer_of(v), k), index)))
+                    out.append(Let(s, cast(self.at(self.buffer_of(v), k), s.dtype)))
                     defined.add(s)
         return out
 

@@ -11,7 +11,7 @@ from luthier.ir import dtypes as D
 from luthier.ir.compute import Axis, Compute, LetStmt, Pull, axis, let_exprs
 from luthier.ir.dtypes import DType, f32, index
 from luthier.ir.errors import ShapeError, TypeMismatch, UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, prove, select, walk
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, prove, select, var, walk
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import REGISTRY, Op
@@ -402,3 +402,20 @@ def pinned(node: Node, arrays: Sequence[Any]) -> Node:
     """``node`` with its inputs' types taken from arrays: references use it where they reason about shapes."""
     ins = tuple(None if a is None or v is None else Value(v.name, TensorType.of(v.dtype, np.shape(a)), np.asarray(a)) for v, a in zip(node.inputs, arrays, strict=False))
     return Node(node.op, ins, node.outputs, node.attrs, node.name, node.source)
+
+
+def float_content(node: Node, i: int) -> tuple[Expr, ...]:
+    """The elements of a small float input as scalars: constants, or symbols of its (widened) type that the program reads from the
+    tensor before it runs the node. Raises ShapeError when their number is unknown or above 64."""
+    v = need(node, i)
+    t = wide(v.dtype)
+    if v.data is not None:
+        return tuple(const(float(x), t) for x in v.data.reshape(-1))
+    if v.content is not None:
+        return tuple(cast(e, t) for e in v.content)
+    n = product(v.shape)
+    if n.op != "const" or n.attr > MAX_CONTENT:
+        raise shape_error(node, f"input {i} ({v.name}) decides a shape: it must have a known number of elements, at most {MAX_CONTENT}")
+    v.content = tuple(var(f"{v.name}.{k}", t) for k in range(n.attr))
+    v.bound = True
+    return v.content

@@ -40,7 +40,7 @@ def bind(v: Value, a: Array, dims: dict[str, int]) -> None:
     if v.content is not None:
         for e, x in zip(v.content, a.reshape(-1), strict=True):
             if v.bound and e.op == "var":
-                dims.setdefault(e.attr[0], int(x))
+                dims.setdefault(e.attr[0], float(x) if e.dtype.is_float else int(x))  # type: ignore[arg-type]
             elif all(y.attr[0] in dims for y in free_vars(e)):
                 assert extent(e, dims) == int(x), f"{v!r}: content {e!r} is {extent(e, dims)}, the tensor says {x}"
 
@@ -123,7 +123,7 @@ def build(op: str, arrays: Sequence[Array | None], attrs: Mapping[str, Any], out
             ins.append(Value.const(f"x{k}", a))
             continue
         dims: list[Any] = []
-        plain = not symbolic or (a.ndim == 1 and a.dtype == np.int64)  # such inputs decide shapes: their length must be known
+        plain = not symbolic or (a.ndim == 1 and a.dtype == np.int64) or (op == "Resize" and k > 0)  # such inputs decide shapes: their length must be known
         for d, n in enumerate(a.shape):
             dims.append(n if plain else var(f"n{n}") if symbolic == "shared" and n > 1 else var(f"d{k}_{d}") if symbolic == "distinct" else n)
         ins.append(Value(f"x{k}", TensorType.of(from_numpy(a.dtype), dims)))
