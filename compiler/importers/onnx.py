@@ -93,6 +93,7 @@ class _Importer:
         self.symbols: dict[str, Expr] = {}
         self.functions = {(_domain(f.domain), f.name, getattr(f, "overload", "")): f for f in model.functions}
         self.serial = 0
+        self.integral: dict[Value, Value] = {}  # floats that are casts of known integers
 
     # ---------------------------------------------------------------- graphs
 
@@ -274,7 +275,7 @@ class _Importer:
             outs.pop()
         old = onnx_upgrade.Old(
             op, inputs, attrs, len(outs), scope.opsets.get(_domain(n.domain), 1), self._emitter(scope, n), lambda a: self._constant(a, scope.prefix + "const"),
-            scope.prefix + (n.name or outs[0]),
+            scope.prefix + (n.name or outs[0]), self.integral,
         )
         values = onnx_upgrade.apply(old) if _domain(n.domain) == "" else None
         if values is None:
@@ -299,6 +300,8 @@ class _Importer:
         if lookup(op) is None:
             raise _unsupported(op)
         infer_node(node)
+        if op == "Cast" and values[0].dtype.is_float and inputs[0] is not None and inputs[0].dtype.is_int:
+            self.integral[values[0]] = inputs[0]
         folded = fold_node(node)
         if folded is not None:
             for v, a in zip(values, folded, strict=False):

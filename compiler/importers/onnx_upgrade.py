@@ -6,12 +6,14 @@ in order and edit the node in place; a step may return the node's outputs instea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from luthier.importers.onnx_tensors import ELEMENT
+from luthier.ir.dtypes import i64
 from luthier.ir.errors import InvalidModel, UnsupportedOperator
 from luthier.ir.graph import Value
 
@@ -30,6 +32,7 @@ class Old:
     emit: Emit
     constant: Callable[[Any], Value]
     name: str = ""
+    integral: Mapping[Value, Value] = field(default_factory=dict)
 
     def get(self, i: int) -> Value:
         v = self.inputs[i] if i < len(self.inputs) else None
@@ -41,6 +44,13 @@ class Old:
         while len(self.inputs) <= i:
             self.inputs.append(None)
         self.inputs[i] = v
+
+    def integer(self, v: Value) -> Value | None:
+        """``v`` (a float) as an i64 value when it is known to hold integers: a constant, or a Cast of integers."""
+        if v.data is not None:
+            return self.constant(v.data.astype(np.int64)) if np.array_equal(v.data, np.trunc(v.data)) else None
+        w = self.integral.get(v)
+        return w if w is None or w.dtype is i64 else self.emit("Cast", [w], {"to": 7})[0]
 
     def ints(self, values: Sequence[int]) -> Value:
         return self.constant(np.array(list(values), np.int64))
@@ -274,6 +284,23 @@ def recurrent(n: Old) -> None:
 @upgrade(11, "DepthToSpace")
 def depth_to_space(n: Old) -> None:
     n.attrs.setdefault("mode", "DCR")
+
+
+@upgrade(99, "Range")
+def float_range(n: Old) -> Sequence[Value] | None:
+    """A Range over floats that are not constants counts in integers: ``start + Cast(Range(0, ceil((limit - start) / delta))) * delta``."""
+    start, limit, delta = (n.get(i) for i in range(3))
+    if not start.dtype.is_float or all(v.data is not None for v in (start, limit, delta)):
+        return None
+    to = {"to": next(code for code, d in ELEMENT.items() if d is start.dtype)}
+    whole = [n.integer(v) for v in (start, limit, delta)]
+    if all(v is not None for v in whole):
+        return n.emit("Cast", n.emit("Range", whole, {}), to)
+    span = n.emit("Div", [n.emit("Sub", [limit, start], {})[0], delta], {})
+    count = n.emit("Cast", n.emit("Ceil", span, {}), {"to": 7})[0]
+    zero, one = n.constant(np.array(0, np.int64)), n.constant(np.array(1, np.int64))
+    k = n.emit("Cast", n.emit("Range", [zero, count, one], {}), to)[0]
+    return n.emit("Add", [n.emit("Mul", [k, delta], {})[0], start], {})
 
 
 def apply(n: Old) -> Sequence[Value] | None:
