@@ -91,9 +91,9 @@ def lower_subbyte(f: Func) -> Func:
             n = lanes // per
             byte = load(nb, [ramp(first, 1, n)])
             parts = [part(byte, k * d.bits, d) for k in range(per)]
-            if n == 1:
-                parts = [bcast(p, 1) for p in parts]
-            return narrow(shuffle(parts, [k * n + j for j in range(n) for k in range(per)]), d)
+            w = max(n, 2)  # one byte is repeated: a shuffle wants vectors
+            parts = [bcast(p, w) if n == 1 else p for p in parts]
+            return narrow(shuffle(parts, [k * w + j for j in range(n) for k in range(per)]), d)
         shift = cast((idx[0] % bcast(as_expr(per), lanes)) * bcast(as_expr(d.bits), lanes), u8)
         if m is None:
             return narrow(part(load(nb, [idx[0] // bcast(as_expr(per), lanes)]), shift, d), d)
