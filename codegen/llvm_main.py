@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -154,18 +154,23 @@ class _Share(KernelPrinter):
             f"call void @{quote(symbol)}({given}i64 0, i64 {total})",
             "ret void",
             "shared:\n",
-            "call void @lt.begin_loop(ptr %st)",
             f"%chunk = call i64 @lt.chunk(ptr %st, i64 {total}, i64 {grain})",
+            f"call void @lt.begin_loop(ptr %st, i64 {total}, i64 %chunk)",
             "br label %next",
             "next:\n",
+            "%mine = phi i32 [ 0, %shared ], [ %mine1, %work ]",
             f"%s = call i64 @lt.claim(ptr %st, i64 0, i64 {total}, i64 %chunk)",
             "%end = icmp slt i64 %s, 0",
-            "br i1 %end, label %done, label %work",
+            "br i1 %end, label %last, label %work",
             "work:\n",
             "%e0 = add i64 %s, %chunk",
             f"%e = call i64 @llvm.smin.i64(i64 %e0, i64 {total})",
             f"call void @{quote(symbol)}({given}i64 %s, i64 %e)",
+            "%mine1 = add i32 %mine, 1",
             "br label %next",
+            "last:\n",
+            "call void @lt.finish(ptr %st, i32 %mine)",
+            "ret void",
             "done:\n",
             "ret void",
         ]
@@ -183,12 +188,14 @@ def definition(p: KernelPrinter, head: str) -> str:
 
 @dataclass(slots=True)
 class _Hazards:
-    """Memory touched since the last barrier, by all threads (``shared``) and by thread 0 alone."""
+    """Memory touched since the last wait, by all threads (``shared``) and by thread 0 alone; ``steering``: memory that lt_main
+    itself read since the last barrier: it may not change before every thread has read it."""
 
     shared_read: set[Any] = field(default_factory=set)
     shared_written: set[Any] = field(default_factory=set)
     own_read: set[Any] = field(default_factory=set)
     own_written: set[Any] = field(default_factory=set)
+    steering: set[Any] = field(default_factory=set)
 
     def conflict(self, reads: set[Any], writes: set[Any], shared: bool) -> bool:
         written = self.shared_written | self.own_written if shared else self.shared_written
@@ -199,18 +206,16 @@ class _Hazards:
         (self.shared_read if shared else self.own_read).update(reads)
         (self.shared_written if shared else self.own_written).update(writes)
 
-    def clear(self) -> None:
+    def waited(self) -> None:
         for s in (self.shared_read, self.shared_written, self.own_read, self.own_written):
             s.clear()
 
     def copy(self) -> _Hazards:
-        return _Hazards(set(self.shared_read), set(self.shared_written), set(self.own_read), set(self.own_written))
+        return _Hazards(*(set(getattr(self, f.name)) for f in fields(self)))
 
     def merge(self, o: _Hazards) -> None:
-        self.shared_read |= o.shared_read
-        self.shared_written |= o.shared_written
-        self.own_read |= o.own_read
-        self.own_written |= o.own_written
+        for f in fields(self):
+            getattr(self, f.name).update(getattr(o, f.name))
 
 
 # ---------------------------------------------------------------- main
@@ -234,7 +239,7 @@ class _Printer(KernelPrinter):
             root, offset = self.m.program.views[root]
             parts.append(offset)
         if root in self.m.weights.offsets:
-            w = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 10")
+            w = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 14")
             base = self.ins(f"load ptr, ptr {w}")
             o = self.m.weights.offsets[root]
             p = self.ins(f"getelementptr i8, ptr {base}, i64 {o}") if o else base
@@ -272,7 +277,7 @@ class _Main(_Printer):
             self.stmt(s)
         self.emit("br label %exit")
         self.start("exit")
-        self.emit("call void @lt.barrier(ptr %st)")
+        self.emit("call void @lt.wait_all(ptr %st)")
         self.emit("ret void")
         return definition(self, "hidden void @lt_main(ptr %st)")
 
@@ -284,19 +289,32 @@ class _Main(_Printer):
         return self.m.plan.slot_of.get(root, root)
 
     def barrier(self) -> None:
+        """All threads arrive."""
         self.emit("call void @lt.barrier(ptr %st)")
-        self.hazards.clear()
+        self.hazards = _Hazards()
+        self.begin_statement()
+
+    def wait(self) -> None:
+        """All work before this place is complete."""
+        self.emit("call void @lt.wait_all(ptr %st)")
+        self.hazards.waited()
         self.begin_statement()
 
     def access(self, reads: Iterable[Buffer], writes: Iterable[Buffer], shared: bool) -> None:
         r = {self.memory(b) for b in reads} - {None}
         w = {self.memory(b) for b in writes} - {None}
-        if self.hazards.conflict(r, w, shared):
+        if w & self.hazards.steering:
             self.barrier()
+        elif self.hazards.conflict(r, w, shared):
+            self.wait()
         self.hazards.note(r, w, shared)
 
     def read_by_all(self, *es: Expr) -> None:
-        self.access([e.attr[0] for e in loads(*es)], (), True)
+        """Values that lt_main itself needs, on every thread."""
+        memory = {self.memory(e.attr[0]) for e in loads(*es)} - {None}
+        if self.hazards.conflict(memory, set(), True):
+            self.wait()
+        self.hazards.steering |= memory
 
     def stmt(self, s: Stmt) -> None:
         if isinstance(s, Let):
@@ -312,13 +330,15 @@ class _Main(_Printer):
             super().stmt(s)
 
     def on_first(self, emit: Any) -> None:
-        """What only thread 0 does."""
+        """What only thread 0 does: one chunk for those who wait."""
+        self.emit("call void @lt.count(ptr %st, i32 1)")
         then, done = self.label("l"), self.label("l")
         self.emit(f"br i1 %first, label %{then}, label %{done}")
         self.start(then)
         self.push()
         emit()
         self.pop()
+        self.emit("call void @lt.finish(ptr %st, i32 1)")
         self.emit(f"br label %{done}")
         self.start(done)
         self.begin_statement()
@@ -413,7 +433,7 @@ class _Main(_Printer):
             for n in names:
                 self.emit(f"call void @lt.grow(ptr %ctx, ptr {self.word(m.table[n])}, i64 {sizes[n]}, ptr {self.string(n)})")
             for j, b in outs:
-                op = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 14")
+                op = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 18")
                 t = self.ins(f"getelementptr i8, ptr {self.ins(f'load ptr, ptr {op}')}, i64 {TENSOR * j}")
                 for k, x in enumerate(shapes[j]):
                     self.emit(f"store i64 {x}, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 {24 + 8 * k}')}")
@@ -611,7 +631,7 @@ class _Bind(_Printer):
                 self.emit(f"store i64 {x}, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 {24 + 8 * axis}')}")
         self.emit(f"br label %{bad}")
         self.start(bad)
-        s = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 22")
+        s = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 26")
         self.emit(f"ret i32 {self.ins(f'load i32, ptr {s}')}")
         return definition(self, "hidden i32 @lt_bind(ptr %ctx, ptr %in, i32 %n, ptr %out, i32 %m)")
 
@@ -632,7 +652,7 @@ class _Bind(_Printer):
             starts = [self.ins(f"getelementptr i8, ptr {base}, i64 {self.value(o)}") for o in offsets[:-1]]
             for n, slot in m.plan.slot_of.items():
                 self.emit(f"store ptr {starts[slot]}, ptr {self.word(m.table[n])}")
-        s = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 22")
+        s = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 26")
         self.emit(f"ret i32 {self.ins(f'load i32, ptr {s}')}")
         return definition(self, "hidden i32 @lt_place(ptr %ctx, ptr %in, ptr %out)")
 

@@ -4,24 +4,29 @@
 ;
 ; One call is SPMD: lt_run wakes the workers once and every thread runs lt_main. Iterations of a parallel loop are handed out
 ; in chunks through one 64-bit word, {number of the loop in this run: 32, next chunk: 32}: a thread moves on to loop e + 1 only
-; when loop e has no chunk left, so late threads see a larger number and know that their loop is done. No reset, no barrier.
+; when loop e has no chunk left, so late threads see a larger number and know that their loop is done. Where data crosses
+; threads all wait until the work before that place is complete, counted in chunks (what only thread 0 does is one chunk), not
+; until all threads have arrived: a thread that the system does not run holds nobody up as long as it holds no chunk. Only values
+; that steer lt_main itself (extents and conditions read from memory) need barriers.
+; A worker joins a run through the gate {run: 32, open: 1, threads inside: 31}; one that wakes too late finds it closed.
 
 %tensor = type { ptr, i64, i32, i32, [8 x i64] }          ; data, capacity in bytes, dtype, rank, shape
-%state = type { ptr, i64, i64, i64 }                      ; of a thread: context, number, loops so far, threads in this run
+%state = type { ptr, i64, i64, i64, i32 }                 ; of a thread: context, number, loops so far, threads, chunks so far
 %worker = type { ptr, i64, i64 }                          ; context, number, pthread handle
 %ctx = type {
   i64, [56 x i8],        ; 0  loop and chunk
-  i32, [60 x i8],        ; 2  threads that arrived at the barrier
-  i32, i32, [56 x i8],   ; 4  barriers passed (futex), sleepers
-  i32, i32, [56 x i8],   ; 7  runs started (futex), sleepers
-  ptr, ptr, i64,         ; 10 weights, arena, bytes of the arena
-  ptr, ptr, ptr, ptr,    ; 13 inputs, outputs, profile, workers
-  i64,                   ; 17 time of the last mark, ns
-  i32, i32, i32, i32,    ; 18 threads wanted, workers running, process of the workers, stop
-  i32, i32,              ; 22 status, threads in this run
-  i64, [160 x i8],       ; 24 spin, ns
-  [512 x i8],            ; 26 message
-  [0 x i64]              ; 27 words of the program, at byte 1024
+  i32, i32, [56 x i8],   ; 2  chunks complete (futex), sleepers
+  i32, [60 x i8],        ; 5  threads that arrived at the barrier
+  i32, i32, [56 x i8],   ; 7  barriers passed (futex), sleepers
+  i64, i32, i32, [48 x i8], ; 10 gate (two futexes), sleeping workers, sleeping caller
+  ptr, ptr, i64,         ; 14 weights, arena, bytes of the arena
+  ptr, ptr, ptr, ptr,    ; 17 inputs, outputs, profile, workers
+  i64,                   ; 21 time of the last mark, ns
+  i32, i32, i32, i32,    ; 22 threads wanted, workers running, process of the workers, stop
+  i32, i32,              ; 26 status, threads in this run
+  i64, [96 x i8],        ; 28 spin, ns
+  [512 x i8],            ; 30 message
+  [0 x i64]              ; 31 words of the program, at byte 1024
 }
 
 ; The program's part.
@@ -65,18 +70,18 @@ declare i64 @llvm.smax.i64(i64, i64)
 ; ------------------------------------------------------------------ errors
 
 define hidden void @lt.status(ptr %ctx, i32 %code) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 22
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
   store i32 %code, ptr %p
   ret void
 }
 
 define hidden ptr @lt.msg(ptr %ctx) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 30
   ret ptr %p
 }
 
 define hidden i1 @lt.failed(ptr %ctx) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 22
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
   %v = load i32, ptr %p
   %r = icmp ne i32 %v, 0
   ret i1 %r
@@ -251,7 +256,7 @@ ok:
 }
 
 define hidden ptr @lt.arena(ptr %ctx, i64 %bytes) {
-  %w = getelementptr %ctx, ptr %ctx, i32 0, i32 11
+  %w = getelementptr %ctx, ptr %ctx, i32 0, i32 15
   call void @lt.grow(ptr %ctx, ptr %w, i64 %bytes, ptr @lt.s.arena)
   %p = load ptr, ptr %w
   ret ptr %p
@@ -315,10 +320,9 @@ done:
   ret void
 }
 
-; word += 1 and wake whoever sleeps on it.
-define hidden void @lt.post(ptr %word, ptr %sleepers) {
-  %a = atomicrmw add ptr %word, i32 1 seq_cst
-  %s = load atomic i32, ptr %sleepers seq_cst, align 4
+; Wake whoever sleeps on a word that was just changed.
+define hidden void @lt.wake(ptr %word, ptr %sleepers) {
+  %s = atomicrmw add ptr %sleepers, i32 0 seq_cst
   %any = icmp sgt i32 %s, 0
   br i1 %any, label %wake, label %out
 wake:
@@ -336,9 +340,9 @@ define hidden void @lt.barrier(ptr %st) {
   br i1 %one, label %out, label %arrive
 arrive:
   %ctx = load ptr, ptr %st
-  %count = getelementptr %ctx, ptr %ctx, i32 0, i32 2
-  %gen = getelementptr %ctx, ptr %ctx, i32 0, i32 4
-  %sleepers = getelementptr %ctx, ptr %ctx, i32 0, i32 5
+  %count = getelementptr %ctx, ptr %ctx, i32 0, i32 5
+  %gen = getelementptr %ctx, ptr %ctx, i32 0, i32 7
+  %sleepers = getelementptr %ctx, ptr %ctx, i32 0, i32 8
   %g = load atomic i32, ptr %gen acquire, align 4
   %a = atomicrmw add ptr %count, i32 1 acq_rel
   %a64 = zext i32 %a to i64
@@ -347,10 +351,11 @@ arrive:
   br i1 %is, label %release, label %wait
 release:
   store atomic i32 0, ptr %count release, align 4
-  call void @lt.post(ptr %gen, ptr %sleepers)
+  %g1 = atomicrmw add ptr %gen, i32 1 seq_cst
+  call void @lt.wake(ptr %gen, ptr %sleepers)
   ret void
 wait:
-  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 24
+  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 28
   %spin = load i64, ptr %sp
   call void @lt.wait(ptr %gen, i32 %g, ptr %sleepers, i64 %spin)
   ret void
@@ -360,12 +365,73 @@ out:
 
 ; ------------------------------------------------------------------ parallel loops
 
-; The next loop of this run; its number distinguishes it in the context's word.
-define hidden void @lt.begin_loop(ptr %st) {
+; The next loop of this run; its number distinguishes it in the context's word. All threads count its chunks.
+define hidden void @lt.begin_loop(ptr %st, i64 %total, i64 %chunk) {
   %p = getelementptr %state, ptr %st, i32 0, i32 2
   %v = load i64, ptr %p
   %w = add i64 %v, 1
   store i64 %w, ptr %p
+  %a = add i64 %total, %chunk
+  %b = sub i64 %a, 1
+  %c = sdiv i64 %b, %chunk
+  %n = trunc i64 %c to i32
+  call void @lt.count(ptr %st, i32 %n)
+  ret void
+}
+
+; Chunks that all threads know about, before the place they have reached.
+define hidden void @lt.count(ptr %st, i32 %n) {
+  %p = getelementptr %state, ptr %st, i32 0, i32 4
+  %v = load i32, ptr %p
+  %w = add i32 %v, %n
+  store i32 %w, ptr %p
+  ret void
+}
+
+; Chunks that this thread has finished.
+define hidden void @lt.finish(ptr %st, i32 %n) {
+  %np = getelementptr %state, ptr %st, i32 0, i32 3
+  %t = load i64, ptr %np
+  %one = icmp eq i64 %t, 1
+  %zero = icmp eq i32 %n, 0
+  %skip = or i1 %one, %zero
+  br i1 %skip, label %out, label %add
+add:
+  %ctx = load ptr, ptr %st
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 2
+  %s = getelementptr %ctx, ptr %ctx, i32 0, i32 3
+  %o = atomicrmw add ptr %p, i32 %n seq_cst
+  call void @lt.wake(ptr %p, ptr %s)
+  ret void
+out:
+  ret void
+}
+
+; Until everything before this place is complete.
+define hidden void @lt.wait_all(ptr %st) {
+entry:
+  %np = getelementptr %state, ptr %st, i32 0, i32 3
+  %t = load i64, ptr %np
+  %one = icmp eq i64 %t, 1
+  br i1 %one, label %out, label %many
+many:
+  %ctx = load ptr, ptr %st
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 2
+  %s = getelementptr %ctx, ptr %ctx, i32 0, i32 3
+  %kp = getelementptr %state, ptr %st, i32 0, i32 4
+  %k = load i32, ptr %kp
+  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 28
+  %spin = load i64, ptr %sp
+  br label %check
+check:
+  %v = load atomic i32, ptr %p acquire, align 4
+  %left = sub i32 %k, %v
+  %more = icmp sgt i32 %left, 0
+  br i1 %more, label %wait, label %out
+wait:
+  call void @lt.wait(ptr %p, i32 %v, ptr %s, i64 %spin)
+  br label %check
+out:
   ret void
 }
 
@@ -416,21 +482,21 @@ none:
   ret i64 -1
 }
 
-; Profile: time since the last mark is added to call %k. All threads finish the call first.
+; Profile: time since the last mark is added to call %k. The call is complete first.
 define hidden void @lt.mark(ptr %st, i64 %k) {
   %ctx = load ptr, ptr %st
-  %pp = getelementptr %ctx, ptr %ctx, i32 0, i32 15
+  %pp = getelementptr %ctx, ptr %ctx, i32 0, i32 19
   %prof = load ptr, ptr %pp
   %off = icmp eq ptr %prof, null
   br i1 %off, label %out, label %on
 on:
-  call void @lt.barrier(ptr %st)
+  call void @lt.wait_all(ptr %st)
   %tp = getelementptr %state, ptr %st, i32 0, i32 1
   %tid = load i64, ptr %tp
   %first = icmp eq i64 %tid, 0
   br i1 %first, label %write, label %out
 write:
-  %mp = getelementptr %ctx, ptr %ctx, i32 0, i32 17
+  %mp = getelementptr %ctx, ptr %ctx, i32 0, i32 21
   %m = load i64, ptr %mp
   %now = call i64 @lt.now()
   %d = sub i64 %now, %m
@@ -457,34 +523,104 @@ entry:
   %ctx = load ptr, ptr %arg
   %ap = getelementptr %worker, ptr %arg, i32 0, i32 1
   %tid = load i64, ptr %ap
-  %gen = getelementptr %ctx, ptr %ctx, i32 0, i32 7
-  %sleepers = getelementptr %ctx, ptr %ctx, i32 0, i32 8
-  %stop = getelementptr %ctx, ptr %ctx, i32 0, i32 21
-  %spinp = getelementptr %ctx, ptr %ctx, i32 0, i32 24
-  %np = getelementptr %ctx, ptr %ctx, i32 0, i32 23
+  %gate = getelementptr %ctx, ptr %ctx, i32 0, i32 10
+  %runs = getelementptr i8, ptr %gate, i64 4
+  %wsleep = getelementptr %ctx, ptr %ctx, i32 0, i32 11
+  %tsleep = getelementptr %ctx, ptr %ctx, i32 0, i32 12
+  %stop = getelementptr %ctx, ptr %ctx, i32 0, i32 25
+  %np = getelementptr %ctx, ptr %ctx, i32 0, i32 27
+  %spinp = getelementptr %ctx, ptr %ctx, i32 0, i32 28
   br label %loop
 loop:
-  %seen = phi i32 [ 0, %entry ], [ %next, %run ]
+  %seen = phi i32 [ 0, %entry ], [ %seen, %wait ], [ %run, %missed ], [ %seen, %enter ], [ %run, %ran ], [ %run, %last ]
+  %v = load atomic i64, ptr %gate seq_cst, align 8
+  %run64 = lshr i64 %v, 32
+  %run = trunc i64 %run64 to i32
+  %same = icmp eq i32 %run, %seen
+  br i1 %same, label %wait, label %new
+wait:
   %spin = load i64, ptr %spinp
-  call void @lt.wait(ptr %gen, i32 %seen, ptr %sleepers, i64 %spin)
-  %next = add i32 %seen, 1
+  call void @lt.wait(ptr %runs, i32 %seen, ptr %wsleep, i64 %spin)
+  br label %loop
+new:
   %s = load atomic i32, ptr %stop acquire, align 4
   %end = icmp ne i32 %s, 0
-  br i1 %end, label %out, label %run
-run:
+  br i1 %end, label %out, label %try
+try:
+  %o = and i64 %v, 2147483648
+  %closed = icmp eq i64 %o, 0
+  br i1 %closed, label %missed, label %enter
+missed:
+  br label %loop
+enter:
+  %v1 = add i64 %v, 1
+  %x = cmpxchg ptr %gate, i64 %v, i64 %v1 seq_cst seq_cst
+  %in = extractvalue { i64, i1 } %x, 1
+  br i1 %in, label %go, label %loop
+go:
   %n = load i32, ptr %np
   %n64 = zext i32 %n to i64
+  call void @lt.state(ptr %st, ptr %ctx, i64 %tid, i64 %n64)
+  call void @lt_main(ptr %st)
+  %left = atomicrmw sub ptr %gate, i64 1 seq_cst
+  %low = and i64 %left, 4294967295
+  %empty = icmp eq i64 %low, 1
+  br i1 %empty, label %last, label %ran
+last:
+  call void @lt.wake(ptr %gate, ptr %tsleep)
+  br label %loop
+ran:
+  br label %loop
+out:
+  ret ptr null
+}
+
+define hidden void @lt.state(ptr %st, ptr %ctx, i64 %tid, i64 %n) {
   store ptr %ctx, ptr %st
   %p1 = getelementptr %state, ptr %st, i32 0, i32 1
   store i64 %tid, ptr %p1
   %p2 = getelementptr %state, ptr %st, i32 0, i32 2
   store i64 0, ptr %p2
   %p3 = getelementptr %state, ptr %st, i32 0, i32 3
-  store i64 %n64, ptr %p3
-  call void @lt_main(ptr %st)
-  br label %loop
+  store i64 %n, ptr %p3
+  %p4 = getelementptr %state, ptr %st, i32 0, i32 4
+  store i32 0, ptr %p4
+  ret void
+}
+
+; The gate of the next run, open or not; workers wake.
+define hidden void @lt.next_run(ptr %ctx, i64 %open) {
+  %gate = getelementptr %ctx, ptr %ctx, i32 0, i32 10
+  %runs = getelementptr i8, ptr %gate, i64 4
+  %wsleep = getelementptr %ctx, ptr %ctx, i32 0, i32 11
+  %v = load i64, ptr %gate
+  %r = lshr i64 %v, 32
+  %r1 = add i64 %r, 1
+  %hi = shl i64 %r1, 32
+  %new = or i64 %hi, %open
+  store atomic i64 %new, ptr %gate seq_cst, align 8
+  call void @lt.wake(ptr %runs, ptr %wsleep)
+  ret void
+}
+
+; No worker enters any more, and those inside have left.
+define hidden void @lt.close(ptr %ctx) {
+entry:
+  %gate = getelementptr %ctx, ptr %ctx, i32 0, i32 10
+  %tsleep = getelementptr %ctx, ptr %ctx, i32 0, i32 12
+  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 28
+  %spin = load i64, ptr %sp
+  %v0 = atomicrmw and ptr %gate, i64 -2147483649 seq_cst
+  br label %check
+check:
+  %w = load atomic i32, ptr %gate seq_cst, align 4
+  %none = icmp eq i32 %w, 0
+  br i1 %none, label %out, label %wait
+wait:
+  call void @lt.wait(ptr %gate, i32 %w, ptr %tsleep, i64 %spin)
+  br label %check
 out:
-  ret ptr null
+  ret void
 }
 
 ; Workers of this process (a forked child starts its own); the number of threads of a run.
@@ -492,23 +628,23 @@ define hidden i32 @lt.pool(ptr %ctx) {
 entry:
   %all = alloca [16 x i64]
   %old = alloca [16 x i64]
-  %pidp = getelementptr %ctx, ptr %ctx, i32 0, i32 20
-  %runp = getelementptr %ctx, ptr %ctx, i32 0, i32 19
-  %wantp = getelementptr %ctx, ptr %ctx, i32 0, i32 18
+  %pidp = getelementptr %ctx, ptr %ctx, i32 0, i32 24
+  %runp = getelementptr %ctx, ptr %ctx, i32 0, i32 23
+  %wantp = getelementptr %ctx, ptr %ctx, i32 0, i32 22
   %pid = call i32 @getpid()
   %was = load i32, ptr %pidp
   %same = icmp eq i32 %pid, %was
   br i1 %same, label %have, label %make
 make:
   %h = getelementptr i8, ptr %ctx, i64 64
-  call void @llvm.memset.p0.i64(ptr %h, i8 0, i64 192, i1 false)
-  %stop = getelementptr %ctx, ptr %ctx, i32 0, i32 21
+  call void @llvm.memset.p0.i64(ptr %h, i8 0, i64 256, i1 false)
+  %stop = getelementptr %ctx, ptr %ctx, i32 0, i32 25
   store i32 0, ptr %stop
   store i32 0, ptr %runp
   store i32 %pid, ptr %pidp
   %want = load i32, ptr %wantp
   %want64 = sext i32 %want to i64
-  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 16
+  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 20
   %oldw = load ptr, ptr %wp
   call void @free(ptr %oldw)
   %ws = call ptr @calloc(i64 %want64, i64 24)
@@ -571,11 +707,11 @@ make:
   br i1 %null, label %fail, label %init
 init:
   call void @llvm.memset.p0.i64(ptr %ctx, i8 0, i64 %size, i1 false)
-  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 10
+  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 14
   store ptr %weights, ptr %wp
-  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 24
+  %sp = getelementptr %ctx, ptr %ctx, i32 0, i32 28
   store i64 50000, ptr %sp
-  %tp = getelementptr %ctx, ptr %ctx, i32 0, i32 18
+  %tp = getelementptr %ctx, ptr %ctx, i32 0, i32 22
   %given = icmp sgt i32 %threads, 0
   br i1 %given, label %asked, label %count
 asked:
@@ -605,14 +741,14 @@ fail:
 }
 
 define void @lt_set_spin(ptr %ctx, i64 %ns) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 24
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 28
   store i64 %ns, ptr %p
   ret void
 }
 
 define i32 @lt_threads(ptr %ctx) {
   %par = load i32, ptr @lt.parallel
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 18
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 22
   %n = load i32, ptr %p
   %one = icmp eq i32 %par, 0
   %r = select i1 %one, i32 1, i32 %n
@@ -620,13 +756,13 @@ define i32 @lt_threads(ptr %ctx) {
 }
 
 define void @lt_set_profile(ptr %ctx, ptr %times) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 15
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 19
   store ptr %times, ptr %p
   ret void
 }
 
 define ptr @lt_message(ptr %ctx) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 30
   ret ptr %p
 }
 
@@ -645,9 +781,9 @@ define i32 @lt_run(ptr %ctx, ptr %in, i32 %n, ptr %out, i32 %m) {
 entry:
   %st = alloca %state
   call void @lt.status(ptr %ctx, i32 0)
-  %ip = getelementptr %ctx, ptr %ctx, i32 0, i32 13
+  %ip = getelementptr %ctx, ptr %ctx, i32 0, i32 17
   store ptr %in, ptr %ip
-  %op = getelementptr %ctx, ptr %ctx, i32 0, i32 14
+  %op = getelementptr %ctx, ptr %ctx, i32 0, i32 18
   store ptr %out, ptr %op
   %rc = call i32 @lt_bind(ptr %ctx, ptr %in, i32 %n, ptr %out, i32 %m)
   %bad = icmp ne i32 %rc, 0
@@ -658,12 +794,12 @@ place:
   br i1 %bad2, label %fail2, label %start
 start:
   store i64 0, ptr %ctx
-  %profp = getelementptr %ctx, ptr %ctx, i32 0, i32 15
+  %profp = getelementptr %ctx, ptr %ctx, i32 0, i32 19
   %prof = load ptr, ptr %profp
   %timed = icmp ne ptr %prof, null
   br i1 %timed, label %clock, label %threads
 clock:
-  %mp = getelementptr %ctx, ptr %ctx, i32 0, i32 17
+  %mp = getelementptr %ctx, ptr %ctx, i32 0, i32 21
   %now = call i64 @lt.now()
   store i64 %now, ptr %mp
   br label %threads
@@ -677,25 +813,23 @@ pool:
 go:
   %t = phi i32 [ 1, %threads ], [ %have, %pool ]
   %t64 = zext i32 %t to i64
-  %np = getelementptr %ctx, ptr %ctx, i32 0, i32 23
+  %np = getelementptr %ctx, ptr %ctx, i32 0, i32 27
   store i32 %t, ptr %np
-  store ptr %ctx, ptr %st
-  %p1 = getelementptr %state, ptr %st, i32 0, i32 1
-  store i64 0, ptr %p1
-  %p2 = getelementptr %state, ptr %st, i32 0, i32 2
-  store i64 0, ptr %p2
-  %p3 = getelementptr %state, ptr %st, i32 0, i32 3
-  store i64 %t64, ptr %p3
-  %wake = icmp sgt i32 %t, 1
-  br i1 %wake, label %post, label %main
-post:
-  %gen = getelementptr %ctx, ptr %ctx, i32 0, i32 7
-  %sleepers = getelementptr %ctx, ptr %ctx, i32 0, i32 8
-  call void @lt.post(ptr %gen, ptr %sleepers)
-  br label %main
-main:
+  call void @lt.state(ptr %st, ptr %ctx, i64 0, i64 %t64)
+  %shared = icmp sgt i32 %t, 1
+  br i1 %shared, label %open, label %alone
+alone:
   call void @lt_main(ptr %st)
-  %rp = getelementptr %ctx, ptr %ctx, i32 0, i32 22
+  br label %end
+open:
+  %donep = getelementptr %ctx, ptr %ctx, i32 0, i32 2
+  store i32 0, ptr %donep
+  call void @lt.next_run(ptr %ctx, i64 2147483648)
+  call void @lt_main(ptr %st)
+  call void @lt.close(ptr %ctx)
+  br label %end
+end:
+  %rp = getelementptr %ctx, ptr %ctx, i32 0, i32 26
   %r = load i32, ptr %rp
   ret i32 %r
 fail:
@@ -709,20 +843,18 @@ entry:
   %none = icmp eq ptr %ctx, null
   br i1 %none, label %out, label %threads
 threads:
-  %pidp = getelementptr %ctx, ptr %ctx, i32 0, i32 20
+  %pidp = getelementptr %ctx, ptr %ctx, i32 0, i32 24
   %was = load i32, ptr %pidp
   %pid = call i32 @getpid()
-  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 16
+  %wp = getelementptr %ctx, ptr %ctx, i32 0, i32 20
   %ws = load ptr, ptr %wp
   %same = icmp eq i32 %pid, %was
   br i1 %same, label %stop, label %release
 stop:
-  %stopp = getelementptr %ctx, ptr %ctx, i32 0, i32 21
+  %stopp = getelementptr %ctx, ptr %ctx, i32 0, i32 25
   store atomic i32 1, ptr %stopp release, align 4
-  %gen = getelementptr %ctx, ptr %ctx, i32 0, i32 7
-  %sleepers = getelementptr %ctx, ptr %ctx, i32 0, i32 8
-  call void @lt.post(ptr %gen, ptr %sleepers)
-  %runp = getelementptr %ctx, ptr %ctx, i32 0, i32 19
+  call void @lt.next_run(ptr %ctx, i64 0)
+  %runp = getelementptr %ctx, ptr %ctx, i32 0, i32 23
   %n = load i32, ptr %runp
   %n64 = sext i32 %n to i64
   br label %join
@@ -738,7 +870,7 @@ one:
   br label %join
 release:
   call void @free(ptr %ws)
-  %ap = getelementptr %ctx, ptr %ctx, i32 0, i32 11
+  %ap = getelementptr %ctx, ptr %ctx, i32 0, i32 15
   %arena = load ptr, ptr %ap
   call void @free(ptr %arena)
   %dyn = load i64, ptr @lt.dyn_count
@@ -751,7 +883,7 @@ each:
 drop:
   %k2 = shl i64 %k, 1
   %at = add i64 %first, %k2
-  %dp = getelementptr %ctx, ptr %ctx, i32 0, i32 27, i64 %at
+  %dp = getelementptr %ctx, ptr %ctx, i32 0, i32 31, i64 %at
   %d = load ptr, ptr %dp
   call void @free(ptr %d)
   %k1 = add i64 %k, 1
