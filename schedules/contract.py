@@ -36,6 +36,8 @@ def apply(
         if s.stages[n].reduction is not None:
             return None
         s = inline(s, n)
+    if _accumulator(s) != acc:  # a factor was no load but a table computed on the way
+        return None
     if acc != out:
         pos = positions(s, out)
         if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
