@@ -50,8 +50,8 @@ def apply(
         st = s.stages[acc]
     if work(st) is not None and work(st) < 2048:  # type: ignore[operator]
         return None
-    p, q = _factors(st)
-    v = st.axes[-1].var
+    lanes = caps.lanes(max(st.buf.dtype.bits, 32))
+    v = _vector_axis(s, st, lanes, constants)
     s = _pad_input(s, acc, caps)
     st = s.stages[acc]
     p, q = _factors(st)
@@ -60,16 +60,16 @@ def apply(
     if v not in free_vars(p):
         return None
     depthwise = v in free_vars(q)
-    us = [a for a in st.axes[:-1] if a.var in free_vars(q if not depthwise else p) and a.var not in free_vars(p if not depthwise else q)]
+    rest = [a for a in st.axes if a.var is not v]
+    us = [a for a in rest if a.var in free_vars(q if not depthwise else p) and a.var not in free_vars(p if not depthwise else q)]
     if depthwise and not us:
-        us = [a for a in st.axes[:-1] if a.var in free_vars(q) and a.var not in free_vars(p)]
-    lanes = caps.lanes(max(st.buf.dtype.bits, 32))
-    n_ext = st.axes[-1].extent
+        us = [a for a in rest if a.var in free_vars(q) and a.var not in free_vars(p)]
+    n_ext = next(a.extent for a in st.axes if a.var is v)
     if n_ext.op == "const" and n_ext.attr < lanes and not _packable(s, p, v, constants):
         return None
     s = _merge(s, [acc, out], [a.var for a in us])
     st = s.stages[acc]
-    us = [a for a in st.axes[:-1] if a.var in {x.var for x in us} or a.name.startswith("_u")]
+    us = [a for a in st.axes if a.var is not v and (a.var in {x.var for x in us} or a.name.startswith("_u"))]
     m_ext = us[-1].extent if us else const(1)
     total_m = const(1)
     for a in us:
@@ -80,7 +80,33 @@ def apply(
     if not depthwise and _packable(s, p, v, constants):
         s, padded = _pack_panel(s, acc, p, v, nv)
     s = _merge_reduce(s, acc)
-    return _tile(s, acc, out, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+    return _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+
+
+def _vector_axis(s: Schedule, st: Stage, lanes: int, constants: Mapping[str, Any]) -> Expr:
+    """The innermost output axis, unless it is too short for lanes or no factor walks it well and a constant factor has a longer
+    axis to itself (output channels of a channels-first convolution): then that one, at the price of strided stores."""
+    last = st.axes[-1]
+    f = _factors(st)
+
+    def good(v: Expr) -> bool:
+        for p, q in (f, f[::-1]):
+            if v in free_vars(p) and v not in free_vars(q):
+                if _packable(s, p, v, constants):
+                    return True
+                ls = [x for x in loads(p) if v in free_vars(x)]
+                d = [stride(flat(x.attr[0], load_parts(x)[1]), v) for x in ls]
+                return all(x is not None and is_const(x, 1) for x in d)
+        return v in free_vars(f[0]) and v in free_vars(f[1])
+
+    if not (last.extent.op == "const" and last.extent.attr < lanes) and good(last.var):
+        return last.var
+    for a in reversed(st.axes[:-1]):
+        for p, q in (f, f[::-1]):
+            long = a.extent.op == "const" and a.extent.attr >= lanes
+            if long and a.var in free_vars(p) and a.var not in free_vars(q) and _packable(s, p, a.var, constants) and any(x.attr[0].name in constants for x in loads(p)):
+                return a.var
+    return last.var
 
 
 def work(st: Stage) -> int | None:
@@ -354,16 +380,17 @@ def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Sched
 
 
 def _tile(
-    s: Schedule, acc: str, out: str, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
+    s: Schedule, acc: str, out: str, v_axis: Expr, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
     mblock: int | None, order: str | None,
 ) -> Schedule:
     o = s.stages[out]
     names = [lp.name for lp in o.loops]
     upos = [i for i, a in enumerate(s.stages[acc].axes) if a.var in {u.var for u in us}]
-    v = names[-1]
-    n = s.static_extent(o.loops[-1].var)
+    vpos = next(i for i, a in enumerate(s.stages[acc].axes) if a.var is v_axis)
+    v = names[vpos]
+    n = s.static_extent(o.loops[vpos].var)
     s = split(s, v, nv, "guard", into=(f"{out}.vo", f"{out}.vi"))
-    outer = [x for i, x in enumerate(names[:-1]) if i not in upos]
+    outer = [x for i, x in enumerate(names) if i not in upos and i != vpos]
     rows = [names[i] for i in upos]
     tail_rows: list[str] = []
     if rows:
@@ -398,12 +425,12 @@ def _tile(
     if par:
         s = annotate(s, par[0], "parallel")
     s = _lanes(s, f"{out}.vi", nv, lanes)
-    s = stage(s, acc, at=at, pad=(len(s.stages[acc].axes) - 1,) if padded else ())
+    s = stage(s, acc, at=at, pad=(vpos,) if padded else ())
     a = s.stages[acc]
     reds = [lp.name for lp in a.loops if lp.reduce]
-    vl = a.loops[len(a.axes) - 1].name
-    ul = [lp.name for i, lp in enumerate(a.loops[: len(a.axes) - 1])]
-    s = reorder(s, *[x for i, x in enumerate(ul) if i not in upos[-1:]], *reds, *[x for i, x in enumerate(ul) if i in upos[-1:]], vl)
+    vl = a.loops[vpos].name
+    ul = [lp.name for lp in a.loops[: len(a.axes)]]
+    s = reorder(s, *[x for i, x in enumerate(ul) if i not in upos[-1:] and i != vpos], *reds, *[x for i, x in enumerate(ul) if i in upos[-1:]], vl)
     s = _lanes(s, vl, nv, lanes)
     if upos:
         s = annotate(s, ul[upos[-1]], "unroll")
