@@ -42,7 +42,9 @@ def _fmod(bits: int) -> str:
     emask = (1 << (bits - 1 - man)) - 1
     implicit, mmask, smask, inf = 1 << man, (1 << man) - 1, 1 << (bits - 1), emask << man
     mag = smask - 1
-    return f"""define internal {t} @lt.fmod.f{bits}({t} %x, {t} %y) nounwind {{
+    return f"""declare {i} @llvm.ctlz.{i}({i}, i1)
+
+define internal {t} @lt.fmod.f{bits}({t} %x, {t} %y) nounwind {{
 entry:
   %xb = bitcast {t} %x to {i}
   %yb = bitcast {t} %y to {i}
@@ -73,10 +75,18 @@ norm:
   %ys = icmp eq {i} %ye0, 0
   %xm1 = or {i} %xm0, {implicit}
   %ym1 = or {i} %ym0, {implicit}
-  %xm = select i1 %xs, {i} %xm0, {i} %xm1
-  %ym = select i1 %ys, {i} %ym0, {i} %ym1
-  %xe = select i1 %xs, {i} 1, {i} %xe0
-  %ye = select i1 %ys, {i} 1, {i} %ye0
+  %xm2 = select i1 %xs, {i} %xm0, {i} %xm1
+  %ym2 = select i1 %ys, {i} %ym0, {i} %ym1
+  %xe2 = select i1 %xs, {i} 1, {i} %xe0
+  %ye2 = select i1 %ys, {i} 1, {i} %ye0
+  %xz = call {i} @llvm.ctlz.{i}({i} %xm2, i1 true)
+  %yz = call {i} @llvm.ctlz.{i}({i} %ym2, i1 true)
+  %xl = sub {i} %xz, {bits - 1 - man}
+  %yl = sub {i} %yz, {bits - 1 - man}
+  %xm = shl {i} %xm2, %xl
+  %ym = shl {i} %ym2, %yl
+  %xe = sub {i} %xe2, %xl
+  %ye = sub {i} %ye2, %yl
   br label %step
 step:
   %e = phi {i} [ %xe, %norm ], [ %e1, %next ]
@@ -84,7 +94,7 @@ step:
   %d = sub {i} %m, %ym
   %neg = icmp slt {i} %d, 0
   %r = select i1 %neg, {i} %m, {i} %d
-  %more = icmp ugt {i} %e, %ye
+  %more = icmp sgt {i} %e, %ye
   br i1 %more, label %next, label %done
 next:
   %m2 = shl {i} %r, 1
@@ -100,7 +110,7 @@ fit:
   %fe = phi {i} [ %e, %done ], [ %fe1, %up ]
   %fm = phi {i} [ %r, %done ], [ %fm1, %up ]
   %low = icmp ult {i} %fm, {implicit}
-  %can = icmp ugt {i} %fe, 1
+  %can = icmp sgt {i} %fe, 1
   %go = and i1 %low, %can
   br i1 %go, label %up, label %pack
 up:
@@ -108,9 +118,14 @@ up:
   %fe1 = sub {i} %fe, 1
   br label %fit
 pack:
-  %isn = icmp uge {i} %fm, {implicit}
-  %ne = select i1 %isn, {i} %fe, {i} 0
-  %nm = and {i} %fm, {mmask}
+  %tiny = icmp slt {i} %fe, 1
+  %gap = sub {i} 1, %fe
+  %by = select i1 %tiny, {i} %gap, {i} 0
+  %pm = lshr {i} %fm, %by
+  %isn = icmp uge {i} %pm, {implicit}
+  %pe = select i1 %tiny, {i} 1, {i} %fe
+  %ne = select i1 %isn, {i} %pe, {i} 0
+  %nm = and {i} %pm, {mmask}
   %es = shl {i} %ne, {man}
   %b = or {i} %es, %nm
   %bs = or {i} %b, %sx
