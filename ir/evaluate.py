@@ -34,7 +34,7 @@ _SYMBOLS = Value("symbols", TensorType.of(f32, ()))
 
 def bind_symbols(env: dict[Value, Array], v: Value) -> None:
     """Learn the values of symbols that stand alone as a dimension of ``v``, or that are read from its elements."""
-    table: dict[Expr, int] = env[_SYMBOLS]  # type: ignore[assignment]
+    table: dict[Expr, Any] = env[_SYMBOLS]  # type: ignore[assignment]
     a = env[v]
     for s, n in zip(v.shape, a.shape, strict=False):
         if s.op == "var":
@@ -63,7 +63,7 @@ def evaluate_node(n: Node, env: dict[Value, Array]) -> list[Array]:
     if n.op == "Content":
         from luthier.ir.interp import evaluate_expr
 
-        table: dict[Expr, int] = env[_SYMBOLS]  # type: ignore[assignment]
+        table: dict[Expr, Any] = env[_SYMBOLS]  # type: ignore[assignment]
         return [np.array([evaluate_expr(e, table) for e in v.content or ()]).astype(v.dtype.numpy).reshape([int(evaluate_expr(s, table)) for s in v.shape]) for v in n.outputs]
     if n.op in _CONTROL:
         return _CONTROL[n.op](n, args, env)

@@ -25,7 +25,7 @@ def run_program(program: Program, feeds: Mapping[str, Any]) -> dict[str, Array]:
 class _Run:
     def __init__(self, program: Program, feeds: Mapping[str, Any]) -> None:
         self.p = program
-        self.env: dict[Expr, int] = {}
+        self.env: dict[Expr, Any] = {}
         self.memory: dict[str, Array] = dict(program.constants)
         self.declared: dict[str, Buffer] = {b.name: b for b in (*program.buffers, *program.outputs)}
         for b in program.inputs:
@@ -74,7 +74,8 @@ class _Run:
             for c in stmts_of(s):
                 self.run(c)
         elif isinstance(s, Let):
-            self.env[s.var] = int(self.value(s.value))
+            v = self.value(s.value)
+            self.env[s.var] = float(v) if s.var.dtype.is_float else int(v)
         elif isinstance(s, Store):
             self.array(s.buf)[int(self.value(s.idx[0]))] = self.value(s.value)
         elif isinstance(s, If):
@@ -104,7 +105,8 @@ class _Run:
         scalars, arrays = {}, {}
         for p, a in zip(f.params, s.args, strict=True):
             if isinstance(p, Expr):
-                scalars[p] = int(self.value(a))
+                v = self.value(a)
+                scalars[p] = float(v) if p.dtype.is_float else int(v)
         for p, a in zip(f.params, s.args, strict=True):
             if isinstance(p, Buffer):
                 env = {**self.env, **scalars}
