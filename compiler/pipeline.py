@@ -17,6 +17,7 @@ from luthier.passes.eliminate_transposes import eliminate_transposes
 from luthier.passes.fold_batch_norm import fold_batch_norm
 from luthier.passes.fold_constants import fold_constants
 from luthier.passes.fold_dequantize import fold_dequantize
+from luthier.passes.legalize_operators import legalize_operators
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
 from luthier.passes.quantize_integer import quantize_integer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 GraphPass = Callable[[Graph], bool]
 
 GRAPH_PASSES: tuple[GraphPass, ...] = (
+    legalize_operators,
     materialize_contents,  # first: no tensor is kept alive for its shape
     eliminate_dead,
     canonicalize,

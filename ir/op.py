@@ -80,9 +80,13 @@ def op(*names: str) -> Callable[[T], T]:
 
 
 def lookup(name: str) -> Op | None:
-    if not REGISTRY:
+    """The operator of that name; every family is loaded on the first call."""
+    if not _loaded:
         load_all()
     return REGISTRY.get(name)
+
+
+_loaded: list[bool] = []
 
 
 def load_all() -> None:
@@ -91,6 +95,7 @@ def load_all() -> None:
 
     for m in pkgutil.iter_modules(ops.__path__):
         importlib.import_module(f"luthier.ir.ops.{m.name}")
+    _loaded.append(True)
 
 
 __all__ = ["Op", "Kernel", "op", "lookup", "load_all", "REGISTRY", "Graph", "Value"]
