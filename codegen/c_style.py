@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
+from luthier.codegen.ranges import value_range
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, const, free_vars, load_parts, prove, substitute
@@ -219,7 +220,7 @@ class CStyle:
             if 0 <= by.attr < bits:
                 return self.wrap(f"({a} {sym} {self.shift_amount(b)})", d) if e.op == "shl" else f"({a} {sym} {self.shift_amount(b)})"
             return f"({a} >> {last})" if e.op == "shr" and d.is_signed else self.zero(d)
-        lo, hi = bounds(by)
+        lo, hi = value_range(by)
         top = self.literal(bits, d)
         inside = f"({b} >= {self.zero(d)} && {b} < {top})" if d.is_signed else f"({b} < {top})"
         if lo is not None and lo >= 0 and hi is not None and hi < bits:

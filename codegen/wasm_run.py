@@ -39,9 +39,9 @@ class WasmKernel:
         self.heap = 64 + (size + 63) // 64 * 64
         data = wasmtime.Global(self.store, wasmtime.GlobalType(i32, False), wasmtime.Val.i32(64))
         self.reserve(self.heap)
-        self.instance = wasmtime.Instance(self.store, self.module, [self.memory, self.sp, data])
-        self.call_ = self.instance.exports(self.store)[func.name]
-        self.range_ = self.instance.exports(self.store)[f"{func.name}.range"]
+        self.instance: Any = wasmtime.Instance(self.store, self.module, [self.memory, self.sp, data])
+        self.call_: Any = self.instance.exports(self.store)[func.name]
+        self.range_: Any = self.instance.exports(self.store)[f"{func.name}.range"]
 
     def reserve(self, n: int) -> None:
         have = self.memory.size(self.store) * PAGE
@@ -50,7 +50,9 @@ class WasmKernel:
 
     def bind(self, arrays: Mapping[str, Any], scalars: Mapping[str, Any]) -> list[Any]:
         """Copies the arrays into linear memory; returns the arguments of a call."""
-        at, args, self.where = self.heap, [], {}
+        at = self.heap
+        args: list[Any] = []
+        self.where: dict[str, tuple[int, int]] = {}
         for b in self.func.buffers:
             a = arrays[b.name]
             self.where[b.name] = (at, a.nbytes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from luthier.codegen.ranges import value_range
 from luthier.codegen.wasm_encoder import Code
 from luthier.ir.dtypes import DType, f32, f64, i32, index, u32
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import COMPARE, Expr, bounds, const, is_const
+from luthier.ir.expr import COMPARE, Expr, bounds, is_const
 
 _UNARY_F = {"neg": "neg", "abs": "abs", "floor": "floor", "ceil": "ceil", "round": "nearest", "trunc": "trunc", "sqrt": "sqrt"}
 _ARITH = {"add", "sub", "mul"}
@@ -141,7 +142,13 @@ class Emitter:
         op, a, c, d = e.op, e.args[0], self.c, e.dtype
         t = valtype(a.dtype)
         if op == "isnan":
-            self.twice(a, lambda g: (g(), g(), c.op(f"{t}.ne")))
+
+            def differs(g: Callable[[], None]) -> None:
+                g()
+                g()
+                c.op(f"{t}.ne")
+
+            self.twice(a, differs)
         elif op == "isinf":
             self.emit(a)
             c.op(f"{t}.abs")
@@ -172,8 +179,18 @@ class Emitter:
             if not signed(d):
                 self.emit(a)
                 return
-            z = const(0, d)
-            self.twice(a, lambda g: (c.const(t, 0), g(), c.op(f"{t}.sub"), g(), g(), self.emit(z), c.op(f"{t}.lt_s"), c.op("select")))
+
+            def magnitude(g: Callable[[], None]) -> None:
+                c.const(t, 0)
+                g()
+                c.op(f"{t}.sub")
+                g()
+                g()
+                c.const(t, 0)
+                c.op(f"{t}.lt_s")
+                c.op("select")
+
+            self.twice(a, magnitude)
             self.normalize(d)
         elif op == "popcount":
             self.emit(a)
@@ -185,7 +202,7 @@ class Emitter:
         else:
             raise self.fail(e, f"{op} must be expanded first")
 
-    def twice(self, a: Expr, body: Callable[[Callable[[], None]], object]) -> None:
+    def twice(self, a: Expr, body: Callable[[Callable[[], None]], None]) -> None:
         """``body`` with a way to push the value of ``a`` as often as it likes."""
         if a.op in ("var", "const"):
             body(lambda: self.emit(a))
@@ -203,7 +220,16 @@ class Emitter:
         if op in ("min", "max"):
             rel = "lt" if op == "min" else "gt"
             s = "" if d.is_float else "_s" if signed(d) else "_u"
-            self.twice(a, lambda x: self.twice(b, lambda y: (x(), y(), x(), y(), c.op(f"{t}.{rel}{s}"), c.op("select"))))
+
+            def pick(x: Callable[[], None], y: Callable[[], None]) -> None:
+                x()
+                y()
+                x()
+                y()
+                c.op(f"{t}.{rel}{s}")
+                c.op("select")
+
+            self.twice(a, lambda x: self.twice(b, lambda y: pick(x, y)))
         elif op in _ARITH or (op == "div" and d.is_float):
             self.emit(a)
             self.emit(b)
@@ -235,6 +261,14 @@ class Emitter:
                 self.normalize(d)
             else:
                 c.const(t, 0)
+            return
+
+        lo, hi = value_range(b)
+        if lo is not None and lo >= 0 and hi is not None and hi < bits:
+            self.emit(a)
+            self.emit(b)
+            c.op(ins)
+            self.normalize(d)
             return
 
         def go(y: Callable[[], None]) -> None:

@@ -274,7 +274,13 @@ class Vector(Emitter):
             a = args[0]
             pa = prefix(a.dtype)
             if op == "isnan":
-                self.twice(a, lambda g: (g(), g(), c.op(f"{pa}.ne")))
+
+                def differs(g: Callable[[], None]) -> None:
+                    g()
+                    g()
+                    c.op(f"{pa}.ne")
+
+                self.twice(a, differs)
             else:
                 self.emit(a)
                 c.op(f"{pa}.abs")

@@ -4,6 +4,8 @@ Rules (each is data in :class:`Rules`):
 
 * ``f16``, ``bf16`` without native arithmetic: values are carried in f32 and rounded after every operation that may be inexact
   (f32 has more than twice the bits, so one operation and one rounding is the correctly rounded result); memory keeps 16 bits.
+* 8-bit floats: the same, memory keeps 8 bits (:mod:`luthier.passes.float8`).
+* values of 2 and 4 bits: carried in 8, wrapped by every cast to them (memory is :mod:`luthier.passes.lower_subbyte`'s).
 * 64-bit integers where there are none: values are carried in 32 bits (indices and counts fit; a kernel whose numbers need more
   must not be sent there), memory keeps 64 bits: the low word is read, both are written.
 * memory without 8- and 16-bit elements: a parameter becomes 32-bit words, a load extracts its part, a store is
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir import intrin
-from luthier.ir.dtypes import DType, bf16, f16, f32, f64, i32, u16, u32
+from luthier.ir.dtypes import DType, bf16, f16, f32, f64, i8, i32, u8, u16, u32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import (
     BINARY,
@@ -43,20 +45,24 @@ from luthier.ir.expr import (
     var,
 )
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block
+from luthier.passes import float8
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a target has. ``small_memory``: loads and stores of 8 and 16 bits."""
+    """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own; ``subbyte``: values of 2 and 4 bits; ``small_memory``: loads and stores of 8 and 16 bits."""
 
     int64: bool = True
     float64: bool = True
     half: bool = False
+    bfloat: bool = False
+    subbyte: bool = True
     small_memory: bool = True
 
 
 WGSL_RULES = Rules(int64=False, float64=False, small_memory=False)
 DEFAULT_RULES = Rules()
+LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
 
 def _store_bits(buf: Any, at: Any, mask: Any, bits: Any) -> None:
@@ -105,13 +111,13 @@ def f32_to_bfloat(v: Expr) -> Expr:
     return select(const(0x7F800000, b.dtype) < (b & 0x7FFFFFFF), binary("shr", b, 16) | 0x40, r)
 
 
-_DECODE = {f16: half_to_f32, bf16: bfloat_to_f32}
-_ENCODE = {f16: f32_to_half, bf16: f32_to_bfloat}
+_DECODE = {f16: half_to_f32, bf16: bfloat_to_f32} | float8.DECODE
+_ENCODE = {f16: f32_to_half, bf16: f32_to_bfloat} | float8.ENCODE
 _EXACT = frozenset("neg abs floor ceil round trunc min max".split())
 
 
 def legalize_dtype(f: Func, rules: Rules = DEFAULT_RULES) -> Func:
-    """Raises CompilationError for a type that has no rule (f64 where there is none, 8-bit floats, strings)."""
+    """Raises CompilationError for a type that has no rule (f64 where there is none, strings)."""
     lg = _Legalizer(f, rules)
     if not lg.needed():
         return f
@@ -130,18 +136,42 @@ class _Legalizer:
     def carried(self, d: DType) -> DType:
         """The type that holds a value of ``d``."""
         s = d.scalar
-        if s in _DECODE and not (s is f16 and self.r.half):
+        if self.soft(s):
             return f32.vec(d.lanes)
+        if self.narrow(s):
+            return (i8 if s.kind == "i" else u8).vec(d.lanes)
         if s.kind in "iu" and s.bits == 64 and not self.r.int64:
             return (i32 if s.kind == "i" else u32).vec(d.lanes)
         if s is f64 and not self.r.float64:
             raise CompilationError("this target has no f64", op=self.f.name, hint="use f32, or another target")
-        if s.kind.startswith("f8") or s.kind == "s":
+        if s.kind == "s":
             raise CompilationError(f"no rule for {s}", op=self.f.name)
         return d
 
     def soft(self, d: DType) -> bool:
-        return d.scalar in _DECODE and not (d.scalar is f16 and self.r.half)
+        s = d.scalar
+        return s in _DECODE and not (s is f16 and self.r.half) and not (s is bf16 and self.r.bfloat)
+
+    def narrow(self, d: DType) -> bool:
+        return not self.r.subbyte and d.is_int and d.bits < 8
+
+    def wrap(self, v: Expr, d: DType) -> Expr:
+        """An integer, or a float that saturates, as a value of ``d`` carried in 8 bits."""
+        c = self.carried(d)
+        if v.dtype.is_float:
+            lo, hi = (-(1 << (d.bits - 1)), (1 << (d.bits - 1)) - 1) if d.is_signed else (0, (1 << d.bits) - 1)
+            v = cast(v, c)
+            return binary("max", binary("min", v, const(hi, c)), const(lo, c))
+        v = cast(v, c)
+        if not d.is_signed:
+            return v & ((1 << d.bits) - 1)
+        k = const(8 - d.bits, c)
+        return binary("shr", binary("shl", v, k), k)
+
+    @staticmethod
+    def cell(d: DType) -> DType:
+        """What holds a carried value in memory."""
+        return u8 if d.bits == 8 else u16
 
     def words(self, d: DType) -> int:
         """Elements of a parameter per 32-bit word: 4, 2, or 1; 0 for two words an element."""
@@ -155,7 +185,7 @@ class _Legalizer:
 
         def bad(d: DType) -> bool:
             s = d.scalar
-            return s in _DECODE or s is f64 or s.kind.startswith("f8") or (s.is_int and s.bits == 64 and not self.r.int64)
+            return self.soft(s) or self.narrow(s) or (s is f64 and not self.r.float64) or (s.is_int and s.bits == 64 and not self.r.int64)
 
         if any(bad(b.dtype) or self.words(b.dtype) != 1 for b in self.f.buffers):
             return True
@@ -177,7 +207,7 @@ class _Legalizer:
                 elif w > 1:
                     nb = replace(b, dtype=u32, shape=((b.size() + (w - 1)) // w,))
                 else:
-                    nb = replace(b, dtype=u16) if self.soft(d) else replace(b, dtype=self.carried(d))
+                    nb = replace(b, dtype=self.cell(d)) if self.soft(d) else replace(b, dtype=self.carried(d))
             else:
                 c = self.carried(d)
                 if not self.r.small_memory and c.bits < 32 and b.rank:
@@ -197,7 +227,7 @@ class _Legalizer:
         return r
 
     def rnd(self, v: Expr, d: DType) -> Expr:
-        """A carried f32 rounded to 16 bits."""
+        """A carried f32 rounded to what ``d`` can hold."""
         s = d.scalar
         return _DECODE[s](_ENCODE[s](v))
 
@@ -217,12 +247,12 @@ class _Legalizer:
             if self.soft(d):
                 v = cast(args[0], f32)
                 return v if self.soft(src) and src.scalar is d.scalar else self.rnd(v, d)
-            return cast(args[0], c)
+            return self.wrap(args[0], d) if self.narrow(d) else cast(args[0], c)
         if op == "bitcast":
             if self.soft(d):
-                return _DECODE[d.scalar](cast(cast(args[0], u16), u32))
+                return _DECODE[d.scalar](cast(bitcast(args[0], self.cell(d).vec(d.lanes)), u32))
             if self.soft(src):
-                return bitcast(cast(_ENCODE[src.scalar](args[0]), u16), d)
+                return bitcast(cast(_ENCODE[src.scalar](args[0]), self.cell(src)), d)
             return bitcast(args[0], c)
         if self.soft(d) and op in BINARY | UNARY:
             v = binary(op, *args) if op in BINARY else unary(op, args[0])
