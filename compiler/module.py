@@ -113,7 +113,11 @@ class Module:
         except IndexError:
             if self._fns is None:
                 raise TargetError(f"code for {self.manifest['target']['name']} does not run on this machine", hint="save it and load it there") from None
-            return Context(self._fns, self._weights, self.threads or 0, len(self._ins), len(self._outs))
+            if self.threads is None:
+                from luthier.codegen.target import usable_cores
+
+                self.threads = usable_cores()
+            return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
 
     def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
         ctx = self._context()
@@ -132,7 +136,7 @@ class Module:
                 ins[WORDS * i] = address(a)
             tkey = tuple(key)
             if self._packed:
-                for i, (p, a) in enumerate(zip(self._ins, keep, strict=True)):
+                for i, (p, a) in enumerate(zip(self._ins, tuple(keep), strict=True)):
                     if p.bits < 8:
                         packed = pack_bits(a, p.bits)
                         keep.append(packed)
