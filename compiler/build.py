@@ -13,6 +13,8 @@ from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt
 from luthier.ir.program import Program
 from luthier.module import Module
 from luthier.native import ABI_VERSION, EXPORTS, aligned
+from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.lower_subbyte import lower_subbyte
 
 __all__ = ["build_module"]
 
@@ -20,7 +22,8 @@ __all__ = ["build_module"]
 def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
     """Compiles what the cache does not have and links in memory; for another machine's target the module can only be saved."""
     chosen = parse_target(target) if isinstance(target, str) else target
-    symbols, texts = kernel_texts(program.kernels, chosen)
+    kernels = {name: legalize_dtype(lower_subbyte(f), LLVM_RULES) for name, f in program.kernels.items()}
+    symbols, texts = kernel_texts(kernels, chosen)
     main = print_main(program, chosen, symbols)
     cache = ObjectCache()
     objects = compile_texts([main.runtime, *texts.values()], chosen, cache)
