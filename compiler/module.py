@@ -206,7 +206,7 @@ class Module:
         shape = _shape(ctx, j, q.rank)
         n = math.prod(shape)
         nbytes = -(-n * q.bits // 8)
-        raw = owned(ctx.outs[WORDS * j], nbytes, self._fns.release)
+        raw = owned(ctx.outs[WORDS * j], nbytes, self._fns.free)
         if q.bits < 8:
             return unpack_bits(raw, q.bits, shape, q.dtype, not q.dtype.name.startswith("u"))
         return raw.view(q.dtype).reshape(shape) if n else np.empty(shape, q.dtype)

@@ -93,10 +93,6 @@ class Functions:
         self.set_spin = fn("lt_set_spin", None, p, i64)
         self.threads = fn("lt_threads", i32, p)
 
-    def release(self, ptr: int) -> None:
-        """``lt_free``; as a bound method it keeps the code loaded as long as an output that the module allocated lives."""
-        self.free(ptr)
-
     def free(self, ptr: int) -> None:
         """Release an output. A method, so that a pending release keeps the library in memory."""
         self._free(ptr)
