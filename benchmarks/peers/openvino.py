@@ -30,7 +30,8 @@ def load(job: Job) -> Bind:
         for inputs in sets:
             request = compiled.create_infer_request()
             for port in compiled.inputs:
-                request.set_tensor(port, ov.Tensor(inputs[port.get_any_name()], shared_memory=True))
+                name = next(name for name in port.get_names() if name in inputs)  # it may have others too
+                request.set_tensor(port, ov.Tensor(inputs[name], shared_memory=True))
             requests.append((request, inputs))
             calls.append(request.infer)
         return Loaded(ov.__version__, calls, lambda: [requests[0][0].get_tensor(p).data for p in compiled.outputs])
