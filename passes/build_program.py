@@ -17,12 +17,13 @@ import numpy as np
 from luthier.ir.compute import Compute, axis, pull
 from luthier.ir.dtypes import DType, boolean, i64, index
 from luthier.ir.errors import LuthierError, UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, var
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, substitute, var
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
 from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, block
 from luthier.ir.op import Kernel
 from luthier.ir.printer import format_compute, format_func
 from luthier.ir.program import Program
+from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
 from luthier.passes.materialize_contents import CONTENT
@@ -321,7 +322,8 @@ class _Builder:
     def _emit_compute(self, it: _Item, work: Joined, stmts: list[Stmt]) -> None:
         args: dict[str, Buffer] = {}
         consts: dict[str, Array] = {}
-        key = format_compute(replace(work.compute, name="k"))
+        compute, scalars = abstract_extents(work.compute)
+        key = format_compute(replace(compute, name="k"))
         for name, v in work.params.items():
             if v.data is not None:
                 consts[name] = v.data
@@ -332,10 +334,10 @@ class _Builder:
         key += ",".join(sorted(consts))
         k = self.cache.get(key)
         if k is None:
-            k = self.cache[key] = self.schedule(work.compute, consts)
+            k = self.cache[key] = self.schedule(compute, consts)
             packed = k.packed
         elif k.packed:
-            packed = self._repack(k, work, consts)
+            packed = self._repack(k, compute, consts)
         else:
             packed = {}
         for name, a in packed.items():
@@ -345,17 +347,17 @@ class _Builder:
             if v.data is not None and name in read:
                 args[name] = self.buffer_of(v)
         for t in k.temps:
-            args[t.name] = self.temp(f"{it.node.name}.{t.name}", t.dtype, t.shape)
+            args[t.name] = self.temp(f"{it.node.name}.{t.name}", t.dtype, [substitute(s, scalars) for s in t.shape])
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
-            self._call(f, args, {}, stmts, names)
+            self._call(f, args, scalars, stmts, names)
 
-    def _repack(self, k: Scheduled, work: Joined, consts: Mapping[str, Array]) -> dict[str, Array]:
+    def _repack(self, k: Scheduled, compute: Compute, consts: Mapping[str, Array]) -> dict[str, Array]:
         """The packed constants of an equal Compute with other weights."""
         packings = getattr(k, "packings", None)
         if packings is not None:
             return {name: p.apply(consts[p.param]) for name, p in packings.items() if p.param in consts}
-        return self.schedule(work.compute, consts).packed
+        return self.schedule(compute, consts).packed
 
     def _call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
         callee = self.kernel(f)

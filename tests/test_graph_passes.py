@@ -347,3 +347,22 @@ def test_fold_constants_pass_after_rewriting() -> None:
     g = graph("g (float[2, 2] x) => (float[2, 2] y) <float[2, 2] w = {1, 2, 3, 4}> { t = Transpose(w)  y = Add(x, t) }")
     assert ops(g) == {"Add": 1}
     assert not fold_constants(g)
+
+
+def test_extents_are_named_and_products_kept() -> None:
+    from luthier.ir.compute import Compute, axis, max_, pull
+    from luthier.ir.dtypes import f32
+    from luthier.ir.expr import load, var
+    from luthier.ir.loop import Buffer
+    from luthier.passes.abstract_extents import abstract_extents
+
+    h = var("height")
+    half = (h + 1) // 2
+    x = Buffer.of("p0", f32, (half * 2, half))
+    i, k = axis("i", half * 2), axis("k", half)
+    c = Compute("f", (x,), (h,), (pull("o0", [i], max_(k, load(x, [i.var, k.var]))),), ("o0",))
+    named, scalars = abstract_extents(c)
+    assert str(named) == "compute f(p0: f32[e0 * 2, e0], e0) -> o0:\n  o0[i < e0 * 2]: f32 = max[k < e0](p0[i, k])\n"
+    assert list(scalars.values()) == [half] and named.dims == tuple(scalars)
+    again, none = abstract_extents(named)
+    assert again is named and none == {}
