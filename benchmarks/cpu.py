@@ -1,7 +1,7 @@
 """The speed table: Luthier against other CPU runtimes on real models, f32 arithmetic, the same static shapes.
 
     python benchmarks/cpu.py [--models A,B] [--peers A,B] [--threads 1,2] [--rounds N] [--json FILE] [--save] [--profile]
-                             [--stat median|min] [--realtime]
+                             [--stat median|min] [--realtime] [--merge JSON ...]
 
 Every runtime has a process of its own, pinned to as many cores as it has threads. In each round every runtime takes
 one turn, in an order that alternates, while all others are stopped (SIGSTOP). Each call gets other inputs than the
@@ -176,7 +176,7 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def report(rows: list[Row], labels: list[str], rounds: int) -> str:
+def report(rows: list[Row], labels: list[str], how: str) -> str:
     """The whole result as Markdown: conditions, then a table of medians, minima and load times per thread count."""
     about = machine()
     versions = {n: r["version"] for row in rows for n, r in row["peers"].items() if "version" in r}
@@ -184,7 +184,7 @@ def report(rows: list[Row], labels: list[str], rounds: int) -> str:
         f"# CPU runtimes, {about['date']}",
         f"{about['cpu']}, {about['cores']} cores, {' '.join(about['extensions'])}; {about['system']}.",
         f"{', '.join(f'{n} {v}' for n, v in versions.items())}.",
-        f"{rounds} rounds, every other runtime stopped between turns, pinned, other inputs each call; milliseconds. "
+        f"{how}, every other runtime stopped between turns, pinned, other inputs each call; milliseconds. "
         "The best peer of a row is marked with *; ratio: best peer / luthier.",
     ]
     for threads in sorted({row["threads"] for row in rows}):
@@ -210,6 +210,19 @@ def report(rows: list[Row], labels: list[str], rounds: int) -> str:
     if failures:
         text += ["## What did not run", "\n".join(failures)]
     return "\n\n".join(text) + "\n"
+
+
+def merged(files: list[Path]) -> list[Row]:
+    """The rows of several saved runs; of a runtime measured more than once, the run with the lowest median."""
+    rows: dict[tuple[str, int], Row] = {}
+    for file in files:
+        for row in json.loads(file.read_text())["rows"]:
+            kept = rows.setdefault((row["model"], row["threads"]), {**row, "peers": {}})
+            for label, result in row["peers"].items():
+                before = kept["peers"].get(label, {}).get("median_ms", math.inf)
+                if result.get("median_ms", math.inf) < before or label not in kept["peers"]:
+                    kept["peers"][label] = result
+    return list(rows.values())
 
 
 def show_profile(model: str, threads: int, console: Console) -> None:
@@ -254,6 +267,7 @@ def main() -> int:
     parser.add_argument("--realtime", action="store_true", help="precedence over other processes during a turn; needs root")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     parser.add_argument("--save", nargs="?", const="cpu", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="show runs written before instead of measuring")
     parser.add_argument("--profile", action="store_true", help="only Luthier's kernels, against the measured roofline")
     args = parser.parse_args()
     console = Console(width=int(os.environ.get("COLUMNS", "150")))
@@ -266,8 +280,8 @@ def main() -> int:
             for model in models:
                 show_profile(model, threads, console)
         return 0
-    rows: list[Row] = []
-    for threads in (int(t) for t in args.threads.split(",")):
+    rows: list[Row] = merged(args.merge) if args.merge else []
+    for threads in () if args.merge else tuple(int(t) for t in args.threads.split(",")):
         for model in models:
             row = measure(model, labels, threads, args.rounds, console, args.realtime)
             rows.append(row)
@@ -290,9 +304,14 @@ def main() -> int:
         if mean:
             console.print(f"geometric mean over {mean[1]} rows, each at most {CAP}: {mean[0]:.3f}")
     if args.save:
+        how = f"{args.rounds} rounds"
+        if args.merge:
+            how = f"{len(args.merge)} runs, of which the one with the lowest median counts for each runtime and row"
+        elif args.realtime:
+            how += ", real-time priority during a turn"
         folder = ROOT / "benchmarks" / "results"
         folder.mkdir(exist_ok=True)
-        (folder / f"{args.save}.md").write_text(report(rows, labels, args.rounds))
+        (folder / f"{args.save}.md").write_text(report(rows, labels, how))
         (folder / f"{args.save}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
         console.print(f"saved {folder / args.save}.md and .json")
     failed = [row["model"] for row in rows if "error" in row["peers"].get("luthier", {})]
