@@ -132,7 +132,7 @@ def stored(f: Func) -> set[str]:
 class _Share(KernelPrinter):
     """The function that hands the iterations of one kernel to the threads."""
 
-    def share(self, symbol: str, extent: Expr, grain: int) -> str:
+    def share(self, name: str, symbol: str, extent: Expr, grain: int) -> str:
         params, args = ["ptr %st"], []
         for k, p in enumerate(self.f.params):
             t = "ptr" if isinstance(p, Buffer) else reg_type(p.dtype)
@@ -175,7 +175,7 @@ class _Share(KernelPrinter):
             "ret void",
         ]
         self.declare("llvm.smin.i64", "i64 @(i64, i64)")
-        return definition(self, f"internal void @{quote(symbol + '.share')}({', '.join(params)})")
+        return definition(self, f"internal void @{quote(name + '.share')}({', '.join(params)})")
 
 
 def definition(p: KernelPrinter, head: str) -> str:
@@ -396,7 +396,7 @@ class _Main(_Printer):
                 args.append(f"{reg_type(p.dtype)} {self.value(a)}")
         symbol = self.m.symbols[s.callee]
         if shared:
-            self.emit(f"call void @{quote(symbol + '.share')}({', '.join(['ptr %st', *args])})")
+            self.emit(f"call void @{quote(self.m.share_names[s.callee] + '.share')}({', '.join(['ptr %st', *args])})")
         else:
             found = parallel_loop(f)
             extent = None if found is None else substitute(found[1], env)
@@ -502,7 +502,9 @@ class _Module:
         self.strings: dict[str, str] = {}
         self.calls: list[str] = []
         self.shared: set[str] = set()
-        self.wrappers: dict[str, str] = {}
+        self.wrappers: dict[tuple[str, str, int], str] = {}  # by symbol, extent, grain
+        self.share_keys: dict[tuple[str, str, int], str] = {}
+        self.share_names: dict[str, str] = {}
         self.declares: dict[str, str] = {}
         self.helpers: set[str] = set()
         dims = set(program.dims)
@@ -561,10 +563,13 @@ class _Module:
             if found is None or (total is not None and total < SMALL_WORK):
                 continue
             self.shared.add(name)
-            if symbol not in self.wrappers:
-                each = work(found[0].body)
-                grain = max(int(f.attrs.get("grain", 1)), int(SMALL_WORK // 4 // each) if each else 1, 1)
-                self.wrappers[symbol] = self.finish(w := _Share(f, self.target), w.share(symbol, found[1], grain))
+            each = work(found[0].body)
+            grain = max(int(f.attrs.get("grain", 1)), int(SMALL_WORK // 4 // each) if each else 1, 1)
+            key = (symbol, repr(found[1]), grain)  # one text may serve several extents: they are arguments of the kernel
+            if key not in self.wrappers:
+                self.share_keys[key] = name
+                self.wrappers[key] = self.finish(w := _Share(f, self.target), w.share(name, symbol, found[1], grain))
+            self.share_names[name] = self.share_keys[key]
         main, bind, place = _Main(self), _Bind(self, "lt_bind"), _Bind(self, "lt_place")
         texts = [self.finish(main, main.text()), self.finish(bind, bind.print_bind()), self.finish(place, place.print_place())]
         counts = [

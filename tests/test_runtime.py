@@ -325,3 +325,15 @@ def test_profile_counts_every_call() -> None:
 def test_model_without_inputs() -> None:
     proto = model([h.make_node("ConstantOfShape", ["s"], ["y"])], [], [("y", T.FLOAT)], {"s": np.array([2, 3])})
     np.testing.assert_array_equal(luthier.compile(proto).run({})["y"], np.zeros((2, 3), np.float32))
+
+
+def test_kernels_that_differ_only_in_their_extent() -> None:
+    """Equal code under another trip count is one object but two calls."""
+    s = normal(96, seed=3)
+    nodes = [h.make_node("Mul", ["x", "s"], ["a"]), h.make_node("Mul", ["y", "s"], ["b"])]
+    ins = [value("x", T.FLOAT, (529, 96)), value("y", T.FLOAT, (2116, 96))]
+    m = luthier.compile(model(nodes, ins, [("a", T.FLOAT), ("b", T.FLOAT)], {"s": s}), threads=2)
+    x, y = normal(529, 96, seed=4), normal(2116, 96, seed=5)
+    out = m.run({"x": x, "y": y})
+    np.testing.assert_array_equal(out["a"], x * s)
+    np.testing.assert_array_equal(out["b"], y * s)
