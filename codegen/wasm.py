@@ -20,6 +20,9 @@ from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, binary, bounds, const, linear, load, load_parts, loads, prove
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, stmts_of, walk_stmts
+from luthier.passes.legalize_dtype import legalize_dtype
+from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.passes.place_lets import place_lets
 
 
 def element_bytes(d: DType) -> int:
@@ -549,6 +552,12 @@ def const_data(funcs: Sequence[Func]) -> tuple[dict[str, int], list[tuple[int, b
     return offs, segs, at
 
 
+def legalize_wasm(f: Func) -> Func:
+    """A kernel with the loop passes done, made printable: whole bytes, no 16-bit floats, shared parts named again."""
+    g = legalize_dtype(lower_subbyte(f))
+    return f if g is f else place_lets(g)
+
+
 def print_module(funcs: Sequence[Func], relaxed_simd: bool = True, shared_pages: int | None = None) -> bytes:
     """The module of some printable kernels; each exports ``name`` and ``name.range``. Kernels may ``Call`` each other.
 
@@ -566,4 +575,4 @@ def print_module(funcs: Sequence[Func], relaxed_simd: bool = True, shared_pages:
     return Module(out, segs, shared_pages).encode()
 
 
-__all__ = ["print_module", "const_data", "parallel_path", "bits_of"]
+__all__ = ["legalize_wasm", "print_module", "const_data", "parallel_path", "bits_of"]

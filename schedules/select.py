@@ -19,7 +19,9 @@ from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
 from luthier.passes.expand_math import expand_math
 from luthier.passes.flatten import flatten
+from luthier.passes.place_barriers import place_barriers
 from luthier.passes.place_lets import place_lets
+from luthier.passes.privatize_threads import privatize_threads
 from luthier.passes.promote_locals import promote_locals
 from luthier.passes.unroll import unroll
 from luthier.passes.vectorize import vectorize
@@ -46,7 +48,8 @@ class Kernels:
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
-    return [flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
+    group = [privatize_threads, place_barriers] if caps.gpu else []
+    return [*group, flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:

@@ -14,7 +14,6 @@ from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, f64, i8, i16, i32,
 from luthier.ir.expr import COMPARE, Expr, binary, cast, compare, const, load, select, unary, var
 from luthier.ir.interp import run_func
 from luthier.ir.loop import Buffer, For, Func, Store, block
-from luthier.passes.legalize_dtype import legalize_dtype
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
 
@@ -132,6 +131,7 @@ def same(got: dict[str, Any], want: dict[str, Any], group: list[tuple[DType, Any
 @pytest.mark.parametrize("name", list(BY_TYPES))
 def test_wasm(name: str, lanes: int) -> None:
     pytest.importorskip("wasmtime")
+    from luthier.codegen.wasm import legalize_wasm
     from luthier.codegen.wasm_run import run_wasm
 
     ins, group = BY_TYPES[name]
@@ -142,7 +142,7 @@ def test_wasm(name: str, lanes: int) -> None:
     arrays: dict[str, Any] = {n: values(d, rng) for n, d in zip("AB", ins, strict=False)}
     want, got = outputs(f), outputs(f)
     run_func(f, {**arrays, **want})
-    run_wasm(legalize_dtype(build_kernel(f, WASM)), {**arrays, **got}, relaxed_simd=False)
+    run_wasm(legalize_wasm(build_kernel(f, WASM)), {**arrays, **got}, relaxed_simd=False)
     same(got, want, group)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from luthier.codegen.cuda import CudaKernel, legalize_cuda, print_cuda
 from luthier.codegen.nvrtc import compile_cubin
+from luthier.codegen.wasm import legalize_wasm
 from luthier.codegen.wasm_run import run_wasm
 from luthier.codegen.wgsl import Shader, legalize_wgsl, print_wgsl
 from luthier.ir.loop import Func
-from luthier.passes.legalize_dtype import legalize_dtype
 from luthier.passes.lower_subbyte import is_subbyte, lower_subbyte, pack_array
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
@@ -36,7 +36,7 @@ def printable(f: Func, caps: Capabilities) -> Func:
 
 
 def wasm(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None:
-    run_wasm(legalize_dtype(printable(f, WASM)), packed(f, arrays), scalars)
+    run_wasm(legalize_wasm(build_kernel(f, WASM)), packed(f, arrays), scalars)
 
 
 # ---------------------------------------------------------------- WGSL and CUDA

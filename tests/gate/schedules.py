@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import Schedule, annotate, fuse, pack, reorder, split, stage
+from luthier.schedules.schedule import Schedule, annotate, cache, fuse, pack, reorder, split, stage
 from tests.gate.kernels import Case
 
 Scheduler = Callable[[Schedule], Schedule]
@@ -163,16 +163,16 @@ def line(s: Schedule, loop: str, n: int = 64) -> Schedule:
 
 
 def _gemm_gpu(s: Schedule) -> Schedule:
-    """16 by 16 threads, each with a 2 by 2 tile in registers."""
-    s = split(split(s, "C.i", 2), "C.j", 2)
-    s = reorder(s, "C.i.0", "C.j.0", "C.i.1", "C.j.1")
-    for k in ("C.i.1", "C.j.1"):
-        s = annotate(s, k, "unroll")
-    s = tiles(s, ("C.i.0", 16), ("C.j.0", 16))
-    s = stage(s, "acc", at="C.j.0.1")
-    s = reorder(s, "acc.k", "acc.i", "acc.j")
-    for k in ("acc.i", "acc.j"):
-        s = annotate(s, k, "unroll")
+    """Tiles of 16 by 16 through shared memory, one thread an element; the last tiles overhang and are masked."""
+    n = 16
+    s = tiles(s, ("C.i", n), ("C.j", n))
+    s = stage(s, "acc", at="C.j.0")
+    s = split(s, "acc.k", n)
+    s = reorder(s, "acc.k.0", "acc.i", "acc.j", "acc.k.1")
+    s = annotate(annotate(s, "acc.i", "thread.y"), "acc.j", "thread.x")
+    for p, y, x in (("A", "a0", "a1"), ("B", "a0", "a1")):
+        s = cache(s, p, "acc", at="acc.k.0", scope="shared")
+        s = annotate(annotate(s, f"{p}.c.{y}", "thread.y"), f"{p}.c.{x}", "thread.x")
     return s
 
 

@@ -13,7 +13,7 @@ from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, i2, i4, i8, i32, i64, u1, u2, u4, u32
 from luthier.ir.expr import bcast, bitcast, cast, const, load, ramp, shuffle, var, vreduce
 from luthier.ir.interp import evaluate_expr, run_func
-from luthier.ir.loop import Alloc, Buffer, For, Func, Let, Stmt, Store, block
+from luthier.ir.loop import Alloc, Buffer, For, Func, Let, Stmt, Store, block, walk_stmts
 from luthier.passes.expand_math import expand_math
 from luthier.passes.legalize_dtype import (
     WGSL_RULES,
@@ -25,6 +25,9 @@ from luthier.passes.legalize_dtype import (
 )
 from luthier.passes.lower_subbyte import lower_subbyte, pack_array, unpack_array
 from luthier.passes.map_parallel import map_parallel
+from luthier.passes.place_barriers import place_barriers
+from luthier.passes.place_lets import place_lets
+from luthier.passes.privatize_threads import privatize_threads
 from luthier.passes.round_by_operator import round_by_operator
 from luthier.passes.scalarize import scalarize
 
@@ -97,7 +100,9 @@ def test_legalize_packed_bool_and_bytes(golden: Golden) -> None:
 def test_legalize_half(d: DType, golden: Golden) -> None:
     x, y = Buffer.of("X", d, (64,), writable=False), Buffer.of("Y", d, (64,))
     f = Func("h", (x, y), each(64, lambda i: Store(y, (i,), x[i] * x[i] + x[i])))
-    g = before_after(golden, f"legalize_{d.name}", f, legalize_dtype)
+    g = place_lets(legalize_dtype(f))
+    one = Func("h", (x, y), each(64, lambda i: Store(y, (i,), x[i] * x[i])))
+    golden(f"passes/legalize_{d.name}.txt", f"# before\n{one}\n# after, with names for shared parts\n{place_lets(legalize_dtype(one))}")
     v = np.random.default_rng(0).standard_normal(64).astype(d.numpy)
     want, got = np.zeros(64, d.numpy), np.zeros(64, np.uint16)
     run_func(f, [v, want])
@@ -223,3 +228,45 @@ def unary_exp(x: Any) -> Any:
     return unary("exp", x)
 
 
+
+
+# ---------------------------------------------------------------- GPU: privatize_threads, place_barriers
+
+
+def _blocked_sum() -> Func:
+    """Each thread adds its column of shared tiles, loaded by all threads together."""
+    a, y = Buffer.of("A", f32, (3, 4, 4), writable=False), Buffer.of("Y", f32, (4,))
+    s, acc = Buffer.of("s", f32, (4, 4), "shared"), Buffer.of("acc", f32, (4,), "local")
+    k, j = var("k", lo=0, hi=2), var("j", lo=0, hi=3)
+    t = [var(f"t{n}", lo=0, hi=3) for n in range(4)]
+
+    def threads(n: int, body: Stmt) -> For:
+        return For(t[n], const(0), const(4), "thread.x", body)
+
+    rows = For(j, const(0), const(4), "serial", Store(acc, (t[2],), acc[t[2]] + s[j, t[2]]))
+    load_tile = threads(1, For(j, const(0), const(4), "serial", Store(s, (t[1], j), a[k, t[1], j])))
+    step = Alloc(s, block(load_tile, threads(2, rows)))
+    body = block(threads(0, Store(acc, (t[0],), const(0, f32))), For(k, const(0), const(3), "serial", step), threads(3, Store(y, (t[3],), acc[t[3]])))
+    return Func("blocked", (a, y), Alloc(acc, body))
+
+
+def test_place_barriers(golden: Golden) -> None:
+    f = _blocked_sum()
+    g = before_after(golden, "place_barriers", f, place_barriers)
+    x = np.arange(48, dtype=np.float32).reshape(3, 4, 4)
+    out = np.zeros(4, np.float32)
+    run_func(g, [x, out])
+    np.testing.assert_array_equal(out, x.sum((0, 1)))
+
+
+def test_privatize_threads(golden: Golden) -> None:
+    g = before_after(golden, "privatize_threads", _blocked_sum(), privatize_threads)
+    accs = [s.buf for s in walk_stmts(g.body) if isinstance(s, Alloc) and s.buf.name == "acc"]
+    assert [b.shape for b in accs] == [()]
+
+
+def test_privatize_threads_keeps_what_another_index_reads() -> None:
+    y, acc = Buffer.of("Y", f32, (4,)), Buffer.of("acc", f32, (4,), "local")
+    t = var("t", lo=0, hi=3)
+    f = Func("f", (y,), Alloc(acc, block(Store(acc, (const(0),), const(1, f32)), For(t, const(0), const(4), "thread.x", Store(y, (t,), acc[t])))))
+    assert privatize_threads(f) is f
