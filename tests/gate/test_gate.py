@@ -11,6 +11,8 @@ import pytest
 from luthier.errors import TargetError
 from luthier.ir.parser import parse_func
 from luthier.ir.printer import format_func, format_stmt
+from luthier.passes.place_barriers import place_barriers
+from luthier.passes.privatize_threads import privatize_threads
 from luthier.schedules.capabilities import Capabilities
 from tests.gate import backends, dawn
 from tests.gate.harness import Runner, check, funcs_of, interpret, run_case
@@ -39,6 +41,14 @@ def test_text(case: Case, golden: Callable[[str, str], None]) -> None:
     if case.compute is not None:
         parts += ["# scheduled", *map(str, funcs_of(case, cpu(case, FIXED)))]
     golden(f"gate/{case.name}.txt", "\n".join(parts))
+
+
+def test_grid_text(golden: Callable[[str, str], None]) -> None:
+    """Shared memory: the GEMM as scheduled for a grid, and what the shared passes make of it."""
+    case = CASES[0]
+    assert case.name == "gemm"
+    f = funcs_of(case, gpu(case))[-1]
+    golden("gate/gemm_grid.txt", f"# scheduled\n{f}\n# with barriers, without thread dimensions\n{place_barriers(privatize_threads(f))}")
 
 
 @BY_NAME
