@@ -80,7 +80,11 @@ def apply(
     if not depthwise and _packable(s, p, v, constants):
         s, padded = _pack_panel(s, acc, p, v, nv)
     s = _merge_reduce(s, acc)
-    return _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+    s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+    for n, x in s.stages.items():
+        if n.endswith(".pad") and x.at is None:
+            s = pointwise(s, n, caps)
+    return s
 
 
 def _vector_axis(s: Schedule, st: Stage, lanes: int, constants: Mapping[str, Any]) -> Expr:
@@ -221,9 +225,31 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
 
         stages = {pb.name: pst, **s.stages, acc: replace(st, expr=rewrite(st.expr, repl))}
         s = replace(s, stages=stages, ext=ext, trace=(*s.trace, ("pad", buf.name)))
-        s = pointwise(s, pb.name, caps)
         st = s.stages[acc]
     return s
+
+
+def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
+    """For a depthwise convolution, whose input is read once: the padded rows of one block of output rows and one panel of
+    channels are made in a local buffer, instead of a padded copy of the whole input in memory.
+
+    Returns (schedule, loops between the panel and the tile, name of the padded tensor); the name is None when it stays outside."""
+    st = s.stages[acc]
+    pads = [x for x in loads(st.expr) if x.attr[0].name.endswith(".pad") and len(load_parts(x)[1]) == len(s.stages[x.attr[0].name].axes)]
+    n = s.static_extent(next(lp.var for lp in s.stages[out].loops if lp.name == row))
+    if len(pads) != 1 or n is None:
+        return s, rest, None
+    name = pads[0].attr[0].name
+    shape = s.stages[name].axes
+    if any(a.extent.op != "const" for a in shape) or len(shape) < 3:
+        return s, rest, None
+    rows_in = shape[-3].extent.attr
+    per_row = shape[-2].extent.attr * nv * 4
+    size = max(1, min(n, (block // per_row) * n // max(rows_in, 1)))
+    while n % size:
+        size -= 1
+    s = split(s, row, size, into=(f"{out}.ro", f"{out}.ri"))
+    return s, [f"{out}.ri" if x == row else x for x in rest], name
 
 
 def _is_box(mask: Expr, buf: Any, idx: Sequence[Expr]) -> bool:
@@ -399,9 +425,15 @@ def _tile(
         s = split(s, u, mu, "cut" if m is not None else "guard", into=(f"{out}.uo", f"{out}.ui"))
         s = annotate(s, f"{out}.ui", "unroll")
         tail_rows = [f"{out}.uo", f"{out}.ui"]
+    padding: str | None = None
+    if depthwise and rows:
+        s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps.l2 // 8)
     weights = _bytes(s, acc)
     panels_outer = order == "panels" if order else not depthwise and (weights is None or weights > caps.l2 // 2)
-    if panels_outer:
+    if padding is not None:
+        seq = [*outer, *rows[:-1], f"{out}.ro", f"{out}.vo", rows[-1], *tail_rows, f"{out}.vi"]
+        par = [*outer, *rows[:-1], f"{out}.ro", f"{out}.vo"]
+    elif panels_outer:
         seq = [*outer, f"{out}.vo", *rows, *tail_rows, f"{out}.vi"]
         par = [*outer, f"{out}.vo"]
     else:
@@ -425,6 +457,9 @@ def _tile(
     if par:
         s = annotate(s, par[0], "parallel")
     s = _lanes(s, f"{out}.vi", nv, lanes)
+    if padding is not None:
+        s = stage(s, padding, at=par[0])
+        s = _lanes(s, s.stages[padding].loops[-1].name, nv, lanes)
     s = stage(s, acc, at=at, pad=(vpos,) if padded else ())
     a = s.stages[acc]
     reds = [lp.name for lp in a.loops if lp.reduce]

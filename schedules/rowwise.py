@@ -12,8 +12,8 @@ from typing import Any
 from luthier.ir.expr import Expr, free_vars, is_const, load_parts, loads
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import _widest
-from luthier.schedules.reduction import use_lanes
-from luthier.schedules.schedule import Schedule, annotate, fuse, inline, split, stage
+from luthier.schedules.reduction import contiguity, use_lanes
+from luthier.schedules.schedule import Schedule, annotate, fuse, inline, reorder, split, stage
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
@@ -40,6 +40,10 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
             if st.reduction is not None:
                 return None
             s = inline(s, n)
+    if depth == len(out.axes):
+        cols = _columns(s, caps, pos)
+        if cols is not None:
+            return cols
     names = [lp.name for lp in out.loops[:depth]]
     while len(names) > 1:
         s = fuse(s, names[0], names[1])
@@ -65,6 +69,46 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
             s = split(s, last.name, lanes, "cut")
             s = annotate(s, f"{last.name}.1", "vectorize")
     return annotate(s, names[0], "parallel")
+
+
+def _columns(s: Schedule, caps: Capabilities, pos: dict[str, list[int | None]]) -> Schedule | None:
+    """Every point of the output reduces over other axes (pooling, column sums): lanes along the innermost output axis when all
+    loads of the reductions walk it contiguously. None when they do not."""
+    out = s.stages[s.compute.outs[0]]
+    others = [n for n in s.stages if n != out.name]
+    lanes = min(caps.lanes(_widest(s.stages[n])) for n in s.stages)
+    last = out.loops[-1].name
+    k = s.static_extent(out.loops[-1].var)
+    if lanes == 1 or (k is not None and k < lanes):
+        return None
+    for n in others:
+        st = s.stages[n]
+        if not st.axes or pos[n][-1] != len(out.axes) - 1 or contiguity(st, st.axes[-1].var)[1]:
+            return None
+        if st.reduction is not None and (st.reduction.attr[2] != 1 or not contiguity(st, st.axes[-1].var)[0]):
+            return None
+    rows = [lp.name for lp in out.loops[:-1]]
+    s = split(s, last, lanes, "cut")
+    while len(rows) > 1:
+        s = fuse(s, rows[0], rows[1])
+        rows = [s.stages[out.name].loops[0].name, *rows[2:]]
+    s = annotate(s, f"{last}.1", "vectorize")
+    for n in others:
+        s = stage(s, n, at=f"{last}.0")
+        st = s.stages[n]
+        mine = st.loops[len(st.axes) - 1].name
+        reds = [lp for lp in st.loops if lp.reduce]
+        if reds:
+            s = reorder(s, *(lp.name for lp in reds), mine)
+        s = annotate(s, mine, "vectorize")
+        size = 1
+        for lp in reversed(reds):
+            e = s.static_extent(lp.var)
+            if e is None or size * e > 9:
+                break
+            size *= e
+            s = annotate(s, lp.name, "unroll")
+    return annotate(s, rows[0] if rows else f"{last}.0", "parallel")
 
 
 def _contractions(s: Schedule) -> int:
