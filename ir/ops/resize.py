@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Axis, Compute, axis, sum_
+from luthier.ir.compute import Axis, Compute, LetStmt, axis, sum_
 from luthier.ir.dtypes import DType, f32, index
 from luthier.ir.expr import Expr, cast, const, land, load, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
@@ -34,6 +34,7 @@ from luthier.ir.ops.common import (
     pinned,
     same,
     shape_error,
+    temp,
     type_error,
     wide,
 )
@@ -271,32 +272,35 @@ class Resize(Op):
         if mode == "nearest":
             rounding = self.attr(node, "nearest_mode", "round_prefer_floor")
             idx = [a.var if d.identity() else nearest(d, a.var, how, rounding) for d, a in zip(dims, axes, strict=True)]
-            e = load(x, idx)
+            lets, e = [], load(x, idx)
         else:
-            e = self.interpolate(node, x, dims, axes)
+            lets, e = self.interpolate(node, out, x, dims, axes)
         if how == "tf_crop_and_resize":
             fill = const(float(node.attrs.get("extrapolation_value", 0.0)), e.dtype)
             e = select(self.outside(node, dims, axes), fill, e)
-        return make(node, ins, outs, [define(out, axes, to_type(e, out.dtype))])
+        return make(node, ins, outs, [*lets, define(out, axes, to_type(e, out.dtype))])
 
-    def interpolate(self, node: Node, x: Buffer, dims: Sequence[Dim], axes: Sequence[Axis]) -> Expr:
+    def interpolate(self, node: Node, out: Buffer, x: Buffer, dims: Sequence[Dim], axes: Sequence[Axis]) -> tuple[list[LetStmt], Expr]:
         moving = [(k, *self.taps(node, d, a.var)) for k, (d, a) in enumerate(zip(dims, axes, strict=True)) if not d.identity()]
         t = wide(x.dtype) if x.dtype.is_float else f32
         if not moving:
-            return cast(load(x, [a.var for a in axes]), t)
+            return [], cast(load(x, [a.var for a in axes]), t)
         if any(isinstance(tp.count, Expr) for _, tp, _ in moving) or int(np.prod([tp.count for _, tp, _ in moving])) > 64:  # a loop over the taps instead of a written-out sum
             reds = [axis(f"k{k}", tp.count) for k, tp, _ in moving]
             idx = [a.var for a in axes]
             w: Expr | None = None
+            lets: list[LetStmt] = []
             for (k, tp, lead), r in zip(moving, reds, strict=True):
                 idx[k] = tp.position(r.var)
                 part = tp.weight(r.var, lead)
                 if tp.normalize:
-                    part = part / self.total(tp, lead)
+                    norm = temp(out, f"norm{k}", (axes[k],), self.total(tp, lead))
+                    lets.append(norm)
+                    part = part / load(norm.buf, [axes[k].var])
                 w = part if w is None else w * part
             assert w is not None
-            return sum_(reds, cast(load(x, idx), t) * cast(w, t))
-        return self.nested(x, [a.var for a in axes], moving, t)
+            return lets, sum_(reds, cast(load(x, idx), t) * cast(w, t))
+        return [], self.nested(x, [a.var for a in axes], moving, t)
 
     def nested(self, x: Buffer, idx: list[Expr], moving: list[tuple[int, Taps, Any]], t: DType) -> Expr:
         """Interpolation along the first moving dimension of interpolations along the others."""

@@ -19,6 +19,7 @@ from luthier.ir.loop import Buffer
 from luthier.ir.op import Kernel, lookup
 
 Array = np.ndarray[Any, Any]
+COMPILED = False  # check_op also compiles and runs every node on this machine (set by the fixture in conftest.py)
 
 
 def extent(e: Expr, dims: Mapping[str, int]) -> int:
@@ -75,6 +76,21 @@ def run_node(node: Node, args: Sequence[Array | None], dims: dict[str, int]) -> 
     return [got[b.name] for b in outs]
 
 
+def run_compiled(node: Node, args: Sequence[Array | None]) -> list[Array]:
+    """The outputs of one node as a module compiled for this machine, one thread."""
+    from luthier.codegen.target import parse_target
+    from luthier.module import Module
+    from luthier.pipeline import compile_program
+
+    target = parse_target("cpu")
+    ins = [v for v in node.inputs if v is not None and v.data is None]
+    graph = Graph("one", ins, list(node.outputs), [node])
+    module = Module.from_program(compile_program(graph, target.caps), target, 1)
+    feeds = {v.name: a for v, a in zip(node.inputs, args, strict=True) if v is not None and v.data is None and a is not None}
+    got = module.run(feeds)  # in the order of the outputs; passes may rename them
+    return list(got.values())
+
+
 def run_nodes(graph: Graph, env: dict[Value, Array], dims: dict[str, int]) -> list[Array]:
     """Like ``luthier.ir.evaluate.run_nodes``, by Compute instead of reference."""
 
@@ -127,7 +143,8 @@ def build(op: str, arrays: Sequence[Array | None], attrs: Mapping[str, Any], out
         for d, n in enumerate(a.shape):
             dims.append(n if plain else var(f"n{n}") if symbolic == "shared" and n > 1 else var(f"d{k}_{d}") if symbolic == "distinct" else n)
         ins.append(Value(f"x{k}", TensorType.of(from_numpy(a.dtype), dims)))
-    return make_node(op, ins, dict(attrs), names=Names(), outputs=outputs)
+    plain_attrs = {k: tuple(v) if isinstance(v, list) else v for k, v in attrs.items()}
+    return make_node(op, ins, plain_attrs, names=Names(), outputs=outputs)
 
 
 def check_op(
@@ -149,6 +166,9 @@ def check_op(
             if v is not None and a is not None:
                 bind(v, a, dims)
         got = run_node(node, arrays[: len(node.inputs)], dims)
+        if COMPILED:
+            for k, (g, r) in enumerate(zip(run_compiled(node, arrays[: len(node.inputs)]), ref, strict=True)):
+                close(g, r, rtol, atol, f"{op} output {k}, {mode or 'static'} shapes: compiled against reference")
         for k, (g, r, v) in enumerate(zip(got, ref, node.outputs, strict=True)):
             assert shape_of(v.shape, dims) == g.shape
             close(g, r, rtol, atol, f"{op} output {k}, {mode or 'static'} shapes: compute against reference")

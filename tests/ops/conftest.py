@@ -1,8 +1,27 @@
-"""Makes ``tests.ops.check`` importable however pytest was started."""
+"""Makes ``tests.ops.check`` importable however pytest was started; every operator test also runs compiled, as a slow test."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 if _ROOT not in sys.path:
     sys.path.append(_ROOT)
+
+
+# modules whose tests do not run compiled yet, and why
+NOT_COMPILED = {"test_b_recurrent": "per-row states of symbolic size become local buffers, which the LLVM printer refuses"}
+
+
+@pytest.fixture(autouse=True, params=["interpreted", pytest.param("compiled", marks=pytest.mark.slow)])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    from tests.ops import check
+
+    check.COMPILED = request.param == "compiled"
+    reason = NOT_COMPILED.get(request.module.__name__.rpartition(".")[2])
+    if check.COMPILED and reason:
+        pytest.skip(reason)
+    yield
+    check.COMPILED = False
