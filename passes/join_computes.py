@@ -18,6 +18,7 @@ from luthier.ir.expr import Expr, const, free_vars, land, load, load_parts, rewr
 from luthier.ir.graph import Graph, Node, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Kernel, lookup
+from luthier.ir.ops.common import inlines_scalar
 
 
 @dataclass(slots=True)
@@ -66,10 +67,8 @@ def join(name: str, nodes: Sequence[Node], outputs: Sequence[Value]) -> Joined |
         b = outer.get(v)
         if b is None:
             b = outer[v] = Buffer(fresh(f"p{len(outer)}"), v.dtype, v.shape, "param", False)
-            if v.data is not None and v.data.size == 1 and inlines_scalars(node):
+            if v.data is not None and v.data.size == 1 and inlines_scalar(node, v.data.reshape(-1)[0]):
                 scalars[b.name] = const(v.data.reshape(-1)[0].item(), v.dtype)
-        elif b.name in scalars and not inlines_scalars(node):
-            del scalars[b.name]
         return b
 
     for node in nodes:
@@ -105,11 +104,6 @@ def join(name: str, nodes: Sequence[Node], outputs: Sequence[Value]) -> Joined |
         lets = _accumulate_apart(lets, set(out_names.values()), fresh)
     back = {b.name: v for v, b in outer.items()}
     return _canonical(name, lets, back, {b: v for v, b in out_names.items()}, {v: outer[v] for v in outer if v not in produced})
-
-
-def inlines_scalars(node: Node) -> bool:
-    """Constants of one element become part of the kernel, except quantization parameters, which differ in every layer."""
-    return node.op not in ("QuantizeLinear", "DequantizeLinear") and not node.attrs.get("keep_scalars", False)
 
 
 def kind_of(node: Node) -> str:

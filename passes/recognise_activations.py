@@ -60,49 +60,48 @@ def recognise_activations(graph: Graph) -> bool:
 
 
 def _rule(n: Node, ctx: Context) -> Value | None:
+    """Widen the region behind ``n`` step by step; whenever it depends on a single value, compare it with the table."""
     if n.op not in _ROOTS or not n.outputs[0].dtype.is_float:
         return None
-    found = _region(n, ctx)
-    if found is None:
-        return None
-    x, inside = found
-    if x.shape != n.outputs[0].shape or not any(m.op in _TELLING for m in inside):
-        return None
+    inside: set[Node] = set()
+    border: list[Value] = [n.outputs[0]]
+    while len(inside) < _MAX_NODES:
+        v = next((w for w in border if _enters(w, n, inside, ctx)), None)
+        if v is None:
+            return None
+        m = ctx.producers[v]
+        inside.add(m)
+        border.remove(v)
+        for w in m.inputs:
+            if w is not None and w.data is None and w not in border:
+                border.append(w)
+        if len(border) == 1 and border[0].shape == n.outputs[0].shape and any(k.op in _TELLING for k in inside):
+            y = _match(n, border[0], ctx)
+            if y is not None:
+                return y
+    return None
+
+
+def _enters(v: Value, root: Node, inside: set[Node], ctx: Context) -> bool:
+    """The producer of ``v`` may join: elementwise with scalar constants only, and read by the region alone."""
+    p = ctx.producer(v)
+    if p is None or p.op not in EVALUATE or len(p.outputs) != 1 or v.shape != root.outputs[0].shape or not _scalars(p):
+        return False
+    return p is root or _single_path(v, inside, ctx)
+
+
+def _match(n: Node, x: Value, ctx: Context) -> Value | None:
     with np.errstate(all="ignore"):
         y = _evaluate(n.outputs[0], x, ctx, {})
         for op, attrs, f in KNOWN:
-            want = f(_POINTS)
-            if lookup(op) is not None and np.allclose(y, want, rtol=2e-6, atol=2e-6):
+            if lookup(op) is not None and np.allclose(y, f(_POINTS), rtol=2e-6, atol=2e-6):
                 return ctx.make(op, [x], attrs, n)
     return None
 
 
-def _region(n: Node, ctx: Context) -> tuple[Value, set[Node]] | None:
-    """(the one variable, the nodes between it and ``n``); None when there are several variables.
-
-    The variable is the first value on the way back that every path passes: values with one reader, or readers inside, are
-    stepped over."""
-    inside: set[Node] = {n}
-    order = [n]
-    leaves: list[Value] = []
-    while order:
-        m = order.pop()
-        for v in m.inputs:
-            if v is None or (v.data is not None and scalar(v) is not None):
-                continue
-            if v.data is not None:
-                return None
-            p = ctx.producer(v)
-            if p is not None and p.op in EVALUATE and len(p.outputs) == 1 and v.shape == n.outputs[0].shape and _single_path(v, inside, ctx):
-                if p not in inside:
-                    inside.add(p)
-                    order.append(p)
-                    if len(inside) > _MAX_NODES:
-                        return None
-            elif v not in leaves:
-                leaves.append(v)
-    leaves = [v for v in leaves if ctx.producer(v) not in inside]
-    return (leaves[0], inside) if len(leaves) == 1 else None
+def _scalars(n: Node) -> bool:
+    """The constants among the operands are all of one value."""
+    return all(w is None or w.data is None or scalar(w) is not None for w in n.inputs)
 
 
 def _single_path(v: Value, inside: set[Node], ctx: Context) -> bool:

@@ -191,9 +191,18 @@ def operand(node: Node, i: int, ins: Sequence[Buffer | None], axes: Sequence[Axi
     b = must(ins, i)
     v = node.input(i)
     x = const_value(v)
-    if x is not None and v is not None and b.dtype.bits >= 8:
+    if x is not None and v is not None and b.dtype.bits >= 8 and inlines_scalar(node, x):
         return const(x, b.dtype)
     return at(b, axes)
+
+
+def inlines_scalar(node: Node, value: Any) -> bool:
+    """Round constants (0, 3, 0.5, -inf) become part of the kernel. Learned ones and quantization parameters differ from layer to
+    layer: they stay parameters, so that layers share a kernel."""
+    if node.op in ("QuantizeLinear", "DequantizeLinear") or node.attrs.get("keep_scalars", False):
+        return False
+    x = float(value)
+    return node.op in ("Clip", "Pow") or not np.isfinite(x) or (x * 64 == int(x * 64) and abs(x) <= 1 << 20)
 
 
 def wide(d: DType) -> DType:
