@@ -201,7 +201,7 @@ class Recurrent(Op):
             state.append(State(b, (st.b, st.h), first, nxt if live is None else select(live, nxt, load(b, at))))
         y = load(new[0].buf, at)
         emit = pull(f"{st.name}.y", (st.t, st.b, st.h), y if live is None else select(live, y, const(0.0, dtype)))
-        return Fold(st.name, st.t, tuple(state), tuple(steps), (emit,), back), emit.buf, bufs
+        return Fold(st.name, st.t, tuple(state), tuple(steps), (emit,), back, (st.b,)), emit.buf, bufs
 
     def step(self, node: Node, st: Step, proj: Buffer, state: list[Buffer]) -> tuple[list[Pull], list[Pull]]:
         """(pulls of one round in order, those among them that hold the next states)."""

@@ -73,6 +73,6 @@ def test_det(n):
 def test_classical():
     check_op("ai.onnx.ml::ArrayFeatureExtractor", [fl(3, 7), np.array([0, 6, 2], np.int64)], symbolic=("",))
     check_op("ai.onnx.ml::Binarizer", [fl(3, 4)], {"threshold": 0.2})
-    check_op("ai.onnx.ml::Scaler", [fl(3, 4)], {"offset": [1.0, 2.0, 3.0, 4.0], "scale": [0.5, 1.0, 2.0, 3.0]})
+    check_op("ai.onnx.ml::Scaler", [fl(3, 4)], {"offset": (1.0, 2.0, 3.0, 4.0), "scale": (0.5, 1.0, 2.0, 3.0)})
     for norm in ("MAX", "L1", "L2"):
         check_op("ai.onnx.ml::Normalizer", [np.abs(fl(3, 4))], {"norm": norm})

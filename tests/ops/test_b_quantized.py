@@ -71,7 +71,7 @@ def test_matmul_integer_vector_zero_points():
 def test_integer_convolution_of_channels_last():
     """The layout pass may ask for it: the same numbers, transposed."""
     x, w = u8(2, 4, 7, 6), i8(6, 2, 3, 3)
-    attrs = {"pads": [1, 0, 1, 2], "group": 2}
+    attrs = {"pads": (1, 0, 1, 2), "group": 2}
     args = [x.transpose(0, 2, 3, 1), w.transpose(2, 3, 1, 0), np.uint8(9)]
     (got,) = check_op("ConvInteger", args, {**attrs, "layout": "NHWC"}, const=(1,), oracle="")
     (plain,) = check_op("ConvInteger", [x, w, np.uint8(9)], attrs, const=(1,))
@@ -109,7 +109,7 @@ def test_matmul_nbits(bits, block, zero):
 
 
 @pytest.mark.parametrize(
-    "attrs", [{}, {"pads": [1, 1, 1, 1], "strides": [2, 2]}, {"auto_pad": "SAME_UPPER"}, {"pads": [0, 2, 1, 0], "dilations": [2, 1]}, {"auto_pad": "SAME_LOWER", "strides": [2, 3]}],
+    "attrs", [{}, {"pads": (1, 1, 1, 1), "strides": (2, 2)}, {"auto_pad": "SAME_UPPER"}, {"pads": (0, 2, 1, 0), "dilations": (2, 1)}, {"auto_pad": "SAME_LOWER", "strides": (2, 3)}],
 )
 @pytest.mark.parametrize("groups", [1, 2])
 def test_convolutions(attrs, groups):
@@ -124,9 +124,9 @@ def test_convolutions(attrs, groups):
 
 def test_microsoft_elementwise():
     a, b = u8(2, 3, 4), u8(3, 1)
-    q = [a, F(0.02), np.uint8(3), b, F(0.05), np.uint8(200)]
-    check_op("com.microsoft::QLinearAdd", [*q, F(0.03), np.uint8(128)])
-    check_op("com.microsoft::QLinearMul", [*q, F(0.03), np.uint8(128)])
+    q = [a, F(1 / 64), np.uint8(3), b, F(1 / 16), np.uint8(200)]  # powers of two: ties are exact in every order of operations
+    check_op("com.microsoft::QLinearAdd", [*q, F(1 / 32), np.uint8(128)])
+    check_op("com.microsoft::QLinearMul", [*q, F(1 / 32), np.uint8(128)])
     check_op("com.microsoft::QLinearSigmoid", [a, F(0.05), np.uint8(128), F(1 / 256), np.uint8(0)])
     check_op("com.microsoft::QLinearLeakyRelu", [a, F(0.05), np.uint8(128), F(0.06), np.uint8(9)], {"alpha": 0.1})
     check_op("com.microsoft::QLinearGlobalAveragePool", [u8(2, 3, 5, 4), F(0.05), np.uint8(7), F(0.02), np.uint8(9)])

@@ -75,14 +75,14 @@ def test_clip(kind):
      ("Softsign", None, None), ("Softplus", None, None), ("ScaledTanh", [0.5], [0.8]), ("ThresholdedRelu", [0.1], None)],
 )
 def test_activations(f, alpha, beta):
-    attrs: dict = {"hidden_size": H, "activations": [f]}
+    attrs: dict = {"hidden_size": H, "activations": (f,)}
     if alpha:
-        attrs["activation_alpha"] = alpha
+        attrs["activation_alpha"] = tuple(alpha)
     if beta:
-        attrs["activation_beta"] = beta
+        attrs["activation_beta"] = tuple(beta)
     check_op("RNN", args("RNN", 1, init=True), attrs, outputs=2, const=(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_activation_is_refused():
     with pytest.raises(UnsupportedOperator, match="activation 'Swoosh'"):
-        check_op("RNN", args("RNN", 1), {"hidden_size": H, "activations": ["Swoosh"]}, outputs=2)
+        check_op("RNN", args("RNN", 1), {"hidden_size": H, "activations": ("Swoosh",)}, outputs=2)
