@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from luthier.codegen.ranges import value_range
 from luthier.codegen.wasm_encoder import Code
@@ -15,6 +16,7 @@ _ARITH = {"add", "sub", "mul"}
 _BITS = {"and", "or", "xor"}
 
 
+@cache
 def valtype(d: DType) -> str:
     """The value type of a scalar. Raises CompilationError for types that ``legalize_dtype`` must have removed."""
     if d.lanes > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 from luthier.codegen.wasm_scalar import Emitter, signed, valtype
 from luthier.ir.dtypes import DType
@@ -31,10 +32,12 @@ from luthier.ir.expr import (
 _NAMES = {8: "i8x16", 16: "i16x8", 32: "i32x4", 64: "i64x2"}
 
 
+@cache
 def bits_of(d: DType) -> int:
     return 32 if d.is_index else 1 if d.is_bool else d.bits
 
 
+@cache
 def full(d: DType) -> bool:
     w = 128 // d.lanes
     if d.lanes not in (2, 4, 8, 16):
@@ -42,6 +45,7 @@ def full(d: DType) -> bool:
     return bits_of(d) == w if d.is_float else bits_of(d) <= w
 
 
+@cache
 def prefix(d: DType) -> str:
     w = 128 // d.lanes
     return f"f{w}x{d.lanes}" if d.is_float else _NAMES[w]
