@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ import numpy as np
 from luthier.codegen.llvm_intrin import HELPERS
 from luthier.codegen.llvm_printer import KernelPrinter, parallel_loop, quote
 from luthier.codegen.llvm_types import reg_type
+from luthier.codegen.sharing import Hazards, KernelWork
 from luthier.codegen.target import Target
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, free_vars, loads, substitute, walk
+from luthier.ir.expr import Expr, free_vars, loads, substitute
 from luthier.ir.loop import (
     EMPTY,
-    Alloc,
-    Block,
     Buffer,
     Call,
     For,
@@ -47,7 +46,6 @@ ABI_VERSION = 1
 MAX_RANK = 8
 WORDS = 1024  # byte of the context where the program's words start
 TENSOR = 88  # bytes of an lt_tensor
-SMALL_WORK = 16384  # loop-IR operations below which a kernel is not worth a second thread (a wake-up costs microseconds)
 
 # Codes of element types in the ABI, those of ONNX.
 DTYPE_CODES = {
@@ -107,24 +105,6 @@ def _mentioned(s: Stmt) -> list[Buffer]:
 # ---------------------------------------------------------------- kernels
 
 
-def work(s: Stmt) -> float | None:
-    """Loop-IR operations of a statement, None where a bound is not a constant."""
-    if isinstance(s, For):
-        inner = work(s.body)
-        n = s.extent
-        return inner * max(0, n.attr) if n.op == "const" and inner is not None else None
-    own = sum(max(1, e.dtype.lanes // 8) for e in walk(*exprs_of(s)) if e.op not in ("const", "var"))
-    if isinstance(s, While):
-        return None
-    total = float(own)
-    for c in (s.stmts if isinstance(s, Block) else (s.then, s.orelse or EMPTY) if isinstance(s, If) else (s.body,) if isinstance(s, Alloc) else ()):
-        w = work(c)
-        if w is None:
-            return None
-        total += w
-    return total
-
-
 def stored(f: Func) -> set[str]:
     return {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)}
 
@@ -132,18 +112,16 @@ def stored(f: Func) -> set[str]:
 class _Share(KernelPrinter):
     """The function that hands the iterations of one kernel to the threads."""
 
-    def share(self, name: str, symbol: str, extent: Expr, grain: int) -> str:
+    def share(self, symbol: str) -> str:
         params, args = ["ptr %st"], []
         for k, p in enumerate(self.f.params):
             t = "ptr" if isinstance(p, Buffer) else reg_type(p.dtype)
             params.append(f"{t} %p{k}")
             args.append(f"{t} %p{k}, ")
-            if isinstance(p, Expr):
-                self.bind(p, f"%p{k}")
-        total = self.value(extent)
+        params += ["i64 %total", "i64 %grain"]
         given = "".join(args)
         self.lines += [
-            f"%any = icmp sgt i64 {total}, 0",
+            "%any = icmp sgt i64 %total, 0",
             "br i1 %any, label %some, label %done",
             "some:\n",
             "%np = getelementptr %state, ptr %st, i32 0, i32 3",
@@ -151,20 +129,20 @@ class _Share(KernelPrinter):
             "%one = icmp eq i64 %n, 1",
             "br i1 %one, label %alone, label %shared",
             "alone:\n",
-            f"call void @{quote(symbol)}({given}i64 0, i64 {total})",
+            f"call void @{quote(symbol)}({given}i64 0, i64 %total)",
             "ret void",
             "shared:\n",
-            f"%chunk = call i64 @lt.chunk(ptr %st, i64 {total}, i64 {grain})",
-            f"call void @lt.begin_loop(ptr %st, i64 {total}, i64 %chunk)",
+            "%chunk = call i64 @lt.chunk(ptr %st, i64 %total, i64 %grain)",
+            "call void @lt.begin_loop(ptr %st, i64 %total, i64 %chunk)",
             "br label %next",
             "next:\n",
             "%mine = phi i32 [ 0, %shared ], [ %mine1, %work ]",
-            f"%s = call i64 @lt.claim(ptr %st, i64 0, i64 {total}, i64 %chunk)",
+            "%s = call i64 @lt.claim(ptr %st, i64 0, i64 %total, i64 %chunk)",
             "%end = icmp slt i64 %s, 0",
             "br i1 %end, label %last, label %work",
             "work:\n",
             "%e0 = add i64 %s, %chunk",
-            f"%e = call i64 @llvm.smin.i64(i64 %e0, i64 {total})",
+            "%e = call i64 @llvm.smin.i64(i64 %e0, i64 %total)",
             f"call void @{quote(symbol)}({given}i64 %s, i64 %e)",
             "%mine1 = add i32 %mine, 1",
             "br label %next",
@@ -175,47 +153,12 @@ class _Share(KernelPrinter):
             "ret void",
         ]
         self.declare("llvm.smin.i64", "i64 @(i64, i64)")
-        return definition(self, f"internal void @{quote(name + '.share')}({', '.join(params)})")
+        return definition(self, f"internal void @{quote(symbol + '.share')}({', '.join(params)})")
 
 
 def definition(p: KernelPrinter, head: str) -> str:
     lines = [f"  {x}\n" if not x.endswith(":\n") else x for x in (*p.entry, *p.lines)]
     return f"define {head} #0 {{\nentry:\n{''.join(lines)}}}\n"
-
-
-# ---------------------------------------------------------------- hazards
-
-
-@dataclass(slots=True)
-class _Hazards:
-    """Memory touched since the last wait, by all threads (``shared``) and by thread 0 alone; ``steering``: memory that lt_main
-    itself read since the last barrier: it may not change before every thread has read it."""
-
-    shared_read: set[Any] = field(default_factory=set)
-    shared_written: set[Any] = field(default_factory=set)
-    own_read: set[Any] = field(default_factory=set)
-    own_written: set[Any] = field(default_factory=set)
-    steering: set[Any] = field(default_factory=set)
-
-    def conflict(self, reads: set[Any], writes: set[Any], shared: bool) -> bool:
-        written = self.shared_written | self.own_written if shared else self.shared_written
-        read = self.shared_read | self.own_read if shared else self.shared_read
-        return bool((reads & written) or (writes & (written | read)))
-
-    def note(self, reads: set[Any], writes: set[Any], shared: bool) -> None:
-        (self.shared_read if shared else self.own_read).update(reads)
-        (self.shared_written if shared else self.own_written).update(writes)
-
-    def waited(self) -> None:
-        for s in (self.shared_read, self.shared_written, self.own_read, self.own_written):
-            s.clear()
-
-    def copy(self) -> _Hazards:
-        return _Hazards(*(set(getattr(self, f.name)) for f in fields(self)))
-
-    def merge(self, o: _Hazards) -> None:
-        for f in fields(self):
-            getattr(self, f.name).update(getattr(o, f.name))
 
 
 # ---------------------------------------------------------------- main
@@ -266,7 +209,7 @@ class _Printer(KernelPrinter):
 class _Main(_Printer):
     def __init__(self, m: _Module) -> None:
         super().__init__(m, "lt_main")
-        self.hazards = _Hazards()
+        self.hazards = Hazards()
         self.known = set(m.program.dims)
         self.placed: set[str] = set()
 
@@ -291,7 +234,7 @@ class _Main(_Printer):
     def barrier(self) -> None:
         """All threads arrive."""
         self.emit("call void @lt.barrier(ptr %st)")
-        self.hazards = _Hazards()
+        self.hazards = Hazards()
         self.begin_statement()
 
     def wait(self) -> None:
@@ -380,10 +323,12 @@ class _Main(_Printer):
                 (writes if p.name in written else reads).append(b)
         scalars = [a if isinstance(a, Expr) else a[1] for a in s.args if not isinstance(a, Buffer)]
         self.read_by_all(*scalars)
-        shared = s.callee in self.m.shared
+        env = {p: a for p, a in zip(f.params, s.args) if isinstance(p, Expr)}
+        loop = self.m.loops[s.callee]
+        load = self.m.work[s.callee]
+        shared = loop is not None and not load.small(env)
         self.access(reads, writes, shared)
         args = []
-        env: dict[Expr, Expr] = {}
         for p, a in zip(f.params, s.args):
             if isinstance(p, Buffer):
                 b, o = (a, None) if isinstance(a, Buffer) else a
@@ -392,15 +337,15 @@ class _Main(_Printer):
                     q = self.ins(f"getelementptr i8, ptr {q}, i64 {self.value(byte_size(b.dtype, o))}")
                 args.append(f"ptr {q}")
             else:
-                env[p] = a
                 args.append(f"{reg_type(p.dtype)} {self.value(a)}")
         symbol = self.m.symbols[s.callee]
+        extent = None if loop is None else substitute(loop[1], env)
+        total = "0" if extent is None else self.value(extent)
         if shared:
-            self.emit(f"call void @{quote(self.m.share_names[s.callee] + '.share')}({', '.join(['ptr %st', *args])})")
+            self.m.share(s.callee)
+            grain = self.value(load.grain(env, int(f.attrs.get("grain", 1))))
+            self.emit(f"call void @{quote(symbol + '.share')}({', '.join(['ptr %st', *args, f'i64 {total}', f'i64 {grain}'])})")
         else:
-            found = parallel_loop(f)
-            extent = None if found is None else substitute(found[1], env)
-            total = "0" if extent is None else self.value(extent)
 
             def run() -> None:
                 done = ""
@@ -501,10 +446,9 @@ class _Module:
         self.weights = lay_out(program)
         self.strings: dict[str, str] = {}
         self.calls: list[str] = []
-        self.shared: set[str] = set()
-        self.wrappers: dict[tuple[str, str, int], str] = {}  # by symbol, extent, grain
-        self.share_keys: dict[tuple[str, str, int], str] = {}
-        self.share_names: dict[str, str] = {}
+        self.loops: dict[str, tuple[For, Expr] | None] = {}
+        self.work: dict[str, KernelWork] = {}
+        self.wrappers: dict[str, str] = {}  # by symbol
         self.declares: dict[str, str] = {}
         self.helpers: set[str] = set()
         dims = set(program.dims)
@@ -559,23 +503,14 @@ class _Module:
             symbol = self.symbols[name]
             params = ["ptr" if isinstance(q, Buffer) else reg_type(q.dtype) for q in f.params]
             self.declares[symbol] = f"declare hidden void @{quote(symbol)}({', '.join([*params, 'i64', 'i64'])})"
-            found, total = parallel_loop(f), work(f.body)
-            if found is None or (total is not None and total < SMALL_WORK):
-                continue
-            self.shared.add(name)
-            each = work(found[0].body)
-            grain = max(int(f.attrs.get("grain", 1)), int(SMALL_WORK // 4 // each) if each else 1, 1)
-            key = (symbol, repr(found[1]), grain)  # one text may serve several extents: they are arguments of the kernel
-            if key not in self.wrappers:
-                self.share_keys[key] = name
-                self.wrappers[key] = self.finish(w := _Share(f, self.target), w.share(name, symbol, found[1], grain))
-            self.share_names[name] = self.share_keys[key]
+            self.loops[name] = found = parallel_loop(f)
+            self.work[name] = KernelWork.of(f, found[0] if found else None)
         main, bind, place = _Main(self), _Bind(self, "lt_bind"), _Bind(self, "lt_place")
         texts = [self.finish(main, main.text()), self.finish(bind, bind.print_bind()), self.finish(place, place.print_place())]
         counts = [
             f"@lt.weights_bytes = hidden constant i64 {self.weights.size}",
             f"@lt.ctx_bytes = hidden constant i64 {WORDS + 8 * max(self.words, 1)}",
-            f"@lt.parallel = hidden constant i32 {int(bool(self.shared))}",
+            f"@lt.parallel = hidden constant i32 {int(bool(self.wrappers))}",
             f"@lt.dyn_first = hidden constant i64 {self.dyn_first}",
             f"@lt.dyn_count = hidden constant i64 {len(self.plan.dynamic)}",
             "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64",
@@ -588,7 +523,14 @@ class _Module:
             *self.wrappers.values(), *texts, f"attributes #0 = {{ nounwind {cpu} }}", "",
         ])  # fmt: skip
         w = self.weights
-        return MainText(text, runtime, list(w.offsets.items()), w.arrays, w.size, self.calls, bool(self.shared))
+        return MainText(text, runtime, list(w.offsets.items()), w.arrays, w.size, self.calls, bool(self.wrappers))
+
+    def share(self, callee: str) -> None:
+        """The function by which threads share a kernel, once."""
+        symbol = self.symbols[callee]
+        if symbol not in self.wrappers:
+            w = _Share(self.program.kernels[callee], self.target)
+            self.wrappers[symbol] = self.finish(w, w.share(symbol))
 
     def finish(self, p: KernelPrinter, text: str) -> str:
         """Collects what a printed function needs from the module."""
