@@ -21,7 +21,7 @@ from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, s
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
 from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, block
 from luthier.ir.op import Kernel
-from luthier.ir.printer import format_compute, format_func
+from luthier.ir.printer import format_compute
 from luthier.ir.program import Program
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
@@ -78,7 +78,7 @@ class _Builder:
         self.const_keys: dict[Any, Buffer] = {}
         self.alive: list[Array] = []
         self.kernels: dict[str, Func] = {}
-        self.kernel_texts: dict[str, str] = {}
+        self.kernel_texts: dict[Any, str] = {}
         self.kernel_ids: dict[int, tuple[Func, str]] = {}
         self.cache: dict[str, Scheduled] = {}
         self.nodes: dict[int, tuple[str, ...]] = {}
@@ -371,7 +371,7 @@ class _Builder:
         known = self.kernel_ids.get(id(f))
         if known is not None:
             return known[1]
-        text = format_func(replace(f, name="k")) + "".join(f"{n}:{a.dtype}{a.tobytes().hex()}" for n, a in sorted(f.data.items()))
+        text = (f.params, f.body, tuple((n, str(a.dtype), a.tobytes()) for n, a in sorted(f.data.items())))
         name = self.kernel_texts.get(text)
         if name is None:
             base = re.sub(r"\W", "_", f.name)
