@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Union
+from typing import Any
 
 from luthier.ir.dtypes import DType
 from luthier.ir.expr import Expr, _mk, as_expr, cast, const, load, maximum, minimum, proj, select, substitute, var, walk
@@ -169,7 +169,7 @@ class Fold:
     axes: tuple[Axis, ...] = ()
 
 
-LetStmt = Union[Pull, Push, Fold]
+LetStmt = Pull | Push | Fold
 
 
 @dataclass(frozen=True, slots=True)

@@ -828,7 +828,7 @@ def load(buf: Any, idx: Iterable[Any], mask: Expr | None = None, other: Any = No
     if d.lanes == 1 and lanes > 1:
         ix = tuple(bcast(i, lanes) if i.dtype.lanes == 1 else i for i in ix)
         d = d.vec(lanes)
-    if mask is not None and not (mask.op == "const" and mask.attr):
+    if mask is not None and not is_const(mask, True):
         if mask.dtype.lanes < d.lanes:
             mask = bcast(mask, d.lanes)
         o = as_expr(0 if other is None else other, d.scalar)

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, as_expr, rewrite
+from luthier.ir.expr import Expr, as_expr, is_const, rewrite
 
 KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z")
 SCOPES = ("param", "global", "shared", "local", "const")
@@ -131,7 +131,7 @@ class Block:
     stmts: tuple[Stmt, ...]
 
 
-Stmt = Union[For, While, If, Let, Store, Alloc, Call, Barrier, Block]
+Stmt = For | While | If | Let | Store | Alloc | Call | Barrier | Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,8 @@ def map_exprs(s: Stmt, fn: Callable[[Expr], Expr]) -> Stmt:
     if isinstance(s, Let):
         return Let(s.var, fn(s.value))
     if isinstance(s, Store):
-        return Store(s.buf, tuple(fn(i) for i in s.idx), fn(s.value), None if s.mask is None else fn(s.mask))
+        m = None if s.mask is None else fn(s.mask)
+        return Store(s.buf, tuple(fn(i) for i in s.idx), fn(s.value), None if m is None or is_const(m, True) else m)
     if isinstance(s, Call):
         return Call(s.callee, tuple(fn(a) if isinstance(a, Expr) else (a[0], fn(a[1])) if isinstance(a, tuple) else a for a in s.args), s.attrs)
     if isinstance(s, Alloc):

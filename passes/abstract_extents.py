@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from luthier.ir.compute import Axis, Compute, Fold, LetStmt, Pull, Push, State, buffers_of, let_exprs
 from luthier.ir.expr import Expr, _mk, bounds, free_vars, load, load_parts, rebuild, var, walk
@@ -36,7 +37,8 @@ def _axes(x: LetStmt) -> list[Axis]:
     out: list[Axis] = []
     if isinstance(x, Fold):
         out += [*x.axes, x.axis]
-        for part in (*x.state, *x.step, *x.emit):
+        parts: list[Any] = [*x.state, *x.step, *x.emit]
+        for part in parts:
             out += part.axes
     else:
         out += x.axes

@@ -107,7 +107,7 @@ class _Placer:
             pre2: list[Stmt] = []
             memo: dict[Expr, Expr] = {}
 
-            def bind(e: Expr, pre2: list[Stmt] = pre2, memo: dict[Expr, Expr] = memo) -> Expr:
+            def bind(e: Expr, pre2: list[Stmt] = pre2, memo: dict[Expr, Expr] = memo, avail: dict[Expr, Expr] = avail) -> Expr:
                 hit = avail.get(e)
                 if hit is None:
                     hit = memo.get(e)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, binary, bitcast, cast, extract, load, load_parts, rebuild, select, var
+from luthier.ir.expr import Expr, binary, bitcast, cast, extract, is_const, load, load_parts, rebuild, select, var
 from luthier.ir.loop import Alloc, Buffer, For, Func, If, Let, Stmt, Store, While, block, map_children, map_exprs
 
 
@@ -133,6 +133,7 @@ class _Scalarize:
         out: list[Stmt] = []
         for k, v in enumerate(vs):
             m = None if s.mask is None else self.lane(s.mask, k)
+            m = None if m is not None and is_const(m, True) else m
             if s.buf in self.regs:
                 out.append(Store(self.regs[s.buf][k], (), v, m))
             elif s.buf.dtype.lanes > 1:

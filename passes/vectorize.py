@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier.ir.compute import MONOIDS
-from luthier.ir.expr import Expr, bcast, bounds, load, load_parts, ramp, rebuild, select, var, vreduce
+from luthier.ir.expr import Expr, bcast, bounds, is_const, load, load_parts, ramp, rebuild, select, var, vreduce
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, map_children
 
 
@@ -109,6 +109,8 @@ class _Vec:
             return Let(nv, v)
         if isinstance(s, If):
             c = self.expr(s.cond, mask)
+            if is_const(c, True):
+                return self.stmt(s.then, mask)
             if c.dtype.lanes == 1:
                 return If(c, self.stmt(s.then, mask), None if s.orelse is None else self.stmt(s.orelse, mask))
             if s.orelse is not None:

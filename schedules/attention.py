@@ -49,7 +49,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
         s = s2
     lanes = caps.lanes(32)
     nr = 2 if caps.registers <= 16 else 4  # one width for both products: keys' count and head size rarely share a divisor
-    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers, const(q_ext))[0]
+    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers)[0]
     d_loop = o.loops[-1].name
     nd = min(nr * lanes, -(-o.axes[-1].extent.attr // lanes) * lanes)
     s = split(s, d_loop, nd, "guard", into=(f"{out}.do", f"{out}.di"))

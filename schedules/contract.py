@@ -71,13 +71,11 @@ def apply(
     st = s.stages[acc]
     us = [a for a in st.axes if a.var is not v and (a.var in {x.var for x in us} or a.name.startswith("_u"))]
     m_ext = us[-1].extent if us else const(1)
-    total_m = const(1)
-    for a in us:
-        total_m = total_m * a.extent
-    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, total_m)
+    packs = not depthwise and _packable(s, p, v, constants)
+    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise)
     mu, nv = mu or mu_, nv or nr * lanes
     padded = False
-    if not depthwise and _packable(s, p, v, constants):
+    if packs:
         s, padded = _pack_panel(s, acc, p, v, nv)
     s = _merge_reduce(s, acc)
     s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
@@ -167,24 +165,29 @@ def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
 # ---------------------------------------------------------------- tile choice
 
 
-def tile(m: Expr, n: Expr, lanes: int, registers: int, total_m: Expr) -> tuple[int, int]:
+def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, shared: bool = True) -> tuple[int, int]:
     """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
 
-    Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3); accumulators, the panel's vectors and one broadcast share the
-    registers."""
+    Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3); accumulators, the panel's
+    vectors and one broadcast share the registers. ``exact``: columns are not padded, so a width that divides them avoids masks
+    in the reduction. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads."""
     mm = m.attr if m.op == "const" else 96
     nn = n.attr if n.op == "const" else 256
+    exact = exact and nn % lanes == 0
     best: tuple[float, int, int] | None = None
     for nr in range(1, 9):
         if nr > 1 and (nr - 1) * lanes >= nn:
             break
+        if exact and nn % (nr * lanes):
+            continue
         for mu in range(1, 29):
             if mu * nr + nr + 1 > registers or mu > mm:
                 break
             c = 0.0
             for rows, times in ((mu, mm // mu), (mm % mu, 1)):
                 if rows:
-                    c += times * max(rows * nr / 2, (rows + nr) / 1.4, 5.0)
+                    fetched = rows + nr if shared else rows * nr + nr
+                    c += times * max(rows * nr / 2, fetched / 1.4, 5.0)
             c *= -(-nn // (nr * lanes))
             c *= 1 + 0.01 * (mu == 1)
             if best is None or c < best[0] * 0.999:

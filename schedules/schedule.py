@@ -423,6 +423,8 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
         return e
 
     pn = f"{tensor}.p"
+    while pn in s.stages:  # partial results of partial results
+        pn += "p"
     keep = {a.var: var(a.name + "^", lo=0, hi=a.extent - 1) for a in st.axes}
     pv = var(inner.name.rsplit(".", 1)[0].split(".")[-1] + "_p", lo=0, hi=extent(inner.var) - 1)
     rv = {lp.var: var(lp.name.split(".", 1)[-1].replace(".", "_") + "_r", lo=0, hi=extent(lp.var) - 1) for lp in rest}

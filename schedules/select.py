@@ -95,7 +95,7 @@ def partition(c: Compute) -> list[Compute]:
     home: dict[int, int] = {}
     for i, x in enumerate(lets):
         if isinstance(x, Pull) and not _reduces(x):
-            src = [j for j in range(i) if isinstance(lets[j], Pull) and readers.get(lets[j].name) == [i] and _reduces(lets[j])]  # type: ignore[union-attr]
+            src = [j for j in range(i) if isinstance(lets[j], Pull) and readers.get(lets[j].name) == [i] and _reduces(lets[j])]  # type: ignore[union-attr, arg-type]
             if len(src) == 1 and lets[src[0]].name not in c.outs and groups[home[src[0]]] == src:
                 groups[home[src[0]]].append(i)
                 home[i] = home[src[0]]
@@ -106,7 +106,7 @@ def partition(c: Compute) -> list[Compute]:
     if len(order) == 1:
         return [c]
     made = {b.name: b for x in lets for b in buffers_of(x)}
-    out = []
+    out: list[Compute] = []
     for g in order:
         inner = {n for i in g for n in defined(lets[i])}
         read = [ld.attr[0] for i in g for ld in loads(*let_exprs(lets[i]))]
