@@ -32,6 +32,7 @@ class ExprPrinter:
         self.count = 0
         self.block = "entry"
         self.vars: dict[Expr, str] = {}
+        self.uniform: dict[Expr, Expr] = {}  # vector variables that hold one scalar in all lanes
         self.regs: dict[str, str] = {}
         self.reg_types: dict[str, str] = {}
         self.scopes: list[dict[Expr, str]] = [{}]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from luthier.codegen.llvm_expr import ExprPrinter
 from luthier.codegen.llvm_ops import splat, suffix
-from luthier.codegen.llvm_types import item_bytes, mem_scalar, mem_type, reg_type, scalar_type
+from luthier.codegen.llvm_types import item_bytes, mem_scalar, mem_type, reg_type
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, linear, load_parts, poly_const
+from luthier.ir.expr import Expr, is_const, load_parts, poly_const
 from luthier.ir.loop import Buffer, Store
 
 
@@ -91,9 +91,10 @@ class MemoryPrinter(ExprPrinter):
         d = e.dtype
         i = idx[0]
         if mask is not None:
-            mask_v, other_v = self.value(mask), self.value(other)  # type: ignore[arg-type]
-            v = self._masked(b, i, d, mask, mask_v, other_v)
-            return v
+            assert other is not None
+            mask = self.uniform.get(mask, mask)
+            if not is_const(mask, True):
+                return self._masked(b, i, d, mask, other)
         v = self._plain(b, i, d)
         return self.from_memory(v, d)
 
@@ -153,8 +154,10 @@ class MemoryPrinter(ExprPrinter):
             out.append(self.ins(f"getelementptr i8, ptr {p}, i64 {const * self.element_bytes(b)}") if const else p)
         return out
 
-    def _masked(self, b: Buffer, i: Expr, d: DType, mask: Expr, m: str, other: str) -> str:
+    def _masked(self, b: Buffer, i: Expr, d: DType, mask: Expr, instead: Expr) -> str:
         n, t, s = d.lanes, mem_type(d), mem_scalar(d)
+        m, other = self.value(mask), self.value(instead)
+        zero = is_const(instead, 0)  # what the redirected access reads anyway
         if n == 1 or (b.dtype.lanes > 1) or (i.dtype.lanes == 1):
             if mask.dtype.lanes > 1:
                 if i.dtype.lanes == 1 and mask.op != "bcast":
@@ -162,6 +165,8 @@ class MemoryPrinter(ExprPrinter):
                 mask, m = mask.args[0], self.value(mask.args[0])
             p = self.ins(f"select i1 {m}, ptr {self.address(b, i)}, ptr @lt.zero")
             v = self.from_memory(self.ins(f"load {t}, ptr {p}, align {item_bytes(d)}"), d)
+            if zero:
+                return v
             return self.ins(f"select i1 {m}, {reg_type(d)} {v}, {reg_type(d)} {other}")
         if mask.op == "bcast" and i.op in ("ramp", "bcast") and d.bits * n // 8 <= 64 and (i.op == "bcast" or i.attr[0] in (1, -1)):
             c = self.value(mask.args[0])  # one condition for all lanes: redirect the whole access
@@ -174,6 +179,8 @@ class MemoryPrinter(ExprPrinter):
                 v = self.ins(f"load {t}, ptr {p}, align {self.align(b)}")
                 if i.attr[0] == -1:
                     v = self.pick(v, "poison", t, list(range(n - 1, -1, -1)))
+            if zero:
+                return self.from_memory(v, d)
             return self.ins(f"select i1 {c}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
         if i.op == "ramp" and i.attr[0] == 1 and self.vector_masks(d):
             if d.is_bool:
@@ -269,4 +276,4 @@ class MemoryPrinter(ExprPrinter):
             self.emit(f"store {mem_scalar(d)} {x}, ptr {p}, align {self.align(b)}")
 
 
-__all__ = ["MemoryPrinter", "linear", "scalar_type"]
+__all__ = ["MemoryPrinter"]
