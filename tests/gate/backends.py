@@ -14,7 +14,7 @@ from luthier.codegen.wasm import legalize_wasm
 from luthier.codegen.wasm_run import run_wasm
 from luthier.codegen.wgsl import Shader, legalize_wgsl, print_wgsl
 from luthier.ir.loop import Func
-from luthier.passes.lower_subbyte import is_subbyte, lower_subbyte, pack_array
+from luthier.passes.lower_subbyte import is_subbyte, lower_subbyte, pack_array, unpack_array
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
 
@@ -23,8 +23,15 @@ GPU = Capabilities(vector_bits=32, registers=64, gpu=True, index_bits=32)
 
 
 def packed(f: Func, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays as the kernel's memory wants them: sub-byte elements packed into bytes (inputs only)."""
+    """Arrays as the kernel's memory wants them: sub-byte elements packed into bytes."""
     return {b.name: pack_array(arrays[b.name], b.dtype) if is_subbyte(b.dtype) else arrays[b.name] for b in f.buffers}
+
+
+def unpacked(f: Func, memory: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """Written sub-byte buffers back into the arrays of the harness."""
+    for b in f.buffers:
+        if b.writable and is_subbyte(b.dtype):
+            arrays[b.name][...] = unpack_array(memory[b.name], b.dtype, arrays[b.name].shape)
 
 
 def printable(f: Func, caps: Capabilities) -> Func:
@@ -36,7 +43,9 @@ def printable(f: Func, caps: Capabilities) -> Func:
 
 
 def wasm(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None:
-    run_wasm(legalize_wasm(build_kernel(f, WASM)), packed(f, arrays), scalars)
+    memory = packed(f, arrays)
+    run_wasm(legalize_wasm(build_kernel(f, WASM)), memory, scalars)
+    unpacked(f, memory, arrays)
 
 
 # ---------------------------------------------------------------- WGSL and CUDA
@@ -49,7 +58,9 @@ def shader(f: Func) -> Shader:
 def wgsl(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None:
     from luthier.codegen.wgsl_run import run_wgsl
 
-    run_wgsl(shader(f), packed(f, arrays), scalars)
+    memory = packed(f, arrays)
+    run_wgsl(shader(f), memory, scalars)
+    unpacked(f, memory, arrays)
 
 
 def cuda_kernel(f: Func) -> CudaKernel:
@@ -105,3 +116,4 @@ def llvm(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None
     for k, v in arrays.items():
         if a[k] is not v and a[k].dtype == v.dtype:
             v[...] = a[k]
+    unpacked(f, a, arrays)
