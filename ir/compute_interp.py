@@ -248,6 +248,7 @@ class _Eval:
             got = data[tuple(ix)]
         if mask is None:
             return got
+        assert other is not None
         return np.where(m, got, np.asarray(self.memo[other]).astype(got.dtype))
 
     def reduce(self, e: Expr) -> tuple[Any, ...]:

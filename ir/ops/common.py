@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir import dtypes as D
-from luthier.ir.compute import Axis, Compute, LetStmt, Pull, axis, let_exprs
+from luthier.ir.compute import Axis, Compute, Fold, LetStmt, Pull, Push, axis, let_exprs
 from luthier.ir.dtypes import DType, f32, index
 from luthier.ir.errors import ShapeError, TypeMismatch, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, prove, select, var, walk
@@ -245,11 +245,10 @@ def finish(name: str, params: Sequence[Buffer], outs: Sequence[Buffer], lets: tu
     for x in lets:
         for e in let_exprs(x):
             see(e)
-        if hasattr(x, "over"):
+        if isinstance(x, Push):
             see_axes(x.over)
-        if hasattr(x, "axes"):
-            see_axes(x.axes)
-        if hasattr(x, "state"):
+        see_axes(x.axes)
+        if isinstance(x, Fold):
             see_axes((x.axis,))
             for s in x.state:
                 see_axes(s.axes)

@@ -269,10 +269,11 @@ class Resize(Op):
         dims = self.dims(node)
         axes = axes_of(out.shape)
         mode, how = self.attr(node, "mode", "nearest"), self.attr(node, "coordinate_transformation_mode", "half_pixel")
+        lets: list[LetStmt] = []
         if mode == "nearest":
             rounding = self.attr(node, "nearest_mode", "round_prefer_floor")
             idx = [a.var if d.identity() else nearest(d, a.var, how, rounding) for d, a in zip(dims, axes, strict=True)]
-            lets, e = [], load(x, idx)
+            e = load(x, idx)
         else:
             lets, e = self.interpolate(node, out, x, dims, axes)
         if how == "tf_crop_and_resize":

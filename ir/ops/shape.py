@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.compute import Compute
-from luthier.ir.dtypes import DType, f32, from_numpy, i64
-from luthier.ir.expr import Expr, as_expr, bounds, cast, const, land, lnot, load, lor, maximum, select
+from luthier.ir.dtypes import DType, from_numpy, i64, index
+from luthier.ir.expr import Expr, as_expr, bounds, cast, const, land, lnot, load, lor, maximum, select, unary
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -29,6 +29,7 @@ from luthier.ir.ops.common import (
     differ,
     element_type,
     flag,
+    float_content,
     is_one,
     like,
     make,
@@ -40,7 +41,6 @@ from luthier.ir.ops.common import (
     same,
     shape_error,
     type_error,
-    unsupported,
 )
 
 
@@ -295,7 +295,7 @@ class ConstantOfShape(Op):
 
 @op("Range")
 class Range(Op):
-    """start, start + delta, ... below limit: scalars. Integers may come at run time, floats must be known."""
+    """start, start + delta, ... below limit: scalars. All three may come at run time."""
 
     kind = "elementwise"
 
@@ -305,9 +305,10 @@ class Range(Op):
             raise type_error(node, "start, limit and delta differ in type")
         if d.is_float:
             s, l, t = (const_value(need(node, k)) for k in range(3))
-            if s is None or l is None or t is None:
-                raise unsupported(node, "a Range over floats needs start, limit and delta at compile time", hint="use integers and a Cast")
-            return [TensorType.of(d, [max(int(np.ceil((l - s) / t)), 0)])]
+            if s is not None and l is not None and t is not None:
+                return [TensorType.of(d, [max(int(np.ceil((l - s) / t)), 0)])]
+            a, b, c = (float_content(node, k)[0] for k in range(3))
+            return [TensorType.of(d, [maximum(cast(unary("ceil", (b - a) / c), index), 0)])]
         s, l, t = (content_or_symbols(node, k)[0] for k in range(3))
         if t.op == "const" and t.attr == 0:
             raise shape_error(node, "delta is 0")
@@ -324,9 +325,8 @@ class Range(Op):
         d = outs[0].dtype
         axes = axes_of(outs[0].shape)
         if d.is_float:
-            t = f32 if d.bits < 32 else d
-            s, step = (const(const_value(need(node, k)), t) for k in (0, 2))
-            e = s + cast(axes[0].var, t) * step
+            s, step = (float_content(node, k)[0] for k in (0, 2))
+            e = s + cast(axes[0].var, s.dtype) * step
         else:
             s, step = (content_or_symbols(node, k)[0] for k in (0, 2))
             e = s + axes[0].var * step
@@ -362,7 +362,7 @@ class EyeLike(Op):
         return make(node, ins, outs, [define(outs[0], (r, c), cast(hit, outs[0].dtype))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        return [np.eye(*np.shape(arrays[0]), k=int(node.attrs.get("k", 0))).astype(self.dtype(node).numpy)]
+        return [np.eye(np.shape(arrays[0])[0], np.shape(arrays[0])[1], k=int(node.attrs.get("k", 0))).astype(self.dtype(node).numpy)]
 
 
 @op("Expand")
