@@ -416,7 +416,8 @@ class _Main(_Printer):
         for c in stmts_of(body):
             self.stmt(c)
         self.pop()
-        self.known, self.placed, self.vars = known, placed, variables
+        self.known, self.placed = known, placed
+        self.vars = variables
 
     def while_loop(self, s: While) -> None:
         head, body, done = self.label("l"), self.label("l"), self.label("l")
