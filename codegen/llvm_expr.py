@@ -92,6 +92,8 @@ class ExprPrinter:
 
     def bind(self, v: Expr, name: str) -> None:
         if v in self.vars:  # bound again in the same region: what was computed from the old value is void
+            for k in [k for k, m in self.uniform.items() if v in free_vars(m)]:
+                del self.uniform[k]
             for s in self.scopes:
                 for e in [e for e in s if v in free_vars(e)]:
                     del s[e]

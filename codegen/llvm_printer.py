@@ -173,7 +173,7 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
     def let(self, s: Let) -> None:
         self.begin_statement()
         self.uniform.pop(s.var, None)
-        if s.value.op == "bcast" and s.value.dtype.is_bool and s.value.args[0].op in ("var", "const"):
+        if s.value.op == "bcast" and s.value.dtype.is_bool and not self.reads_memory(s.value):
             self.uniform[s.var] = s.value  # masks of whole vectors: accesses ask for the scalar
         self.bind(s.var, self.value(s.value))
 
