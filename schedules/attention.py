@@ -51,7 +51,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     nr = 2 if caps.registers <= 16 else 4  # one width for both products: keys' count and head size rarely share a divisor
     mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers)[0]
     d_loop = o.loops[-1].name
-    nd = min(nr * lanes, -(-o.axes[-1].extent.attr // lanes) * lanes)
+    # a single row keeps eight vectors of the output going, or the additions would wait for each other
+    nd = min((nr if q_ext > 1 else 8) * lanes, -(-o.axes[-1].extent.attr // lanes) * lanes)
     s = split(s, d_loop, nd, "guard", into=(f"{out}.do", f"{out}.di"))
     i_loop = o.loops[row].name
     heads = [lp.name for lp in o.loops[:row]]

@@ -28,6 +28,11 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     if pos is None or _contractions(s) > 1:
         return None
     depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
+    for n, m in pos.items():  # a reduction over fewer axes than its reader's rows would be done again for each of them
+        own = max((p + 1 for p in m if p is not None), default=0)
+        again = [a.extent for a in out.axes[own:depth] if not is_const(a.extent, 1)]
+        if again and s.stages[n].reduction is not None and own < depth:
+            return None
     if depth == 0 or depth > len(out.axes) or any(st.at is not None for st in s.stages.values()):
         return None
     for n in [n for n in s.stages if n != out.name]:  # rows that cannot be kept are computed again where they are read

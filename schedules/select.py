@@ -70,7 +70,7 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
     for name in (forced,) if forced else TEMPLATES:
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
-        if s is None and name == "rowwise" and slim is not compute:  # a single row is still a row
+        if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if s is not None:
             return finish(s, caps, consts, name)
