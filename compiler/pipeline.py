@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from luthier import settings
 from luthier.ir.graph import Graph
 from luthier.ir.program import Program
+from luthier.ir.verify_graph import verify_graph
 from luthier.passes.build_program import build_program
 from luthier.passes.canonicalize import canonicalize
 from luthier.passes.choose_layout import choose_layout
@@ -74,9 +75,12 @@ def run_graph_passes(graph: Graph, dump: Dump | None = None, passes: tuple[Graph
     """Each pass once, in order, in place."""
     dump = dump or Dump()
     dump.write("import", lambda: str(graph))
+    debug = settings.debug.get()
     for p in passes:
         if p(graph):
             dump.write(getattr(p, "__name__", "pass"), lambda: str(graph))
+            if debug:
+                verify_graph(graph)
     return graph
 
 
