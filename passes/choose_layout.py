@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.graph import Graph, Node, Value
+from luthier.ir.graph import Graph, Node, Value, all_nodes
 from luthier.ir.op import lookup
 from luthier.passes.rewrite import Context, rewrite_graph
 
@@ -22,7 +22,7 @@ POOLS = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool
 
 def choose_layout(graph: Graph) -> bool:
     """In place; True when something changed. A graph without convolutions keeps its layout."""
-    if not any(n.op in CONVS for n in graph.nodes):
+    if not any(n.op in CONVS for n in all_nodes(graph)):
         return False
     return rewrite_graph(graph, _rule)
 

@@ -5,12 +5,12 @@ Before: ``w = DequantizeLinear(const i8, s); y = Gather(w, i)``. After: ``y = Ga
 
 from __future__ import annotations
 
-from luthier.ir.graph import Graph
+from luthier.ir.graph import Graph, all_nodes
 from luthier.passes.fold_constants import NEVER, fold_constants
 
 
 def fold_dequantize(graph: Graph) -> bool:
     """In place; True when something was folded."""
-    if not any(n.op == "DequantizeLinear" for n in graph.nodes):
+    if not any(n.op == "DequantizeLinear" for n in all_nodes(graph)):
         return False
     return fold_constants(graph, NEVER - {"DequantizeLinear"})

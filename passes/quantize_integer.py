@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.graph import Graph, Node, Value
+from luthier.ir.graph import Graph, Node, Value, all_nodes
 from luthier.ir.op import lookup
 from luthier.passes.rewrite import Context, rewrite_graph
 
@@ -25,7 +25,7 @@ _MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", 
 
 def quantize_integer(graph: Graph) -> bool:
     """In place; True when something changed."""
-    if not any(n.op == "DequantizeLinear" for n in graph.nodes):
+    if not any(n.op == "DequantizeLinear" for n in all_nodes(graph)):
         return False
     changed = rewrite_graph(graph, _integer)
     return rewrite_graph(graph, _requantize) or changed
