@@ -12,7 +12,7 @@ if _ROOT not in sys.path:
 
 
 # modules whose tests do not run compiled yet, and why
-NOT_COMPILED = {"test_b_recurrent": "per-row states of symbolic size become local buffers, which the LLVM printer refuses"}
+NOT_COMPILED: dict[str, str] = {}
 
 
 @pytest.fixture(autouse=True, params=["interpreted", pytest.param("compiled", marks=pytest.mark.slow)])
