@@ -82,6 +82,19 @@ def test_error_sees_shapes_and_lost_nans() -> None:
     assert error({}, reference) == math.inf
 
 
+def test_top_five_with_ties() -> None:
+    from benchmarks.compare_models import same_top5
+
+    def outputs(*values: float) -> dict[str, Any]:
+        return {"y": np.array([values])}
+
+    first = outputs(9, 8, 7, 6, 5, 5, 1)
+    assert same_top5(first, outputs(9, 8, 7, 6, 4, 5, 1))  # the tie for the fifth place decided
+    assert same_top5(first, outputs(8, 9, 7, 5, 6, 5, 1))  # the order within the five is free
+    assert not same_top5(first, outputs(9, 8, 7, 6, 5, 5, 10))
+    assert not same_top5(outputs(9, 8, 7, 6, 5, 4, 1), outputs(9, 8, 7, 6, 4, 5, 1))
+
+
 def test_ceilings_are_of_this_world() -> None:
     from benchmarks.ceilings import bandwidth, fma_peak
 
