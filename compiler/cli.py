@@ -171,7 +171,7 @@ def run(
     for name, array in outputs.items():
         click.echo(f"{name}: {_describe(array)}")
     if output is not None:
-        np.savez(output, **outputs)
+        np.savez(output, allow_pickle=True, **outputs)
 
 
 def _describe(value: Any) -> str:

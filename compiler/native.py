@@ -144,7 +144,7 @@ class Context:
             return  # construction failed before there was anything to release
 
 
-_byte = ctypes.c_char.from_buffer
+_byte: Any = ctypes.c_char.from_buffer
 _addressof = ctypes.addressof
 
 
@@ -188,7 +188,7 @@ def owned(ptr: int, nbytes: int, free: Callable[[int], None]) -> np.ndarray[Any,
         return np.empty(0, np.uint8)
     buf = (ctypes.c_uint8 * nbytes).from_address(ptr)
     weakref.finalize(buf, free, ptr)
-    return np.frombuffer(buf, np.uint8)
+    return np.frombuffer(memoryview(buf), np.uint8)
 
 
 def pack_bits(a: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
