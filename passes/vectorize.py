@@ -68,7 +68,7 @@ class _Vec:
         else:
             args = tuple(self.expr(a, mask) for a in e.args)
             same = all(x is y for x, y in zip(args, e.args, strict=True))
-            if not same and e.op in ("ramp", "vreduce", "shuffle", "extract") and any(a.dtype.lanes > 1 for a in args if a.dtype.lanes != 1) and e.dtype.lanes > 1:
+            if not same and e.op in ("ramp", "bcast", "vreduce", "shuffle", "extract") and any(a.dtype.lanes > 1 for a in args if a.dtype.lanes != 1) and e.dtype.lanes > 1:
                 raise _CannotVectorize("nested vectors")
             r = e if same else rebuild(e, args)
         self.memo[key] = r
