@@ -35,6 +35,8 @@ class CStyle:
         self.used: set[str] = set(self.keywords)
         self.lines: list[str] = []
         self.depth = 1
+        self.declared: set[str] = set()
+        self.declared_size: dict[str, Expr] = {}
         self.grid: dict[str, Expr] = {}
         self.group: dict[str, int] = {}
         self.find_launch()
@@ -160,6 +162,8 @@ class CStyle:
             return self.name(e)
         if op == "load":
             buf, idx, m, o = load_parts(e)
+            if buf.rank and outside(buf, idx[0]):  # never reached: some languages refuse the index even so
+                return self.zero(d) if o is None else self.expr(o)
             x = self.name(buf.name) if buf.rank == 0 else self.read(buf, self.expr(idx[0]))
             return x if m is None or o is None else self.masked_load(self.expr(m), x, self.expr(o))
         if op == "call":
@@ -283,6 +287,8 @@ class CStyle:
             v = self.expr(s.value)
             self.put(self.declare(self.name(s.var), s.var.dtype, v))
         elif isinstance(s, Store):
+            if s.buf.rank and outside(s.buf, s.idx[0]):
+                return
             v = self.expr(s.value)
             line = f"{self.name(s.buf.name)} = {v};" if s.buf.rank == 0 else self.write(s.buf, self.expr(s.idx[0]), v)
             self.put(line if s.mask is None else f"if ({self.expr(s.mask)}) {{ {line} }}")
@@ -336,6 +342,17 @@ class CStyle:
 
     def alloc(self, s: Alloc) -> None:
         b = s.buf
+        again = b.name in self.declared  # by unrolling: a scope of its own
+        self.declared.add(b.name)
+        if again and b.scope != "shared":
+            self.put("{")
+            self.depth += 1
+        elif again:
+            if self.declared_size[b.name] is not b.size():
+                raise CompilationError(f"{self.target}: shared buffer {b.name} has two sizes", op=self.f.name)
+            self.stmt(s.body)
+            return
+        self.declared_size[b.name] = b.size()
         if b.rank == 0:
             self.put(self.declare_register(b))
         else:
@@ -346,4 +363,12 @@ class CStyle:
             if line:
                 self.put(line)
         self.stmt(s.body)
+        if again:
+            self.depth -= 1
+            self.put("}")
 
+
+def outside(b: Buffer, i: Expr) -> bool:
+    """A constant index that no element has: only ever met under a condition that is false."""
+    n = b.size()
+    return i.op == "const" and n.op == "const" and not 0 <= i.attr < n.attr
