@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -91,20 +90,6 @@ def test_llvm(case: Case, scheduled: bool) -> None:
 def test_wasm(case: Case, scheduled: bool) -> None:
     pytest.importorskip("wasmtime")
     run(case, cpu(case, backends.WASM) if scheduled else None, backends.wasm)
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Iterator[None]:
-    """A WebGPU adapter; a software one (lavapipe) will do."""
-    pytest.importorskip("wgpu")
-    from luthier.codegen.wgsl_run import device
-
-    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
-    try:
-        device()
-    except TargetError as e:
-        pytest.skip(str(e))
-    yield
 
 
 @BY_NAME

@@ -90,3 +90,16 @@ def test_random_schedule(case: Case, seed: int) -> None:
         except Exception as e:
             e.add_note(f"schedule of {case.name}, seed {seed}: {s.trace}")
             raise
+
+
+@pytest.mark.parametrize("seed", range(100, 103))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_random_schedule_as_wgsl(case: Case, seed: int, adapter: None) -> None:
+    """Without a grid of their own: parallel loops become one, vectors are taken apart."""
+    x = case.inputs(np.random.default_rng(seed))
+    s = random_schedule(case, seed, 4)
+    try:
+        check(case, run_case(case, funcs_of(case, lambda _: s), x, backends.wgsl), case.reference(x))
+    except Exception as e:
+        e.add_note(f"schedule of {case.name}, seed {seed}: {s.trace}")
+        raise
