@@ -19,7 +19,7 @@ import numpy as np
 from luthier.codegen.llvm_intrin import HELPERS
 from luthier.codegen.llvm_printer import KernelPrinter, parallel_loop, quote
 from luthier.codegen.llvm_types import reg_type
-from luthier.codegen.sharing import Hazards, KernelWork
+from luthier.codegen.sharing import Hazards, KernelWork, useful_threads
 from luthier.codegen.target import Target
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, free_vars, loads, substitute
@@ -343,6 +343,7 @@ class _Main(_Printer):
         total = "0" if extent is None else self.value(extent)
         if shared:
             self.m.share(s.callee)
+            self.m.shared_work.append(substitute(load.total, env))
             grain = self.value(load.grain(env, int(f.attrs.get("grain", 1))))
             self.emit(f"call void @{quote(symbol + '.share')}({', '.join(['ptr %st', *args, f'i64 {total}', f'i64 {grain}'])})")
         else:
@@ -449,6 +450,7 @@ class _Module:
         self.calls: list[str] = []
         self.loops: dict[str, tuple[For, Expr] | None] = {}
         self.work: dict[str, KernelWork] = {}
+        self.shared_work: list[Expr] = []
         self.wrappers: dict[str, str] = {}  # by symbol
         self.declares: dict[str, str] = {}
         self.helpers: set[str] = set()
@@ -586,7 +588,8 @@ class _Bind(_Printer):
     def print_place(self) -> str:
         p, m = self.m.program, self.m
         offsets = m.plan.offsets()
-        self.load_dims(set().union(*(free_vars(e) for b in (*p.inputs, *p.outputs) for e in b.shape), *(free_vars(e) for e in offsets)))
+        useful = useful_threads(m.shared_work, set(p.dims))
+        self.load_dims(set().union(*(free_vars(e) for b in (*p.inputs, *p.outputs) for e in b.shape), *(free_vars(e) for e in offsets), free_vars(useful)))
         for j, b in enumerate(p.inputs):
             known = free_vars(b.size()) <= set(p.dims)
             size = self.value(byte_size(b.dtype, b.size())) if known else "0"
@@ -600,6 +603,7 @@ class _Bind(_Printer):
             starts = [self.ins(f"getelementptr i8, ptr {base}, i64 {self.value(o)}") for o in offsets[:-1]]
             for n, slot in m.plan.slot_of.items():
                 self.emit(f"store ptr {starts[slot]}, ptr {self.word(m.table[n])}")
+        self.emit(f"store i64 {self.value(useful)}, ptr {self.ins('getelementptr %ctx, ptr %ctx, i32 0, i32 29')}")
         s = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 26")
         self.emit(f"ret i32 {self.ins(f'load i32, ptr {s}')}")
         return definition(self, "hidden i32 @lt_place(ptr %ctx, ptr %in, ptr %out)")

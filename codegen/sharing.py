@@ -9,7 +9,9 @@ from luthier.ir.expr import Expr, const, floordiv, free_vars, loads, maximum, su
 from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, While, exprs_of
 
 SMALL_WORK = 16384  # loop-IR operations below which a kernel is not worth a second thread (a hand-over costs microseconds)
+THREAD_WORK = 400_000  # loop-IR operations (about a tenth of a millisecond) that a thread more is worth
 UNKNOWN_TRIPS = 16  # assumed for a loop whose bounds are read from memory
+UNKNOWN_EXTENT = 4096  # assumed for an extent that only the run finds
 
 
 def work(s: Stmt, scalars: tuple[Expr, ...], env: dict[Expr, Expr] | None = None) -> Expr:
@@ -72,6 +74,14 @@ class KernelWork:
         assert self.each is not None
         each = substitute(self.each, args)
         return maximum(floordiv(const(SMALL_WORK // 4), maximum(each, const(1))), const(max(least, 1)))
+
+
+def useful_threads(shared: list[Expr], dims: set[Expr]) -> Expr:
+    """How many threads the calls that can be shared are worth, over the program's dims."""
+    total = const(0)
+    for e in shared:
+        total = total + substitute(e, {v: const(UNKNOWN_EXTENT) for v in free_vars(e) if v not in dims})
+    return floordiv(total, const(THREAD_WORK)) + 1 if not loads(total) else const(1 << 30)
 
 
 @dataclass(slots=True)

@@ -27,6 +27,12 @@ from luthier.passes.plan_memory import plan_memory
 Array = np.ndarray[Any, Any]
 
 
+@pytest.fixture(autouse=True)
+def _every_thread_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small as the models here are, all threads take part."""
+    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
+
+
 def model(nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[tuple[str, int]], weights: dict[str, Array] | None = None) -> Any:
     initializers = [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()]
     outs = [h.make_tensor_value_info(n, t, None) for n, t in outputs]
@@ -42,7 +48,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def deep_model(layers: int = 6, width: int = 192) -> tuple[Any, dict[str, Array]]:
+def deep_model(layers: int = 4, width: int = 192) -> tuple[Any, dict[str, Array]]:
     """x -> (tanh(x @ w))..., with a residual every layer: kernels that threads share, with data crossing between them."""
     weights = {f"w{k}": normal(width, width, seed=k) / np.float32(np.sqrt(width)) for k in range(layers)}
     nodes, last = [], "x"
@@ -337,3 +343,13 @@ def test_kernels_that_differ_only_in_their_extent() -> None:
     out = m.run({"x": x, "y": y})
     np.testing.assert_array_equal(out["a"], x * s)
     np.testing.assert_array_equal(out["b"], y * s)
+
+
+def test_small_models_use_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads follows the extents of the call; the results do not."""
+    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 20_000)
+    program, _ = _chain(6)
+    many, one = Module.from_program(program, "cpu", 4), Module.from_program(program, "cpu", 1)
+    for n in (1, 500, 3000, 9000, 200_000, 10):
+        x = normal(n)
+        np.testing.assert_array_equal(many.run({"x": x})["y"], one.run({"x": x})["y"])

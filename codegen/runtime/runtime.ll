@@ -24,9 +24,9 @@
   i64,                   ; 21 time of the last mark, ns
   i32, i32, i32, i32,    ; 22 threads wanted, workers running, process of the workers, stop
   i32, i32,              ; 26 status, threads in this run
-  i64, [96 x i8],        ; 28 spin, ns
-  [512 x i8],            ; 30 message
-  [0 x i64]              ; 31 words of the program, at byte 1024
+  i64, i64, [88 x i8],   ; 28 spin, ns; threads that the work of this run is worth
+  [512 x i8],            ; 31 message
+  [0 x i64]              ; 32 words of the program, at byte 1024
 }
 
 ; The program's part.
@@ -54,6 +54,7 @@ declare i32 @getpid()
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare i64 @llvm.ctpop.i64(i64)
 declare i64 @llvm.smax.i64(i64, i64)
+declare i64 @llvm.smin.i64(i64, i64)
 
 @lt.e.count = private constant [50 x i8] c"%s: expected %d tensors, got %d (wrong ABI call?)\00"
 @lt.e.dtype = private constant [37 x i8] c"input %s: dtype code %d, expected %d\00"
@@ -76,7 +77,7 @@ define hidden void @lt.status(ptr %ctx, i32 %code) {
 }
 
 define hidden ptr @lt.msg(ptr %ctx) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 30
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 31
   ret ptr %p
 }
 
@@ -549,7 +550,11 @@ new:
 try:
   %o = and i64 %v, 2147483648
   %closed = icmp eq i64 %o, 0
-  br i1 %closed, label %missed, label %enter
+  %crew = load i32, ptr %np
+  %crew64 = zext i32 %crew to i64
+  %spare = icmp uge i64 %tid, %crew64
+  %stay = or i1 %closed, %spare
+  br i1 %stay, label %missed, label %enter
 missed:
   br label %loop
 enter:
@@ -762,7 +767,7 @@ define void @lt_set_profile(ptr %ctx, ptr %times) {
 }
 
 define ptr @lt_message(ptr %ctx) {
-  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 30
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 31
   ret ptr %p
 }
 
@@ -808,10 +813,18 @@ threads:
   %many = icmp sgt i32 %want, 1
   br i1 %many, label %pool, label %go
 pool:
+  %worthp = getelementptr %ctx, ptr %ctx, i32 0, i32 29
+  %worth = load i64, ptr %worthp
+  %two = icmp sgt i64 %worth, 1
+  br i1 %two, label %crew, label %go
+crew:
   %have = call i32 @lt.pool(ptr %ctx)
+  %have64 = zext i32 %have to i64
+  %use64 = call i64 @llvm.smin.i64(i64 %have64, i64 %worth)
+  %use = trunc i64 %use64 to i32
   br label %go
 go:
-  %t = phi i32 [ 1, %threads ], [ %have, %pool ]
+  %t = phi i32 [ 1, %threads ], [ 1, %pool ], [ %use, %crew ]
   %t64 = zext i32 %t to i64
   %np = getelementptr %ctx, ptr %ctx, i32 0, i32 27
   store i32 %t, ptr %np
@@ -883,7 +896,7 @@ each:
 drop:
   %k2 = shl i64 %k, 1
   %at = add i64 %first, %k2
-  %dp = getelementptr %ctx, ptr %ctx, i32 0, i32 31, i64 %at
+  %dp = getelementptr %ctx, ptr %ctx, i32 0, i32 32, i64 %at
   %d = load ptr, ptr %dp
   call void @free(ptr %d)
   %k1 = add i64 %k, 1
