@@ -59,6 +59,10 @@ class Expr:
     dtype: DType
     args: tuple[Expr, ...]
     attr: Any
+    _bounds: Any
+    _vars: Any
+    _poly: Any
+    _key: str | None
 
     def __repr__(self) -> str:
         from luthier.ir.printer import format_expr
@@ -251,7 +255,7 @@ Poly = dict[tuple[Expr, ...], int]
 
 def linear(e: Expr) -> Poly:
     """``e`` (index) as {monomial: coefficient}; a monomial is a sorted tuple of atoms, () is the constant. Do not mutate."""
-    p = e._poly
+    p: Any = e._poly
     if p is _UNSET:
         if e.op == "const":
             p = {(): e.attr} if e.attr else {}

@@ -282,7 +282,8 @@ class _Parser:
 
     def params(self, ln: _Line) -> tuple[Any, ...]:
         """Two rounds, because shapes may name scalars that come later."""
-        start, out = ln.at, []
+        start = ln.at
+        out: list[Any] = []
         for only_scalars in (True, False):
             ln.at, out = start, []
             while not ln.peek(")"):

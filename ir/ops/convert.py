@@ -78,8 +78,8 @@ def cast_ref(a: Array, to: DType, saturate: bool = True, mode: str = "up") -> Ar
     if to.name in F8_MAX:
         x = a.astype(np.float64 if a.dtype == np.float64 else np.float32)
         if saturate:
-            top = F8_MAX[to.name]
-            x = np.where(x > top, top, np.where(x < -top, -top, x)).astype(x.dtype)
+            top = np.asarray(F8_MAX[to.name], x.dtype)
+            x = np.where(np.greater(x, top), top, np.where(np.less(x, -top), -top, x)).astype(x.dtype)
         return x.astype(to.numpy)
     if to.name == "f8e8m0":
         b = a.astype(np.float32).view(np.int32)

@@ -93,7 +93,7 @@ class NonMaxSuppression(Op):
         return kernel(node, ins, outs, [cand, count], with_regs(regs, body), {outs[0].shape[0]: ("count", 0)}, {outs[0].name: cap})
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        boxes, scores, limit, iou, floor = (*arrays, *([None] * (5 - len(arrays))))
+        boxes, scores, limit, iou, floor = list(arrays) + [None] * (5 - len(arrays))
         boxes, scores = np.asarray(boxes), np.asarray(scores)
         most = 0 if limit is None else int(np.asarray(limit).reshape(-1)[0])
         thr = np.float32(0 if iou is None else np.asarray(iou).reshape(-1)[0])

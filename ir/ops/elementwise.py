@@ -367,7 +367,8 @@ class Clip(Map):
         return map_content(node, lambda x, *b: minimum(maximum(x, b[0]), b[1]) if len(b) == 2 else maximum(x, b[0]) if b else x)
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        return [convert(np.asarray(self._ref(node, *(None if a is None else _f64(a) for a in arrays))), need(node, 0).dtype)]
+        args: list[Any] = [None if a is None else _f64(a) for a in arrays]
+        return [convert(np.asarray(self._ref(node, *args)), need(node, 0).dtype)]
 
 
 register("Clip", Clip())

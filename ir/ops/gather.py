@@ -210,7 +210,7 @@ class ScatterElements(Scatter):
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         x, j, u = np.array(arrays[0]), np.asarray(arrays[1]).astype(np.int64), np.asarray(arrays[2])
         a = int(node.attrs.get("axis", 0)) % x.ndim
-        idx = list(np.indices(j.shape))
+        idx: list[Any] = list(np.indices(j.shape))
         idx[a] = np.where(j < 0, j + x.shape[a], j)
         return [_scatter(x, tuple(idx), u, _reduction(node))]
 

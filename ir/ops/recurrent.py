@@ -232,7 +232,7 @@ class Recurrent(Op):
         for d, back in enumerate(dirs):
             w, r = np.asarray(a[1])[d].astype(up), np.asarray(a[2])[d].astype(up)
             bias = np.zeros(2 * self.gates * h, up) if a[3] is None else np.asarray(a[3])[d].astype(up)
-            state = []
+            state: list[Any] = []
             for k in range(self.states):
                 s = a[5 + k]
                 state.append(np.zeros((nb, h), up) if s is None else (np.asarray(s)[:, d] if flip else np.asarray(s)[d]).astype(up))

@@ -129,7 +129,7 @@ class Reduction(Op):
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         """Products, sums, largest and smallest of shape elements."""
         c, axes = contents(node, 0), self.axes(node)
-        fold = {"prod": np.multiply, "sum": np.add}.get(self.monoid)
+        fold: Any = {"prod": np.multiply, "sum": np.add}.get(self.monoid)
         if c is None or axes is None or fold is None or self.pre or self.post or any(a.op != "const" for a in axes):
             return None
         out = c[0]
@@ -176,7 +176,8 @@ def _np_max(low: bool) -> Callable[..., Any]:
             return (np.all if low else np.any)(x, axis=axes, keepdims=keep)
         fl = x.dtype.kind not in "iu"
         start = (np.inf if low else -np.inf) if fl else (np.iinfo(x.dtype).max if low else np.iinfo(x.dtype).min)
-        return (np.min if low else np.max)(x, axis=axes, keepdims=keep, initial=np.asarray(start, x.dtype)[()])
+        least: Any = np.min if low else np.max
+        return least(x, axis=axes, keepdims=keep, initial=np.asarray(start, x.dtype)[()])
 
     return f
 
