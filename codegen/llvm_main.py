@@ -53,7 +53,8 @@ DTYPE_CODES = {
     "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f8e8m0": 24, "u2": 25, "i2": 26,
 }  # fmt: skip
 
-_SYSTEM = {"x86_64": ("202", 'call void asm sideeffect "pause", "~{memory}"()'), "aarch64": ("98", 'call void asm sideeffect "yield", "~{memory}"()')}
+# processor: number of the futex system call, name and argument types of the intrinsic that pauses, its arguments
+_SYSTEM = {"x86_64": ("202", "llvm.x86.sse2.pause", "", ""), "aarch64": ("98", "llvm.aarch64.hint", "i32", "i32 1")}
 
 
 @dataclass(slots=True)
@@ -615,8 +616,9 @@ def runtime_text(target: Target) -> str:
     if cpu not in _SYSTEM:
         raise CompilationError(f"no runtime for {target.triple}", hint=f"known processors: {', '.join(_SYSTEM)}")
     text = importlib.resources.files("luthier.codegen.runtime").joinpath("runtime.ll").read_text(encoding="utf-8")
-    futex, pause = _SYSTEM[cpu]
-    return f'target triple = "{target.triple}"\n' + text.replace("@SYS_FUTEX@", futex).replace("@PAUSE@", pause)
+    futex, pause, types, args = _SYSTEM[cpu]
+    text = text.replace("@SYS_FUTEX@", futex).replace("@PAUSE@", f"call void @{pause}({args})")
+    return f'target triple = "{target.triple}"\n{text}declare void @{pause}({types})\n'
 
 
 def _interface(runtime: str) -> list[str]:

@@ -5,6 +5,8 @@ Expected values come from numpy; that results do not depend on the number of thr
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -353,3 +355,19 @@ def test_small_models_use_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None
     for n in (1, 500, 3000, 9000, 200_000, 10):
         x = normal(n)
         np.testing.assert_array_equal(many.run({"x": x})["y"], one.run({"x": x})["y"])
+
+
+@pytest.mark.parametrize("name", ["cpu:x86-64-v2", "cpu:x86-64-v3", "cpu:x86-64-v4", "cpu:aarch64"])
+def test_compiles_for_other_machines(name: str) -> None:
+    """In a process of its own: what LLVM cannot print ends the process."""
+    code = f"""
+from luthier.codegen.llvm_backend import compile_text
+from luthier.codegen.llvm_main import runtime_text
+from luthier.codegen.target import parse_target
+t = parse_target({name!r})
+data = compile_text(runtime_text(t), t)
+assert data[:4] == b"\\x7fELF", data[:4]
+assert int.from_bytes(data[18:20], "little") == {183 if "aarch64" in name else 62}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
