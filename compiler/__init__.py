@@ -29,17 +29,18 @@ from luthier.errors import (
 
 if TYPE_CHECKING:
     from luthier.api import compile as compile
+    from luthier.custom import op as op
     from luthier.module import Module as Module
     from luthier.module import load as load
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "compile", "load", "Module", "LuthierError", "ArtifactError", "InputError", "InvalidModel", "ShapeError", "TargetError",
+    "compile", "load", "op", "Module", "LuthierError", "ArtifactError", "InputError", "InvalidModel", "ShapeError", "TargetError",
     "TypeMismatch", "UnsupportedOperator", "__version__",
 ]  # fmt: skip
 
-_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module"}
+_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module", "op": "luthier.custom"}
 
 
 def __getattr__(name: str) -> Any:
