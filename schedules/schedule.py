@@ -416,11 +416,13 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     rest = [lp for lp in st.loops if lp.reduce and lp is not inner]
     ext = dict(s.ext)
 
-    def extent(v: Expr) -> Expr:
-        e = ext[v]
+    def solid(e: Expr) -> Expr:
         while any(u.attr[0].endswith("#") for u in _vars(e)):
             e = substitute(e, {hash_var(u): ext[u] for u in ext})
         return e
+
+    def extent(v: Expr) -> Expr:
+        return solid(ext[v])
 
     pn = f"{tensor}.p"
     while pn in s.stages:  # partial results of partial results
@@ -429,7 +431,7 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     pv = var(inner.name.rsplit(".", 1)[0].split(".")[-1] + "_p", lo=0, hi=extent(inner.var) - 1)
     rv = {lp.var: var(lp.name.split(".", 1)[-1].replace(".", "_") + "_r", lo=0, hi=extent(lp.var) - 1) for lp in rest}
     env = {**rv, inner.var: pv}
-    body_env = {**keep, **{a.var: substitute(st.subst[a.var], env) for a in axes}}
+    body_env = {**keep, **{a.var: solid(substitute(st.subst[a.var], env)) for a in axes}}
     value = substitute(red.args[0], body_env)
     where = substitute(red.args[1], body_env) if len(red.args) > 1 else None
     for a in axes:
