@@ -77,6 +77,11 @@ def must(ins: Sequence[Buffer | None], i: int) -> Buffer:
     return b
 
 
+def padded(arrays: Sequence[Any], n: int) -> list[Any]:
+    """The arguments of a ``reference`` with None for the ``n - len`` optional ones that were left out."""
+    return [*arrays, *[None] * (n - len(arrays))]
+
+
 def check_axis(node: Node, a: int, rank: int, what: str = "axis") -> int:
     """``a`` in 0 .. rank - 1 (negative counts from the end). Raises ShapeError."""
     a = int(a)

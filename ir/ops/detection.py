@@ -12,7 +12,7 @@ from luthier.ir.expr import Expr, cast, const, land, maximum, minimum
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer, If, Stmt, While, block
 from luthier.ir.op import Kernel, Op, op
-from luthier.ir.ops.common import Array, const_value, must, need, shape_error
+from luthier.ir.ops.common import Array, const_value, must, need, padded, shape_error
 from luthier.ir.ops.common import get as optional
 from luthier.ir.ops.kernels import Reg, flat, for_, get, kernel, put, tail_symbol, with_regs
 
@@ -93,7 +93,7 @@ class NonMaxSuppression(Op):
         return kernel(node, ins, outs, [cand, count], with_regs(regs, body), {outs[0].shape[0]: ("count", 0)}, {outs[0].name: cap})
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        boxes, scores, limit, iou, floor = list(arrays) + [None] * (5 - len(arrays))
+        boxes, scores, limit, iou, floor = padded(arrays, 5)
         boxes, scores = np.asarray(boxes), np.asarray(scores)
         most = 0 if limit is None else int(np.asarray(limit).reshape(-1)[0])
         thr = np.float32(0 if iou is None else np.asarray(iou).reshape(-1)[0])

@@ -23,6 +23,7 @@ from luthier.ir.ops.common import (
     is_one,
     make,
     need,
+    padded,
     type_error,
     unsupported,
 )
@@ -70,7 +71,7 @@ class ConvInteger(Conv):
         return centered(x, zx) * centered(w, _zero(node, ins, 3, m))
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, w, zx, zw = list(arrays) + [None] * (4 - len(arrays))
+        x, w, zx, zw = padded(arrays, 4)
         last = channels_last(node)
         per = [1] * (np.ndim(w) - 1)
         a, b = _centered_ref(x, zx), _centered_ref(w, zw, [*per, -1] if last else [-1, *per])
@@ -116,7 +117,7 @@ class QLinearConv(Op):
         return make(node, ins, outs, [*lets, define(y, axes, saturate(cast(v, f32) * (sx * sw / sy), zy, y.dtype))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, sx, zx, w, sw, zw, sy, zy, bias = list(arrays) + [None] * (9 - len(arrays))
+        x, sx, zx, w, sw, zw, sy, zy, bias = padded(arrays, 9)
         (acc,) = _INTEGER.reference(self.inner(node), x, w, zx, zw)
         per = [-1] if channels_last(node) else [-1] + [1] * (acc.ndim - 2)
         if bias is not None:

@@ -25,6 +25,7 @@ from luthier.ir.ops.common import (
     make,
     must,
     need,
+    padded,
     product,
     shape_error,
     temp,
@@ -71,7 +72,7 @@ class QLinearBinary(Op):
         return make(node, ins, outs, [define(outs[0], axes, quantized(node, ins, v, 6, 7, outs[0]))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a, sa, za, b, sb, zb, sy, zy = list(arrays) + [None] * (8 - len(arrays))
+        a, sa, za, b, sb, zb, sy, zy = padded(arrays, 8)
         x, y = real_ref(a, sa, za), real_ref(b, sb, zb)
         return [quantized_ref(x + y if self.name.endswith("Add") else x * y, sy, zy, node)]
 
@@ -93,7 +94,7 @@ class QLinearUnary(Op):
         return make(node, ins, outs, [define(outs[0], axes, quantized(node, ins, v, 3, 4, outs[0]))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, sx, zx, sy, zy = list(arrays) + [None] * (5 - len(arrays))
+        x, sx, zx, sy, zy = padded(arrays, 5)
         r = real_ref(x, sx, zx)
         v = 1 / (1 + np.exp(-r)) if self.name.endswith("Sigmoid") else np.where(r < 0, r * np.float32(node.attrs.get("alpha", 0.01)), r)
         return [quantized_ref(v.astype(np.float32), sy, zy, node)]

@@ -28,6 +28,7 @@ from luthier.ir.ops.common import (
     make,
     must,
     need,
+    padded,
     shape_error,
     temp,
     type_error,
@@ -215,7 +216,7 @@ class QGemm(Op):
         return make(node, ins, outs, [acc, define(y, (m, n), saturate(r / sy, zy, y.dtype))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a, sa, za, b, sb, zb, c, sy, zy = list(arrays) + [None] * (9 - len(arrays))
+        a, sa, za, b, sb, zb, c, sy, zy = padded(arrays, 9)
         x = np.asarray(a).astype(np.int32) - np.asarray(za).astype(np.int32)
         zb = np.asarray(zb).astype(np.int32)
         w = np.asarray(b).astype(np.int32)
@@ -253,7 +254,7 @@ class MatMulIntegerToFloat(Op):
         return make(node, ins, outs, [acc, define(y, p.axes, r)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a, b, sa, sb, za, zb, bias = list(arrays) + [None] * (7 - len(arrays))
+        a, b, sa, sb, za, zb, bias = padded(arrays, 7)
         acc = integer_matmul(a, b, za, zb).astype(np.float32)
         r = acc * (np.asarray(sa).reshape(()) * np.asarray(spread(sb, -1, np.ndim(b))))
         return [(r if bias is None else r + np.asarray(bias)).astype(need(node, 2).dtype.numpy)]
@@ -285,7 +286,7 @@ class DynamicQuantizeMatMul(Op):
         return make(node, ins, outs, [*params, q, acc, define(y, p.axes, v)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a, b, sb, zb, bias = list(arrays) + [None] * (5 - len(arrays))
+        a, b, sb, zb, bias = padded(arrays, 5)
         x = np.asarray(a, np.float32)
         s, z = dynamic_parameters_ref(x)
         q = saturate_ref(x / s, np.asarray(z), u8)
@@ -349,7 +350,7 @@ class MatMulNBits(Op):
         return make(node, ins, outs, [acc, define(y, axes, r)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a, b, s, z, _, bias = list(arrays) + [None] * (6 - len(arrays))
+        a, b, s, z, _, bias = padded(arrays, 6)
         k, n, bits, block, blocks = self.geometry(node)
         shifts = np.arange(0, 8, bits)
         q = ((np.asarray(b)[..., None] >> shifts) & ((1 << bits) - 1)).reshape(n, blocks, -1)[..., :block].astype(np.float32)

@@ -19,7 +19,7 @@ from luthier.ir.expr import Expr, as_expr, cast, const, load, maximum, minimum, 
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import Array, define, differ, get, make, must, need, shape_error, static, unsupported, widen
+from luthier.ir.ops.common import Array, define, differ, get, make, must, need, padded, shape_error, static, unsupported, widen
 
 # name: (default alpha, default beta, function of x, alpha, beta)
 ACTIVATIONS: dict[str, tuple[float | None, float | None, Callable[[Expr, float, float], Expr]]] = {
@@ -218,7 +218,7 @@ class Recurrent(Op):
     # -- numpy
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        a = [*arrays, *([None] * (8 - len(arrays)))]
+        a: list[Any] = padded(arrays, 8)
         x = np.asarray(a[0])
         out_type = x.dtype
         flip, h, per = int(node.attrs.get("layout", 0)), self.hidden(node), len(self.defaults)

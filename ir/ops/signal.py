@@ -26,6 +26,7 @@ from luthier.ir.ops.common import (
     make,
     must,
     need,
+    padded,
     shape_error,
     wide,
 )
@@ -136,7 +137,7 @@ class STFT(Op):
         return make(node, ins, outs, [t, define(y, axes, sum_((r, q), v * load(t.buf, [p.var, q.var, k.var * r.var % n])))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, step, win, length = list(arrays) + [None] * (4 - len(arrays))
+        x, step, win, length = padded(arrays, 4)
         x = np.asarray(x)
         s = int(np.asarray(step).reshape(-1)[0])
         n = int(np.asarray(length).reshape(-1)[0]) if length is not None else len(win) if win is not None else x.shape[1]
