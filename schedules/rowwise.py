@@ -92,8 +92,22 @@ def _columns(s: Schedule, caps: Capabilities, pos: dict[str, list[int | None]]) 
             return None
         if st.reduction is not None and (st.reduction.attr[2] != 1 or not contiguity(st, st.axes[-1].var)[0]):
             return None
-    rows = [lp.name for lp in out.loops[:-1]]
+    used = {p for n in others if s.stages[n].reduction is not None for p in pos[n]}
+    inner = [k for k in range(len(out.loops) - 1) if k not in used]  # axes that no reduction depends on: walked inside
+    for n in others:
+        st = s.stages[n]
+        if st.reduction is None and any(p in inner for p in pos[n]):
+            size = st.buf.dtype.itemsize * lanes
+            for a, p in zip(st.axes, pos[n], strict=True):
+                if p in inner:
+                    size = size * a.extent.attr if a.extent.op == "const" and size >= 0 else -1
+            if not 0 <= size <= 1 << 15:
+                s = inline(s, n)
+    others = [n for n in others if n in s.stages]
+    rows = [lp.name for k, lp in enumerate(out.loops[:-1]) if k not in inner]
     s = split(s, last, lanes, "cut")
+    if inner:
+        s = reorder(s, *rows, f"{last}.0", *(out.loops[k].name for k in inner), f"{last}.1")
     while len(rows) > 1:
         s = fuse(s, rows[0], rows[1])
         rows = [s.stages[out.name].loops[0].name, *rows[2:]]
