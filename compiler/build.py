@@ -8,6 +8,7 @@ from luthier.cache import ObjectCache
 from luthier.codegen.llvm_backend import Library, compile_texts, kernel_texts
 from luthier.codegen.llvm_main import DTYPE_CODES, print_main
 from luthier.codegen.target import Target, parse_target
+from luthier.errors import LuthierError
 from luthier.ir.expr import Expr, const, free_vars, substitute, walk
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, While, exprs_of, walk_stmts
 from luthier.ir.program import Program
@@ -22,8 +23,11 @@ __all__ = ["build_module"]
 def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
     """Compiles what the cache does not have and links in memory; for another machine's target the module can only be saved."""
     chosen = parse_target(target) if isinstance(target, str) else target
-    kernels = {name: legalize_dtype(lower_subbyte(f), LLVM_RULES) for name, f in program.kernels.items()}
-    symbols, texts = kernel_texts(kernels, chosen)
+    try:
+        kernels = {name: legalize_dtype(lower_subbyte(f), LLVM_RULES) for name, f in program.kernels.items()}
+        symbols, texts = kernel_texts(kernels, chosen)
+    except LuthierError as error:  # backends know kernels; a user knows nodes
+        raise error.at(node=_nodes_of(program, error.op or "")) from None
     main = print_main(program, chosen, symbols)
     cache = ObjectCache()
     objects = compile_texts([main.runtime, *texts.values()], chosen, cache)
@@ -34,6 +38,12 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
     return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
+
+
+def _nodes_of(program: Program, kernel: str) -> str | None:
+    """The graph nodes that a kernel computes."""
+    sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
+    return next((", ".join(program.nodes.get(k, ())) or None for k, s in enumerate(sites) if s.callee == kernel), None)
 
 
 def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int) -> dict[str, Any]:
