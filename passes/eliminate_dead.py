@@ -17,7 +17,7 @@ def eliminate_dead(graph: Graph) -> bool:
 
 
 def used_symbols(graph: Graph) -> set[Expr]:
-    """Symbols in the shapes and known contents of the graph's values."""
+    """Symbols in the shapes and known contents of the graph's values, and in attributes."""
     out: set[Expr] = set()
     for n in graph.nodes:
         for v in n.outputs:
@@ -26,6 +26,9 @@ def used_symbols(graph: Graph) -> set[Expr]:
             if v.content is not None and not v.bound:
                 for s in v.content:
                     out |= free_vars(s)
+        for a in n.attrs.values():
+            if isinstance(a, Expr):
+                out |= free_vars(a)
         for g in subgraphs(n):
             out |= used_symbols(g)
     return out

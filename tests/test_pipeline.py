@@ -9,6 +9,7 @@ import numpy as np
 import onnx.parser
 import pytest
 
+from luthier.errors import KernelError
 from luthier.importers.onnx import import_onnx
 from luthier.ir.evaluate import evaluate_graph
 from luthier.ir.loop import Call, walk_stmts
@@ -170,3 +171,25 @@ def test_dump_writes_what_each_pass_changed(tmp_path: Path, monkeypatch: pytest.
     check("g (float[3] x) => (float[3] y) { a = Identity(x)  y = Exp(a) }", {"x": f32(3)})
     names = sorted(p.name for p in (tmp_path / "d").iterdir())
     assert names[0].endswith("import.txt") and any("canonicalize" in n for n in names) and names[-1].endswith("program.txt")
+
+
+RANKS = """g (float[N, M] x) => (float[N] z) {
+     s = Shape(x)  i = Constant<value_int = 1>()  n = Gather(s, i)  one = Constant<value_int = 1>()  c = Equal(n, one)  ax = Constant<value_ints = [1]>()
+     y = If(c) <then_branch = t () => (float[N] a) { a = Squeeze(x, ax) }, else_branch = e () => (float[N, M] b) { b = Identity(x) }>
+     z = Neg(y)
+   }"""
+
+
+def test_an_if_that_decides_a_rank_is_checked_at_run_time() -> None:
+    program = check(RANKS, {"x": f32(4, 1)})
+    with pytest.raises(KernelError, match="is 2, the model needs 1"):
+        run_program(program, {"x": f32(4, 2)})
+
+
+def test_a_branch_that_does_not_fit_the_shapes_is_left_out_and_checked() -> None:
+    body = """g (bool c, float[4] x) => (float[2, 2] y) {
+         y = If(c) <then_branch = t () => (float[2, 2] a) { s = Constant<value_ints = [2, 2]>()  a = Reshape(x, s) },
+                    else_branch = e () => (float[2, 2] b) { k = Constant<value_ints = [3, 3]>()  b = Reshape(x, k) }> }"""
+    program = check(body, {"c": np.array(True), "x": f32(4)})
+    with pytest.raises(KernelError, match="condition"):
+        run_program(program, {"c": np.array(False), "x": f32(4)})

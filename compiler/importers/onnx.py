@@ -22,7 +22,7 @@ from luthier.importers import onnx_upgrade, onnx_wire
 from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.dtypes import f32
-from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, UnsupportedOperator
+from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
@@ -263,12 +263,24 @@ class _Importer:
         if graphs and op == "If" and inputs and inputs[0] is not None and _known(inputs[0]) is not None:
             self._inline_branch(n, graphs["then_branch" if _known(inputs[0]) else "else_branch"], scope)
             return
+        misfits: dict[str, LuthierError] = {}
         for key, proto in graphs.items():
-            attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+            outer = self.nodes
+            try:
+                attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+            except (ShapeError, TypeMismatch) as e:
+                self.nodes = outer
+                if op != "If" or misfits:
+                    raise
+                misfits[key] = e
+        if misfits and inputs and inputs[0] is not None:
+            taken = "else_branch" if "then_branch" in misfits else "then_branch"
+            self._assume(n, graphs[taken], (_condition(inputs[0]), as_expr(int(taken == "then_branch"))), scope)
+            return
         if op == "If" and inputs and inputs[0] is not None and self._ranks_differ(attrs):
             equal = _equality(inputs[0])
             if equal is not None:
-                self._assume_then(n, graphs["then_branch"], equal, scope)
+                self._assume(n, graphs["then_branch"], equal, scope)
                 return
         outs = list(n.output)
         while outs and not outs[-1]:
@@ -321,14 +333,16 @@ class _Importer:
     def _ranks_differ(self, attrs: Mapping[str, Any]) -> bool:
         return any(a.rank != b.rank for a, b in zip(attrs["then_branch"].outputs, attrs["else_branch"].outputs, strict=False))
 
-    def _assume_then(self, n: NodeProto, g: GraphProto, equal: tuple[Expr, Expr], scope: _Scope) -> None:
-        """``If(extent == k) then Squeeze(x) else x``: a rank cannot change from run to run, so the branch that the rest of the model
-        was made for is taken, and the run checks that the extent is ``k``."""
+    def _assume(self, n: NodeProto, g: GraphProto, equal: tuple[Expr, Expr], scope: _Scope) -> None:
+        """Take one branch of an If, on the condition that two index expressions are equal in every run.
+
+        For ``If(extent == k) then Squeeze(x) else x``: a rank cannot change from run to run, so the branch that the rest of the model
+        was made for is taken. And for a branch that does not fit the (pinned) shapes: it could only fail."""
         self._inline_branch(n, g, scope)
         for o in n.output:
             v = scope.values[o]
             assert v is not None
-            attrs = {"got": equal[0], "want": equal[1], "what": f"an extent that {n.name or o} compares"}
+            attrs = {"got": equal[0], "want": equal[1], "what": f"the condition of {n.name or o}"}
             scope.values[o] = self._emit("luthier::Require", [v], attrs, [scope.prefix + o + ".checked"], scope.prefix + n.name, n)[0]
 
     def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:
@@ -457,6 +471,14 @@ def _known(v: Value) -> bool | None:
     """A condition's value when it is known at compile time."""
     c = v.content
     return bool(c[0].attr) if c is not None and len(c) == 1 and c[0].op == "const" else None
+
+
+def _condition(v: Value) -> Expr:
+    """A condition as an index expression, 0 or 1; a symbol that the program reads from ``v`` when nothing is known."""
+    if v.content is None:
+        v.content = (var(f"{v.name}.0", lo=0, hi=1),)
+        v.bound = True
+    return v.content[0]
 
 
 def _equality(v: Value) -> tuple[Expr, Expr] | None:
