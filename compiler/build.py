@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from luthier import settings
 from luthier.cache import ObjectCache
-from luthier.codegen.llvm_backend import Library, compile_texts, kernel_texts
+from luthier.codegen.llvm_backend import Library, assembly, compile_texts, kernel_texts
 from luthier.codegen.llvm_main import DTYPE_CODES, print_main
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
@@ -29,6 +31,7 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
     except LuthierError as error:  # backends know kernels; a user knows nodes
         raise error.at(node=_nodes_of(program, error.op or "")) from None
     main = print_main(program, chosen, symbols)
+    _dump(symbols, texts, main.text, chosen)
     cache = ObjectCache()
     objects = compile_texts([main.runtime, *texts.values()], chosen, cache)
     objects += compile_texts([main.text], chosen, cache, opt=0)  # runs once a call: the quickest code generation is enough
@@ -38,6 +41,18 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
     return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
+
+
+def _dump(symbols: Mapping[str, str], texts: Mapping[str, str], main: str, target: Target) -> None:
+    """With LUTHIER_DUMP: the LLVM text of the program and of every kernel, and the kernels' assembly."""
+    folder = settings.dump.get()
+    if folder is None:
+        return
+    names = {symbol: name for name, symbol in symbols.items()}
+    (folder / "llvm-main.txt").write_text(main, encoding="utf-8")
+    for symbol, text in texts.items():
+        (folder / f"llvm-{names[symbol]}.txt").write_text(text, encoding="utf-8")
+        (folder / f"machine-{names[symbol]}.txt").write_text(assembly(text, target), encoding="utf-8")
 
 
 def _nodes_of(program: Program, kernel: str) -> str | None:
