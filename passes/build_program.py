@@ -15,14 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.ir.compute import Compute, axis, pull
-from luthier.ir.dtypes import DType, boolean, i64, index
-from luthier.ir.errors import LuthierError, UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, substitute, var
+from luthier.ir.dtypes import DType, i64, index
+from luthier.ir.errors import LuthierError
+from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, substitute, var
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
-from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, block
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, block
 from luthier.ir.op import Kernel
 from luthier.ir.printer import format_compute
 from luthier.ir.program import Program
+from luthier.passes import build_loops
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
@@ -460,142 +461,9 @@ class _Builder:
                 self._copy(results[side][k], b, copies[side], (n.name,), b.size())
         stmts.append(If(cond, Block(tuple(copies[0])), Block(tuple(copies[1]))))
 
-    def _emit_loop(self, it: _Item, stmts: list[Stmt], defined: set[Expr]) -> None:
-        from luthier.ir.ops.control_flow import keeps_going, states
-
-        n = it.node
-        body: Graph = n.attrs["body"]
-        ns = states(n)
-        m, c0 = n.input(0), n.input(1)
-        i, going = self.temp(f"{n.name}.i", i64, (as_expr(1),)), self.temp(f"{n.name}.cond", boolean, (as_expr(1),))
-        stmts.append(Store(i, (const(0),), const(0, i64)))
-        stmts.append(Store(going, (const(0),), const(True, boolean) if c0 is None else self.at(self.buffer_of(c0), 0)))
-        cond = load(going, [const(0)])
-        limit = None if m is None else self.at(self.buffer_of(m), 0)
-        if limit is not None:
-            cond = land(cond, load(i, [const(0)]) < limit)
-        state = self._start_states(n, n.inputs[2:], n.outputs[:ns], stmts)
-        scans = n.outputs[ns:]
-        slices = body.outputs[1 + ns :]
-        stacks: list[Buffer] = []
-        for v in scans:
-            if keeps_going(body) and m is not None:
-                stacks.append(self.buffer_of(v))
-                continue
-            if m is None or m.content is None:
-                raise UnsupportedOperator("a Loop with scan outputs needs a trip count that is known when it starts", node=n.name, op=n.op)
-            cap = (m.content[0], *v.shape[1:])
-            stacks.append(self.temp(f"{v.name}.capacity", v.dtype, cap))
-        it_var = var(f"{n.name}.round", lo=0)
-        self.storage[body.inputs[0]] = self._alias(i, body.inputs[0])
-        self.storage[body.inputs[1]] = self._alias(going, body.inputs[1])
-        for v, b in zip(body.inputs[2:], state, strict=True):
-            self.storage[v] = self._alias(b, v)
-        nxt = [self.temp(f"{n.name}.next{k}", v.dtype, v.shape) for k, v in enumerate(body.outputs)]
-        inner_defined = set(defined) | {it_var}
-        inner: list[Stmt] = [Let(it_var, cast(load(i, [const(0)]), index))]
-        inner += self._read_bound(body.inputs, inner_defined)
-        inner += self.block(body, list(zip(body.outputs, nxt, strict=True)), inner_defined)
-        for v, src, dst in zip(slices, nxt[1 + ns :], stacks, strict=True):
-            self._copy(src, (dst, it_var * v_size(v)), inner, (n.name,))
-        for src, dst in zip(nxt[1 : 1 + ns], state, strict=True):
-            self._copy(src, dst, inner, (n.name,))
-        inner.append(Store(going, (const(0),), self.at(nxt[0], 0)))
-        inner.append(Store(i, (const(0),), cast(it_var + 1, i64)))
-        stmts.append(While(cond, Block(tuple(inner))))
-        for v, b in zip(scans, stacks, strict=True):
-            if self.storage.get(v) is not b:
-                s = v.shape[0]
-                if s not in defined:
-                    stmts.append(Let(s, cast(load(i, [const(0)]), index)))
-                    defined.add(s)
-                self.storage[v] = self._view(v, b)
-
-    def _emit_scan(self, it: _Item, stmts: list[Stmt], defined: set[Expr]) -> None:
-        from luthier.ir.ops.control_flow import states
-
-        n = it.node
-        body: Graph = n.attrs["body"]
-        ns = states(n)
-        seqs = [v for v in n.inputs[ns:] if v is not None]
-        in_axes = [a + v.rank if a < 0 else a for a, v in zip(n.attrs.get("scan_input_axes", (0,) * len(seqs)), seqs, strict=True)]
-        in_rev = n.attrs.get("scan_input_directions", (0,) * len(seqs))
-        outs = n.outputs[ns:]
-        out_axes = [a + v.rank if a < 0 else a for a, v in zip(n.attrs.get("scan_output_axes", (0,) * len(outs)), outs, strict=True)]
-        out_rev = n.attrs.get("scan_output_directions", (0,) * len(outs))
-        length = seqs[0].shape[in_axes[0]]
-        i = self.temp(f"{n.name}.i", i64, (as_expr(1),))
-        t = var(f"{n.name}.round", lo=0)
-        stmts.append(Store(i, (const(0),), const(0, i64)))
-        state = self._start_states(n, n.inputs[:ns], n.outputs[:ns], stmts)
-        for v, b in zip(body.inputs[:ns], state, strict=True):
-            self.storage[v] = self._alias(b, v)
-        inner_defined = set(defined) | {t}
-        inner: list[Stmt] = [Let(t, cast(load(i, [const(0)]), index))]
-        for seq, v, a, rev in zip(seqs, body.inputs[ns:], in_axes, in_rev, strict=True):
-            self._slice(seq, v, a, (length - 1 - t) if rev else t, t, inner, n.name)
-        inner += self._read_bound(body.inputs, inner_defined)
-        nxt = [self.temp(f"{n.name}.next{k}", v.dtype, v.shape) for k, v in enumerate(body.outputs)]
-        inner += self.block(body, list(zip(body.outputs, nxt, strict=True)), inner_defined)
-        stacks = []
-        for v, s, src, a, rev in zip(outs, body.outputs[ns:], nxt[ns:], out_axes, out_rev, strict=True):
-            b = self.buffer_of(v) if a == 0 else self.temp(f"{v.name}.stack", v.dtype, (length, *s.shape))
-            stacks.append(b)
-            self._copy(src, (b, ((length - 1 - t) if rev else t) * v_size(s)), inner, (n.name,))
-        for src, dst in zip(nxt[:ns], state, strict=True):
-            self._copy(src, dst, inner, (n.name,))
-        inner.append(Store(i, (const(0),), cast(t + 1, i64)))
-        stmts.append(While(cast(load(i, [const(0)]), index) < length, Block(tuple(inner))))
-        for v, b, a in zip(outs, stacks, out_axes, strict=True):
-            if a != 0:
-                self._move_axis(b, v, a, stmts, n.name)
-
-    def _start_states(self, n: Node, starts: Sequence[Value | None], results: Sequence[Value], stmts: list[Stmt]) -> list[Buffer]:
-        state = []
-        for v, r in zip(starts, results, strict=False):
-            assert v is not None
-            b = self.buffer_of(r)
-            self._copy(self.buffer_of(v), b, stmts, (n.name,))
-            state.append(b)
-        return state
-
-    def _alias(self, b: Buffer, v: Value) -> Buffer:
-        """``b`` seen with the shape of ``v``."""
-        w = replace(b, name=self.fresh(v.name), shape=v.shape)
-        root, offset = self.views.get(b.name, (b.name, const(0)))
-        self.views[w.name] = (root, offset)
-        return w
-
-    def _read_bound(self, values: Iterable[Value], defined: set[Expr]) -> list[Stmt]:
-        out: list[Stmt] = []
-        for v in values:
-            if v.bound and v.content is not None:
-                for k, s in enumerate(v.content):
-                    out.append(Let(s, cast(self.at(self.buffer_of(v), k), s.dtype)))
-                    defined.add(s)
-        return out
-
-    def _gather_call(self, name: str, src: Buffer, dst: Buffer, index_of: Callable[[list[Expr]], list[Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], node: str) -> None:
-        axes = [axis(f"i{k}", s) for k, s in enumerate(dst.shape)]
-        p = Buffer("p0", src.dtype, src.shape, "param", False)
-        x = pull("o0", axes, load(p, index_of([a.var for a in axes])))
-        dims = {s for e in (*src.shape, *dst.shape, *x.expr.args) for s in free_vars(e)} - {a.var for a in axes}
-        c = Compute(name, (p,), tuple(sorted(dims, key=lambda e: e.key)), (x,), ("o0",))
-        for f in self.schedule(c, {}).funcs:
-            self._call(f, {"p0": src, "o0": dst}, scalars, stmts, (node,))
-
-    def _slice(self, seq: Value, v: Value, a: int, position: Expr, t: Expr, stmts: list[Stmt], node: str) -> None:
-        """``v = seq[..., position, ...]`` (axis ``a``)."""
-        k = var("position", lo=0)
-        self._gather_call("slice", self.buffer_of(seq), self.buffer_of(v), lambda ix: [*ix[:a], k, *ix[a:]], {k: position}, stmts, node)
-
-    def _move_axis(self, src: Buffer, v: Value, a: int, stmts: list[Stmt], node: str) -> None:
-        """``v[..., t, ...] = src[t, ...]`` (axis ``a``)."""
-        self._gather_call("move_axis", src, self.buffer_of(v), lambda ix: [ix[a], *ix[:a], *ix[a + 1 :]], {}, stmts, node)
-
 
 _CONTROL: dict[str, Callable[[_Builder, _Item, list[Stmt], set[Expr]], None]] = {
-    "If": _Builder._emit_if, "Loop": _Builder._emit_loop, "Scan": _Builder._emit_scan,
+    "If": _Builder._emit_if, "Loop": build_loops.emit_loop, "Scan": build_loops.emit_scan,
 }  # fmt: skip
 
 
@@ -611,13 +479,6 @@ def _graph_symbols(n: Node) -> set[Expr]:
                     out |= {s for e in v.content for s in free_vars(e)}
             out |= _graph_symbols(m)
     return out
-
-
-def v_size(v: Value) -> Expr:
-    n = as_expr(1)
-    for s in v.shape:
-        n = n * s
-    return n
 
 
 def b_type(b: Buffer) -> Any:
