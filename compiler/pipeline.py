@@ -26,6 +26,7 @@ from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
 from luthier.passes.recognise_norms import recognise_norms
 from luthier.passes.recognise_softmax import recognise_softmax
+from luthier.passes.split_transposed_conv import split_transposed_conv
 
 if TYPE_CHECKING:
     from luthier.schedules.capabilities import Capabilities
@@ -44,6 +45,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     recognise_softmax,
     recognise_attention,
     fold_batch_norm,
+    split_transposed_conv,
     eliminate_dead,
     quantize_integer,
     fold_dequantize,

@@ -1,0 +1,49 @@
+"""split_transposed_conv: equal results, and the forms that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier.ir.builder import Names, make_node
+from luthier.ir.dtypes import f32
+from luthier.ir.evaluate import evaluate_graph
+from luthier.ir.graph import Graph, TensorType, Value
+from luthier.passes.split_transposed_conv import split_transposed_conv
+
+RNG = np.random.default_rng(1)
+
+
+def graph(kernel: tuple[int, int], attrs: dict[str, Any], bias: bool = True) -> Graph:
+    x = Value("x", TensorType.of(f32, (2, 5, 4, 3)))
+    m = 6 // int(attrs.get("group", 1)) if attrs.get("group", 1) != 5 else 2
+    ins = [x, Value.const("w", RNG.standard_normal((5, m, *kernel)).astype(np.float32))]
+    if bias:
+        ins.append(Value.const("b", RNG.standard_normal(m * int(attrs.get("group", 1))).astype(np.float32)))
+    n = make_node("ConvTranspose", ins, attrs, names=Names(), outputs=["y"])
+    return Graph("g", [x], [n.outputs[0]], [n])
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_windows_side_by_side(k: int, bias: bool) -> None:
+    g = graph((k, k), {"strides": (k, k)}, bias)
+    a = RNG.standard_normal((2, 5, 4, 3)).astype(np.float32)
+    want = next(iter(evaluate_graph(g, {"x": a})[0].values()))
+    assert split_transposed_conv(g)
+    assert [n.op for n in g.nodes] == ["Conv", "DepthToSpace"]
+    np.testing.assert_allclose(next(iter(evaluate_graph(g, {"x": a})[0].values())), want, rtol=1e-5, atol=1e-6)
+    assert not split_transposed_conv(g)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "attrs"),
+    [
+        ((3, 3), {"strides": (2, 2)}), ((2, 2), {"strides": (2, 2), "pads": (1, 0, 0, 0)}), ((2, 3), {"strides": (2, 3)}),
+        ((2, 2), {"strides": (2, 2), "output_padding": (1, 0)}), ((2, 2), {"strides": (2, 2), "group": 5}), ((1, 1), {}),
+    ],
+)  # fmt: skip
+def test_others_stay(kernel: tuple[int, int], attrs: dict[str, Any]) -> None:
+    assert not split_transposed_conv(graph(kernel, attrs))
