@@ -77,7 +77,8 @@ _data_options = _options(
 def _console(stderr: bool = False) -> rich.console.Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, no_color=settings.color.is_set() or None, highlight=False)
+    width = None if sys.stdout.isatty() else 200
+    return Console(stderr=stderr, no_color=settings.color.is_set() or None, highlight=False, width=width)
 
 
 def _open(model: Path, target: str, shapes: Sequence[tuple[str, tuple[int, ...]]], threads: int | None) -> Module:
