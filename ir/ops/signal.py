@@ -22,7 +22,6 @@ from luthier.ir.ops.common import (
     define,
     element_type,
     get,
-    known_ints,
     make,
     must,
     need,
@@ -42,29 +41,41 @@ def twiddles(name: str, n: Expr, d: DType, inverse: bool) -> Pull:
     return pull(f"{name}.twiddle", (p, q, m), cast(select(p.var.eq(q.var), c, select(p.var.eq(0), s, -s)), d))
 
 
+def chosen(a: Expr, values: Sequence[Expr]) -> Expr:
+    """``values[a]``."""
+    out = values[-1]
+    for d in range(len(values) - 2, -1, -1):
+        out = select(a.eq(d), values[d], out)
+    return out
+
+
 @op("DFT")
 class DFT(Op):
     """(x [..., 1 or 2], dft_length, axis): discrete Fourier transform along ``axis``; ``inverse``, ``onesided``."""
 
-    def geometry(self, node: Node) -> tuple[int, Expr, bool, bool]:
-        """(axis, transform length, inverse, onesided)."""
+    def geometry(self, node: Node) -> tuple[Expr, Expr, bool, bool]:
+        """(axis, transform length, inverse, onesided); an axis that is known only at run time is a symbol."""
         x = need(node, 0)
-        given = known_ints(node, 2, "axis")
-        a = check_axis(node, given[0] if given else -2, x.rank)
-        if a == x.rank - 1:
-            raise shape_error(node, "the last dimension holds real and imaginary parts and cannot be transformed")
+        a = as_expr(content_or_symbols(node, 2)[0]) if node.input(2) is not None else const(-2)
+        if a.op == "const":
+            a = const(check_axis(node, a.attr, x.rank))
+            if a.attr == x.rank - 1:
+                raise shape_error(node, "the last dimension holds real and imaginary parts and cannot be transformed")
+        else:
+            a = select(a < 0, a + x.rank, a)
         inv, one = bool(int(node.attrs.get("inverse", 0))), bool(int(node.attrs.get("onesided", 0)))
         if node.input(1) is not None:
             n = as_expr(content_or_symbols(node, 1)[0])
         else:
-            n = (x.shape[a] - 1) * 2 if inv and one else x.shape[a]
+            n = chosen(a, x.shape[:-1])
+            n = (n - 1) * 2 if inv and one else n
         return a, n, inv, one
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)
         a, n, inv, one = self.geometry(node)
         m = n // 2 + 1 if one and not inv else n
-        return [TensorType.of(x.dtype, (*(m if d == a else s for d, s in enumerate(x.shape[:-1])), 1 if one and inv else 2))]
+        return [TensorType.of(x.dtype, (*(select(a.eq(d), m, s) for d, s in enumerate(x.shape[:-1])), 1 if one and inv else 2))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, y = must(ins, 0), outs[0]
@@ -73,17 +84,18 @@ class DFT(Op):
         axes = axes_of(y.shape)
         t = twiddles(y.name, n, w, inv)
         r, q = axis("n", n), axis("q", x.shape[-1])
-        have, pos, sign = x.shape[a], r.var, None
+        have, pos, sign = chosen(a, x.shape[:-1]), r.var, None
         if inv and one:  # the other half is the conjugate of this one
             have = minimum(have, n // 2 + 1)
             front = r.var < have
             pos = select(front, r.var, n - r.var)
             sign = land(q.var.eq(1), have <= r.var)
-        idx = [pos if d == a else v.var for d, v in enumerate(axes[:-1])]
+        idx = [select(a.eq(d), pos, v.var) for d, v in enumerate(axes[:-1])]
         v = cast(load(x, [*idx, q.var], land(ZERO <= pos, pos < have)), w)
         if sign is not None:
             v = select(sign, -v, v)
-        s = sum_((r, q), v * load(t.buf, [axes[-1].var, q.var, axes[a].var * r.var % n]))
+        k = chosen(a, [v.var for v in axes[:-1]])
+        s = sum_((r, q), v * load(t.buf, [axes[-1].var, q.var, k * r.var % n]))
         return make(node, ins, outs, [t, define(y, axes, s / cast(n, w) if inv else s)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
