@@ -6,7 +6,7 @@ Each model runs in a process of its own, compiled once with the shapes that it d
 its registry entry: other batches, lengths and pictures without recompiling, 50 steps with the state carried for
 silero, and a decode loop for GPT-2. The error of an output is the largest difference over the output's largest
 magnitude. It passes when it is at most twice onnxruntime's own, or 1e-3. A QDQ model passes when it ranks the same
-five classes first as onnxruntime does, with or without its graph rewrites (these round differently); other quantized
+five classes first as onnxruntime without its graph rewrites, on pictures where rounding does not decide; other quantized
 models when they are near onnxruntime without its rewrites: 1e-2, or twice what the rewrites change (0.1 at most).
 Exit code 1 when any model fails.
 """
@@ -147,15 +147,52 @@ def carried_runs(case: ModelCase, run: Runner | None, threads: int, steps: int) 
     yield verdict(f"{steps} steps, state carried", worst[1] if run else worst[0], worst[0])
 
 
+def decided_pictures(case: ModelCase, plain: Runner, wanted: int = 4, tries: int = 40) -> list[int]:
+    """Seeds of pictures whose first five classes do not hang on rounding: kept on disk.
+
+    Two evaluations that follow the QDQ model to the letter, onnxruntime without rewrites and onnx's own evaluator,
+    still round differently here and there, and depth multiplies it. A picture counts when its fifth and sixth class
+    are further apart than these two differ on any of the eight leading classes.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    from benchmarks import model_inputs, reference_f64
+
+    stamps = (case.path.stat().st_mtime_ns, Path(model_inputs.__file__).stat().st_mtime_ns)
+    file = model_dir() / ".f64" / f"{case.name}-{stamps[0] ^ stamps[1]:x}-{wanted}.json"
+    if file.exists():
+        return list(json.loads(file.read_text()))
+    evaluator = ReferenceEvaluator(str(case.path), new_ops=[reference_f64.Conv])
+    seeds: list[int] = []
+    for seed in range(tries):
+        inputs = case.make_inputs(seed)
+        first, second = next(iter(plain(inputs).values()))[0], evaluator.run(None, inputs)[0][0]
+        leading = np.argsort(-first)[:8]
+        if first[leading[4]] - first[leading[5]] > np.abs(first - second)[leading].max():
+            seeds.append(seed)
+        if len(seeds) == wanted:
+            break
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(seeds))
+    return seeds
+
+
 def ranked_runs(case: ModelCase, run: Runner | None, threads: int) -> Iterator[dict[str, Any]]:
-    """A QDQ model: the same five classes on four pictures."""
+    """A QDQ model: the same five classes on pictures where rounding does not decide about them."""
     plain, fast = ort_runner(case.path, threads, rewrites=False), ort_runner(case.path, threads)
-    for seed in range(4):
+    seeds = decided_pictures(case, plain)
+    if len(seeds) < 2:
+        raise RuntimeError(f"only {len(seeds)} pictures on which the five classes are decided")
+    for seed in seeds:
         inputs = case.make_inputs(seed)
         exact, rewritten = plain(inputs), fast(inputs)
-        ours = run(inputs) if run else rewritten
-        ok = same_top5(ours, exact) or same_top5(ours, rewritten)
-        yield {"case": f"picture {seed}", "error": error(ours, exact), "onnxruntime": error(rewritten, exact), "ok": ok}
+        ours = run(inputs) if run else exact
+        yield {
+            "case": f"picture {seed}",
+            "error": error(ours, exact),
+            "onnxruntime": error(rewritten, exact),
+            "ok": same_top5(ours, exact),
+        }
 
 
 def near_runs(case: ModelCase, run: Runner | None, threads: int) -> Iterator[dict[str, Any]]:
