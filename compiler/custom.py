@@ -15,6 +15,7 @@ domain and is fused with its neighbours.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -320,7 +321,7 @@ class CustomOp(Op):
         args = []
         for b in ins:
             assert b is not None
-            args.append(Tensor(tr, b.shape, b.dtype, lambda ix, b=b: load(b, ix)))
+            args.append(Tensor(tr, b.shape, b.dtype, functools.partial(load, b)))
         given = {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
         _traces.append(tr)
         try:
