@@ -1,4 +1,4 @@
-"""split_transposed_conv: equal results, and the forms that stay."""
+"""split_transposed_conv: equal results in every form that is split; the forms that stay."""
 
 from __future__ import annotations
 
@@ -26,22 +26,38 @@ def graph(kernel: tuple[int, int], attrs: dict[str, Any], bias: bool = True) -> 
     return Graph("g", [x], [n.outputs[0]], [n])
 
 
-@pytest.mark.parametrize("k", [2, 3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_windows_side_by_side(k: int, bias: bool) -> None:
-    g = graph((k, k), {"strides": (k, k)}, bias)
+def same(g: Graph, ops: list[str]) -> None:
     a = RNG.standard_normal((2, 5, 4, 3)).astype(np.float32)
     want = next(iter(evaluate_graph(g, {"x": a})[0].values()))
     assert split_transposed_conv(g)
-    assert [n.op for n in g.nodes] == ["Conv", "DepthToSpace"]
-    np.testing.assert_allclose(next(iter(evaluate_graph(g, {"x": a})[0].values())), want, rtol=1e-5, atol=1e-6)
+    assert [n.op for n in g.nodes] == ops
+    np.testing.assert_allclose(next(iter(evaluate_graph(g, {"x": a})[0].values())), want, rtol=1e-5, atol=1e-5)
     assert not split_transposed_conv(g)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_windows_side_by_side(k: int, bias: bool) -> None:
+    same(graph((k, k), {"strides": (k, k)}, bias), ["Conv", "DepthToSpace"])
+
+
+@pytest.mark.parametrize(
+    ("k", "s", "pads", "more"),
+    [
+        (4, 2, (1, 1, 1, 1), (0, 0)), (3, 2, (1, 1, 1, 1), (1, 1)), (3, 2, (0, 0, 0, 0), (0, 0)), (5, 2, (2, 1, 0, 2), (0, 1)),
+        (7, 3, (2, 2, 2, 2), (0, 0)), (6, 3, (0, 1, 2, 0), (0, 0)), (2, 2, (1, 0, 0, 0), (0, 0)), (4, 2, (0, 0, 2, 2), (1, 1)),
+    ],
+)  # fmt: skip
+def test_overlapping_windows(k: int, s: int, pads: tuple[int, ...], more: tuple[int, ...]) -> None:
+    g = graph((k, k), {"strides": (s, s), "pads": pads, "output_padding": more})
+    cropped = any(pads[:2]) or any(-(-k // s) * s - k + pads[d + 2] - more[d] for d in (0, 1))
+    same(g, ["Conv", "DepthToSpace", *(["Slice"] if cropped else [])])
 
 
 @pytest.mark.parametrize(
     ("kernel", "attrs"),
     [
-        ((3, 3), {"strides": (2, 2)}), ((2, 2), {"strides": (2, 2), "pads": (1, 0, 0, 0)}), ((2, 3), {"strides": (2, 3)}),
+        ((2, 2), {"strides": (3, 3)}), ((2, 3), {"strides": (2, 3)}), ((3, 3), {"strides": (2, 2), "dilations": (2, 2)}), ((3, 3), {}),
         ((2, 2), {"strides": (2, 2), "output_padding": (1, 0)}), ((2, 2), {"strides": (2, 2), "group": 5}), ((1, 1), {}),
     ],
 )  # fmt: skip
