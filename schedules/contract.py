@@ -64,6 +64,8 @@ def apply(
     us = [a for a in rest if a.var in free_vars(q if not depthwise else p) and a.var not in free_vars(p if not depthwise else q)]
     if depthwise and not us:
         us = [a for a in rest if a.var in free_vars(q) and a.var not in free_vars(p)]
+    if not us and len(rest) and rest[-1].extent.op == "const" and not depthwise:  # rows that share nothing still fill the pipeline
+        us = [rest[-1]]
     n_ext = next(a.extent for a in st.axes if a.var is v)
     if n_ext.op == "const" and n_ext.attr < lanes and not _packable(s, p, v, constants):
         return None

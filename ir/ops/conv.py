@@ -292,7 +292,7 @@ class ConvTranspose(Op):
         last = channels_last(node)
         kernel, g, ic, oc = self.kernel(node)
         axes, n, m, o = join_axes(node, out)
-        k_axes, k = taps(kernel)
+        k_axes, k_all = taps(kernel)
         per = ic // g
         reds, c = list(k_axes), ZERO
         if not is_one(per):
@@ -300,8 +300,14 @@ class ConvTranspose(Op):
             reds.append(ca)
             c = ca.var
         channel = c if g == 1 else (m.var // oc) * per + c
-        conds, at = [], []
-        for v, a, kk in zip(self.windows(node), o, k, strict=True):
+        conds, at, k = [], [], list(k_all)
+        for j, (v, a, kk) in enumerate(zip(self.windows(node), o, k_all, strict=True)):
+            if v.stride == v.k and v.dilation == 1 and v.lo is ZERO:  # windows side by side: one tap reaches each output
+                k[j] = a.var % v.stride
+                reds = [r for r in reds if r.var is not kk]
+                at.append(a.var // v.stride)
+                conds.append(at[-1] < v.n)
+                continue
             q = a.var + v.lo - kk * v.dilation
             i = q if v.stride == 1 else q // v.stride
             conds += [ZERO <= q, i < v.n]
