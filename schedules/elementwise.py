@@ -14,7 +14,7 @@ from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rewrite, substitute, walk
 from luthier.passes.flatten import flat_index
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, split
+from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, reorder, split
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096, unroll: int = 1) -> Schedule | None:
@@ -121,6 +121,10 @@ def pointwise(s: Schedule, name: str, caps: Capabilities, grain: int = 4096) -> 
     lanes = caps.lanes(_widest(st))
     n = s.static_extent(inner.var)
     vec = lanes > 1 and (n is None or n >= lanes) and not has_red
+    if vec and not has_red:
+        tiled = _transposed(s, name, lanes)
+        if tiled is not None:
+            return tiled
     outer = [lp.name for lp in sp[:-1]]
     total = 1
     for lp in sp:
@@ -144,6 +148,42 @@ def pointwise(s: Schedule, name: str, caps: Capabilities, grain: int = 4096) -> 
     if outer and not (0 <= total < grain and not has_red):
         s = annotate(s, outer[0], "parallel")
     return s
+
+
+def _transposed(s: Schedule, name: str, lanes: int) -> Schedule | None:
+    """Loads that walk another axis contiguously than the store does are made in blocks of both axes, so that each cache line that
+    is fetched is used up. None when there is no such load or an extent is not known."""
+    st = s.stages[name]
+    last = st.axes[-1].var
+    other = None
+    for x in loads(st.expr):
+        b, idx, _, _ = load_parts(x)
+        e = flat(b, idx)
+        d = stride(e, last)
+        if d is None or (d.op == "const" and d.attr in (0, 1)):
+            continue
+        for k, a in enumerate(st.axes[:-1]):
+            da = stride(e, a.var)
+            if da is not None and da.op == "const" and da.attr == 1 and st.subst[a.var] is st.loops[k].var:
+                other = k
+    if other is None or st.subst[last] is not st.loops[-1].var:
+        return None
+    u, v = st.loops[other].name, st.loops[-1].name
+    nu, nv = s.static_extent(st.loops[other].var), s.static_extent(st.loops[-1].var)
+    if nu is None or nv is None or nu < 4 or nu * nv < 1024:
+        return None
+    s = split(s, v, lanes * 8, "min")
+    s = split(s, f"{v}.1", lanes, "cut")
+    s = annotate(s, f"{v}.1.1", "vectorize")
+    s = split(s, u, 16, "min")
+    rest = [lp.name for k, lp in enumerate(st.loops[:-1]) if k != other]
+    s = reorder(s, *rest, f"{u}.0", f"{v}.0", f"{u}.1", f"{v}.1.0", f"{v}.1.1")
+    first = next((n for n in rest if (s.static_extent(_loop_var(s, name, n)) or 2) > 1), f"{u}.0")
+    return annotate(s, first, "parallel")
+
+
+def _loop_var(s: Schedule, name: str, loop: str) -> Expr:
+    return next(lp.var for lp in s.stages[name].loops if lp.name == loop)
 
 
 def _widest(st: Stage) -> int:
