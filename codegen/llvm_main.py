@@ -18,6 +18,7 @@ import numpy as np
 
 from luthier.codegen.llvm_intrin import HELPERS
 from luthier.codegen.llvm_printer import KernelPrinter, parallel_loop, quote
+from luthier.codegen.llvm_share import SharePrinter, definition
 from luthier.codegen.llvm_types import reg_type
 from luthier.codegen.sharing import Hazards, KernelWork, useful_threads
 from luthier.codegen.target import Target
@@ -108,58 +109,6 @@ def _mentioned(s: Stmt) -> list[Buffer]:
 
 def stored(f: Func) -> set[str]:
     return {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)}
-
-
-class _Share(KernelPrinter):
-    """The function that hands the iterations of one kernel to the threads."""
-
-    def share(self, symbol: str) -> str:
-        params, args = ["ptr %st"], []
-        for k, p in enumerate(self.f.params):
-            t = "ptr" if isinstance(p, Buffer) else reg_type(p.dtype)
-            params.append(f"{t} %p{k}")
-            args.append(f"{t} %p{k}, ")
-        params += ["i64 %total", "i64 %grain"]
-        given = "".join(args)
-        self.lines += [
-            "%any = icmp sgt i64 %total, 0",
-            "br i1 %any, label %some, label %done",
-            "some:\n",
-            "%np = getelementptr %state, ptr %st, i32 0, i32 3",
-            "%n = load i64, ptr %np",
-            "%one = icmp eq i64 %n, 1",
-            "br i1 %one, label %alone, label %shared",
-            "alone:\n",
-            f"call void @{quote(symbol)}({given}i64 0, i64 %total)",
-            "ret void",
-            "shared:\n",
-            "%chunk = call i64 @lt.chunk(ptr %st, i64 %total, i64 %grain)",
-            "call void @lt.begin_loop(ptr %st, i64 %total, i64 %chunk)",
-            "br label %next",
-            "next:\n",
-            "%mine = phi i32 [ 0, %shared ], [ %mine1, %work ]",
-            "%s = call i64 @lt.claim(ptr %st, i64 0, i64 %total, i64 %chunk)",
-            "%end = icmp slt i64 %s, 0",
-            "br i1 %end, label %last, label %work",
-            "work:\n",
-            "%e0 = add i64 %s, %chunk",
-            "%e = call i64 @llvm.smin.i64(i64 %e0, i64 %total)",
-            f"call void @{quote(symbol)}({given}i64 %s, i64 %e)",
-            "%mine1 = add i32 %mine, 1",
-            "br label %next",
-            "last:\n",
-            "call void @lt.finish(ptr %st, i32 %mine)",
-            "ret void",
-            "done:\n",
-            "ret void",
-        ]
-        self.declare("llvm.smin.i64", "i64 @(i64, i64)")
-        return definition(self, f"internal void @{quote(symbol + '.share')}({', '.join(params)})")
-
-
-def definition(p: KernelPrinter, head: str) -> str:
-    lines = [f"  {x}\n" if not x.endswith(":\n") else x for x in (*p.entry, *p.lines)]
-    return f"define {head} #0 {{\nentry:\n{''.join(lines)}}}\n"
 
 
 # ---------------------------------------------------------------- main
@@ -517,7 +466,7 @@ class _Module:
             f"@lt.parallel = hidden constant i32 {int(bool(self.wrappers))}",
             f"@lt.dyn_first = hidden constant i64 {self.dyn_first}",
             f"@lt.dyn_count = hidden constant i64 {len(self.plan.dynamic)}",
-            "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64",
+            "@lt.zero = internal constant [512 x i8] zeroinitializer, align 64",
         ]
         runtime = runtime_text(self.target)
         cpu = f'"target-cpu"="{self.target.cpu}" "target-features"="{self.target.features}"'
@@ -533,7 +482,7 @@ class _Module:
         """The function by which threads share a kernel, once."""
         symbol = self.symbols[callee]
         if symbol not in self.wrappers:
-            w = _Share(self.program.kernels[callee], self.target)
+            w = SharePrinter(self.program.kernels[callee], self.target)
             self.wrappers[symbol] = self.finish(w, w.share(symbol))
 
     def finish(self, p: KernelPrinter, text: str) -> str:
