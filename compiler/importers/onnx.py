@@ -52,7 +52,9 @@ def import_onnx(model: Any, shapes: Shapes | None = None) -> Graph:
             raise InvalidModel(f"{path!r} is no ONNX model: {e}") from None
         if not model.HasField("graph"):
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
-    return _Importer(model, folder, dict(shapes or {}), raws).run()
+    graph = _Importer(model, folder, dict(shapes or {}), raws).run()
+    onnx_wire.forget(raws)
+    return graph
 
 
 class _Scope:

@@ -33,6 +33,15 @@ def split(path: str | os.PathLike[str]) -> tuple[bytes, dict[int, memoryview]]:
     return b"".join(out), raws
 
 
+def forget(raws: dict[int, memoryview]) -> None:
+    """Give the pages of the mapped file back to the system; what is still needed of it is read again on the next access."""
+    for view in raws.values():
+        file = view.obj
+        if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            file.madvise(mmap.MADV_DONTNEED)
+        return
+
+
 def _graph(data: memoryview, raws: dict[int, memoryview]) -> list[bytes | memoryview]:
     out: list[bytes | memoryview] = []
     count = 0
