@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,13 +118,17 @@ def text_key(text: str, target: Target, opt: int = OPT_LEVEL) -> str:
 _SYMBOL = "lt.k.symbol"
 
 
-def kernel_texts(kernels: Mapping[str, Func], target: Target) -> tuple[dict[str, str], dict[str, str]]:
-    """({kernel: symbol}, {symbol: LLVM module}): a symbol is the hash of the kernel's text, so equal kernels share it."""
+def kernel_texts(
+    kernels: Mapping[str, Func], target: Target, aliased: Collection[str] = (),
+) -> tuple[dict[str, str], dict[str, str]]:
+    """({kernel: symbol}, {symbol: LLVM module}): a symbol is the hash of the kernel's text, so equal kernels share it.
+
+    ``aliased``: kernels that are called with arguments which share memory that one of them writes."""
     symbols: dict[str, str] = {}
     texts: dict[str, str] = {}
     for name, f in kernels.items():
         try:
-            text = print_kernels([(_SYMBOL, f)], target)
+            text = print_kernels([(_SYMBOL, f)], target, name not in aliased)
         except CompilationError as e:
             raise e.at(op=name) from None
         sym = "lt_k_" + hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -75,8 +75,9 @@ def parallel_loop(f: Func) -> tuple[For, Expr] | None:
 class KernelPrinter(MemoryPrinter, ExprPrinter):
     """One kernel to text; ``text()`` does it all."""
 
-    def __init__(self, f: Func, target: Target | None = None, name: str | None = None) -> None:
+    def __init__(self, f: Func, target: Target | None = None, name: str | None = None, noalias: bool = True) -> None:
         super().__init__(target or host())
+        self.noalias = "noalias " if noalias else ""  # False: some call passes memory that it writes twice
         self.f = f
         self.name = name or f.name
         par = parallel_loop(f)
@@ -94,7 +95,7 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
                 n = f"%p{len(params)}"
                 self.buffers[p.name] = n
                 align = mem_bytes(p.dtype.scalar)
-                attrs = f"ptr noalias align {align}"
+                attrs = f"ptr {self.noalias}align {align}"
                 if p.name not in written:
                     attrs += " readonly"
                 elif p.name not in reads:
@@ -180,7 +181,7 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
     def alloc(self, s: Alloc) -> None:
         b = s.buf
         if is_register(b):
-            self.regs[b.name] = "poison"
+            self.regs[b.name], self.reg_types[b.name] = "poison", reg_type(b.dtype)
             self.stmt(s.body)
             self.regs.pop(b.name, None)
             return
@@ -340,13 +341,13 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
             self.regs[n] = self.ins(f"phi {self.reg_types[n]} [ {then_regs[n]}, %{then_end} ], [ {start[n]}, %{pre} ]")
 
 
-def print_kernels(funcs: Iterable[tuple[str, Func]], target: Target) -> str:
+def print_kernels(funcs: Iterable[tuple[str, Func]], target: Target, noalias: bool = True) -> str:
     """One LLVM module with the kernels under the given symbol names. Raises CompilationError naming the kernel."""
     bodies: list[str] = []
     declares: dict[str, str] = {}
     helpers: set[str] = set()
     for name, f in funcs:
-        p = KernelPrinter(f, target, name)
+        p = KernelPrinter(f, target, name, noalias)
         bodies.append(p.text())
         declares.update(p.declarations)
         helpers |= p.helpers
@@ -361,7 +362,7 @@ def module_text(bodies: list[str], declares: dict[str, str], helpers: set[str], 
     lines += [f"declare {sig.replace('@', '@' + n)}" for n, sig in sorted(declares.items())]
     wide = '"prefer-vector-width"="512" "min-legal-vector-width"="512" ' if target.caps.vector_bits == 512 else ""
     attrs = f'attributes #0 = {{ nounwind {wide}"target-cpu"="{target.cpu}" "target-features"="{target.features}" }}'
-    return "\n".join([*lines, "@lt.zero = internal constant [64 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
+    return "\n".join([*lines, "@lt.zero = internal constant [512 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
 
 
 class LLVMPrinter(KernelPrinter):
@@ -375,7 +376,7 @@ class LLVMPrinter(KernelPrinter):
         from luthier.codegen.llvm_intrin import HELPERS
 
         out = {f"declare {sig.replace('@', '@' + n)}" for n, sig in self.declarations.items()}
-        return out | {HELPERS[h] for h in self.helpers} | {"@lt.zero = internal constant [64 x i8] zeroinitializer, align 64"}
+        return out | {HELPERS[h] for h in self.helpers} | {"@lt.zero = internal constant [512 x i8] zeroinitializer, align 64"}
 
 
 __all__ = ["KernelPrinter", "LLVMPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]

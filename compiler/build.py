@@ -12,12 +12,13 @@ from luthier.codegen.llvm_main import DTYPE_CODES, print_main
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
 from luthier.ir.expr import Expr, const, free_vars, substitute, walk
-from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, While, exprs_of, walk_stmts
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.module import Module
 from luthier.native import ABI_VERSION, EXPORTS, aligned
 from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
 from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.passes.plan_memory import roots
 
 __all__ = ["build_module"]
 
@@ -27,7 +28,7 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
     chosen = parse_target(target) if isinstance(target, str) else target
     try:
         kernels = {name: legalize_dtype(lower_subbyte(f), LLVM_RULES) for name, f in program.kernels.items()}
-        symbols, texts = kernel_texts(kernels, chosen)
+        symbols, texts = kernel_texts(kernels, chosen, aliased_kernels(program))
     except LuthierError as error:  # backends know kernels; a user knows nodes
         raise error.at(node=_nodes_of(program, error.op or "")) from None
     main = print_main(program, chosen, symbols)
@@ -41,6 +42,24 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
     return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
+
+
+def aliased_kernels(program: Program) -> set[str]:
+    """Kernels that some call gives memory which it writes through one argument and touches through another (views, state)."""
+    root_of = roots(program)
+    out: set[str] = set()
+    written = {n: {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)} for n, f in program.kernels.items()}
+    for s in walk_stmts(program.body):
+        if isinstance(s, Call) and s.callee in program.kernels:
+            seen: dict[str, bool] = {}
+            for p, a in zip(program.kernels[s.callee].params, s.args, strict=True):
+                if isinstance(p, Buffer):
+                    b = a if isinstance(a, Buffer) else a[0]
+                    root, writes = root_of.get(b.name, b.name), p.name in written[s.callee]
+                    if root in seen and (writes or seen[root]):
+                        out.add(s.callee)
+                    seen[root] = seen.get(root, False) or writes
+    return out
 
 
 def _dump(symbols: Mapping[str, str], texts: Mapping[str, str], main: str, target: Target) -> None:

@@ -181,7 +181,8 @@ def test_every_half_converts_without_f16c() -> None:
     g = np.random.default_rng(0)
     x = g.integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32)
     near = bits.astype(np.float32)
-    x = np.concatenate([x, near, np.nextafter(near, np.float32(0)), (near + np.nextafter(bits, np.float16(0)).astype(np.float32)) / 2])
+    with np.errstate(all="ignore"):
+        x = np.concatenate([x, near, np.nextafter(near, np.float32(0)), (near + np.nextafter(bits, np.float16(0)).astype(np.float32)) / 2])
     with np.errstate(all="ignore"):
         same(lanewise(lambda p: cast(p, f16), [(x, f32)], f16, 4, t), x.astype(np.float16))
         d = x.astype(np.float64) * (1 + 1e-9)
@@ -433,3 +434,31 @@ def test_targets_are_data() -> None:
 def test_unknown_targets_name_the_known_ones(name: str) -> None:
     with pytest.raises(TargetError, match="known: cpu|cannot read"):
         parse_target(name)
+
+
+def test_a_register_stored_only_in_dead_code_keeps_its_value() -> None:
+    y, acc, i = Buffer.of("y", f32, (1,)), Buffer.of("acc", f32, (), "local"), var("i", lo=0)
+    dead = For(i, const(0), const(3), "serial", If(const(False, boolean), Store(acc, (), const(1.0, f32)), Store(y, (const(0),), const(4.0, f32))))
+    out = np.zeros(1, np.float32)
+    run(Func("f", (y,), Alloc(acc, dead)), [out])
+    assert out[0] == 4
+
+
+def test_arguments_that_share_memory_are_not_promised_apart() -> None:
+    from luthier.build import aliased_kernels
+    from luthier.ir.loop import Call
+    from luthier.ir.program import Program
+
+    n = 16
+    x, y = Buffer.of("x", f32, (n,), writable=False), Buffer.of("y", f32, (n,))
+    f = Func("shift", (x, y), Store(y, (const(1),), load(x, (const(0),))))
+    a, b = Buffer.of("a", f32, (n,), "global"), Buffer.of("b", f32, (n,), "global")
+    v = Buffer.of("v", f32, (n,), "global")
+    views = {"v": ("a", const(0))}
+
+    def program(*args: Buffer) -> Program:
+        return Program("p", (), (), {}, {}, {"shift": f}, (a, b), Call("shift", args), views)
+
+    assert aliased_kernels(program(a, b)) == set()
+    assert aliased_kernels(program(a, v)) == {"shift"}
+    assert "noalias" in print_kernels([("k", f)], host()) and "noalias" not in print_kernels([("k", f)], host(), noalias=False)
