@@ -1,4 +1,4 @@
-"""com.microsoft operators of exported transformers, written with basic operators: Attention, MultiHeadAttention,
+"""com.microsoft operators of exported transformers, written with basic operators: Attention, MultiHeadAttention, GroupQueryAttention,
 EmbedLayerNormalization. ``legalize_operators`` puts the basic operators in their place before anything else looks at the graph."""
 
 from __future__ import annotations
@@ -205,3 +205,50 @@ class EmbedLayerNormalization(Composite):
                 zeros = s("ConstantOfShape", s.extent(ids, 0), value=np.zeros(1, np.int32))
                 out.append(zeros)
         return [*out, total][: max(len(node.outputs), 1)]
+
+
+@op("com.microsoft::GroupQueryAttention")
+class GroupQueryAttention(Composite):
+    """(query, key, value, past_key [B, k, P, d], past_value, seqlens_k [B], total_sequence_length, cos_cache, sin_cache): causal
+    attention of ``num_heads`` queries over ``kv_num_heads`` keys, rotary embedding if ``do_rotary``. Without key and value the query
+    holds all three. The cache holds exactly the P earlier tokens of every sequence. Outputs (output, present_key, present_value)."""
+
+    def legalize(self, node: Node, s: Steps) -> Sequence[Value]:
+        n, m = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
+        q, k, v = need(node, 0), node.input(1), node.input(2)
+        if any(node.input(i) is not None for i in range(9, len(node.inputs))) or node.attrs.get("smooth_softmax", 0):
+            raise unsupported(node, "position_ids, attention_bias, head_sink and smooth_softmax are not supported")
+        width = q.shape[2]
+        if width.op != "const":
+            raise shape_error(node, "the hidden size must be a constant")
+        d = width.attr // (n if k is not None else n + 2 * m)
+        if k is None or v is None:
+            q, k, v = s("Split", q, s.const([n * d, m * d, m * d]), outputs=3, axis=-1)
+        q, k, v = s.heads(q, n), s.heads(k, m), s.heads(v, m)
+        length = s.extent(q, 2)
+        first = s("Sub", s("Add", s("Cast", need(node, 5), to=_CODE["i64"]), s.const([1])), length)
+        steps = s("Range", s.const(0), s("Squeeze", length, s.const([0])), s.const(1))
+        at = s("Add", s("Reshape", first, s.const([-1, 1])), s("Unsqueeze", steps, s.const([0])))  # [B, S] positions
+        if int(node.attrs.get("do_rotary", 0)):
+            turn = {"interleaved": int(node.attrs.get("rotary_interleaved", 0))}
+            q, k = (s("com.microsoft::RotaryEmbedding", x, at, need(node, 7), need(node, 8), **turn) for x in (q, k))
+        if node.input(3) is not None and node.input(4) is not None:
+            k, v = s("Concat", node.input(3), k, axis=2), s("Concat", node.input(4), v, axis=2)
+        scale = float(node.attrs.get("scale", 0.0)) or 1 / math.sqrt(d)
+        groups = s("Reshape", q, s.const([0, m, n // m, -1, d]))
+        keys = s("Unsqueeze", s("Transpose", k, perm=(0, 1, 3, 2)), s.const([2]))
+        scores = s("Mul", s("MatMul", groups, keys), s.scalar(scale, q))
+        cap = float(node.attrs.get("softcap", 0.0))
+        if cap > 0:
+            scores = s("Mul", s("Tanh", s("Div", scores, s.scalar(cap, q))), s.scalar(cap, q))
+        cols = s("Range", s.const(0), s("Squeeze", s.extent(k, 2), s.const([0])), s.const(1))
+        rows = s("Unsqueeze", at, s.const([1, 2, 4]))
+        hidden = s("Greater", cols, rows)
+        window = int(node.attrs.get("local_window_size", -1))
+        if window > 0:
+            hidden = s("Or", hidden, s("LessOrEqual", cols, s("Sub", rows, s.const([window]))))
+        low = s("Where", hidden, s.scalar(-math.inf, q), s.scalar(0.0, q))
+        p = s("Softmax", s("Add", scores, low), axis=-1)
+        out = s("Reshape", s("MatMul", p, s("Unsqueeze", v, s.const([2]))), s.const([0, n, -1, d]))
+        out = s("Reshape", s("Transpose", out, perm=(0, 2, 1, 3)), s.const([0, 0, n * d]))
+        return [out, k, v][: max(len(node.outputs), 1)]

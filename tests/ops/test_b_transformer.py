@@ -77,3 +77,19 @@ def test_the_pass_leaves_only_basic_operators():
     np.testing.assert_array_equal(got, want)
     assert not legalize_operators(g)
     assert Names(g)
+
+
+@pytest.mark.parametrize("past", [0, 6])
+@pytest.mark.parametrize("attrs", [{}, {"do_rotary": 1}, {"do_rotary": 1, "rotary_interleaved": 1}, {"local_window_size": 3}, {"softcap": 5.0}])
+def test_group_query_attention(past, attrs):
+    b, s, m, d = 2, 1 if past else S, 2, 16
+    angle = np.outer(np.arange(12), 10.0 ** -np.linspace(0, 2, d // 2))
+    args = [fl(b, s, N * d), fl(b, s, m * d), fl(b, s, m * d), fl(b, m, past, d), fl(b, m, past, d), i32([past + s - 1] * b), i32(past + s)]
+    if "do_rotary" in attrs:
+        args += [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
+    check_op("com.microsoft::GroupQueryAttention", args, {"num_heads": N, "kv_num_heads": m, **attrs}, outputs=3, rtol=1e-4, atol=1e-5, symbolic=("",))
+
+
+def test_group_query_attention_of_packed_inputs():
+    args = [fl(1, S, (N + 4) * 16), None, None, fl(1, 2, 0, 16), fl(1, 2, 0, 16), i32([S - 1]), i32(S)]
+    check_op("com.microsoft::GroupQueryAttention", args, {"num_heads": N, "kv_num_heads": 2}, outputs=3, rtol=1e-4, atol=1e-5, symbolic=("",))
