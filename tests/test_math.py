@@ -182,3 +182,26 @@ def test_lanes_and_the_pass():
         np.testing.assert_array_equal(lanes.reshape(-1), y)
     kept = expand_expr(unary("sigmoid", var("x", f32)), native=("exp",))
     assert {n.op for n in walk(kept)} & set(RULES) == {"exp"}
+
+
+COMPILED = {
+    "exp": "Exp", "log": "Log", "tanh": "Tanh", "sigmoid": "Sigmoid", "erf": "Erf", "sin": "Sin", "cos": "Cos", "tan": "Tan", "asin": "Asin",
+    "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", sorted(COMPILED))
+def test_compiled_code_keeps_the_bounds(op):
+    """Multiply and add may be contracted there."""
+    from onnx import TensorProto, helper
+
+    import luthier
+
+    limit, _, lo, hi = LIMITS[op]
+    x = samples(lo, hi, np.float32)
+    v = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [len(x)]) for n in "xy"]
+    model = helper.make_model(helper.make_graph([helper.make_node(COMPILED[op], ["x"], ["y"])], "g", v[:1], v[1:]), opset_imports=[helper.make_opsetid("", 20)])
+    y = luthier.compile(model)(x)
+    with np.errstate(all="ignore"):
+        assert ulps(y[0] if isinstance(y, tuple) else y, REF[op](x.astype(np.float64)), np.float32) <= limit
