@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import i64, index
-from luthier.ir.expr import Expr, cast, const, land, maximum, minimum
+from luthier.ir.dtypes import boolean, i64, index
+from luthier.ir.expr import Expr, cast, const, land, lor, maximum, minimum
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer, If, Stmt, While, block
 from luthier.ir.op import Kernel, Op, op
 from luthier.ir.ops.common import Array, const_value, must, need, padded, shape_error
 from luthier.ir.ops.common import get as optional
-from luthier.ir.ops.kernels import Reg, flat, for_, get, kernel, put, tail_symbol, with_regs
+from luthier.ir.ops.kernels import Heap, Reg, flat, for_, get, kernel, put, tail_symbol, with_regs
 
 
 @op("NonMaxSuppression")
@@ -39,7 +39,7 @@ class NonMaxSuppression(Op):
         y = flat(outs[0], cap[0] * 3)
         cand, count = Buffer("candidates", i64, (n,), "param"), Buffer("count", i64, (const(1),), "param")
         t = boxes.dtype
-        left, best, at, taken, keep = Reg("left"), Reg("best"), Reg("at"), Reg("taken"), Reg("keep")
+        left, at, taken, q, ok = Reg("left"), Reg("at"), Reg("taken"), Reg("q"), Reg("ok", boolean)
         corner = [Reg(f"c{k}", t) for k in range(4)]
         area = Reg("area", t)
         thr = const(0.0, t) if iou is None else get(iou, 0)
@@ -59,37 +59,39 @@ class NonMaxSuppression(Op):
             def score(i: Expr) -> Expr:
                 return get(scores, base + cast(i, index))
 
+            def better(p: tuple[Expr, ...], r: tuple[Expr, ...]) -> Expr:
+                return lor(score(r[0]) < score(p[0]), land(score(p[0]).eq(score(r[0])), p[0] < r[0]))
+
+            heap = Heap(lambda i: (get(cand, i),), lambda i, e: put(cand, i, e[0]), better, (i64,))  # the best on top
+
             def gather(i: Expr) -> Stmt:
-                add = block(put(cand, left(), i), left.add())
+                add = block(heap.push(left(), (cast(i, i64),)), left.add())
                 return add if floor is None else If(get(floor, 0) < score(i), add)
 
-            find = for_("q", left(), lambda q: If(score(get(cand, best())) < score(get(cand, q)), best.set(q)), lo=1)
-            hit = cast(get(cand, best()), index)
-
-            def overlap(q: Expr) -> Stmt:
-                """Keep candidate q unless it is the chosen one or overlaps it too much."""
-                c = edges(b, cast(get(cand, q), index))
+            def overlap() -> Stmt:
+                """ok = False when the box overlaps the q-th one taken in this class too much."""
+                row = cast(get(count, 0), index) - taken() + q()
+                c = edges(b, cast(get(y, row * 3 + 2), index))
                 h = maximum(minimum(c[2], corner[2]()) - maximum(c[0], corner[0]()), const(0.0, t))
                 w = maximum(minimum(c[3], corner[3]()) - maximum(c[1], corner[1]()), const(0.0, t))
                 inter = h * w
                 union = area() + (c[2] - c[0]) * (c[3] - c[1]) - inter
                 drop = land(const(0.0, t) < inter, const(0.0, t) < union, thr * union < inter)
-                return If(drop | q.eq(best()), block(), block(put(cand, keep(), get(cand, q)), keep.add()))
+                return block(If(drop, ok.set(const(False, boolean))), q.add())
 
             row = cast(get(count, 0), index) * 3
+            take = block(put(y, row, b), put(y, row + 1, r % nc), put(y, row + 2, at()), put(count, 0, get(count, 0) + 1), taken.add())
             choose = block(
-                best.set(0), find, at.set(hit),
+                at.set(cast(get(cand, 0), index)), left.set(left() - 1), heap.replace(left(), (get(cand, left()),)),
                 *(k.set(e) for k, e in zip(corner, edges(b, at()), strict=True)),
                 area.set((corner[2]() - corner[0]()) * (corner[3]() - corner[1]())),
-                put(y, row, b), put(y, row + 1, r % nc), put(y, row + 2, at()),
-                put(count, 0, get(count, 0) + 1), taken.add(),
-                keep.set(0), for_("q", left(), overlap), left.set(keep()),
+                q.set(0), ok.set(const(True, boolean)), While(land(ok(), q() < taken()), overlap()), If(ok(), take),
             )
             more = const(0) < left() if limit is None else land(const(0) < left(), taken() < cast(get(limit, 0), index))
-            return block(left.set(0), taken.set(0), for_("i", n, gather), While(more, choose))
+            return with_regs(heap.regs, block(left.set(0), taken.set(0), for_("i", n, gather), While(more, choose)))
 
         body = block(put(count, 0, 0), for_("r", nb * nc, one_class) if limit is not None else None)
-        regs = [left, best, at, taken, keep, area, *corner]
+        regs = [left, at, taken, q, ok, area, *corner]
         return kernel(node, ins, outs, [cand, count], with_regs(regs, body), {outs[0].shape[0]: ("count", 0)}, {outs[0].name: cap})
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
