@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,16 +238,6 @@ class Module:
                 "flops": int(_evaluate(c["flops"], dims) * count), "bytes": int(_evaluate(c["bytes"], dims) * count),
             })  # fmt: skip
         return rows
-
-    def benchmark(self, inputs: Mapping[str, Any], runs: int = 50) -> float:
-        """Median milliseconds of a call."""
-        out = self.run(inputs)
-        times = []
-        for _ in range(runs):
-            t = time.perf_counter()
-            self.run(inputs, out=out)
-            times.append(time.perf_counter() - t)
-        return float(np.median(times) * 1e3)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact folder ``path`` (whole or not at all). Raises ArtifactError, TargetError without a linker."""
