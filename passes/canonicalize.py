@@ -96,10 +96,27 @@ def transpose(n: Node, ctx: Context) -> Value | None:
         u = inner.inputs[0]
         assert u is not None
         return u if both == tuple(range(len(p))) else ctx.make("Transpose", [u], {"perm": both}, n)
+    flat = channels_flat(n, ctx)
+    if flat is not None:
+        return flat
     moved = [i for i in p if not is_unit(x.shape[i])]
     if moved == sorted(moved):
         return reshape(ctx, x, n.outputs[0].shape, n)
     return None
+
+
+def channels_flat(n: Node, ctx: Context) -> Value | None:
+    """Transpose[0,2,1](Reshape[N, C, H W](Transpose[channels first](x[N, H, W, C]))) = Reshape[N, H W, C](x)"""
+    if perm_of(n) != (0, 2, 1):
+        return None
+    r = ctx.producer(n.inputs[0], "Reshape", "Flatten")
+    t = None if r is None else ctx.producer(r.inputs[0], "Transpose")
+    if r is None or t is None or t.inputs[0] is None or r.inputs[0] is None:
+        return None
+    x, first = t.inputs[0], r.inputs[0]
+    if perm_of(t) != (0, x.rank - 1, *range(1, x.rank - 1)) or r.outputs[0].shape[:2] != first.shape[:2]:
+        return None
+    return reshape(ctx, x, n.outputs[0].shape, n)
 
 
 def batched_transpose(n: Node, ctx: Context) -> Value | None:

@@ -366,3 +366,12 @@ def test_extents_are_named_and_products_kept() -> None:
     assert list(scalars.values()) == [half] and named.dims == tuple(scalars)
     again, none = abstract_extents(named)
     assert again is named and none == {}
+
+
+def test_flattened_channels_last_is_a_view() -> None:
+    g = graph(
+        """g (float[N, 4, 5, 6] x) => (float[N, 20, 6] z) {
+          t = Transpose<perm = [0, 3, 1, 2]>(x)  s = Constant<value_ints = [0, 6, 20]>()  r = Reshape(t, s)  z = Transpose<perm = [0, 2, 1]>(r) }"""
+    )
+    apply(g, canonicalize, N=2)
+    assert "Transpose" not in ops(g)
