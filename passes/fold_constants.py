@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.ir.errors import InvalidModel
 from luthier.ir.graph import Graph, Node, Value, subgraphs
 from luthier.ir.op import lookup
 
@@ -46,6 +47,9 @@ def fold_node(node: Node, never: frozenset[str] = NEVER) -> list[Array] | None:
             outs = o.reference(node, *(None if v is None else v.data for v in node.inputs))
     except NotImplementedError:
         return None
+    except (ValueError, IndexError, ZeroDivisionError) as e:  # numpy's refusals of operands that do not fit
+        shapes = {v.name: v.data.shape for v in node.inputs if v is not None and v.data is not None}
+        raise InvalidModel(f"constant inputs do not fit the operator: {e}", node=node.name, op=node.op, shapes=shapes) from None
     return [np.ascontiguousarray(a).reshape(np.shape(a)).astype(v.dtype.numpy, copy=False) for a, v in zip(outs, node.outputs, strict=False)]
 
 
