@@ -80,7 +80,7 @@ def useful_threads(shared: list[Expr], dims: set[Expr]) -> Expr:
     """How many threads the calls that can be shared are worth, over the program's dims."""
     total = const(0)
     for e in shared:
-        total = total + substitute(e, {v: const(UNKNOWN_EXTENT) for v in free_vars(e) if v not in dims})
+        total = total + substitute(e, {v: const(UNKNOWN_EXTENT, v.dtype) for v in free_vars(e) if v not in dims})
     return floordiv(total, const(THREAD_WORK)) + 1 if not loads(total) else const(1 << 30)
 
 
