@@ -171,7 +171,7 @@ def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, s
     """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
 
     Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3); accumulators, the panel's
-    vectors and one broadcast share the registers. ``exact``: columns are not padded, so a width that divides them avoids masks
+    vectors and one broadcast share the registers, with one to spare (the code generator spills without it). ``exact``: columns are not padded, so a width that divides them avoids masks
     in the reduction. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads."""
     mm = m.attr if m.op == "const" else 96
     nn = n.attr if n.op == "const" else 256
@@ -183,7 +183,7 @@ def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, s
         if exact and nn % (nr * lanes):
             continue
         for mu in range(1, 29):
-            if mu * nr + nr + 1 > registers or mu > mm:
+            if mu * nr + nr + 1 >= registers or mu > mm:
                 break
             c = 0.0
             for rows, times in ((mu, mm // mu), (mm % mu, 1)):
