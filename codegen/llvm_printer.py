@@ -365,18 +365,4 @@ def module_text(bodies: list[str], declares: dict[str, str], helpers: set[str], 
     return "\n".join([*lines, "@lt.zero = internal constant [512 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
 
 
-class LLVMPrinter(KernelPrinter):
-    """A kernel for this machine on its own: ``text()`` and the ``declares`` that its module needs."""
-
-    def __init__(self, func: Func, name: str | None = None) -> None:
-        super().__init__(func, host(), name)
-
-    @property
-    def declares(self) -> set[str]:
-        from luthier.codegen.llvm_intrin import HELPERS
-
-        out = {f"declare {sig.replace('@', '@' + n)}" for n, sig in self.declarations.items()}
-        return out | {HELPERS[h] for h in self.helpers} | {"@lt.zero = internal constant [512 x i8] zeroinitializer, align 64"}
-
-
-__all__ = ["KernelPrinter", "LLVMPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]
+__all__ = ["KernelPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]

@@ -35,15 +35,6 @@ def stride(e: Expr, v: Expr) -> Expr | None:
     return None if v in free_vars(d) else d
 
 
-def accesses(st: Stage) -> list[Expr]:
-    """Flat indices of every load and of the store, over the stage's axes."""
-    out = [flat(st.buf, tuple(a.var for a in st.axes))]
-    for x in loads(st.expr):
-        b, idx, _, _ = load_parts(x)
-        out.append(flat(b, idx))
-    return out
-
-
 def collapse(s: Schedule, name: str) -> Schedule:
     """Adjacent axes that every access walks as one become one axis; buffers are then viewed in fewer dimensions.
 

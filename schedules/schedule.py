@@ -471,13 +471,6 @@ def _vars(e: Expr) -> list[Expr]:
     return [x for x in walk(e) if x.op == "var"]
 
 
-def specialize(s: Schedule, cond: Expr) -> Schedule:
-    """Two versions of the whole kernel, one compiled under the assumption that ``cond`` (over dims) holds.
-
-    The lowered function becomes ``if cond: fast else: general``; in the fast version the condition's equalities are substituted."""
-    return replace(s, trace=(*s.trace, ("specialize", cond)))
-
-
 def readers(s: Schedule, tensor: str) -> list[Stage]:
     out = []
     for st in s.stages.values():
@@ -491,5 +484,5 @@ def readers(s: Schedule, tensor: str) -> list[Stage]:
 
 __all__ = [
     "Schedule", "Stage", "Loop", "ScheduleError", "schedule", "split", "reorder", "fuse", "annotate", "inline", "stage", "cache", "pack",
-    "specialize", "peel", "readers", "bounds",
+    "peel", "readers", "bounds",
 ]
