@@ -14,14 +14,15 @@ def compile(
 ) -> Module:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``) for ``target``.
 
-    ``target``: ``cpu`` (this machine) or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
+    ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
     Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch or TargetError (all LuthierError)."""
     from luthier.codegen.target import parse_target
     from luthier.importers.onnx import import_onnx
-    from luthier.module import Module
     from luthier.pipeline import compile_program
+    from luthier.targets import builder
 
     chosen = parse_target(target)
     program = compile_program(import_onnx(model, shapes), chosen.caps)
-    return Module.from_program(program, chosen, threads)
+    module: Module = builder(chosen.kind).build_module(program, chosen, threads)
+    return module

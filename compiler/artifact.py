@@ -17,11 +17,13 @@ import importlib.resources
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ArtifactError
 from luthier.native import ABI_VERSION, SharedObject, map_file
+from luthier.targets import loader
 
 if TYPE_CHECKING:
     from luthier.module import Module
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "load", "save"]
 
 FORMAT = 1
-_FILES = ("model.so", "model.h", "weights.bin")
+_CPU_FILES = ("model.so", "model.h", "weights.bin")
 
 
 def save(module: Module, path: Path) -> Path:
@@ -56,8 +58,16 @@ def save(module: Module, path: Path) -> Path:
 
 
 def _write(module: Module, folder: Path) -> None:
+    names = module.write_files(folder)
+    files = {name: _digest(folder / name) for name in names}
+    manifest = {**module.manifest, "format": FORMAT, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def write_native(module: Module, folder: Path) -> tuple[str, ...]:
+    """The files of a module of machine code; returns their names. Raises TargetError without a linker."""
     if isinstance(module._source, Path):
-        for name in _FILES:
+        for name in _CPU_FILES:
             shutil.copyfile(module._source / name, folder / name)
     else:
         from luthier.codegen.llvm_backend import link_shared
@@ -68,9 +78,7 @@ def _write(module: Module, folder: Path) -> None:
         (folder / "model.h").write_text(header, encoding="utf-8")
         with open(folder / "weights.bin", "wb") as f:
             module._weights[: module.manifest["weights_bytes"]].tofile(f)
-    files = {name: _digest(folder / name) for name in _FILES}
-    manifest = {**module.manifest, "format": FORMAT, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return _CPU_FILES
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -80,8 +88,6 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def load(path: Path, threads: int | None = None) -> Module:
     """An artifact as a Module. Raises ArtifactError when it is missing, damaged, of another version or for another machine."""
-    from luthier.module import Module
-
     path = path.absolute()
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -95,7 +101,13 @@ def load(path: Path, threads: int | None = None) -> Module:
     missing = {"name", "target", "inputs", "outputs", "dims", "calls", "files", "weights_bytes"} - set(manifest)
     if missing:
         raise ArtifactError(f"{path / 'manifest.json'} lacks {', '.join(sorted(missing))}")
-    for name in _FILES:
+    module: Module = loader(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
+    return module
+
+
+def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises ArtifactError when a file of the artifact is missing or differs from its checksum."""
+    for name in names:
         want = manifest["files"].get(name)
         try:
             got = _digest(path / name)
@@ -103,6 +115,13 @@ def load(path: Path, threads: int | None = None) -> Module:
             raise ArtifactError(f"cannot read {path / name}: {e}") from e
         if got != want:
             raise ArtifactError(f"{path / name} is damaged: its checksum differs from the manifest's", hint="compile the model again")
+
+
+def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
+    """A module of machine code from its folder. Raises ArtifactError."""
+    from luthier.module import Module
+
+    check_files(path, manifest, _CPU_FILES)
     lacking = missing_features(manifest["target"])
     if lacking:
         raise ArtifactError(

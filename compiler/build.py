@@ -97,7 +97,7 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
         })  # fmt: skip
     return {
         "format": 1, "abi": ABI_VERSION, "name": program.name,
-        "target": {"name": target.name, "triple": target.triple, "cpu": target.cpu, "features": sorted(target.flags)},
+        "target": {"kind": target.kind, "name": target.name, "triple": target.triple, "cpu": target.cpu, "features": sorted(target.flags)},
         "inputs": [_io(b, b.name) for b in program.inputs],
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},

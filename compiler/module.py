@@ -74,10 +74,13 @@ class Module:
 
     @staticmethod
     def from_program(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
-        """Machine code for ``program``. Raises CompilationError, TargetError."""
-        from luthier.build import build_module
+        """Code for ``program``. Raises CompilationError, TargetError."""
+        from luthier.codegen.target import parse_target
+        from luthier.targets import builder
 
-        return build_module(program, target, threads)
+        chosen = parse_target(target) if isinstance(target, str) else target
+        module: Module = builder(chosen.kind).build_module(program, chosen, threads)
+        return module
 
     # ------------------------------------------------------------ calls
 
@@ -238,6 +241,12 @@ class Module:
                 "flops": int(_evaluate(c["flops"], dims) * count), "bytes": int(_evaluate(c["bytes"], dims) * count),
             })  # fmt: skip
         return rows
+
+    def write_files(self, folder: Path) -> tuple[str, ...]:
+        """The artifact's files but the manifest, into an existing folder; returns their names. Raises TargetError."""
+        from luthier.artifact import write_native
+
+        return write_native(self, folder)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact folder ``path`` (whole or not at all). Raises ArtifactError, TargetError without a linker."""

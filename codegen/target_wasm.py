@@ -1,0 +1,28 @@
+"""WebAssembly with 128-bit SIMD. ``wasm`` is ``wasm:relaxed``, and every module can be printed in all variants.
+
+``wasm:simd`` (SIMD128 alone), ``wasm:relaxed`` (relaxed SIMD), ``wasm:simd-threads``, ``wasm:relaxed-threads`` (shared memory and
+atomics): which variant of a module Python runs. Schedules, layout of memory and weights are the same for all four.
+"""
+
+from __future__ import annotations
+
+from luthier.codegen.target import Target
+from luthier.errors import TargetError
+from luthier.schedules.capabilities import Capabilities
+
+VARIANTS = ("simd", "relaxed", "simd-threads", "relaxed-threads")
+KNOWN = ("wasm", *(f"wasm:{v}" for v in VARIANTS))
+
+# V8 has 16 vector registers on x86-64 and keeps one of them for itself.
+CAPS = Capabilities(
+    vector_bits=128, registers=15, features=frozenset({"wasm_simd", "bytes_shuffle", "popcnt"}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
+)
+
+
+def parse(rest: str) -> Target:
+    """A variant; ``relaxed`` when empty. Raises TargetError naming the known ones."""
+    variant = rest.replace("simd128", "simd") or "relaxed"
+    if variant not in VARIANTS:
+        raise TargetError(f"no WebAssembly variant {rest!r}", hint="known: " + ", ".join(KNOWN))
+    flags = {"simd128"} | {f for f, on in (("relaxed-simd", "relaxed" in variant), ("threads", "threads" in variant)) if on}
+    return Target(f"wasm:{variant}" if rest else "wasm", "", "", "", CAPS, frozenset(flags), "wasm")
