@@ -48,6 +48,7 @@ _table: dict[Any, Expr] = {}
 Number = int | float | bool
 _UNSET: Any = object()
 _index_memo: dict[Any, Expr] = {}
+_poly_memo: dict[frozenset[Any], Expr] = {}
 _limit = [1_000_000]
 
 
@@ -190,6 +191,7 @@ def _mk(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) ->
 def collect() -> None:
     """Forget interned expressions that nothing else refers to (parents before their operands). Runs by itself as the table grows."""
     _index_memo.clear()
+    _poly_memo.clear()
     keys = list(_table)
     while keys:
         k = keys.pop()
@@ -205,6 +207,8 @@ def collect() -> None:
 
 def const(value: Number, dtype: DType = index) -> Expr:
     """A constant, rounded or wrapped to ``dtype`` (broadcast when ``dtype`` has lanes)."""
+    if dtype is index and type(value) is int and -(1 << 62) < value < 1 << 62:
+        return _mk("const", index, (), value)
     s = dtype.scalar
     if s.is_bool:
         v: Any = bool(value)
@@ -302,6 +306,18 @@ def _from_poly(p: Poly) -> Expr:
         ((m, c),) = p.items()
         if not m:
             return const(c)
+        if c == 1 and len(m) == 1:
+            return m[0]
+    k = frozenset(p.items())
+    e = _poly_memo.get(k)
+    if e is None:
+        if len(_poly_memo) > 200_000:
+            _poly_memo.clear()
+        e = _poly_memo[k] = _sum(p)
+    return e
+
+
+def _sum(p: Poly) -> Expr:
     out: Expr | None = None
     c0 = p.get((), 0)
     for m in sorted((m for m in p if m), key=lambda m: (tuple(x.key for x in m))):
@@ -950,8 +966,8 @@ def rewrite(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] |
         return hit
     n = e
     if e.args:
-        args = tuple(rewrite(a, fn, memo) for a in e.args)
-        if any(x is not y for x, y in zip(args, e.args, strict=True)):
+        args = tuple([rewrite(a, fn, memo) for a in e.args])
+        if args != e.args:
             n = rebuild(e, args)
     r = fn(n)
     out = n if r is None else r
@@ -959,11 +975,12 @@ def rewrite(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] |
     return out
 
 
-def substitute(e: Expr, env: Mapping[Expr, Expr]) -> Expr:
-    """Variables (or any nodes) replaced simultaneously."""
+def substitute(e: Expr, env: Mapping[Expr, Expr], memo: dict[Expr, Expr] | None = None) -> Expr:
+    """Variables (or any nodes) replaced simultaneously. ``memo``: results so far for this very ``env``."""
     if not env:
         return e
-    memo: dict[Expr, Expr] = {}
+    if memo is None:
+        memo = {}
     keys = {k for k in env if k.op == "var"}
     plain = len(keys) == len(env)
 
@@ -979,15 +996,24 @@ def substitute(e: Expr, env: Mapping[Expr, Expr]) -> Expr:
         if r is None and x.dtype is index and x.op in ("add", "sub", "mul"):  # in one step, without the sums in between
             p: Poly = {}
             for m, c in linear(x).items():
-                t: Poly = {(): c}
-                for a in m:
-                    b = go(a)
-                    t = _pmul(t, {(b,): 1} if b is a else linear(b))
-                p = _padd(p, t, 1)
+                if len(m) == 1:
+                    b = go(m[0])
+                    t = {m: c} if b is m[0] else {k: v * c for k, v in linear(b).items()}
+                else:
+                    t = {(): c}
+                    for a in m:
+                        b = go(a)
+                        t = _pmul(t, {(b,): 1} if b is a else linear(b))
+                for k, v in t.items():
+                    v += p.get(k, 0)
+                    if v:
+                        p[k] = v
+                    else:
+                        p.pop(k, None)
             r = memo[x] = _from_poly(p)
         if r is None:
-            args = tuple(go(a) for a in x.args)
-            r = rebuild(x, args) if any(p is not q for p, q in zip(args, x.args, strict=True)) else x
+            args = tuple([go(a) for a in x.args])
+            r = rebuild(x, args) if args != x.args else x
             memo[x] = r
         return r
 

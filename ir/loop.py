@@ -180,23 +180,26 @@ def stmts_of(s: Stmt | None) -> tuple[Stmt, ...]:
 
 
 def children(s: Stmt) -> tuple[Stmt, ...]:
-    if isinstance(s, (For, While, Alloc)):
-        return (s.body,)
-    if isinstance(s, If):
-        return (s.then,) if s.orelse is None else (s.then, s.orelse)
-    return s.stmts if isinstance(s, Block) else ()
+    t = type(s)
+    if t is Store or t is Let:
+        return ()
+    if t is Block:
+        return s.stmts  # type: ignore[union-attr]
+    if t is If:
+        return (s.then,) if s.orelse is None else (s.then, s.orelse)  # type: ignore[union-attr]
+    return (s.body,) if t in (For, While, Alloc) else ()  # type: ignore[union-attr]
 
 
 def exprs_of(s: Stmt) -> tuple[Expr, ...]:
     """Expressions evaluated by this statement itself, in order of evaluation (children excluded)."""
+    if isinstance(s, Store):
+        return (*s.idx, s.value) if s.mask is None else (*s.idx, s.value, s.mask)
     if isinstance(s, For):
         return (s.lo, s.hi)
     if isinstance(s, (While, If)):
         return (s.cond,)
     if isinstance(s, Let):
         return (s.value,)
-    if isinstance(s, Store):
-        return (*s.idx, s.value) if s.mask is None else (*s.idx, s.value, s.mask)
     if isinstance(s, Call):
         out: list[Expr] = []
         for a in s.args:
@@ -210,9 +213,27 @@ def exprs_of(s: Stmt) -> tuple[Expr, ...]:
 
 def walk_stmts(s: Stmt) -> Iterator[Stmt]:
     """Every statement, outside in."""
-    yield s
-    for c in children(s):
-        yield from walk_stmts(c)
+    stack = [s]
+    while stack:
+        s = stack.pop()
+        yield s
+        c = children(s)
+        if c:
+            stack.extend(reversed(c))
+
+
+def nodes_of(s: Stmt) -> set[Expr]:
+    """Every distinct expression node that a statement and its children evaluate."""
+    seen: set[Expr] = set()
+    stack: list[Expr] = []
+    for x in walk_stmts(s):
+        stack.extend(exprs_of(x))
+    while stack:
+        e = stack.pop()
+        if e not in seen:
+            seen.add(e)
+            stack.extend(e.args)
+    return seen
 
 
 def map_children(s: Stmt, fn: Callable[[Stmt], Stmt | None]) -> Stmt:
@@ -232,26 +253,32 @@ def map_children(s: Stmt, fn: Callable[[Stmt], Stmt | None]) -> Stmt:
     return s
 
 
-def map_exprs(s: Stmt, fn: Callable[[Expr], Expr]) -> Stmt:
-    """``s`` with ``fn`` applied to each whole expression that it and its children evaluate."""
-    if isinstance(s, For):
-        return For(s.var, fn(s.lo), fn(s.hi), s.kind, map_exprs(s.body, fn))
-    if isinstance(s, While):
-        return While(fn(s.cond), map_exprs(s.body, fn))
-    if isinstance(s, If):
-        return If(fn(s.cond), map_exprs(s.then, fn), None if s.orelse is None else map_exprs(s.orelse, fn))
-    if isinstance(s, Let):
-        return Let(s.var, fn(s.value))
+def map_own_exprs(s: Stmt, fn: Callable[[Expr], Expr]) -> Stmt:
+    """``s`` with ``fn`` applied to each whole expression that it evaluates itself; a store whose mask becomes true loses it."""
     if isinstance(s, Store):
         m = None if s.mask is None else fn(s.mask)
-        return Store(s.buf, tuple(fn(i) for i in s.idx), fn(s.value), None if m is None or is_const(m, True) else m)
+        return Store(s.buf, tuple([fn(i) for i in s.idx]), fn(s.value), None if m is None or is_const(m, True) else m)
+    if isinstance(s, Let):
+        return Let(s.var, fn(s.value))
+    if isinstance(s, For):
+        return For(s.var, fn(s.lo), fn(s.hi), s.kind, s.body)
+    if isinstance(s, While):
+        return While(fn(s.cond), s.body)
+    if isinstance(s, If):
+        return If(fn(s.cond), s.then, s.orelse)
     if isinstance(s, Call):
         return Call(s.callee, tuple(fn(a) if isinstance(a, Expr) else (a[0], fn(a[1])) if isinstance(a, tuple) else a for a in s.args), s.attrs)
-    if isinstance(s, Alloc):
-        return Alloc(s.buf, map_exprs(s.body, fn))
-    if isinstance(s, Block):
-        return block(*(map_exprs(c, fn) for c in s.stmts))
     return s
+
+
+def map_exprs(s: Stmt, fn: Callable[[Expr], Expr]) -> Stmt:
+    """``s`` with ``fn`` applied to each whole expression that it and its children evaluate."""
+    if isinstance(s, Block):
+        return block(*[map_exprs(c, fn) for c in s.stmts])
+    s = map_own_exprs(s, fn)
+    if isinstance(s, (Store, Let)):
+        return s
+    return map_children(s, lambda c: map_exprs(c, fn))
 
 
 def rewrite_stmt(s: Stmt, fn: Callable[[Expr], Expr | None]) -> Stmt:

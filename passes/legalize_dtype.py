@@ -180,8 +180,7 @@ class _Legalizer:
         return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
 
     def needed(self) -> bool:
-        from luthier.ir.expr import walk
-        from luthier.ir.loop import exprs_of, walk_stmts
+        from luthier.ir.loop import nodes_of, walk_stmts
 
         def bad(d: DType) -> bool:
             s = d.scalar
@@ -192,9 +191,7 @@ class _Legalizer:
         for s in walk_stmts(self.f.body):
             if isinstance(s, Alloc) and (bad(s.buf.dtype) or self.words(s.buf.dtype) != 1):
                 return True
-            if any(bad(x.dtype) for e in exprs_of(s) for x in walk(e)):
-                return True
-        return False
+        return any(bad(d) for d in {x.dtype for x in nodes_of(self.f.body)})
 
     def buffer(self, b: Buffer) -> Buffer:
         nb = self.bufs.get(b)

@@ -9,6 +9,8 @@ but register variables stay inside (the loop may run zero times). Inside a block
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from luthier.ir.expr import Expr, bounds, free_vars, rebuild, var
 from luthier.ir.loop import (
     Alloc,
@@ -34,7 +36,19 @@ _LEAF = frozenset(("const", "var"))
 
 
 def place_lets(f: Func) -> Func:
-    return f.with_body(_Placer(f).region(f.body, frozenset()))
+    p = _Placer(f)
+    p.collect(f.body, [])
+    return f.with_body(p.region(f.body, {}))
+
+
+@dataclass(slots=True)
+class _Loop:
+    """A loop around the statement in hand: what it writes, what leaves it, and what was looked at inside."""
+
+    writes: frozenset[str]
+    anything: bool
+    leaving: dict[Expr, None]
+    visited: set[Expr] = field(default_factory=set)
 
 
 class _Placer:
@@ -45,6 +59,9 @@ class _Placer:
         self.mem_memo: dict[Expr, bool] = {}
         self.write_memo: dict[int, tuple[frozenset[str], bool]] = {}
         self.keep: list[Stmt] = []  # statements whose id is in write_memo stay alive
+        self.levels: dict[Expr, int] = {}  # number of loops around the binder of a variable, its own loop included
+        self.level_memo: dict[Expr, int] = {}
+        self.leaving: dict[int, dict[Expr, None]] = {}  # loop -> what is computed before it
 
     def writes(self, s: Stmt) -> tuple[frozenset[str], bool]:
         """Buffers stored to, and whether anything may be (calls, barriers)."""
@@ -90,24 +107,93 @@ class _Placer:
             self.mem_memo[e] = r
         return r
 
+    # ------------------------------------------------------------ what leaves which loop
+
+    def bind_level(self, v: Expr, level: int) -> None:
+        if self.levels.setdefault(v, level) != level:  # bound again in another nest
+            self.levels[v] = level
+            self.level_memo.clear()
+
+    def level(self, e: Expr, stack: list[_Loop]) -> int:
+        """The number of loops that ``e`` depends on, counted from outside; loads of memory depend on all."""
+        n = self.level_memo.get(e)
+        if n is None:
+            n = max((self.levels.get(v, 0) for v in free_vars(e)), default=0)
+            self.level_memo[e] = n
+        if n < len(stack):
+            if self.memory(e):
+                return len(stack)
+            r = self.reads(e)
+            if r:
+                for k in range(len(stack), n, -1):
+                    if stack[k - 1].anything or r & stack[k - 1].writes:
+                        return k
+        return n
+
+    def collect(self, s: Stmt, stack: list[_Loop]) -> None:
+        """Fills ``leaving``: every maximal invariant expression goes before the outermost loop that it does not depend on."""
+        here = stack[-1] if stack else None
+        for st in stmts_of(s):
+            if here is not None:
+                for e in exprs_of(st) if not isinstance(st, While) else ():
+                    self.visit(e, here, stack)
+            if isinstance(st, Let):
+                self.bind_level(st.var, len(stack))
+            elif isinstance(st, (For, While)):
+                w, anything = self.writes(st.body)
+                stack.append(_Loop(w, anything, self.leaving.setdefault(id(st), {})))
+                if isinstance(st, For):
+                    self.bind_level(st.var, len(stack))
+                self.collect(st.body, stack)
+                stack.pop()
+            else:
+                for c in children(st):
+                    self.collect(c, stack)
+
+    def visit(self, e: Expr, here: _Loop, stack: list[_Loop]) -> None:
+        if not e.args or e in here.visited:
+            return
+        here.visited.add(e)
+        n = self.level(e, stack)
+        if n < len(stack):
+            self.leave(e, n, stack)
+        else:
+            for a in e.args:
+                self.visit(a, here, stack)
+
+    def leave(self, e: Expr, n: int, stack: list[_Loop]) -> None:
+        if _worth(e) and e.op != "load":
+            if e in stack[n].leaving:
+                return
+            stack[n].leaving[e] = None
+        self.parts(e, n, stack)
+
+    def parts(self, e: Expr, n: int, stack: list[_Loop]) -> None:
+        """Operands that depend on fewer loops than the whole leave further."""
+        for a in e.args:
+            if a.args:
+                k = self.level(a, stack)
+                if k < n:
+                    self.leave(a, k, stack)
+                else:
+                    self.parts(a, n, stack)
+
     # ------------------------------------------------------------ blocks
 
-    def region(self, s: Stmt, outer: frozenset[Expr]) -> Stmt:
-        todo = list(stmts_of(s))
+    def region(self, s: Stmt, given: dict[Expr, Expr]) -> Stmt:
+        """``given``: expressions that are bound outside and stay what they are in all of ``s``."""
         hoisted: list[Stmt] = []
-        for st in todo:
+        for st in stmts_of(s):
             if isinstance(st, (For, While)):
-                pre, st = self.hoist(st)
-                hoisted.extend(pre)
+                hoisted += [Let(self.fresh(e), e) for e in self.leaving.get(id(st), ()) if e not in given]
             hoisted.append(st)
-        counts = self.count(hoisted)
-        avail: dict[Expr, Expr] = {}
+        counts = self.count(hoisted, given)
+        avail = dict(given)
         out: list[Stmt] = []
         for st in hoisted:
-            pre2: list[Stmt] = []
             memo: dict[Expr, Expr] = {}
 
-            def bind(e: Expr, pre2: list[Stmt] = pre2, memo: dict[Expr, Expr] = memo, avail: dict[Expr, Expr] = avail) -> Expr:
+            def bind(e: Expr, memo: dict[Expr, Expr] = memo, avail: dict[Expr, Expr] = avail) -> Expr:
                 hit = avail.get(e)
                 if hit is None:
                     hit = memo.get(e)
@@ -115,48 +201,43 @@ class _Placer:
                     return hit
                 r = e
                 if e.args:
-                    args = tuple(bind(a) for a in e.args)
-                    if any(x is not y for x, y in zip(args, e.args, strict=True)):
+                    args = tuple([bind(a) for a in e.args])
+                    if args != e.args:
                         r = rebuild(e, args)
-                if counts.get(e, 0) > 1 and _worth(e) and r.op != "var":
-                    v = self.fresh(r)
-                    pre2.append(Let(v, r))
-                    avail[e] = v
-                    r = v
+                    if counts.get(e, 0) > 1 and _worth(e) and r.op != "var":
+                        v = self.fresh(r)
+                        out.append(Let(v, r))
+                        avail[e] = v
+                        r = v
                 memo[e] = r
                 return r
 
             if isinstance(st, Let) and st.value not in avail:
                 v = st.value
                 if v.args:
-                    args = tuple(bind(a) for a in v.args)
-                    v = rebuild(v, args) if any(x is not y for x, y in zip(args, v.args, strict=True)) else v
-                out += pre2
+                    args = tuple([bind(a) for a in v.args])
+                    v = rebuild(v, args) if args != v.args else v
                 out.append(Let(st.var, v))
                 if _worth(st.value):
                     avail[st.value] = st.var
             elif isinstance(st, (Store, Let)):
-                new = map_exprs(st, bind)
-                out += pre2
-                out.append(new)
+                out.append(map_exprs(st, bind))
             elif isinstance(st, For):
                 lo, hi = bind(st.lo), bind(st.hi)
-                out += pre2
-                out.append(For(st.var, lo, hi, st.kind, self.region(self.use(st.body, avail), outer)))
+                out.append(For(st.var, lo, hi, st.kind, self.region(st.body, self.kept(st.body, avail))))
             elif isinstance(st, If):
                 c = bind(st.cond)
-                out += pre2
-                then = self.region(self.use(st.then, avail), outer)
-                out.append(If(c, then, None if st.orelse is None else self.region(self.use(st.orelse, avail), outer)))
+                then = self.region(st.then, self.kept(st.then, avail))
+                out.append(If(c, then, None if st.orelse is None else self.region(st.orelse, self.kept(st.orelse, avail))))
             elif isinstance(st, While):
-                out.append(While(st.cond, self.region(st.body, outer)))
+                out.append(While(st.cond, self.region(st.body, self.kept(st.body, avail))))
             elif isinstance(st, Alloc):
                 bufs: list[Buffer] = []
                 inner: Stmt = st
                 while isinstance(inner, Alloc):  # a chain of tiles is one level
                     bufs.append(inner.buf)
                     inner = inner.body
-                body = self.region(self.use(inner, avail), outer)
+                body = self.region(inner, self.kept(inner, avail))
                 for b in reversed(bufs):
                     body = Alloc(b, body)
                 out.append(body)
@@ -169,19 +250,18 @@ class _Placer:
                 avail = {e: v for e, v in avail.items() if not self.reads(e) & w}
         return block(*out)
 
-    def use(self, s: Stmt, avail: dict[Expr, Expr]) -> Stmt:
-        """Values bound before a nested statement are read in it where it does not change them."""
+    def kept(self, s: Stmt, avail: dict[Expr, Expr]) -> dict[Expr, Expr]:
+        """The values bound so far that a nested statement does not change."""
         w, all_ = self.writes(s) if avail else (frozenset(), False)
-        env = {e: v for e, v in avail.items() if not self.reads(e) or not (all_ or self.reads(e) & w)}
-        return self.replace(s, env) if env else s
+        return {e: v for e, v in avail.items() if not self.reads(e) or not (all_ or self.reads(e) & w)}
 
-    def count(self, stmts: list[Stmt]) -> dict[Expr, int]:
+    def count(self, stmts: list[Stmt], given: dict[Expr, Expr]) -> dict[Expr, int]:
         """Uses of every expression by distinct parents, in the direct expressions of these statements."""
         n: dict[Expr, int] = {}
 
         def visit(e: Expr) -> None:
-            n[e] = n.get(e, 0) + 1
-            if n[e] == 1:
+            k = n[e] = n.get(e, 0) + 1
+            if k == 1 and e not in given:
                 for a in e.args:
                     visit(a)
 
@@ -189,67 +269,6 @@ class _Placer:
             for e in exprs_of(st) if not isinstance(st, While) else ():
                 visit(e)
         return n
-
-    # ------------------------------------------------------------ loops
-
-    def hoist(self, s: For | While) -> tuple[list[Stmt], Stmt]:
-        """Maximal pure invariant expressions of a loop become Lets before it."""
-        bound = _bound(s)
-        w, all_ = self.writes(s.body)
-        env: dict[Expr, Expr] = {}
-        pre: list[Stmt] = []
-        memo: dict[Expr, bool] = {}
-
-        def invariant(e: Expr) -> bool:
-            r = memo.get(e)
-            if r is None:
-                r = not (free_vars(e) & bound) and not self.memory(e) and not (self.reads(e) & w) and not (all_ and bool(self.reads(e)))
-                memo[e] = r
-            return r
-
-        visited: set[Expr] = set()
-
-        def visit(e: Expr, top: bool = True) -> None:
-            if e in env or not e.args or e in visited:
-                return
-            visited.add(e)
-            if invariant(e):
-                if _worth(e) and e.op != "load":
-                    v = self.fresh(e)
-                    pre.append(Let(v, e))
-                    env[e] = v
-                return
-            for a in e.args:
-                visit(a, False)
-
-        seen: set[Expr] = set()
-        for st in walk_stmts(s.body):
-            for e in exprs_of(st):
-                if e not in seen:
-                    seen.add(e)
-                    visit(e)
-        if not env:
-            return [], s
-        body = self.replace(s.body, env)
-        return pre, (For(s.var, s.lo, s.hi, s.kind, body) if isinstance(s, For) else While(s.cond, body))
-
-    def replace(self, s: Stmt, env: dict[Expr, Expr]) -> Stmt:
-        memo: dict[Expr, Expr] = {}
-
-        def go(e: Expr) -> Expr:
-            r = env.get(e)
-            if r is None:
-                r = memo.get(e)
-            if r is None:
-                r = e
-                if e.args:
-                    args = tuple(go(a) for a in e.args)
-                    if any(x is not y for x, y in zip(args, e.args, strict=True)):
-                        r = rebuild(e, args)
-                memo[e] = r
-            return r
-
-        return map_exprs(s, go)
 
 
 def _register(b: Buffer) -> bool:
@@ -265,14 +284,3 @@ def _worth(e: Expr) -> bool:
     if e.dtype.is_index and e.op == "add" and e.args[1].op == "const":
         return False
     return True
-
-
-def _bound(s: Stmt) -> frozenset[Expr]:
-    out: set[Expr] = set()
-    for x in walk_stmts(s):
-        if isinstance(x, For):
-            out.add(x.var)
-        elif isinstance(x, Let):
-            out.add(x.var)
-    return frozenset(out)
-

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, load, load_parts, rewrite, walk
-from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, exprs_of, map_children, map_exprs, walk_stmts
+from luthier.ir.expr import Expr, load, load_parts, rewrite
+from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, map_children, map_exprs, nodes_of, walk_stmts
 
 MAX_PIECES = 256
 
@@ -30,20 +30,15 @@ def promote_locals(f: Func) -> Func:
     for s in walk_stmts(f.body):
         if isinstance(s, Alloc) and s.buf.scope == "local" and s.buf.rank == 1:
             pieces.setdefault(s.buf, set())
-    seen: set[Expr] = set()
+    if not pieces:
+        return f
     for s in walk_stmts(f.body):
         if isinstance(s, Store) and s.buf in pieces:
             _note(pieces, s.buf, _piece(s.idx))
-        if isinstance(s, Alloc):
-            continue
-        for e in exprs_of(s):
-            if e in seen:
-                continue
-            seen.add(e)
-            for x in walk(e):
-                if x.op == "load" and x.attr[0] in pieces:
-                    b, idx, m, _ = load_parts(x)
-                    _note(pieces, b, None if m is not None else _piece(idx))
+    for x in nodes_of(f.body):
+        if x.op == "load" and x.attr[0] in pieces:
+            b, idx, m, _ = load_parts(x)
+            _note(pieces, b, None if m is not None else _piece(idx))
     env: dict[Buffer, dict[tuple[int, int], Buffer]] = {}
     for b, ps in pieces.items():
         if ps is None or len(ps) > MAX_PIECES or _overlap(ps):
