@@ -16,7 +16,7 @@ from pathlib import Path
 from luthier.errors import TargetError
 from luthier.schedules.capabilities import Capabilities
 
-KINDS = {"cpu": "luthier.codegen.target_cpu", "wasm": "luthier.codegen.target_wasm"}
+KINDS = {"cpu": "luthier.codegen.target_cpu", "wasm": "luthier.codegen.target_wasm", "webgpu": "luthier.codegen.target_webgpu"}
 
 
 @dataclass(frozen=True, slots=True)

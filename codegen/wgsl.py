@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,13 +19,15 @@ from luthier.codegen.c_style import CStyle
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
-from luthier.ir.loop import Alloc, Buffer, Call, Func, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, Call, Func, Store, walk_stmts
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
+from luthier.passes.merge_bindings import merge_bindings
 from luthier.passes.place_lets import place_lets
 from luthier.passes.round_by_operator import round_by_operator
 from luthier.passes.scalarize import scalarize
+from luthier.passes.split_grid import split_grid
 
 KEYWORDS = frozenset(
     """alias break case const const_assert continue continuing default diagnostic discard else enable false fn for if let loop
@@ -143,6 +145,11 @@ class _Wgsl(CStyle):
     def read(self, b: Buffer, i: str) -> str:
         return f"atomicLoad(&{self.name(b.name)}[{i}])" if b.name in self.atomic else f"{self.name(b.name)}[{i}]"
 
+    def write(self, b: Buffer, i: str, v: str) -> str:
+        if b.name in self.atomic:
+            return f"atomicStore(&{self.name(b.name)}[{i}], {v});"
+        return super().write(b, i, v)
+
     def declare(self, name: str, d: DType, v: str) -> str:
         return f"let {name} = {v};"
 
@@ -177,10 +184,11 @@ class _Wgsl(CStyle):
     def shader(self) -> Shader:
         f = self.f
         head: list[str] = ["enable f16;"] if self.f16 else []
-        for k, b in enumerate(f.buffers):
-            written = b.writable or b.name in self.atomic
+        stored = self.atomic | {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)}
+        buffers = tuple(replace(b, writable=b.name in stored) for b in f.buffers)
+        for k, b in enumerate(buffers):
             t = f"atomic<{self.type(b.dtype)}>" if b.name in self.atomic else self.type(b.dtype)
-            head.append(f"@group(0) @binding({k}) var<storage, {'read_write' if written else 'read'}> {self.name(b.name)}: array<{t}>;")
+            head.append(f"@group(0) @binding({k}) var<storage, {'read_write' if b.writable else 'read'}> {self.name(b.name)}: array<{t}>;")
         for name, a in f.data.items():
             vals = ", ".join(self.literal(v, _dtype(f, name)) for v in np.asarray(a).reshape(-1).tolist())
             head.append(f"var<private> {self.name(name)} = array<{self.type(_dtype(f, name))}, {np.asarray(a).size}>({vals});")
@@ -199,7 +207,7 @@ class _Wgsl(CStyle):
         src = "\n".join([*head, "", sig, *self.lines, "}", ""])
         one = _one()
         grid = tuple(self.grid.get(f"block.{d}", one) for d in "xyz")
-        return Shader(f.name, src, f.buffers, f.scalars, grid, group)  # type: ignore[arg-type]
+        return Shader(f.name, src, buffers, f.scalars, grid, group)  # type: ignore[arg-type]
 
 
 def _one() -> Expr:
@@ -215,9 +223,11 @@ def _dtype(f: Func, name: str) -> DType:
     return i32
 
 
-def legalize_wgsl(f: Func) -> Func:
-    """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid."""
-    return place_lets(round_by_operator(legalize_dtype(scalarize(map_parallel(flatten(f))), WGSL_RULES)))
+def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = ()) -> Func:
+    """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid, and one binding
+    for each of ``groups`` of buffers."""
+    f = legalize_dtype(scalarize(split_grid(map_parallel(flatten(f)))), WGSL_RULES)
+    return place_lets(round_by_operator(merge_bindings(f, groups)))
 
 
 def print_wgsl(f: Func) -> Shader:

@@ -11,8 +11,8 @@ from typing import Any
 
 from luthier.errors import ArtifactError, TargetError
 
-BUILDERS = {"cpu": "luthier.build", "wasm": "luthier.build_wasm"}
-LOADERS = {"cpu": "luthier.artifact", "wasm": "luthier.wasm_module"}
+BUILDERS = {"cpu": "luthier.build", "wasm": "luthier.build_wasm", "webgpu": "luthier.build_webgpu"}
+LOADERS = {"cpu": "luthier.artifact", "wasm": "luthier.wasm_module", "webgpu": "luthier.webgpu_module"}
 
 
 def builder(kind: str) -> Any:

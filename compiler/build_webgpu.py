@@ -1,0 +1,40 @@
+"""From a Program to a Module for WebGPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier import settings
+from luthier.build import manifest
+from luthier.codegen.target import Target
+from luthier.codegen.webgpu import GpuProgram, build_webgpu
+from luthier.ir.program import Program
+from luthier.native import DTYPES
+from luthier.webgpu_module import WebGpuModule
+
+__all__ = ["build_module"]
+
+
+def build_module(program: Program, target: Target, threads: int | None = None) -> WebGpuModule:
+    """Raises CompilationError, naming node and operator, for what WebGPU cannot compute."""
+    g = build_webgpu(program)
+    info = manifest(program, target, g.calls, int(g.blob.size))
+    _dump(g)
+    return WebGpuModule(info, host_data(g, info), g.shaders, g.blob, threads)
+
+
+def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
+    """What :mod:`luthier.webgpu_device` runs, as JSON data."""
+    return {
+        "pipelines": g.pipelines, "weights": g.weights, "narrow": g.narrow, "fixed": g.fixed, "mirrors": g.mirrors, "body": g.body,
+        "output_bits": [DTYPES[o["code"]][1] for o in info["outputs"]],
+    }  # fmt: skip
+
+
+def _dump(g: GpuProgram) -> None:
+    """With LUTHIER_DUMP: every shader."""
+    folder = settings.dump.get()
+    if folder is None:
+        return
+    for k, text in enumerate(g.shaders):
+        (folder / f"wgsl-{k:03d}-{g.names[k]}.txt").write_text(text, encoding="utf-8")

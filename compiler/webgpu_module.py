@@ -1,0 +1,90 @@
+"""A Module whose kernels run on WebGPU in this process (through ``wgpu``). Imports neither ``onnx`` nor ``luthier.ir``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.artifact import check_files
+from luthier.errors import InputError
+from luthier.module import Array, Module, _check_out, _convert
+from luthier.native import pack_bits, unpack_bits
+from luthier.webgpu_device import Runner
+
+__all__ = ["WebGpuModule", "load_module"]
+
+FILES = ("host.json", "shaders.json", "weights.bin")
+
+
+class WebGpuModule(Module):
+    """``shaders``: WGSL texts; ``host``: the program's main as data (:mod:`luthier.codegen.webgpu`); ``blob``: all constants."""
+
+    def __init__(self, manifest: dict[str, Any], host: dict[str, Any], shaders: Sequence[str], blob: Array, threads: int | None = None) -> None:
+        super().__init__(manifest, None, blob, threads)
+        self.host, self.shaders = host, list(shaders)
+        self._runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """The device side, made on first use. Raises TargetError without an adapter."""
+        if self._runner is None:
+            self._runner = Runner(self.host, self.shaders, self._weights)
+        return self._runner
+
+    def counters(self) -> dict[str, int]:
+        """What the last run did: ``dispatches``, ``submits``, ``crossings``, ``bytes_bound``."""
+        return dataclasses.asdict(self.runner.counters)
+
+    def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        ins: list[Array] = []
+        raw: list[Array] = []
+        for j, (p, a) in enumerate(zip(self._ins, arrays, strict=True)):
+            if type(a) is not np.ndarray or a.dtype != p.dtype or not a.flags.c_contiguous:
+                a = _convert(a, p)
+            if a.ndim != p.rank:
+                raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
+            if j in self.host["narrow"] and a.size:
+                lo, hi = (-(1 << 31), (1 << 31) - 1) if a.dtype.kind == "i" else (0, (1 << 32) - 1)
+                if int(a.min()) < lo or int(a.max()) > hi:
+                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; WebGPU computes with 32-bit integers")
+            ins.append(a)
+            raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
+        got = self.runner.run(ins, raw)
+        results: dict[str, Array] = {}
+        for q, (shape, data) in zip(self._outs, got, strict=True):
+            flat = np.frombuffer(bytearray(data), np.uint8)
+            if q.bits < 8:
+                a = unpack_bits(flat, q.bits, shape, q.dtype, not q.dtype.name.startswith("u"))
+            else:
+                a = flat.view(q.dtype).reshape(shape)
+            given = None if out is None else out.get(q.name)
+            if given is not None:
+                _check_out(given, q, shape)
+                given[...] = a
+                a = given
+            results[q.name] = a
+        return results
+
+    def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:
+        """Not measured: rows have ``ms`` 0 (a software adapter's times mislead)."""
+        return [{"kernel": c["kernel"], "nodes": tuple(c["nodes"]), "ms": 0.0, "flops": 0, "bytes": 0} for c in self.manifest["calls"]]
+
+    def write_files(self, folder: Path) -> tuple[str, ...]:
+        (folder / "host.json").write_text(json.dumps(self.host), encoding="utf-8")
+        (folder / "shaders.json").write_text(json.dumps(self.shaders), encoding="utf-8")
+        with open(folder / "weights.bin", "wb") as f:
+            np.ascontiguousarray(self._weights).tofile(f)
+        return FILES
+
+
+def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
+    """A module of WGSL from its folder. Raises ArtifactError."""
+    check_files(path, manifest, FILES)
+    host = json.loads((path / "host.json").read_text(encoding="utf-8"))
+    shaders = json.loads((path / "shaders.json").read_text(encoding="utf-8"))
+    return WebGpuModule(manifest, host, shaders, np.fromfile(path / "weights.bin", np.uint8), threads)

@@ -1,0 +1,45 @@
+"""offset_buffers: a kernel that may be given the inside of a buffer where the target can bind whole ones only.
+
+Before: ``func k(A: f32[n], n)``, ``A[i]``. After: ``func k(A: f32[n + A.at], n, A.at)``, ``A[i + A.at]``: the caller binds the buffer
+and says at which element the argument starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from luthier.ir.expr import Expr, bcast, load, load_parts, rewrite, var
+from luthier.ir.loop import Buffer, Func, Stmt, Store, map_children, map_exprs
+
+
+def offset_buffers(f: Func, names: Iterable[str]) -> Func:
+    """``f`` must be flat. The offsets are index scalars named ``BUFFER.at``, appended to the parameters in the order of ``names``."""
+    wanted = list(names)
+    if not wanted:
+        return f
+    at = {n: var(f"{n}.at", lo=0) for n in wanted}
+    new = {b: replace(b, shape=(b.size() + at[b.name],)) for b in f.buffers if b.name in at}
+    by_name = {b.name: nb for b, nb in new.items()}
+
+    def shift(b: Buffer, idx: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        o = at[b.name]
+        return tuple(i + (o if i.dtype.lanes == 1 else bcast(o, i.dtype.lanes)) for i in idx)
+
+    def fix(e: Expr) -> Expr | None:
+        if e.op == "load" and e.attr[0].scope == "param" and e.attr[0].name in at:
+            b, idx, m, o = load_parts(e)
+            return load(by_name[b.name], shift(b, idx), m, o)
+        return None
+
+    memo: dict[Expr, Expr] = {}
+
+    def st(s: Stmt) -> Stmt:
+        if isinstance(s, Store) and s.buf.scope == "param" and s.buf.name in at:
+            return Store(by_name[s.buf.name], shift(s.buf, s.idx), s.value, s.mask)
+        return map_children(s, st)
+
+    # stores first: their own indices hold loads that are rewritten afterwards
+    body = map_exprs(st(f.body), lambda e: rewrite(e, fix, memo))
+    params = tuple(new.get(p, p) if isinstance(p, Buffer) else p for p in f.params)
+    return replace(f, params=(*params, *at.values()), body=body)
