@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from luthier.ir.expr import Expr, const, floordiv, free_vars, loads, maximum, substitute, walk
-from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, While, exprs_of
+from luthier.ir.expr import Expr, const, floordiv, free_vars, loads, maximum, substitute
+from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, Store, While, exprs_of
 
 SMALL_WORK = 16384  # loop-IR operations below which a kernel is not worth a second thread (a hand-over costs microseconds)
 THREAD_WORK = 400_000  # loop-IR operations (about a tenth of a millisecond) that a thread more is worth
@@ -14,34 +14,60 @@ UNKNOWN_TRIPS = 16  # assumed for a loop whose bounds are read from memory
 UNKNOWN_EXTENT = 4096  # assumed for an extent that only the run finds
 
 
-def work(s: Stmt, scalars: tuple[Expr, ...], env: dict[Expr, Expr] | None = None) -> Expr:
-    """Operations of a statement over the kernel's scalars, in units of eight lanes; bounds of inner loops as in the first round
-    of outer ones."""
-    env = {} if env is None else env
-    own = sum(max(1, e.dtype.lanes // 8) for e in walk(*exprs_of(s)) if e.op not in ("const", "var"))
-    n: Expr = const(own)
-    if isinstance(s, Block):
-        for c in s.stmts:
-            if isinstance(c, Let) and c.var.dtype.is_index:
-                env[c.var] = c.value
-            n = n + work(c, scalars, env)
-    elif isinstance(s, For):
-        lo = _resolve(s.lo, env)
-        trips = maximum(_resolve(s.hi, env) - lo, const(0))
-        if loads(trips) or not free_vars(trips) <= set(scalars):
-            trips = const(UNKNOWN_TRIPS)
-        env[s.var] = lo
-        n = n + work(s.body, scalars, env) * trips
-    elif isinstance(s, If):
-        n = n + work(s.then, scalars, env)
-        if s.orelse is not None:
-            n = n + work(s.orelse, scalars, env)
-    elif isinstance(s, (Alloc, While)):
-        n = n + work(s.body, scalars, env)
-    return n
+class _Operations:
+    """Operations of statements over the kernel's scalars, in units of eight lanes; bounds of inner loops as in the first round
+    of outer ones. ``bodies``: the count of one round of every loop."""
+
+    def __init__(self, scalars: tuple[Expr, ...]) -> None:
+        self.scalars = set(scalars)
+        self.env: dict[Expr, Expr] = {}
+        self.memo: dict[Expr, int] = {}
+        self.bodies: dict[int, Expr] = {}
+
+    def ops(self, e: Expr) -> int:
+        n = self.memo.get(e)
+        if n is None:
+            n = 0 if e.op in ("const", "var") else max(1, e.dtype.lanes // 8)
+            for a in e.args:
+                n += self.ops(a)
+            self.memo[e] = n
+        return n
+
+    def count(self, s: Stmt) -> Expr:
+        own = 0
+        for e in exprs_of(s):
+            own += self.ops(e)
+        if isinstance(s, (Let, Store)):
+            return const(own)
+        n: Expr = const(own)
+        if isinstance(s, Block):
+            plain = 0
+            for c in s.stmts:
+                if isinstance(c, Let) and c.var.dtype.is_index:
+                    self.env[c.var] = c.value
+                if isinstance(c, (Let, Store)):
+                    plain += sum([self.ops(e) for e in exprs_of(c)])
+                else:
+                    n = n + self.count(c)
+            n = n + plain
+        elif isinstance(s, For):
+            lo = resolve(s.lo, self.env)
+            trips = maximum(resolve(s.hi, self.env) - lo, const(0))
+            if loads(trips) or not free_vars(trips) <= self.scalars:
+                trips = const(UNKNOWN_TRIPS)
+            self.env[s.var] = lo
+            self.bodies[id(s)] = once = self.count(s.body)
+            n = n + once * trips
+        elif isinstance(s, If):
+            n = n + self.count(s.then)
+            if s.orelse is not None:
+                n = n + self.count(s.orelse)
+        elif isinstance(s, (Alloc, While)):
+            n = n + self.count(s.body)
+        return n
 
 
-def _resolve(e: Expr, env: dict[Expr, Expr]) -> Expr:
+def resolve(e: Expr, env: dict[Expr, Expr]) -> Expr:
     """``e`` with Lets and outer loop variables replaced until none is left."""
     for _ in range(32):
         known = {v: env[v] for v in free_vars(e) if v in env}
@@ -49,6 +75,32 @@ def _resolve(e: Expr, env: dict[Expr, Expr]) -> Expr:
             break
         e = substitute(e, known)
     return e
+
+
+def parallel_loop(f: Func) -> tuple[For, Expr] | None:
+    """The loop that is distributed, and its extent over the kernel's scalar parameters; None when there is none.
+
+    It must be the last statement, below pure Lets and local Allocs only; any other parallel loop runs serially."""
+    env: dict[Expr, Expr] = {}
+    s: Stmt = f.body
+    while True:
+        if isinstance(s, Block):
+            *pre, last = s.stmts if s.stmts else (s,)
+            for x in pre:
+                if not isinstance(x, Let) or loads(x.value):
+                    return None
+                env[x.var] = substitute(x.value, env)
+            if last is s:
+                return None
+            s = last
+        elif isinstance(s, Alloc) and s.buf.scope == "local":
+            s = s.body
+        elif isinstance(s, For) and s.kind == "parallel":
+            n = substitute(s.extent, env)
+            known = {p for p in f.params if isinstance(p, Expr)}
+            return None if loads(n) or not free_vars(n) <= known else (s, n)
+        else:
+            return None
 
 
 @dataclass(slots=True)
@@ -60,9 +112,9 @@ class KernelWork:
 
     @staticmethod
     def of(f: Func, loop: For | None) -> KernelWork:
-        env: dict[Expr, Expr] = {}
-        total = work(f.body, f.scalars, env)  # leaves what is bound outside the parallel loop in env
-        return KernelWork(total, None if loop is None else work(loop.body, f.scalars, env))
+        counter = _Operations(f.scalars)
+        total = counter.count(f.body)
+        return KernelWork(total, None if loop is None else counter.bodies[id(loop)])
 
     def small(self, args: dict[Expr, Expr]) -> bool:
         """Whether a call with these arguments is known to be too little to share."""
