@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.codegen.sharing import parallel_loop
 from luthier.codegen.wasm_encoder import Function, Module
 from luthier.codegen.wasm_scalar import signed, valtype
 from luthier.codegen.wasm_vector import Vector, bits_of, full, prefix, width
@@ -32,25 +33,12 @@ def element_bytes(d: DType) -> int:
     return d.bits // 8
 
 
-def parallel_path(body: Stmt) -> tuple[list[Stmt], For] | None:
-    """The parallel loop and the Lets on the way to it; None when something else happens beside it."""
-    if isinstance(body, For):
-        return ([], body) if body.kind == "parallel" else None
-    if isinstance(body, Alloc):
-        return parallel_path(body.body)
-    if isinstance(body, Block):
-        lets = [s for s in body.stmts if isinstance(s, Let)]
-        rest = [s for s in body.stmts if not isinstance(s, Let)]
-        if len(rest) == 1:
-            r = parallel_path(rest[0])
-            return None if r is None else (lets + r[0], r[1])
-    return None
+class KernelPrinter(Vector):
+    """``consts``: places of const buffers, counted from global 1, or addresses when ``fixed``. Global 0 is the stack pointer."""
 
-
-class _Kernel(Vector):
-    def __init__(self, f: Func, functions: dict[str, int], consts: dict[str, int], relaxed: bool) -> None:
+    def __init__(self, f: Func, functions: dict[str, int], consts: dict[str, int], relaxed: bool, fixed: bool = False) -> None:
         super().__init__(f.name, relaxed)
-        self.f, self.functions, self.consts = f, functions, consts
+        self.f, self.functions, self.consts, self.fixed = f, functions, consts, fixed
         self.regs: dict[str, int | list[int]] = {}
         self.ptrs: dict[str, int] = {}
         self.cache: list[dict[tuple[str, Expr], int]] = [{}]
@@ -67,8 +55,8 @@ class _Kernel(Vector):
     # ------------------------------------------------------------ whole functions
 
     def kernel(self) -> Function:
-        p = parallel_path(self.f.body)
-        self.par = None if p is None else p[1]
+        p = parallel_loop(self.f)
+        self.par = None if p is None else p[0]
         self.bounds = (len(self.params), len(self.params) + 1)
         self.params += ["i32", "i32"]
         self.nparams = len(self.params)
@@ -84,13 +72,11 @@ class _Kernel(Vector):
 
     def range(self) -> Function:
         self.nparams = len(self.params)
-        p = parallel_path(self.f.body)
+        p = parallel_loop(self.f)
         if p is None:
             self.c.const("i32", 1)
         else:
-            for s in p[0]:
-                self.stmt(s)
-            self.emit(p[1].extent)
+            self.emit(p[1])
         return Function(f"{self.f.name}.range", self.params, ["i32"], self.types, bytes(self.c.b))
 
     # ------------------------------------------------------------ statements
@@ -230,9 +216,7 @@ class _Kernel(Vector):
             return
         if b.name in self.consts:
             self.ptrs[b.name] = self.local("i32")
-            c.op("global.get", 1)
-            c.const("i32", self.consts[b.name])
-            c.op("i32.add")
+            self.constant(b.name)
             c.op("local.set", self.ptrs[b.name])
             self.stmt(s.body)
             return
@@ -284,11 +268,17 @@ class _Kernel(Vector):
         if b.name not in self.ptrs:
             if b.name not in self.consts:
                 raise CompilationError(f"buffer {b.name} is neither a parameter nor allocated", op=self.name)
-            self.c.op("global.get", 1)
-            self.c.const("i32", self.consts[b.name])
-            self.c.op("i32.add")
+            self.constant(b.name)
             return
         self.c.op("local.get", self.ptrs[b.name])
+
+    def constant(self, name: str) -> None:
+        """Where a table of the kernel's own lies: at a place known now, or counted from global 1."""
+        if not self.fixed:
+            self.c.op("global.get", 1)
+        self.c.const("i32", self.consts[name])
+        if not self.fixed:
+            self.c.op("i32.add")
 
     def address(self, b: Buffer, idx: Expr) -> int:
         """Pushes the address of element ``idx`` without its constant part; returns that part in bytes for the immediate."""
@@ -570,9 +560,10 @@ def print_module(funcs: Sequence[Func], relaxed_simd: bool = True, shared_pages:
         for s in walk_stmts(f.body):
             if isinstance(s, For) and s.kind in ("vectorize", "unroll"):
                 raise CompilationError(f"loop {s.var!r} is still {s.kind}", op=f.name, hint="run the shared loop passes first")
-        out.append(_Kernel(f, index, offs, relaxed_simd).kernel())
-        out.append(_Kernel(f, index, offs, relaxed_simd).range())
-    return Module(out, segs, shared_pages).encode()
+        out.append(KernelPrinter(f, index, offs, relaxed_simd).kernel())
+        out.append(KernelPrinter(f, index, offs, relaxed_simd).range())
+    pages = (1, shared_pages)
+    return Module(out, segs, (("sp", "i32", True), ("data", "i32", False)), pages=pages, shared=shared_pages is not None).encode()
 
 
-__all__ = ["legalize_wasm", "print_module", "const_data", "parallel_path", "bits_of"]
+__all__ = ["legalize_wasm", "print_module", "const_data", "bits_of", "KernelPrinter"]

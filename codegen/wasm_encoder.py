@@ -93,6 +93,11 @@ def _table() -> dict[str, bytes]:
     run(0xF8, "i32x4.trunc_sat_f32x4_s i32x4.trunc_sat_f32x4_u f32x4.convert_i32x4_s f32x4.convert_i32x4_u i32x4.trunc_sat_f64x2_s_zero "
               "i32x4.trunc_sat_f64x2_u_zero f64x2.convert_low_i32x4_s f64x2.convert_low_i32x4_u i8x16.relaxed_swizzle", s)
     run(0x105, "f32x4.relaxed_madd f32x4.relaxed_nmadd f64x2.relaxed_madd f64x2.relaxed_nmadd", s)
+    a = b"\xfe"
+    run(0x00, "memory.atomic.notify memory.atomic.wait32 memory.atomic.wait64", a)
+    run(0x10, "i32.atomic.load i64.atomic.load - - - - - i32.atomic.store i64.atomic.store", a)
+    for k, n in enumerate("add sub and or xor xchg cmpxchg".split()):
+        run(0x1E + 7 * k, f"i32.atomic.rmw.{n} i64.atomic.rmw.{n}", a)
     run(0x112, "i16x8.relaxed_dot_i8x16_i7x16_s i32x4.relaxed_dot_i8x16_i7x16_add_s", s)
     return t
 
@@ -178,19 +183,27 @@ class Function:
 
 @dataclass
 class Module:
-    """A module that imports its memory (``env.memory``), its stack pointer (``env.sp``, mutable) and the place of its constants
-    (``env.data``), and exports all its functions. ``data``: (offset from ``env.data``, bytes)."""
+    """A module that imports its memory (``env.memory``) and exports functions.
+
+    ``imported``: globals imported from ``env``, (name, value type, mutable); ``globals``: own i32 globals, mutable, by their first
+    values; they are numbered after the imported ones. ``hooks``: imported functions without results, (name, parameter types), numbered
+    before all others. ``exports``: {name: index}, None for all functions. ``data``: (offset from the imported global 1, bytes).
+    ``pages``: (least, most or None); ``shared``: the memory is, with ``most``."""
 
     functions: list[Function]
     data: list[tuple[int, bytes]] = field(default_factory=list)
-    shared_pages: int | None = None
+    imported: Sequence[tuple[str, str, bool]] = ()
+    globals: Sequence[int] = ()
+    hooks: Sequence[tuple[str, Sequence[str]]] = ()
+    exports: dict[str, int] | None = None
+    pages: tuple[int, int | None] = (1, None)
+    shared: bool = False
+    names: bool = False
 
     def encode(self) -> bytes:
-        sigs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-        for f in self.functions:
-            k = (tuple(f.params), tuple(f.results))
-            if k not in sigs:
-                sigs.append(k)
+        sigs: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+        for p, r in (*((tuple(t), ()) for _, t in self.hooks), *((tuple(f.params), tuple(f.results)) for f in self.functions)):
+            sigs.setdefault((p, r), len(sigs))
 
         def types(ts: Iterable[str]) -> bytes:
             return vec(bytes([VALTYPE[t]]) for t in ts)
@@ -198,19 +211,27 @@ class Module:
         def section(n: int, b: bytes) -> bytes:
             return bytes([n]) + uleb(len(b)) + b
 
-        limits = b"\x00\x01" if self.shared_pages is None else b"\x03\x01" + uleb(self.shared_pages)
-        imports = [
-            text("env") + text("memory") + b"\x02" + limits, text("env") + text("sp") + b"\x03\x7f\x01", text("env") + text("data") + b"\x03\x7f\x00",
-        ]
+        least, most = self.pages
+        flag = (0 if most is None else 1) | (2 if self.shared else 0)
+        limits = bytes([flag]) + uleb(least) + (b"" if most is None else uleb(most))
+        imports = [text("env") + text("memory") + b"\x02" + limits]
+        imports += [text("env") + text(n) + b"\x03" + bytes([VALTYPE[t], mutable]) for n, t, mutable in self.imported]
+        imports += [text("env") + text(n) + b"\x00" + uleb(sigs[tuple(t), ()]) for n, t in self.hooks]
+        exports = {f.name: i + len(self.hooks) for i, f in enumerate(self.functions)} if self.exports is None else self.exports
         out = b"\x00asm\x01\x00\x00\x00" + section(1, vec(b"\x60" + types(p) + types(r) for p, r in sigs)) + section(2, vec(imports))
-        out += section(3, vec(uleb(sigs.index((tuple(f.params), tuple(f.results)))) for f in self.functions))
-        out += section(7, vec(text(f.name) + b"\x00" + uleb(i) for i, f in enumerate(self.functions)))
-        if self.data and self.shared_pages is None:
+        out += section(3, vec(uleb(sigs[tuple(f.params), tuple(f.results)]) for f in self.functions))
+        if self.globals:
+            out += section(6, vec(b"\x7f\x01\x41" + sleb(v) + b"\x0b" for v in self.globals))
+        out += section(7, vec(text(n) + b"\x00" + uleb(i) for n, i in exports.items()))
+        if self.data and not self.shared:
             out += section(12, uleb(len(self.data)))
         out += section(10, vec(f.body() for f in self.functions))
         if self.data:
             segs = [b"\x00" + b"\x23\x01" + self._offset(o) + b"\x0b" + uleb(len(d)) + d for o, d in self.data]
             out += section(11, vec(segs))
+        if self.names:
+            table = vec(uleb(i + len(self.hooks)) + text(f.name) for i, f in enumerate(self.functions))
+            out += section(0, text("name") + section(1, table))
         return out
 
     @staticmethod

@@ -1,0 +1,80 @@
+"""From a Program to a WasmModule."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from luthier import settings
+from luthier.build import manifest
+from luthier.codegen.target import Target
+from luthier.codegen.wasm_encoder import Function, Module
+from luthier.codegen.wasm_main import ProgramPrinter
+from luthier.errors import LuthierError
+from luthier.ir.loop import Call, walk_stmts
+from luthier.ir.program import Program
+from luthier.native import aligned
+from luthier.wasm_module import WasmModule
+
+__all__ = ["build_module", "probes"]
+
+
+def build_module(program: Program, target: Target, threads: int | None = None) -> WasmModule:
+    """Prints the variant that the target names; the others are printed when they are asked for.
+
+    Raises CompilationError naming the nodes of the kernel at fault, TargetError."""
+    variant = target.name.partition(":")[2] or "relaxed"
+    try:
+        printer = ProgramPrinter(program)
+        first = _print(printer, variant)
+    except LuthierError as error:  # printers know kernels; a user knows nodes
+        raise error.at(node=_nodes_of(program, error.op or "")) from None
+    w = printer.layout.weights
+    weights = aligned(w.size)
+    for name, offset in w.offsets.items():
+        a = w.arrays[name]
+        weights[offset : offset + a.size] = a
+    m = manifest(program, target, list(first.calls), w.size)
+    m["wasm"] = {**printer.describe(), "names": first.names, "probes": probes()}
+    _dump(program, printer)
+    return WasmModule(m, {variant: first.code}, weights, threads, lambda v: _print(printer, v).code)
+
+
+def _print(printer: ProgramPrinter, variant: str) -> Any:
+    return printer.print("relaxed" in variant, "threads" in variant, "profile" in variant)
+
+
+def _nodes_of(program: Program, kernel: str) -> str | None:
+    """The graph nodes that a kernel computes."""
+    sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
+    return next((", ".join(program.nodes.get(k, ())) or None for k, s in enumerate(sites) if s.callee == kernel), None)
+
+
+def _dump(program: Program, printer: ProgramPrinter) -> None:
+    """With LUTHIER_DUMP: the kernels as they are printed."""
+    folder = settings.dump.get()
+    if folder is not None:
+        for name, f in printer.kernels.items():
+            (folder / f"wasm-{name}.txt").write_text(str(f), encoding="utf-8")
+
+
+def probes() -> dict[str, str]:
+    """Tiny modules in base64, valid where an engine has what a variant needs."""
+
+    def module(code: bytes, shared: bool) -> str:
+        m = Module([Function("f", [], [], [], code)], pages=(1, 1 if shared else None), shared=shared)
+        return base64.b64encode(m.encode()).decode()
+
+    from luthier.codegen.wasm_encoder import Code
+
+    simd, relaxed, threads = Code(), Code(), Code()
+    simd.v128(bytes(16))
+    simd.op("drop")
+    for _ in range(3):
+        relaxed.v128(bytes(16))
+    relaxed.op("f32x4.relaxed_madd")
+    relaxed.op("drop")
+    threads.const("i32", 0)
+    threads.mem("i32.atomic.load", 0, 2)
+    threads.op("drop")
+    return {"simd": module(bytes(simd.b), False), "relaxed": module(bytes(relaxed.b), False), "threads": module(bytes(threads.b), True)}
