@@ -1,16 +1,19 @@
 """Intrinsics: named operations that a target has as one instruction (dot products, table look-ups, tile loads).
 
 A pure one is used as ``call(name, dtype, *args)`` in an expression, one with effects as a ``Call`` statement. What it means
-is stated here in numpy; which instruction it is stands with the target. Modules in ``schedules/intrin`` register theirs.
+is stated here; which instruction it is stands with the target. Modules in ``schedules/intrin`` register theirs: an
+:class:`Instruction` is a dot product stated as an expression, with the fact that it needs and its spelling for every printer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from luthier.ir.dtypes import DType
 from luthier.ir.errors import VerificationError
+from luthier.ir.expr import Expr, cast, shuffle, var
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,64 @@ class Intrinsic:
     doc: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A dot product in lanes: ``r[j] = acc[j] + sum(t < group) a[j * group + t] * b[j * group + t]`` for every lane j of ``acc``.
+
+    Operands are widened to the type of ``acc`` before they are multiplied; integer sums wrap. ``feature``: the capability that it
+    needs. ``spelling``: {printer: {bits of the register: what the printer writes}}. ``adds``: False when the machine only
+    multiplies and sums the groups, so that the printer adds ``acc``. ``vector_bits``: register widths it exists in, widest first."""
+
+    name: str
+    a: DType
+    b: DType
+    acc: DType
+    group: int
+    feature: str
+    spelling: Mapping[str, Mapping[int, str]] = field(default_factory=dict, hash=False)
+    adds: bool = True
+    doc: str = ""
+
+    @property
+    def vector_bits(self) -> tuple[int, ...]:
+        return tuple(sorted({w for t in self.spelling.values() for w in t}, reverse=True))
+
+    def semantics(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """The same value in plain vector operations: what the interpreter runs and a printer without the instruction prints."""
+        n, out = acc.dtype.lanes, acc
+        for t in range(self.group):
+            lane = [j * self.group + t for j in range(n)]
+            out = out + cast(shuffle([a], lane), self.acc) * cast(shuffle([b], lane), self.acc)
+        return out
+
+    def operands(self, lanes: int) -> tuple[Expr, Expr, Expr]:
+        """Variables (acc, a, b) of the types that ``lanes`` accumulators take."""
+        n = lanes * self.group
+        return var("acc", self.acc.vec(lanes), None), var("a", self.a.vec(n), None), var("b", self.b.vec(n), None)
+
+
 PURE: dict[str, Intrinsic] = {}
 EFFECT: dict[str, Intrinsic] = {}
+DOTS: dict[str, Instruction] = {}
 
 
 def register(name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False) -> None:
     """Declare an intrinsic; the same name may be registered again only with the same meaning (last one wins)."""
     (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc)
+
+
+def declare(i: Instruction) -> Instruction:
+    """Registers a dot product; its meaning in numpy is its expression, interpreted."""
+
+    def evaluate(dtype: DType, attr: Any, acc: Any, a: Any, b: Any) -> Any:
+        from luthier.ir.interp import evaluate_expr
+
+        vs = i.operands(dtype.lanes)
+        return evaluate_expr(i.semantics(*vs), dict(zip(vs, (acc, a, b), strict=True)))
+
+    DOTS[i.name] = i
+    register(i.name, evaluate, i.doc)
+    return i
 
 
 def lookup(name: str) -> Intrinsic:

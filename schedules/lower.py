@@ -17,7 +17,9 @@ from luthier.ir.expr import (
     _from_poly,
     _mk,
     as_expr,
+    bcast,
     bounds,
+    call,
     const,
     free_vars,
     linear,
@@ -27,12 +29,14 @@ from luthier.ir.expr import (
     maximum,
     minimum,
     prove,
+    ramp,
     rewrite,
     select,
     substitute,
     var,
 )
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
+from luthier.schedules.dot import dot_operands
 from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var, readers
 
 Env = dict[Expr, Expr]
@@ -372,6 +376,8 @@ class _Nest:
             return self.reduce(i, env)
         if i == len(st.loops):
             return self.leaf(env)
+        if st.loops[i].instr is not None:
+            return self.tensorized(i, env)
         return self.loop(i, env, lambda e: self.go(i + 1, e))
 
     def loop(self, i: int, env: Env, inner, plain: bool = False) -> Stmt:  # type: ignore[no-untyped-def]
@@ -521,6 +527,25 @@ class _Nest:
             tmp = [var(f"{b.name}~t{k}", v.dtype) for k, (b, v) in enumerate(zip(acc, new, strict=True))]
             s = block(*(Let(t, v) for t, v in zip(tmp, new, strict=True)), *(Store(b, at, t) for b, t in zip(acc, tmp, strict=True)))
         return s if prove(cond) else If(cond, s)
+
+
+    def tensorized(self, i: int, env: Env) -> Stmt:
+        """The group loop and the vector loop inside it as one instruction (see :func:`luthier.schedules.schedule.tensorize`)."""
+        group, lane = self.st.loops[i], self.st.loops[i + 1]
+        assert group.instr is not None and self.acc is not None and self.st.reduction is not None
+        lanes = self.lo.resolve(lane.var, env)
+        if lanes.op != "const":
+            raise ScheduleError(f"{lane.name} needs a constant extent for {group.instr.name}")
+        t, j = self.lo.fresh(group.name, const(group.instr.group)), self.lo.fresh(lane.name, lanes)
+        e2 = {**env, group.var: t, lane.var: j}
+        pt, cond = self.point(e2, False)
+        if not prove(cond):
+            raise ScheduleError(f"{self.st.name}: {group.instr.name} reads whole groups and vectors, pad the operands ({cond!r} is not certain)")
+        x, y = dot_operands(self.expr(self.st.reduction.args[0], pt, e2), group.instr, t, j, lanes.attr)
+        at = [e2[self.st.loops[k].var] for k in self.inner]
+        idx = tuple(bcast(a, lanes.attr) for a in at[:-1]) + (ramp(const(0), 1, lanes.attr),)
+        old = load(self.acc[0], idx)
+        return Store(self.acc[0], idx, call(group.instr.name, old.dtype, old, x, y))
 
 
 class _FoldNest(_Nest):

@@ -21,6 +21,7 @@ import numpy as np
 from luthier.ir.compute import MONOIDS, Axis, Compute, Fold, Pull, Push, let_exprs, normalize, reduce_
 from luthier.ir.errors import LuthierError
 from luthier.ir.expr import Expr, as_expr, bounds, const, load, load_parts, loads, rewrite, select, substitute, var, walk
+from luthier.ir.intrin import Instruction
 from luthier.ir.loop import KINDS, Buffer
 
 
@@ -30,13 +31,15 @@ class ScheduleError(LuthierError):
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """``var``: schedule variable. ``cut``: variable of the inner loop whose extent shrinks in a separate tail iteration."""
+    """``var``: schedule variable. ``cut``: variable of the inner loop whose extent shrinks in a separate tail iteration.
+    ``instr``: the instruction that does this reduction loop and the vector loop inside it at once."""
 
     var: Expr
     kind: str = "serial"
     reduce: bool = False
     cut: Expr | None = None
     tail: str = ""
+    instr: Instruction | None = None
 
     @property
     def name(self) -> str:
@@ -458,6 +461,25 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     return replace(s, stages=stages, ext=ext, trace=(*s.trace, ("stage", tensor, "private", loop)))
 
 
+def tensorize(s: Schedule, loop: str, instr: Instruction) -> Schedule:
+    """A reduction loop of ``instr.group`` rounds around the innermost, vectorised loop becomes one dot product instruction.
+
+    Before ``for t < 4: for j < 8 vectorize: acc[j] += i32(A[k + t]) * i32(B[8 k + 4 j + t])``, after
+    ``acc[0..8] = dot(acc[0..8], bcast(A[k .. k + 4]), B[8 k .. 8 k + 32])``. One operand is the same in all lanes, the other has
+    the groups of the lanes behind one another (what :func:`pack` with two tiles makes). Raises ScheduleError where the loops
+    are not of that form; what depends on the operands' addresses is checked when the schedule is lowered."""
+    st, i = s.stage_of(loop)
+    red = st.reduction
+    if red is None or red.attr[0] != "sum" or not st.loops[i].reduce or red.args[0].dtype is not instr.acc:
+        raise ScheduleError(f"{loop} is no reduction loop of a sum in {instr.acc}")
+    if s.static_extent(st.loops[i].var) != instr.group:
+        raise ScheduleError(f"{loop} must have the {instr.group} rounds of a group of {instr.name}")
+    if i != len(st.loops) - 2 or st.loops[-1].kind != "vectorize":
+        raise ScheduleError(f"{loop} must stand right outside of the innermost, vectorised loop of {st.name}")
+    loops = (*st.loops[:i], replace(st.loops[i], instr=instr), st.loops[-1])
+    return s.put(replace(st, loops=loops), "tensorize", loop, instr.name)
+
+
 def peel(s: Schedule, loop: str) -> Schedule:
     """The last round of a loop becomes straight code after it, so that conditions which only it needs vanish from the others.
 
@@ -484,5 +506,5 @@ def readers(s: Schedule, tensor: str) -> list[Stage]:
 
 __all__ = [
     "Schedule", "Stage", "Loop", "ScheduleError", "schedule", "split", "reorder", "fuse", "annotate", "inline", "stage", "cache", "pack",
-    "peel", "readers", "bounds",
+    "peel", "tensorize", "readers", "bounds",
 ]
