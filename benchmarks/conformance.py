@@ -195,7 +195,7 @@ class Worker:
 def run_one(name: str, options: argparse.Namespace, compiler: Worker, runner: Worker) -> Result:
     """Both phases of one test."""
     folder = onnx_suite.case_folder(WORK, name)
-    artifact = WORK / "artifacts" / name
+    artifact = WORK / f"artifacts-{options.target.replace(':', '-')}" / name
     shutil.rmtree(artifact, ignore_errors=True)
     artifact.parent.mkdir(parents=True, exist_ok=True)
     job = {
@@ -225,8 +225,9 @@ def run_suite(names: Iterable[str], options: argparse.Namespace) -> list[Result]
     total = len(queue)
 
     def loop(number: int) -> None:
-        compiler = Worker("compile", WORK / f"compile-{number}.log")
-        runner = Worker("run", WORK / f"run-{number}.log")
+        kind = options.target.replace(":", "-")
+        compiler = Worker("compile", WORK / f"compile-{kind}-{number}.log")
+        runner = Worker("run", WORK / f"run-{kind}-{number}.log")
         try:
             while True:
                 with lock:
@@ -312,7 +313,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one phase of one test")
     parser.add_argument("--csv", type=Path, default=ROOT / "build" / "conformance.csv")
     parser.add_argument("--update", action="store_true", help="rewrite tests/conformance/passing.txt")
-    parser.add_argument("--keep", action="store_true", help="keep the artifacts in build/conformance/artifacts")
+    parser.add_argument("--keep", action="store_true", help="keep the artifacts in build/conformance/artifacts-TARGET")
     parser.add_argument("--verbose", "-v", action="store_true", help="print every test")
     parser.add_argument("--worker", choices=("compile", "run"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
