@@ -484,6 +484,7 @@ def _match(a: Any, b: Any) -> tuple[Expr, Expr]:
     return a, b
 
 
+_FOLDING = frozenset(("const", "bcast"))  # operands that a constructor may fold
 _FLOAT_IDENT = {"mul": 1.0, "div": 1.0}
 
 
@@ -927,18 +928,27 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
     """``e`` with other operands, through the folding constructors."""
     op, a = e.op, e.attr
     if op in BINARY:
-        return binary(op, *args)
+        x, y = args
+        if x.dtype is y.dtype and x.dtype.is_float and x.op not in _FOLDING and y.op not in _FOLDING:
+            return _mk(op, x.dtype, args)
+        return binary(op, x, y)
     if op in COMPARE:
         return compare(op, *args)
     if op in UNARY:
         return unary(op, args[0])
     if op == "load":
         buf, masked = a
-        return load(buf, args[:-2], args[-2], args[-1]) if masked else load(buf, args)
+        if masked:
+            return load(buf, args[:-2], args[-2], args[-1])
+        if all([x.dtype is y.dtype for x, y in zip(args, e.args, strict=True)]):
+            return _mk("load", e.dtype, args, a)
+        return load(buf, args)
     if op == "select":
         return select(*args)
     if op == "cast":
         return cast(args[0], e.dtype.scalar if args[0].dtype.lanes > 1 else e.dtype)
+    if op in ("ramp", "bcast") and args[0].dtype is e.args[0].dtype:
+        return _mk(op, e.dtype, args, a)
     if op == "ramp":
         return ramp(args[0], a[0], e.dtype.lanes)
     if op == "bcast":
@@ -949,6 +959,8 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
         return extract(args[0], a)
     if op == "vreduce":
         return vreduce(a, args[0])
+    if op == "bitcast":  # as many bits as before, or more where the operand was vectorised
+        return bitcast(args[0], e.dtype.scalar.vec(args[0].dtype.bits * args[0].dtype.lanes // e.dtype.bits))
     lanes = max((x.dtype.lanes for x in args), default=1)
     d = e.dtype
     if lanes != d.lanes and d.lanes == 1:  # operands were vectorised
@@ -973,6 +985,30 @@ def rewrite(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] |
     out = n if r is None else r
     memo[e] = out
     return out
+
+
+def affine_parts(x: Expr, vs: frozenset[Expr]) -> tuple[Expr, int, list[tuple[Expr, int]]] | None:
+    """(part without ``vs``, constant, coefficients of ``vs``) of an index expression; None where it is not affine in them."""
+    rest: Poly = {}
+    coefs: list[tuple[Expr, int]] = []
+    c0 = 0
+    for m, c in linear(x).items():
+        if not m:
+            c0 = c
+        elif len(m) == 1 and m[0] in vs:
+            coefs.append((m[0], c))
+        elif any(not vs.isdisjoint(free_vars(a)) for a in m):
+            return None
+        else:
+            rest[m] = c
+    return _from_poly(rest), c0, coefs
+
+
+def add_const(base: Expr, c: int) -> Expr:
+    """An index expression without a constant term plus ``c``."""
+    if not c:
+        return base
+    return const(c) if base.op == "const" else _mk("add", index, (base, const(c)))
 
 
 def substitute(e: Expr, env: Mapping[Expr, Expr], memo: dict[Expr, Expr] | None = None) -> Expr:
