@@ -36,7 +36,7 @@ _NAMED: dict[str, frozenset[str]] = {
 }  # fmt: skip
 # processor feature -> what schedules call it (Capabilities.features)
 _FACTS = {
-    "fma": "fma", "f16c": "f16", "avx512vnni": "vnni", "avxvnni": "vnni", "avx512vbmi": "vbmi", "avx512bf16": "bf16dot",
+    "fma": "fma", "f16c": "f16", "avx512vbmi": "vbmi", "avx512bf16": "bf16dot",
     "avx2": "masked_store", "avx512vl": "wide_masks", "ssse3": "bytes_shuffle", "popcnt": "popcnt",
 }  # fmt: skip
 _ALL = frozenset().union(_V4, *_NAMED.values())
@@ -85,7 +85,11 @@ def host() -> Target:
 def _x86(name: str, cpu: str, flags: frozenset[str]) -> Target:
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
     bits = 512 if wide else 256 if {"avx2", "fma"} <= flags else 128
-    facts = {v for k, v in _FACTS.items() if k in flags}
+    facts = {v for k, v in _FACTS.items() if k in flags} | {"pmaddwd"}
+    if ("avx512vnni" if wide else "avxvnni") in flags:  # the form in the registers that kernels use
+        facts.add("vnni")
+    if not wide:
+        facts.discard("bf16dot")
     l1, l2, l3 = _caches() if name == "cpu" else (32 << 10, (1 << 20) if wide else (512 << 10), 16 << 20)
     caps = Capabilities(vector_bits=bits, registers=32 if wide else 16, features=frozenset(facts), l1=l1, l2=l2, l3=l3)
     words = [f"+{f}" for f in sorted(flags)]
@@ -97,7 +101,7 @@ def _x86(name: str, cpu: str, flags: frozenset[str]) -> Target:
 
 
 def _aarch64(name: str, flags: frozenset[str]) -> Target:
-    facts = {"fma", "f16"} | ({"dot"} if "dotprod" in flags else set())
+    facts = {"fma", "f16"} | ({"dot"} if "dotprod" in flags else set()) | ({"i8mm"} if "i8mm" in flags else set())
     caps = Capabilities(vector_bits=128, registers=32, features=frozenset(facts), l1=64 << 10, l2=512 << 10, l3=4 << 20)
     return Target(name, "aarch64-unknown-linux-gnu", "generic", ",".join(f"+{f}" for f in sorted(flags)), caps, flags)
 

@@ -26,28 +26,11 @@ def apply(
     s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 2,
     mblock: int | None = None, order: str | None = None,
 ) -> Schedule | None:
-    if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
+    prepared = None if caps.gpu else prepare(s)
+    if prepared is None:
         return None
-    out = s.compute.outs[0]
-    acc = _accumulator(s)
-    if acc is None or list(s.stages)[-1] != out:
-        return None
-    for n in [n for n in s.stages if n not in (out, acc)]:
-        if s.stages[n].reduction is not None:
-            return None
-        s = inline(s, n)
-    if _accumulator(s) != acc:  # a factor was no load but a table computed on the way
-        return None
-    if acc != out:
-        pos = positions(s, out)
-        if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
-            return None
+    s, acc, out = prepared
     st = s.stages[acc]
-    if not st.axes or is_const(st.axes[-1].extent, 1) and len(st.axes) == 1:
-        return None
-    if acc == out:  # a trivial epilogue gives the tile a place to be stored from
-        s, acc = _split_epilogue(s, out)
-        st = s.stages[acc]
     if work(st) is not None and work(st) < 2048:  # type: ignore[operator]
         return None
     lanes = caps.lanes(max(st.buf.dtype.bits, 32))
@@ -85,6 +68,32 @@ def apply(
         if n.endswith(".pad") and x.at is None:
             s = pointwise(s, n, caps)
     return s
+
+
+def prepare(s: Schedule) -> tuple[Schedule, str, str] | None:
+    """(schedule, sum of products, output) with everything else inlined and an epilogue of its own; None for another pattern."""
+    if len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
+        return None
+    out = s.compute.outs[0]
+    acc = _accumulator(s)
+    if acc is None or list(s.stages)[-1] != out:
+        return None
+    for n in [n for n in s.stages if n not in (out, acc)]:
+        if s.stages[n].reduction is not None:
+            return None
+        s = inline(s, n)
+    if _accumulator(s) != acc:  # a factor was no load but a table computed on the way
+        return None
+    if acc != out:
+        pos = positions(s, out)
+        if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
+            return None
+    st = s.stages[acc]
+    if not st.axes or is_const(st.axes[-1].extent, 1) and len(st.axes) == 1:
+        return None
+    if acc == out:  # a trivial epilogue gives the tile a place to be stored from
+        s, acc = _split_epilogue(s, out)
+    return s, acc, out
 
 
 def _vector_axis(s: Schedule, st: Stage, lanes: int, constants: Mapping[str, Any]) -> Expr:

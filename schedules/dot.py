@@ -32,8 +32,6 @@ def _operand(e: Expr, want: DType, instr: Instruction, t: Expr, j: Expr, lanes: 
         e = e.args[0]
     if e.op != "load" or (e.dtype is not want and not _fits(e.dtype, want)):
         return None
-    if e.dtype is not want and narrow is None and e.dtype.bits >= want.bits:
-        return None
     buf, idx, mask, _ = load_parts(e)
     if mask is not None:
         return None

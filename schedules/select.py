@@ -30,7 +30,7 @@ from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, schedule
 from luthier.schedules.simplify_axes import drop_units
 
-TEMPLATES = ("contract", "attention", "rowwise", "scan", "elementwise")
+TEMPLATES = ("contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
 
 
 @dataclass(slots=True)

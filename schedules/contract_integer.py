@@ -1,0 +1,393 @@
+"""Template for sums of integer products: quantized matrix products and convolutions, through the target's dot product.
+
+The pattern is ``acc[..] = sum((i32(x) - zx) * (i32(w) - zw))`` over 8-bit operands with an elementwise epilogue. The activation
+gets a copy in the form that the instruction reads: padded to whole groups, zero point subtracted where the instruction takes
+16-bit operands (a padded element is then 0). The weights are packed into panels whose groups stand together; where the
+instruction takes bytes, ``zx`` moves into the epilogue as ``- zx * sum(w)``, summed at compile time. All of it is exact.
+
+Depthwise: a lane has a filter to itself, so that there is nothing for a dot product to share; while every partial sum stays below
+2**24, sums of f32 are exact and the float template computes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from luthier.ir.compute import Axis, Pull, axis, reduce_
+from luthier.ir.dtypes import DType, f32, i16, i32
+from luthier.ir.expr import Expr, as_expr, bounds, cast, const, free_vars, is_const, load, load_parts, loads, maximum, rewrite, substitute
+from luthier.ir.intrin import Instruction
+from luthier.ir.loop import Buffer
+from luthier.schedules import contract
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.elementwise import flat, pointwise, stride
+from luthier.schedules.intrin import usable
+from luthier.schedules.schedule import Packing, Schedule, Stage, _pull_stage, annotate, pack, reorder, split, tensorize
+
+EXACT = 1 << 24  # integers up to here are exact in f32
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """``i32(ld) - zero``."""
+
+    ld: Expr
+    zero: Expr | None
+
+    @property
+    def buf(self) -> Buffer:
+        return self.ld.attr[0]  # type: ignore[no-any-return]
+
+    @property
+    def size(self) -> int:
+        """Largest magnitude of a value."""
+        lo, hi = self.buf.dtype.limits()
+        if self.zero is None:
+            return max(-lo, hi)
+        zl, zh = bounds(self.zero.args[0]) if self.zero.op == "cast" else bounds(self.zero)
+        if zl is None or zh is None:
+            zl, zh = lo, hi
+        return max(abs(lo - zh), abs(hi - zl))
+
+
+@dataclass(frozen=True, slots=True)
+class CenteredPacking(Packing):
+    """A packing of weights with their zero point subtracted, as i16; what pads stays 0."""
+
+    zero: int = 0
+
+    def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The packed copy of an array of 8-bit integers."""
+        return Packing.apply(self, a.astype(np.int16) - np.int16(self.zero))
+
+
+@dataclass(frozen=True, slots=True)
+class SumPacking(Packing):
+    """Sums of the weights over the reduced dimensions ``over``, as i32."""
+
+    over: tuple[int, ...] = ()
+
+    def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """One sum for every element of the dimensions that remain."""
+        return np.ascontiguousarray(a.sum(axis=self.over, dtype=np.int32))
+
+
+def apply(
+    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 4,
+    order: str | None = None, instr: Instruction | None = None,
+) -> Schedule | None:
+    if caps.gpu:
+        return None
+    prepared = contract.prepare(s)
+    if prepared is None:
+        return None
+    s, acc, out = prepared
+    st = s.stages[acc]
+    factors = contract._factors(st)
+    if st.buf.dtype is not i32:
+        return None
+    a, b = (operand(f) for f in factors)
+    if a is None or b is None:
+        return None
+    v = st.axes[-1].var
+    if v in free_vars(a.ld) and v in free_vars(b.ld):
+        return _in_floats(s, acc, out, a, b, caps, constants)
+    w, x = (a, b) if v in free_vars(a.ld) else (b, a)
+    if v not in free_vars(w.ld) or contract.work(st) is not None and contract.work(st) < 2048:  # type: ignore[operator]
+        return None
+    n_ext = st.axes[-1].extent
+    lanes = caps.lanes(32)
+    if n_ext.op == "const" and n_ext.attr < lanes and not w.buf.name in constants:
+        return None
+    for i in [instr] if instr else usable(caps):
+        ready = _operands(s, acc, out, x, w, i, constants)
+        if ready is not None:
+            return _blocked(ready[0], acc, out, w, ready[1], i, caps, mu, nv, ku, order)
+    return None
+
+
+def operand(e: Expr) -> Operand | None:
+    """An 8-bit load widened to i32, less a zero point; None for anything else."""
+    zero = None
+    if e.op == "sub" and e.dtype is i32:
+        e, zero = e.args
+    if e.op != "cast" or e.dtype is not i32 or e.args[0].op != "load" or e.args[0].dtype.name not in ("i8", "u8"):
+        return None
+    return Operand(e.args[0], None if zero is None or is_const(zero, 0) else zero)
+
+
+# ---------------------------------------------------------------- operands in the instruction's form
+
+
+def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instruction, constants: Mapping[str, Any]) -> tuple[Schedule, Expr] | None:
+    """(schedule with the accumulator over operands that ``i`` takes, variable of the axis that is cut into groups); None where this
+    instruction does not fit."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    k = _group_axis(red.attr[1], x.ld, w.ld)
+    if k is None or k.extent.op != "const" or not contract._packable(s, cast(w.ld, i32), st.axes[-1].var, constants):
+        return None
+    g = i.group
+    whole = axis(k.name + "g", -(-k.extent.attr // g) * g)
+    bytewise = i.a.bits == 8
+    if bytewise and (i.b is not w.buf.dtype or w.zero is not None or w.buf.name not in constants):
+        return None
+    if not bytewise and (i.a is not i16 or w.zero is not None and (w.zero.op != "const" or w.buf.name not in constants)):
+        return None
+    if x.zero is not None and free_vars(x.zero):
+        return None
+    if bytewise:
+        flip = _flip(x.buf.dtype, i.a)
+        if flip is None:
+            return None
+        s, xl = _copy(s, x, k, whole, i.a, flip)
+        s = _zero_into_epilogue(s, acc, out, x, w, flip)
+    else:
+        s, xl = _copy(s, x, k, whole, i16, None)
+    if xl is None:
+        return None
+    wl = substitute(w.ld, {k.var: whole.var})
+    if not bytewise and w.zero is not None:
+        wl = load(replace(w.buf, dtype=i16), load_parts(wl)[1])
+    axes = [whole if y is k else y for y in red.attr[1]]
+    st = s.stages[acc]
+    ext = {a: b for a, b in s.ext.items() if a.attr[0].rsplit(".", 1)[0] != acc}
+    new = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, cast(xl, i32) * cast(wl, i32))), ext)
+    s = replace(s, stages={**s.stages, acc: new}, ext=ext, trace=(*s.trace, ("integer", acc, i.name)))
+    return s, whole.var
+
+
+def _group_axis(axes: tuple[Axis, ...], x: Expr, w: Expr) -> Axis | None:
+    """The reduction axis along which the activation is contiguous: groups are cut from it."""
+    buf, idx, _, _ = load_parts(x)
+    for a in reversed(axes):
+        if idx and idx[-1] is a.var and all(a.var not in free_vars(i) for i in idx[:-1]) and sum(i is a.var for i in load_parts(w)[1]) == 1:
+            return a
+    return None
+
+
+def _flip(have: DType, want: DType) -> int | None:
+    """What to add to a byte of type ``have`` to get one of type ``want`` (i8 + 128 is a u8); None when neither is 8 bits wide."""
+    if have.bits != 8 or want.bits != 8:
+        return None
+    return 0 if have is want else 128 if want.kind == "u" else -128
+
+
+def _copy(s: Schedule, x: Operand, k: Axis, whole: Axis, to: DType, flip: int | None) -> tuple[Schedule, Expr | None]:
+    """The activation as ``to`` in a tensor without masks, its last dimension padded to whole groups; (schedule, load of it).
+
+    Values are ``x - zx`` for i16 and ``x + flip`` for bytes. The tensor itself where it already is all that."""
+    buf, idx, mask, other = load_parts(x.ld)
+    n = whole.extent.attr
+    if flip == 0 and mask is None and n == k.extent.attr:
+        return s, substitute(x.ld, {k.var: whole.var})
+    if mask is not None and not contract._is_box(mask, buf, idx):
+        return s, None
+    base, shape = [], []
+    for d, (i, m) in enumerate(zip(idx, buf.shape, strict=True)):
+        lo, hi = _corner(i, 0), _corner(i, 1)
+        if lo is None or hi is None or lo.op != "const":
+            return s, None
+        b = min(lo.attr, 0)
+        base.append(b)
+        shape.append(const(n) if d == len(idx) - 1 else hi + (1 - b) if mask is not None else maximum(hi + (1 - b), m))
+    ax = [axis(f"x{d}", e) for d, e in enumerate(shape)]
+    src = [a.var + b for a, b in zip(ax, base, strict=True)]
+    inside = const(0).eq(0)
+    for i, m in zip(src, buf.shape, strict=True):
+        inside = inside & (const(0) <= i) & (i < m)
+    pad = other if mask is not None and other is not None else x.zero.args[0] if x.zero is not None and x.zero.op == "cast" else None
+    if pad is None:
+        pad = const(0 if x.zero is None else x.zero.attr, buf.dtype)
+    value = cast(load(buf, src, inside, pad), i16)
+    if flip is None:
+        value = value if x.zero is None else value - cast(x.zero, i16)
+    else:
+        value = value + const(flip, i16)
+    copy = Buffer(f"{buf.name}.q", to, tuple(shape), "global", True)
+    ext = dict(s.ext)
+    stage_ = _pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
+    s = replace(s, stages={copy.name: stage_, **s.stages}, ext=ext, trace=(*s.trace, ("widen", buf.name, to.name)))
+    at = [i - b for i, b in zip(idx, base, strict=True)]
+    at[-1] = whole.var
+    return s, load(copy, at)
+
+
+def _corner(e: Expr, end: int) -> Expr | None:
+    """An index with all its variables at their first (0) or last (1) value; None where it falls with one of them."""
+    vs = free_vars(e)
+    for u in vs:
+        d = stride(e, u)
+        if d is None or d.op != "const" or d.attr < 0 or u.attr[1] != 0 or (end and u.attr[2] is None):
+            return None
+    return substitute(e, {u: as_expr(u.attr[2]) if end else const(0) for u in vs})
+
+
+def _zero_into_epilogue(s: Schedule, acc: str, out: str, x: Operand, w: Operand, flip: int) -> Schedule:
+    """``sum((x - zx) * w)`` is ``sum((x + flip) * w) - (zx + flip) * sum(w)``; the last sum is a constant for each column."""
+    zero = (const(0, i32) if x.zero is None else x.zero) + const(flip, i32)
+    if is_const(zero, 0):
+        return s
+    st, ep = s.stages[acc], s.stages[out]
+    _, idx, _, _ = load_parts(w.ld)
+    red = st.reduction
+    assert red is not None
+    inner = {a.var for a in red.attr[1]}
+    over = tuple(d for d, i in enumerate(idx) if i in inner)
+    kept = [d for d in range(len(idx)) if d not in over]
+    sums = Buffer(f"{w.buf.name}.sum", i32, tuple(w.buf.shape[d] for d in kept), "param", False)
+    p = SumPacking(w.buf.name, (), (), s.compute, sums, over)
+
+    def fix(e: Expr) -> Expr | None:
+        if e.op == "load" and e.attr[0].name == acc:
+            env = {a.var: i for a, i in zip(st.axes, load_parts(e)[1], strict=True)}
+            return e - zero * load(sums, [substitute(idx[d], env) for d in kept])
+        return None
+
+    new = replace(ep, expr=rewrite(ep.expr, fix))
+    return replace(s, stages={**s.stages, out: new}, packed={**s.packed, sums.name: p}, trace=(*s.trace, ("zero_point", acc)))
+
+
+def _packed(s: Schedule, acc: str, w: Operand, k: Expr, i: Instruction, nv: int) -> Schedule:
+    """Weights in panels of ``nv`` columns, groups of the reduction innermost."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    v = st.axes[-1].var
+    x = next(y for y in loads(st.expr) if v in free_vars(y))
+    buf, idx, _, _ = load_parts(x)
+    rank = {a.var: n for n, a in enumerate(red.attr[1])}
+    d = next(n for n, e in enumerate(idx) if e is v)
+    kd = next(n for n, e in enumerate(idx) if e is k)
+    batch = [n for n, e in enumerate(idx) if n != d and e not in rank]
+    inner = sorted((n for n, e in enumerate(idx) if e in rank), key=lambda n: rank[idx[n]])
+    s = pack(s, buf.name, (*batch, d, *inner), {d: nv, kd: i.group})
+    if buf.dtype is w.buf.dtype:
+        return s
+    assert w.zero is not None
+    name = f"{buf.name}.pack"
+    p = s.packed[name]
+    wide = replace(p.buf, dtype=buf.dtype)
+    centered = CenteredPacking(p.param, p.order, p.tile, p.job, wide, w.zero.attr)
+    st = s.stages[acc]
+
+    def fix(e: Expr) -> Expr | None:
+        return load(wide, load_parts(e)[1]) if e.op == "load" and e.attr[0].name == name else None
+
+    stages = {**s.stages, acc: replace(st, expr=rewrite(st.expr, fix))}
+    return replace(s, stages=stages, packed={**s.packed, name: centered})
+
+
+# ---------------------------------------------------------------- blocking
+
+
+def tile(m: Expr, n: Expr, lanes: int, registers: int, i: Instruction, narrow: bool) -> tuple[int, int]:
+    """(rows, vectors) of the register tile with the least estimated cycles per group over an m x n output.
+
+    Two dot products and two loads a cycle, six micro-operations in all (measured on Zen 3). ``narrow``: the weights are widened
+    in the register, one more operation for each of their vectors."""
+    mm = m.attr if m.op == "const" else 96
+    nn = n.attr if n.op == "const" else 256
+    best: tuple[float, int, int] | None = None
+    for nr in range(1, 9):
+        if nr > 1 and (nr - 1) * lanes >= nn:
+            break
+        for mu in range(1, 29):
+            if mu * nr + nr + (1 if i.adds else 2) > registers or mu > mm:
+                break
+            c = 0.0
+            for rows, times in ((mu, mm // mu), (mm % mu, 1)):
+                if rows:
+                    ops = rows * nr * (1 if i.adds else 2) + rows + nr * (2 if narrow else 1)
+                    c += times * max(rows * nr / 2, (rows + nr) / 1.6, ops / 5, 1.0)
+            c *= -(-nn // (nr * lanes))
+            if best is None or c < best[0] * 0.999:
+                best = (c, mu, nr)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _blocked(
+    s: Schedule, acc: str, out: str, weights: Operand, k: Expr, i: Instruction, caps: Capabilities, mu: int | None, nv: int | None, ku: int, order: str | None,
+) -> Schedule:
+    st = s.stages[acc]
+    lanes = caps.vector_bits // i.acc.bits
+    a, b = contract._factors(st)
+    v = st.axes[-1].var
+    w, x = (a, b) if v in free_vars(a) else (b, a)
+    us = [y for y in st.axes[:-1] if y.var in free_vars(x) and y.var not in free_vars(w)]
+    s = contract._merge(s, [acc, out], [y.var for y in us])
+    st = s.stages[acc]
+    us = [y for y in st.axes[:-1] if y.var in {z.var for z in us} or y.name.startswith("_u")]
+    m = us[-1].extent if us else const(1)
+    narrow = loads(w)[0].dtype.bits < i.b.bits
+    mu_, nr = tile(m, st.axes[-1].extent, lanes, caps.registers, i, narrow)
+    mu, nv = mu or mu_, nv or nr * lanes
+    s = _packed(s, acc, weights, k, i, nv)
+    st = s.stages[acc]
+    group = next(lp.name for lp in st.loops if st.subst[k] is lp.var)
+    s = split(s, group, i.group, "guard")
+    s = contract._tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, None, order)
+    st = s.stages[acc]
+    names = [lp.name for lp in st.loops]
+    inner = names[names.index(f"{group}.1") + 1 :]
+    s = reorder(s, *inner[:-1], f"{group}.1", inner[-1])
+    s = annotate(s, f"{group}.1", "serial")
+    s = tensorize(s, f"{group}.1", i)
+    rounds = s.static_extent(next(lp.var for lp in st.loops if lp.name == f"{group}.0"))
+    if rounds is not None and rounds <= ku:
+        s = annotate(s, f"{group}.0", "unroll")
+    elif rounds is not None:
+        while rounds % ku:
+            ku -= 1
+        if ku > 1:
+            s = split(s, f"{group}.0", ku)
+            s = annotate(s, f"{group}.0.1", "unroll")
+    for n, y in s.stages.items():
+        if n.endswith(".q") and y.at is None:
+            s = pointwise(s, n, caps)
+    return s
+
+
+# ---------------------------------------------------------------- depthwise
+
+
+def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Capabilities, constants: Mapping[str, Any]) -> Schedule | None:
+    """The sum in f32, where no partial sum can leave the integers that f32 holds."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    terms = 1
+    for y in red.attr[1]:
+        if y.extent.op != "const":
+            return None
+        terms *= y.extent.attr
+    if terms * a.size * b.size > EXACT:
+        return None
+
+    def value(o: Operand) -> Expr:
+        r = cast(o.ld, f32)
+        return r if o.zero is None else r - cast(o.zero, f32)
+
+    buf = replace(st.buf, dtype=f32)
+    ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != acc}
+    new = _pull_stage(Pull(buf, st.axes, reduce_("sum", red.attr[1], value(a) * value(b))), ext)
+    ep = s.stages[out]
+
+    def fix(e: Expr) -> Expr | None:
+        if e.op == "load" and e.attr[0].name == acc:
+            return cast(load(buf, load_parts(e)[1]), i32)
+        if e.op == "cast" and e.dtype is f32 and e.args[0].op == "cast" and e.args[0].args[0].op == "load" and e.args[0].args[0].attr[0] is buf:
+            return e.args[0].args[0]
+        return None
+
+    s = replace(s, stages={**s.stages, acc: new, out: replace(ep, expr=rewrite(ep.expr, fix))}, ext=ext, trace=(*s.trace, ("exact_floats", acc)))
+    return contract.apply(s, caps, constants)
+
+
+_ = flat
