@@ -340,6 +340,8 @@ def _blocked(
     s = annotate(s, f"{group}.1", "serial")
     s = tensorize(s, f"{group}.1", i)
     rounds = s.static_extent(next(lp.var for lp in st.loops if lp.name == f"{group}.0"))
+    if not i.adds:  # the code generator would add the products of several rounds first, and runs out of registers
+        return _copies(s, caps)
     if rounds is not None and rounds <= ku:
         s = annotate(s, f"{group}.0", "unroll")
     elif rounds is not None:
@@ -348,6 +350,10 @@ def _blocked(
         if ku > 1:
             s = split(s, f"{group}.0", ku)
             s = annotate(s, f"{group}.0.1", "unroll")
+    return _copies(s, caps)
+
+
+def _copies(s: Schedule, caps: Capabilities) -> Schedule:
     for n, y in s.stages.items():
         if n.endswith(".q") and y.at is None:
             s = pointwise(s, n, caps)

@@ -34,14 +34,14 @@ from luthier.ir.ops.convert import cast_ref, cast_to
 
 
 def saturate(x: Expr, zero: Expr | None, to: DType) -> Expr:
-    """``x`` (f32 or f64) rounded half to even, moved by the zero point, clamped to the range of ``to``."""
+    """``x`` (f32 or f64) rounded half to even, moved by the zero point, clamped to the range of ``to``; NaN gives its lowest value."""
     if to.is_float:
         return cast_to(x, to)
     lo, hi = to.limits()
     r = unary("round", x)
     if zero is not None:
         r = r + cast(zero, x.dtype)
-    r = maximum(const(lo, x.dtype), minimum(const(hi, x.dtype), r))
+    r = minimum(maximum(r, const(lo, x.dtype)), const(hi, x.dtype))
     return cast(cast(r, i32) if to.bits < 32 else r, to)
 
 
@@ -53,7 +53,7 @@ def saturate_ref(x: Array, zero: Array | None, to: DType) -> Array:
     r = np.rint(x.astype(np.float64))
     if zero is not None:
         r = r + np.asarray(zero).astype(np.float64)
-    return np.clip(np.nan_to_num(r), lo, hi).astype(np.int64).astype(to.numpy)
+    return np.clip(np.nan_to_num(r, nan=lo), lo, hi).astype(np.int64).astype(to.numpy)
 
 
 class Scaled(Op):
