@@ -34,7 +34,7 @@ FORMAT = 1
 _CPU_FILES = ("model.so", "model.h", "weights.bin")
 
 
-def save(module: Module, path: Path) -> Path:
+def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
     """Write ``module`` as the folder ``path``; an artifact that is there is replaced.
 
     Raises ArtifactError when something else is there or the disk refuses, TargetError without a linker."""
@@ -45,7 +45,7 @@ def save(module: Module, path: Path) -> Path:
     stale = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
-        _write(module, fresh)
+        _write(module, fresh, shard_mb)
         if path.exists():
             path.rename(stale)
         fresh.rename(path)
@@ -57,8 +57,8 @@ def save(module: Module, path: Path) -> Path:
     return path
 
 
-def _write(module: Module, folder: Path) -> None:
-    names = module.write_files(folder)
+def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
+    names = module.write_files(folder, shard_mb)
     files = {name: _digest(folder / name) for name in names}
     manifest = {**module.manifest, "format": FORMAT, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import settings
-from luthier.errors import InputError, LuthierError, TargetError
+from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -242,17 +242,22 @@ class Module:
             })  # fmt: skip
         return rows
 
-    def write_files(self, folder: Path) -> tuple[str, ...]:
-        """The artifact's files but the manifest, into an existing folder; returns their names. Raises TargetError."""
+    def write_files(self, folder: Path, shard_mb: float | None = None) -> tuple[str, ...]:
+        """The artifact's files but the manifest, into an existing folder; returns their names. ``shard_mb``: for web packages alone.
+        Raises TargetError, ArtifactError."""
         from luthier.artifact import write_native
+
+        if shard_mb is not None:
+            raise ArtifactError(f"an artifact for {self.manifest['target']['name']} has no shards", hint="leave the shard size out")
 
         return write_native(self, folder)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the artifact folder ``path`` (whole or not at all). Raises ArtifactError, TargetError without a linker."""
+    def save(self, path: str | Path, shard_mb: float | None = None) -> Path:
+        """Write the artifact folder ``path`` (whole or not at all). ``shard_mb``: the most megabytes of a file of weights in a web
+        package (default 24). Raises ArtifactError, TargetError without a linker."""
         from luthier.artifact import save
 
-        return save(self, Path(path))
+        return save(self, Path(path), shard_mb)
 
 
 def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:

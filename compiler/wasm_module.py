@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
 import struct
 import threading
 import weakref
@@ -20,7 +19,7 @@ import numpy as np
 
 from luthier.errors import InputError, KernelError, LuthierError, TargetError
 from luthier.module import Array, Module, _check_out, _convert, _evaluate
-from luthier.native import map_file, pack_bits, unpack_bits
+from luthier.native import pack_bits, unpack_bits
 
 __all__ = ["VARIANTS", "WasmModule", "load_module"]
 
@@ -270,26 +269,20 @@ class WasmModule(Module):
             for k, c in enumerate(calls)
         ]  # fmt: skip
 
-    def write_files(self, folder: Path) -> tuple[str, ...]:
-        """``model.VARIANT.wasm`` for every variant, and ``weights.bin``."""
-        names = []
-        for v in VARIANTS:
-            name = f"model.{v}.wasm"
-            (folder / name).write_bytes(self.binary(v))
-            names.append(name)
-        if isinstance(self._source, Path):
-            shutil.copyfile(self._source / "weights.bin", folder / "weights.bin")
-        else:
-            with open(folder / "weights.bin", "wb") as f:
-                self.weights.tofile(f)
-        return (*names, "weights.bin")
+    def write_files(self, folder: Path, shard_mb: float | None = None) -> tuple[str, ...]:
+        """An npm package with ``model.VARIANT.wasm`` for every variant."""
+        from luthier.web_package import SHARD_MB, write_package
+
+        files = {f"model.{v}.wasm": self.binary(v) for v in VARIANTS}
+        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> WasmModule:
     """A WasmModule from its folder. Raises ArtifactError for missing or damaged files."""
     from luthier.artifact import check_files
+    from luthier.web_package import read_weights
 
     files = [f"model.{v}.wasm" for v in VARIANTS]
-    check_files(path, manifest, [*files, "weights.bin"])
+    check_files(path, manifest, [*files, *(s["file"] for s in manifest["web"]["shards"])])
     binaries = {v: (path / f).read_bytes() for v, f in zip(VARIANTS, files, strict=True)}
-    return WasmModule(manifest, binaries, map_file(path / "weights.bin"), threads, source=path)
+    return WasmModule(manifest, binaries, read_weights(path, manifest), threads, source=path)

@@ -18,7 +18,7 @@ from luthier.webgpu_device import Runner
 
 __all__ = ["WebGpuModule", "load_module"]
 
-FILES = ("host.json", "shaders.json", "weights.bin")
+FILES = ("host.json", "shaders.json")
 
 
 class WebGpuModule(Module):
@@ -74,17 +74,23 @@ class WebGpuModule(Module):
         """Not measured: rows have ``ms`` 0 (a software adapter's times mislead)."""
         return [{"kernel": c["kernel"], "nodes": tuple(c["nodes"]), "ms": 0.0, "flops": 0, "bytes": 0} for c in self.manifest["calls"]]
 
-    def write_files(self, folder: Path) -> tuple[str, ...]:
-        (folder / "host.json").write_text(json.dumps(self.host), encoding="utf-8")
-        (folder / "shaders.json").write_text(json.dumps(self.shaders), encoding="utf-8")
-        with open(folder / "weights.bin", "wb") as f:
-            np.ascontiguousarray(self._weights).tofile(f)
-        return FILES
+    def write_files(self, folder: Path, shard_mb: float | None = None) -> tuple[str, ...]:
+        """An npm package; ``host.json`` in it is for :func:`load_module` alone."""
+        from luthier.codegen.host_js import print_host_js
+        from luthier.web_package import SHARD_MB, write_package
+
+        files = {
+            "host.json": json.dumps(self.host), "shaders.json": json.dumps(self.shaders),
+            "program.js": print_host_js(self.host, self.shaders),
+        }  # fmt: skip
+        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
     """A module of WGSL from its folder. Raises ArtifactError."""
-    check_files(path, manifest, FILES)
+    from luthier.web_package import read_weights
+
+    check_files(path, manifest, [*FILES, *(s["file"] for s in manifest["web"]["shards"])])
     host = json.loads((path / "host.json").read_text(encoding="utf-8"))
     shaders = json.loads((path / "shaders.json").read_text(encoding="utf-8"))
-    return WebGpuModule(manifest, host, shaders, np.fromfile(path / "weights.bin", np.uint8), threads)
+    return WebGpuModule(manifest, host, shaders, read_weights(path, manifest), threads)

@@ -1,0 +1,27 @@
+// Loads the manifest and starts the engine; `target.js` names the engine of the package's target.
+
+import { Files } from "./files.js";
+import { Engine } from "./target.js";
+
+/**
+ * An engine with run(inputs, outputs), close() and info. `onProgress({loaded, total})` counts bytes.
+ * Options: threads, requireThreads, variant (wasm), stall (milliseconds), signal.
+ */
+export async function openEngine(base, id, options, onProgress) {
+  const files = new Files(base, options);
+  let manifest = await files.json("manifest.json");
+  if (id && (!manifest.web || manifest.web.id !== id)) manifest = await files.json("manifest.json", true); // an old copy in a cache
+  if (!manifest.web) throw files.fail("FILE_CORRUPTED", "manifest.json", "describes no web package", "compile the model for wasm or webgpu");
+  if (id && manifest.web.id !== id) {
+    throw files.fail("OTHER_BUILD", "manifest.json", `belongs to build ${manifest.web.id}, this code to ${id}`, "upload code and weights of the same build, and empty caches");
+  }
+  const total = manifest.web.shards.reduce((n, s) => n + s.bytes, 0) + (manifest.web.code_bytes || 0);
+  let loaded = 0;
+  const onBytes = (n) => {
+    loaded += n;
+    onProgress({ loaded, total: Math.max(total, loaded) });
+  };
+  const engine = await Engine.load(manifest, files, options, onBytes);
+  onProgress({ loaded: Math.max(total, loaded), total: Math.max(total, loaded) });
+  return { engine, manifest };
+}

@@ -1,0 +1,206 @@
+// Runs a model compiled to WebAssembly on this thread and its helpers. The ABI of the module is described in docs/web.md.
+
+import { IsolationError, InputError, KernelError, OutOfMemoryError, UnsupportedError } from "./errors.js";
+import { canShare, cores, mayWait, openWorker } from "./platform.js";
+import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+
+const RECORD = 48; // bytes of one tensor's record in the io table
+const THREAD_START = 10000; // milliseconds that a helper thread may take to start
+
+const decode = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+
+/** Whether relaxed dot products of 8-bit integers are right here: some baseline compilers had them wrong. */
+async function dotWorks(probe) {
+  if (!probe) return true;
+  try {
+    const { instance } = await WebAssembly.instantiate(decode(probe));
+    return instance.exports.check() === 1;
+  } catch {
+    return false;
+  }
+}
+
+const variantsOf = (manifest) => Object.keys(manifest.files).flatMap((f) => /^model\.(.+)\.wasm$/.exec(f)?.[1] ?? []);
+
+/** The variant to load, and how many threads it may use. `warnings` tells why it is not a better one. */
+async function choose(manifest, options, warnings) {
+  const { wasm } = manifest;
+  const variants = variantsOf(manifest);
+  const valid = (name) => WebAssembly.validate(decode(wasm.probes[name]));
+  if (typeof WebAssembly !== "object" || !valid("simd")) {
+    throw new UnsupportedError("NO_WASM_SIMD", "this browser has no WebAssembly with 128-bit SIMD", "use a browser of 2021 or later (Safari: 16.4)");
+  }
+  let threads = Math.max(1, Math.floor(options.threads || Math.min(cores(), 8)));
+  if (!wasm.parallel) threads = 1;
+  if (threads > 1) {
+    const why = !canShare()
+      ? "the page is not cross-origin isolated"
+      : !valid("threads")
+        ? "the browser has no WebAssembly threads"
+        : "";
+    if (why && options.requireThreads) {
+      throw new IsolationError("NO_ISOLATION", `${why}, so there are no threads`, "serve the page with Cross-Origin-Opener-Policy: same-origin and Cross-Origin-Embedder-Policy: require-corp");
+    }
+    if (why) {
+      warnings.push(`one thread: ${why}`);
+      threads = 1;
+    }
+  }
+  const suffix = threads > 1 ? "-threads" : "";
+  if (options.variant) {
+    if (!variants.includes(options.variant)) {
+      throw new InputError("UNKNOWN_VARIANT", `there is no variant "${options.variant}"`, `the package has ${variants.join(", ")}`);
+    }
+    const shared = options.variant.endsWith("-threads");
+    if (shared && !canShare()) throw new IsolationError("NO_ISOLATION", `the variant ${options.variant} needs a cross-origin isolated page`, "serve the page with COOP and COEP headers");
+    return { variant: options.variant, threads: shared ? threads : 1 };
+  }
+  let simd = "simd";
+  if (valid("relaxed")) {
+    if (await dotWorks(wasm.probes.dot)) simd = "relaxed";
+    else warnings.push("baseline SIMD: relaxed dot products are wrong on this browser and processor");
+  }
+  const name = simd + suffix;
+  return { variant: variants.includes(name) ? name : "simd", threads: variants.includes(name) ? threads : 1 };
+}
+
+/** @implements the engine interface: load, run, close, info. */
+export class Engine {
+  constructor(manifest) {
+    this.manifest = manifest;
+    this.wasm = manifest.wasm;
+    this.threads = [];
+    this.key = "";
+  }
+
+  static async load(manifest, files, options, onBytes) {
+    const engine = new Engine(manifest);
+    const warnings = [];
+    const { variant, threads } = await choose(manifest, options, warnings);
+    const shared = variant.endsWith("-threads");
+    const { pages: initial, max_pages: maximum, weights } = manifest.wasm;
+    try {
+      engine.memory = new WebAssembly.Memory(shared ? { initial, maximum, shared: true } : { initial });
+    } catch (error) {
+      throw new OutOfMemoryError("NO_MEMORY", `no ${Math.ceil(initial / 16)} MB of memory for the weights (${error.message})`, "close other tabs, or use a smaller model");
+    }
+    const file = `model.${variant}.wasm`;
+    const refused = (error) => {
+      throw new UnsupportedError("CODE_REFUSED", `this engine refuses ${file}: ${error.message}`, "leave the option variant out, or update the browser");
+    };
+    const compile = files.checked(file, manifest.files[file], onBytes).then((bytes) => WebAssembly.compile(bytes).catch(refused));
+    const upload = files.shards(manifest.web.shards, (offset, bytes) => new Uint8Array(engine.memory.buffer, weights + offset, bytes.length).set(bytes), onBytes);
+    const [module] = await Promise.all([compile, upload]);
+    engine.module = module;
+    engine.exports = (await WebAssembly.instantiate(module, { env: { memory: engine.memory } })).exports;
+    engine.count = 1;
+    if (threads > 1) await engine.startThreads(threads, warnings, options);
+    engine.info = { backend: "wasm", variant, threads: engine.count, crossOriginIsolated: canShare(), warnings };
+    return engine;
+  }
+
+  async startThreads(threads, warnings, options) {
+    const start = async (number) => {
+      const worker = await openWorker(new URL("./thread.js", import.meta.url), `luthier-${number}`);
+      this.threads.push(worker);
+      await new Promise((resolve, reject) => {
+        const timer = setTimeout(() => reject(new Error(`no answer within ${THREAD_START / 1000} s`)), THREAD_START);
+        worker.onMessage((m) => {
+          if (!m.ready) return;
+          clearTimeout(timer);
+          resolve();
+        });
+        worker.onError((error) => {
+          clearTimeout(timer);
+          reject(error);
+        });
+        worker.post({ module: this.module, memory: this.memory, number, faults: options.faults });
+      });
+    };
+    try {
+      await Promise.all(Array.from({ length: threads - 1 }, (_, k) => start(k + 1)));
+      this.count = threads;
+    } catch (error) {
+      warnings.push(`one thread: a worker could not be started (${error.message})`);
+      this.stopThreads();
+      this.count = 1;
+    }
+  }
+
+  stopThreads() {
+    if (this.threads.length && this.exports.lt_stop) this.exports.lt_stop();
+    for (const worker of this.threads) worker.terminate();
+    this.threads = [];
+  }
+
+  record(k) {
+    return new DataView(this.memory.buffer, this.wasm.io + RECORD * k, RECORD);
+  }
+
+  bind(ins) {
+    const key = ins.map((t) => t.shape.join()).join(";");
+    if (key === this.key) return;
+    this.key = "";
+    ins.forEach((t, k) => {
+      const r = this.record(k);
+      t.shape.forEach((n, axis) => r.setInt32(16 + 4 * axis, n, true));
+    });
+    this.check(this.call(() => this.exports.lt_bind(this.count)));
+    this.key = key;
+  }
+
+  call(f) {
+    try {
+      return f();
+    } catch (error) {
+      if (!(error instanceof WebAssembly.RuntimeError)) throw error;
+      this.broken = true;
+      throw new KernelError("TRAP", `the compiled model failed: ${error.message}`, "load the model again; if it fails again with these inputs, report it");
+    }
+  }
+
+  check(status) {
+    if (status === 0) return;
+    const v = new DataView(this.memory.buffer, this.wasm.error, 40);
+    const kind = v.getInt32(4, true);
+    const name = this.wasm.names[v.getInt32(8, true)];
+    const axis = v.getInt32(12, true);
+    const [got, want, want2] = [16, 24, 32].map((at) => Number(v.getBigInt64(at, true)));
+    if (kind === 3) throw new OutOfMemoryError("NO_MEMORY", `no memory for ${got} bytes of ${name}`, "use smaller inputs or close other tabs");
+    const text = {
+      1: `input "${name}": dimension ${axis} is ${got}, expected ${want}`,
+      2: `input "${name}": dimension ${axis} is ${got}, allowed are ${want} to ${want2}`,
+      4: `${name} is ${got}, the model needs ${want} here`,
+    }[kind];
+    throw new InputError("WRONG_SHAPE", text || `the run failed with status ${status}, kind ${kind}`, "change the inputs", { name, axis, got, want });
+  }
+
+  async run(inputs, outputs) {
+    const { manifest } = this;
+    const wanted = chooseOutputs(manifest.outputs, outputs);
+    const ins = checkInputs(manifest.inputs, inputs);
+    this.bind(ins);
+    ins.forEach((t, k) => {
+      const bytes = toBytes(manifest.inputs[k].code, t.data);
+      const address = this.record(k).getUint32(0, true);
+      new Uint8Array(this.memory.buffer, address, bytes.length).set(bytes);
+    });
+    this.check(this.call(() => this.exports.lt_run(this.count, mayWait() ? 1 : 0)));
+    return Object.fromEntries(
+      wanted.map((j) => {
+        const port = manifest.outputs[j];
+        const r = this.record(manifest.inputs.length + j);
+        const shape = port.shape.map((_, axis) => r.getInt32(16 + 4 * axis, true));
+        const size = byteSize(port.code, product(shape));
+        const bytes = new Uint8Array(this.memory.buffer, r.getUint32(0, true), size);
+        return [port.name, fromBytes(port.code, shape, bytes)];
+      }),
+    );
+  }
+
+  async close() {
+    this.stopThreads();
+    this.memory = this.exports = this.module = null;
+  }
+}
+

@@ -1,0 +1,244 @@
+// Runs a model compiled to WebGPU: device, pipelines, weights, and the object `g` that the generated program calls (docs/web.md).
+
+import * as program from "../program.js";
+import { DeviceLostError, InputError, KernelError, LuthierError, OutOfMemoryError, UnsupportedError } from "./errors.js";
+import { Recorder } from "./gpu_recorder.js";
+import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+
+const PLANS = 8; // shapes whose commands are kept
+const up4 = (n) => Math.ceil(n / 4) * 4;
+const up8 = (n) => Math.ceil(n / 8) * 8;
+
+async function openDevice(options) {
+  const gpu = options.gpu || (typeof navigator === "object" && navigator ? navigator.gpu : undefined);
+  const hint = "use a browser with WebGPU over https or on localhost, or the package compiled for wasm";
+  if (!gpu) throw new UnsupportedError("NO_WEBGPU", "there is no WebGPU here", hint);
+  const adapter = await gpu.requestAdapter({ powerPreference: options.powerPreference || "high-performance" });
+  if (!adapter) throw new UnsupportedError("NO_ADAPTER", "WebGPU finds no adapter", hint);
+  const missing = program.needs.features.filter((f) => !adapter.features.has(f));
+  const limits = {};
+  for (const [name, value] of Object.entries(program.needs.limits)) {
+    const least = name.startsWith("min") && name.endsWith("Alignment");
+    if (least ? adapter.limits[name] > value : adapter.limits[name] < value) missing.push(`${name} ${value} (it has ${adapter.limits[name]})`);
+    else limits[name] = value;
+  }
+  if (missing.length) throw new UnsupportedError("GPU_TOO_SMALL", `the adapter lacks ${missing.join(", ")}`, "use another GPU, or the package compiled for wasm", { missing });
+  for (const name of ["maxBufferSize", "maxStorageBufferBindingSize"]) limits[name] = adapter.limits[name];
+  const device = await adapter.requestDevice({ requiredFeatures: program.needs.features, requiredLimits: limits });
+  const { vendor = "", architecture = "", description = "" } = adapter.info || {};
+  return { device, adapter: [vendor, architecture, description].filter(Boolean).join(" ") };
+}
+
+/** @implements the engine interface: load, run, close, info, debug. */
+export class Engine {
+  constructor(manifest, files, options) {
+    this.manifest = manifest;
+    this.files = files;
+    this.options = options;
+    this.info = { backend: "webgpu", adapter: "", pipelines: program.pipelines.length, restarts: 0, warnings: [] };
+  }
+
+  static async load(manifest, files, options, onBytes) {
+    const engine = new Engine(manifest, files, options);
+    await engine.start(onBytes);
+    return engine;
+  }
+
+  /** Device, pipelines and weights; pipelines are made while weights arrive. */
+  async start(onBytes) {
+    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then((b) => JSON.parse(new TextDecoder().decode(b)));
+    shaders.catch(() => undefined); // reported below
+    const { device, adapter } = await openDevice(this.options);
+    this.device = device;
+    this.info.adapter = adapter;
+    this.lost = null;
+    this.fault = "";
+    device.lost.then((info) => {
+      if (this.device === device && !this.closed) this.lost = info.message || info.reason || "unknown";
+    });
+    device.addEventListener("uncapturederror", (e) => {
+      this.fault = this.fault || e.error.message;
+    });
+    device.pushErrorScope("out-of-memory");
+    this.weights = program.weights.map(([, bytes]) => this.allocate(bytes));
+    const memory = device.popErrorScope();
+    const upload = this.files.shards(this.manifest.web.shards, (offset, bytes) => this.upload(offset, bytes), onBytes);
+    try {
+      const [, , error] = await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, memory]);
+      if (error) throw this.noMemory("the weights", error.message);
+    } catch (error) {
+      if (error instanceof LuthierError) throw error;
+      throw this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    }
+    this.recorder = new Recorder(this, program);
+    this.plans = new Map();
+  }
+
+  allocate(bytes) {
+    const usage = GPUBufferUsage_.STORAGE | GPUBufferUsage_.COPY_DST | GPUBufferUsage_.COPY_SRC;
+    return { buffer: this.device.createBuffer({ size: Math.max(4, up4(bytes)), usage }), size: Math.max(4, up4(bytes)) };
+  }
+
+  noMemory(what, message) {
+    return new OutOfMemoryError("NO_GPU_MEMORY", `the GPU has no memory for ${what} (${message})`, "close other pages that use the GPU, or use smaller inputs");
+  }
+
+  deviceLost() {
+    return new DeviceLostError("DEVICE_LOST", `the GPU device was lost (${this.lost})`, "call run() again to reload the model; if it is lost again, use the package compiled for wasm");
+  }
+
+  upload(offset, bytes) {
+    program.weights.forEach(([start, size], k) => {
+      const lo = Math.max(offset, start);
+      const hi = Math.min(offset + bytes.length, start + up4(size));
+      if (lo >= hi) return;
+      let piece = bytes.subarray(lo - offset, hi - offset);
+      if (piece.length % 4) {
+        const padded = new Uint8Array(up4(piece.length));
+        padded.set(piece);
+        piece = padded;
+      }
+      this.device.queue.writeBuffer(this.weights[k].buffer, lo - start, piece.buffer, piece.byteOffset, piece.length);
+    });
+  }
+
+  async pipelines(texts) {
+    const { device } = this;
+    const modules = texts.map((code) => device.createShaderModule({ code }));
+    const layouts = new Map();
+    const layoutOf = ({ bindings, uniforms }) => {
+      const key = bindings + (uniforms ? "u" : "");
+      if (!layouts.has(key)) {
+        const entries = Array.from(key, (letter, binding) => ({
+          binding,
+          visibility: 4, // GPUShaderStage.COMPUTE
+          buffer: { type: { r: "read-only-storage", w: "storage", u: "uniform" }[letter] },
+        }));
+        const group = device.createBindGroupLayout({ entries });
+        layouts.set(key, { group, layout: device.createPipelineLayout({ bindGroupLayouts: [group] }) });
+      }
+      return layouts.get(key);
+    };
+    const failed = (p, error) => new KernelError("SHADER", `the GPU refused shader ${p.shader}: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    this.compiled = await Promise.all(
+      program.pipelines.map(async (p) => {
+        const { group, layout } = layoutOf(p);
+        try {
+          const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: modules[p.shader], entryPoint: "main" } });
+          return { pipeline, group };
+        } catch (error) {
+          throw this.lost ? this.deviceLost() : failed(p, error);
+        }
+      }),
+    );
+  }
+
+  narrow(ins) {
+    for (const j of program.narrow) {
+      for (const v of ins[j].data) {
+        if (v !== BigInt.asIntN(32, v)) {
+          const { name } = this.manifest.inputs[j];
+          throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, WebGPU computes with 32-bit integers`, "use the package compiled for wasm", { name });
+        }
+      }
+    }
+  }
+
+  async run(inputs, outputs) {
+    const wanted = chooseOutputs(this.manifest.outputs, outputs);
+    const ins = checkInputs(this.manifest.inputs, inputs);
+    this.narrow(ins);
+    for (let round = 0; ; round++) {
+      try {
+        if (this.lost) await this.restart();
+        return await this.attempt(ins, wanted);
+      } catch (error) {
+        if (error instanceof InputError) throw error;
+        const soon = new Promise((resolve) => setTimeout(resolve, 50));
+        await Promise.race([this.device.lost, soon]); // what failed may have failed because of it
+        if (!this.lost) throw error instanceof LuthierError ? error : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
+        if (round > 0) throw this.deviceLost();
+      }
+    }
+  }
+
+  async restart() {
+    const { restarts, warnings } = this.info;
+    try {
+      await this.start(() => undefined);
+    } catch (error) {
+      if (!this.lost) this.lost = error.message;
+      throw new DeviceLostError("DEVICE_LOST", `the GPU device was lost and the model could not be reloaded: ${error.message}`, "reload the page, or use the package compiled for wasm");
+    }
+    this.info = { ...this.info, restarts: restarts + 1, warnings };
+  }
+
+  async attempt(ins, wanted) {
+    const { device, recorder, manifest } = this;
+    const key = ins.map((t) => t.shape.join()).join(";");
+    const known = this.plans.get(key);
+    recorder.begin(ins);
+    ins.forEach((t, j) => recorder.setInput(j, toBytes(manifest.inputs[j].code, t.data)));
+    if (!known) {
+      device.pushErrorScope("validation");
+      device.pushErrorScope("out-of-memory");
+    }
+    let scopes = [];
+    let plan = this.plans.get(key); // setInput may have thrown the plans away
+    let staging = null;
+    let places = [];
+    try {
+      if (!plan) {
+        await program.main(recorder);
+        plan = recorder.plan();
+      }
+      let size = 0;
+      places = wanted.map((j) => {
+        const { shape } = plan.outputs[j];
+        const at = size;
+        size += up8(Math.max(4, byteSize(manifest.outputs[j].code, product(shape))));
+        return at;
+      });
+      if (size) staging = recorder.staging(size);
+      recorder.finish(plan, wanted.map((j, k) => [plan.outputs[j], staging, places[k], up4(Math.max(1, byteSize(manifest.outputs[j].code, product(plan.outputs[j].shape))))]));
+    } finally {
+      if (!known) scopes = [device.popErrorScope(), device.popErrorScope()];
+    }
+    const [memory, validation] = await Promise.all([...scopes, staging ? staging.mapAsync(1) : device.queue.onSubmittedWorkDone()]);
+    if (scopes.length && memory) throw this.noMemory("the run", memory.message);
+    if (scopes.length && validation) throw new KernelError("GPU", `the GPU refused a command: ${validation.message}`, "report it");
+    if (this.fault) throw new KernelError("GPU", `the GPU reported: ${this.fault}`, "report it");
+    if (plan.replayable && !known) {
+      if (this.plans.size >= PLANS) this.plans.delete(this.plans.keys().next().value);
+      this.plans.set(key, plan);
+    }
+    const result = {};
+    if (staging) {
+      const bytes = new Uint8Array(staging.getMappedRange());
+      wanted.forEach((j, k) => {
+        const port = manifest.outputs[j];
+        result[port.name] = fromBytes(port.code, plan.outputs[j].shape, bytes.subarray(places[k]));
+      });
+      staging.unmap();
+      recorder.release(staging);
+    }
+    this.info.dispatches = plan.dispatches;
+    return result;
+  }
+
+  async close() {
+    this.closed = true;
+    this.device.destroy();
+  }
+
+  /** For tests: "lose" loses the device. */
+  async debug(action) {
+    if (action !== "lose") throw new InputError("UNKNOWN_ACTION", `no action ${action}`);
+    this.device.destroy();
+    await this.device.lost;
+  }
+}
+
+// The numbers of the specification: `GPUBufferUsage` is no global where a device comes from a package.
+const GPUBufferUsage_ = { COPY_SRC: 4, COPY_DST: 8, STORAGE: 128 };
+

@@ -1,0 +1,184 @@
+// What index.js hands out: `load` and the Model. In a page the engine lives in a worker, elsewhere on the caller's thread.
+
+import { openEngine } from "./engine.js";
+import { asLuthierError, ClosedError, InputError, KernelError, unpack } from "./errors.js";
+import { isPage, openWorker } from "./platform.js";
+import { dtypeName } from "./tensors.js";
+
+const WORKER_START = 20000; // milliseconds
+
+class Inline {
+  static async open(base, id, options, onProgress) {
+    const backend = new Inline();
+    const { engine, manifest } = await openEngine(base, id, options, onProgress);
+    backend.engine = engine;
+    backend.queue = Promise.resolve();
+    backend.described = { inputs: manifest.inputs, outputs: manifest.outputs, name: manifest.name, info: engine.info };
+    return backend;
+  }
+
+  get info() {
+    return this.engine.info;
+  }
+
+  run(inputs, outputs) {
+    const result = this.queue.then(() => this.engine.run(inputs, outputs));
+    this.queue = result.catch(() => undefined);
+    return result;
+  }
+
+  async close() {
+    await this.queue;
+    await this.engine.close();
+  }
+
+  debug(action) {
+    return this.engine.debug(action);
+  }
+}
+
+class Remote {
+  static async open(base, id, options, onProgress) {
+    const backend = new Remote();
+    backend.waiting = new Map();
+    backend.next = 1;
+    backend.worker = await openWorker(new URL("./worker.js", import.meta.url), "luthier");
+    const { signal, ...plain } = options;
+    backend.faults = new BroadcastChannel(`luthier-${globalThis.crypto.randomUUID ? globalThis.crypto.randomUUID() : Math.random()}`);
+    if (backend.faults.unref) backend.faults.unref();
+    backend.faults.addEventListener("message", (e) => backend.fail(new KernelError("TRAP", `a thread of the model failed: ${e.data}`, "load the model again; if it fails again with these inputs, report it")));
+    plain.faults = backend.faults.name;
+    try {
+      await new Promise((resolve, reject) => {
+        const timer = setTimeout(() => reject(new ClosedError("WORKER_NOT_STARTED", `the worker did not start within ${WORKER_START / 1000} s`, "see that runtime/worker.js is served as JavaScript, and that the Content-Security-Policy allows workers from it")), WORKER_START);
+        backend.worker.onMessage((m) => {
+          if (m.ready) {
+            clearTimeout(timer);
+            resolve();
+          } else if (m.progress) onProgress(m.progress);
+          else backend.settle(m);
+        });
+        backend.worker.onError((error) => {
+          clearTimeout(timer);
+          const failure = new ClosedError("WORKER_FAILED", `the worker failed: ${error.message}`, "load the model again");
+          reject(failure);
+          backend.fail(failure);
+        });
+      });
+      const stop = () => backend.fail(new ClosedError("ABORTED", "loading was aborted"));
+      if (signal) {
+        if (signal.aborted) stop();
+        signal.addEventListener("abort", stop);
+      }
+      backend.described = await backend.ask("load", { base: base.href, id, options: plain });
+      backend.info = backend.described.info;
+      if (signal) signal.removeEventListener("abort", stop);
+    } catch (error) {
+      backend.fail(error);
+      throw error;
+    }
+    return backend;
+  }
+
+  ask(op, data, transfer) {
+    if (this.failure) return Promise.reject(this.failure);
+    const id = this.next++;
+    return new Promise((resolve, reject) => {
+      this.waiting.set(id, { resolve, reject });
+      this.worker.hold(true);
+      try {
+        this.worker.post({ id, op, ...data }, transfer);
+      } catch (error) {
+        this.waiting.delete(id);
+        reject(new InputError("NOT_CLONABLE", `an input cannot be sent to the worker: ${error.message}`, "pass typed arrays"));
+      }
+    });
+  }
+
+  settle({ id, value, error, info }) {
+    const call = this.waiting.get(id);
+    if (!call) return;
+    this.waiting.delete(id);
+    if (!this.waiting.size) this.worker.hold(false);
+    if (info) this.info = info;
+    if (error) call.reject(unpack(error));
+    else call.resolve(value);
+  }
+
+  fail(error) {
+    this.failure = error;
+    for (const call of this.waiting.values()) call.reject(error);
+    this.waiting.clear();
+    this.faults.close();
+    this.worker.terminate();
+  }
+
+  run(inputs, outputs) {
+    return this.ask("run", { inputs, outputs });
+  }
+
+  async close() {
+    await this.ask("close", {});
+    this.fail(new ClosedError("CLOSED", "the model was closed", "load it again"));
+  }
+
+  debug(action) {
+    return this.ask("debug", { action });
+  }
+}
+
+/** A loaded model. Calls are queued: one runs at a time. */
+export class Model {
+  #backend;
+  #closed = false;
+
+  constructor(backend) {
+    this.#backend = backend;
+    const { inputs, outputs, name } = backend.described;
+    const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]) });
+    this.name = name;
+    this.inputs = Object.freeze(inputs.map(spec));
+    this.outputs = Object.freeze(outputs.map(spec));
+  }
+
+  /** What the model runs on: backend, variant, threads, adapter, warnings. */
+  get info() {
+    return this.#backend.info;
+  }
+
+  /** {input name: typed array, or {data, shape}} to {output name: {data, shape, dtype}}; `options.outputs`: names of those wanted. */
+  async run(inputs, options = {}) {
+    if (this.#closed) throw new ClosedError("CLOSED", "the model was closed", "load it again");
+    if (inputs === null || typeof inputs !== "object") throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name");
+    try {
+      return await this.#backend.run(inputs, options.outputs);
+    } catch (error) {
+      throw asLuthierError(error);
+    }
+  }
+
+  /** Frees memory and workers. */
+  async close() {
+    if (this.#closed) return;
+    this.#closed = true;
+    await this.#backend.close();
+  }
+
+  /** For tests: actions of the engine, such as losing the GPU device. */
+  debug(action) {
+    return this.#backend.debug(action);
+  }
+}
+
+/**
+ * Loads the model whose folder is `base` (a URL, or text relative to the page). Options: onProgress({loaded, total}), threads,
+ * requireThreads, variant, stall (milliseconds without a byte), signal (AbortSignal), worker (default: true in a page).
+ */
+export async function loadModel(base, id, { onProgress = () => undefined, worker = isPage, ...options } = {}) {
+  const Backend = worker ? Remote : Inline;
+  try {
+    return new Model(await Backend.open(base, id, options, onProgress));
+  } catch (error) {
+    throw asLuthierError(error);
+  }
+}

@@ -1,0 +1,132 @@
+// Element types by their ONNX codes, checks of inputs, packing of types below eight bits. Shapes and dtypes come from the manifest.
+
+import { InputError } from "./errors.js";
+
+const half = typeof Float16Array === "undefined" ? Uint16Array : Float16Array;
+
+// code: [name, bits in memory, array type given and returned, other array types taken]
+export const DTYPES = {
+  1: ["float32", 32, Float32Array, []],
+  2: ["uint8", 8, Uint8Array, [Uint8ClampedArray]],
+  3: ["int8", 8, Int8Array, []],
+  4: ["uint16", 16, Uint16Array, []],
+  5: ["int16", 16, Int16Array, []],
+  6: ["int32", 32, Int32Array, []],
+  7: ["int64", 64, BigInt64Array, []],
+  9: ["bool", 8, Uint8Array, []],
+  10: ["float16", 16, Uint16Array, [half]],
+  11: ["float64", 64, Float64Array, []],
+  12: ["uint32", 32, Uint32Array, []],
+  13: ["uint64", 64, BigUint64Array, []],
+  16: ["bfloat16", 16, Uint16Array, []],
+  17: ["float8_e4m3fn", 8, Uint8Array, []],
+  18: ["float8_e4m3fnuz", 8, Uint8Array, []],
+  19: ["float8_e5m2", 8, Uint8Array, []],
+  20: ["float8_e5m2fnuz", 8, Uint8Array, []],
+  21: ["uint4", 4, Uint8Array, []],
+  22: ["int4", 4, Int8Array, []],
+  24: ["float8_e8m0fnu", 8, Uint8Array, []],
+  25: ["uint2", 2, Uint8Array, []],
+  26: ["int2", 2, Int8Array, []],
+};
+
+export const dtypeName = (code) => DTYPES[code][0];
+export const bitsOf = (code) => DTYPES[code][1];
+
+/** Bytes of `count` elements in memory. */
+export const byteSize = (code, count) => Math.ceil((count * DTYPES[code][1]) / 8);
+
+export const product = (shape) => shape.reduce((a, b) => a * b, 1);
+
+const describe = (port) => `${port.name}: ${dtypeName(port.code)}[${port.shape.join(", ")}]`;
+
+/**
+ * The inputs of a call in the manifest's order: [{data, shape}], data a typed array of `count` elements.
+ * Raises InputError naming the input. Extents that occur in several places are compared by the generated code.
+ */
+export function checkInputs(ports, inputs) {
+  if (inputs === null || typeof inputs !== "object" || ArrayBuffer.isView(inputs)) {
+    throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name", `pass {${ports.map((p) => p.name).join(", ")}}`);
+  }
+  const list = `the inputs are ${ports.map(describe).join("; ")}`;
+  for (const name of Object.keys(inputs)) {
+    if (!ports.some((p) => p.name === name)) throw new InputError("UNKNOWN_INPUT", `the model has no input "${name}"`, list, { name });
+  }
+  return ports.map((port) => {
+    const value = inputs[port.name];
+    if (value === undefined || value === null) throw new InputError("MISSING_INPUT", `input "${port.name}" is missing`, list, { name: port.name });
+    const data = ArrayBuffer.isView(value) ? value : value.data;
+    const [name, , Type, more] = DTYPES[port.code];
+    if (![Type, ...more].some((T) => data instanceof T)) {
+      const got = data && data.constructor ? data.constructor.name : typeof data;
+      throw new InputError("WRONG_DTYPE", `input "${port.name}" is ${got}, the model needs ${name}`, `pass a ${Type.name}`, { name: port.name });
+    }
+    const given = ArrayBuffer.isView(value) ? undefined : value.shape || value.dims;
+    const shape = given === undefined ? inferShape(port, data.length) : checkShape(port, Array.from(given, Number), data.length);
+    return { data, shape };
+  });
+}
+
+const isStatic = (extent) => typeof extent === "number" || /^[0-9]+$/.test(extent);
+
+function inferShape(port, length) {
+  const open = port.shape.flatMap((e, axis) => (isStatic(e) ? [] : [axis]));
+  const rest = product(port.shape.filter(isStatic).map(Number));
+  if (open.length > 1) {
+    throw new InputError("SHAPE_NEEDED", `input "${port.name}" has several open extents: [${port.shape.join(", ")}]`, "pass {data, shape: [...]}", { name: port.name });
+  }
+  const shape = port.shape.map((e, axis) => (axis === open[0] ? length / rest : Number(e)));
+  if (open.length ? rest === 0 || length % rest !== 0 : rest !== length) {
+    throw new InputError("WRONG_SHAPE", `input "${port.name}" has ${length} elements, the model needs [${port.shape.join(", ")}]`, "", { name: port.name });
+  }
+  return shape;
+}
+
+function checkShape(port, shape, length) {
+  const wrong = (why) => new InputError("WRONG_SHAPE", `input "${port.name}" has shape [${shape.join(", ")}], the model needs [${port.shape.join(", ")}]${why}`, "", { name: port.name });
+  if (shape.length !== port.shape.length) throw wrong(`: rank ${port.shape.length}`);
+  shape.forEach((n, axis) => {
+    if (!Number.isInteger(n) || n < 0) throw wrong(`: extent ${axis} is no count`);
+    if (isStatic(port.shape[axis]) && Number(port.shape[axis]) !== n) throw wrong(`: extent ${axis}`);
+  });
+  if (product(shape) !== length) throw wrong(`: the array has ${length} elements`);
+  return shape;
+}
+
+/** The bytes of a checked input as they lie in memory. */
+export function toBytes(code, data) {
+  const bits = bitsOf(code);
+  const raw = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+  if (bits >= 8) return raw;
+  const per = 8 / bits;
+  const mask = (1 << bits) - 1;
+  const out = new Uint8Array(Math.ceil(raw.length / per));
+  for (let i = 0; i < raw.length; i++) out[Math.floor(i / per)] |= (raw[i] & mask) << ((i % per) * bits);
+  return out;
+}
+
+/** A tensor {dtype, shape, data} from bytes in memory; the data is a copy of its own. */
+export function fromBytes(code, shape, bytes) {
+  const [dtype, bits, Type] = DTYPES[code];
+  const count = product(shape);
+  const own = new Uint8Array(byteSize(code, count));
+  own.set(bytes.subarray(0, own.length));
+  if (bits >= 8) return { dtype, shape, data: new Type(own.buffer, 0, count) };
+  const per = 8 / bits;
+  const data = new Type(count);
+  for (let i = 0; i < count; i++) {
+    const v = (own[Math.floor(i / per)] >> ((i % per) * bits)) & ((1 << bits) - 1);
+    data[i] = Type === Int8Array && v >= 1 << (bits - 1) ? v - (1 << bits) : v;
+  }
+  return { dtype, shape, data };
+}
+
+/** Which outputs a call wants: indices. Raises InputError for a name the model does not have. */
+export function chooseOutputs(ports, names) {
+  if (names === undefined || names === null) return ports.map((_, j) => j);
+  return Array.from(names, (name) => {
+    const j = ports.findIndex((p) => p.name === name);
+    if (j < 0) throw new InputError("UNKNOWN_OUTPUT", `the model has no output "${name}"`, `the outputs are ${ports.map((p) => p.name).join(", ")}`, { name });
+    return j;
+  });
+}

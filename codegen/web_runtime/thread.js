@@ -1,0 +1,16 @@
+// A helper thread of the WebAssembly engine: sleeps inside the module between runs.
+
+import { parentPort } from "./platform.js";
+
+const port = await parentPort();
+port.onMessage(async ({ module, memory, number, faults }) => {
+  const { exports } = await WebAssembly.instantiate(module, { env: { memory } });
+  port.post({ ready: true });
+  try {
+    exports.lt_worker(number);
+  } catch (error) {
+    // the thread that waits for this one cannot listen: who owns it is told, and ends it
+    if (faults) new BroadcastChannel(faults).postMessage(String(error));
+    throw error;
+  }
+});

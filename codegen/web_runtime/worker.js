@@ -1,0 +1,50 @@
+// The worker in which a page's inference lives: messages in, messages out.
+
+import { openEngine } from "./engine.js";
+import { pack } from "./errors.js";
+import { parentPort } from "./platform.js";
+
+const port = await parentPort();
+let engine = null;
+
+const operations = {
+  async load({ base, id, options }) {
+    let last = 0;
+    const opened = await openEngine(new URL(base), id, options, (progress) => {
+      const now = performance.now();
+      if (now - last < 30 && progress.loaded < progress.total) return;
+      last = now;
+      port.post({ progress });
+    });
+    engine = opened.engine;
+    const { inputs, outputs, name } = opened.manifest;
+    return { inputs, outputs, name, info: engine.info };
+  },
+  async run({ inputs, outputs }) {
+    return engine.run(inputs, outputs);
+  },
+  async info() {
+    return engine.info;
+  },
+  async close() {
+    if (engine) await engine.close();
+    engine = null;
+  },
+  async debug({ action }) {
+    return engine.debug(action);
+  },
+};
+
+let queue = Promise.resolve();
+port.onMessage((message) => {
+  queue = queue.then(async () => {
+    try {
+      const value = await operations[message.op](message);
+      const transfer = message.op === "run" ? Object.values(value).map((t) => t.data.buffer) : [];
+      port.post({ id: message.id, value, info: engine ? engine.info : null }, transfer);
+    } catch (error) {
+      port.post({ id: message.id, error: pack(error) });
+    }
+  });
+});
+port.post({ ready: true });

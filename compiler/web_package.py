@@ -1,0 +1,263 @@
+"""The npm package of a model for the web: a folder that any static server can show and any bundler can take.
+
+===============================  ====================================================================================
+``package.json``                 name, entry point, types
+``index.js``, ``index.d.ts``     the API, typed for this model's inputs and outputs
+``index.html``                   a page that loads the model and runs it
+``runtime/``                     JavaScript that does not depend on the model (``codegen/web_runtime``)
+``model.VARIANT.wasm``           code of a wasm package, one file a variant; the loader takes the best that the browser knows
+``program.js, shaders.json``     code of a webgpu package
+``weights.NNN.bin``              shards of the constants; SHA-256 of each in ``manifest.json``
+===============================  ====================================================================================
+
+The interface between this folder and the code generators is ``docs/web.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import importlib.resources
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.errors import ArtifactError
+from luthier.native import DTYPES
+
+__all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
+
+SHARD_MB = 24.0
+Array = np.ndarray[Any, Any]
+
+# what a package carries of the runtime, by the kind of its target
+_COMMON = (
+    "demo.css", "demo.js", "engine.js", "errors.js", "files.js", "model.js", "platform.js", "sha256.js", "tensors.js", "worker.js",
+)  # fmt: skip
+ENGINES: dict[str, tuple[str, ...]] = {"wasm": ("engine_wasm.js", "thread.js"), "webgpu": ("engine_webgpu.js", "gpu_recorder.js")}
+
+_ARRAYS = {
+    "float32": "Float32Array", "float64": "Float64Array", "int8": "Int8Array", "uint8": "Uint8Array", "int16": "Int16Array",
+    "uint16": "Uint16Array", "int32": "Int32Array", "uint32": "Uint32Array", "int64": "BigInt64Array", "uint64": "BigUint64Array",
+    "int4": "Int8Array", "int2": "Int8Array", "float16": "Uint16Array", "bfloat16": "Uint16Array",
+}  # fmt: skip
+
+
+def write_package(
+    folder: Path, manifest: dict[str, Any], weights: Array, files: Mapping[str, bytes | str], shard_mb: float = SHARD_MB
+) -> tuple[str, ...]:
+    """All files but ``manifest.json`` into the existing ``folder``; returns their names. ``manifest["web"]`` is set in place.
+
+    ``weights``: the blob, flat ``uint8``; ``files``: generated code by name; ``shard_mb``: the most 10**6 bytes of a shard.
+    Raises ArtifactError for a kind of target without an engine or a shard size below 0.1."""
+    kind = manifest["target"]["kind"]
+    if kind not in ENGINES:
+        raise ArtifactError(f"no web package for targets of kind {kind!r}", hint=f"known: {', '.join(ENGINES)}")
+    if not shard_mb >= 0.1:
+        raise ArtifactError(f"shards of {shard_mb} MB are too small", hint="--shard-mb takes 0.1 and more")
+    names: list[str] = []
+
+    def put(name: str, data: bytes | str) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        names.append(name)
+
+    mark = hashlib.sha256(json.dumps([manifest["inputs"], manifest["outputs"]]).encode())
+    shards = []
+    size = max(256, int(shard_mb * 1e6) // 256 * 256)
+    for k, at in enumerate(range(0, len(weights), size)):
+        part = np.ascontiguousarray(weights[at : at + size]).tobytes()
+        digest = hashlib.sha256(part).hexdigest()
+        mark.update(digest.encode())
+        shards.append({"file": f"weights.{k:03d}.bin", "offset": at, "bytes": len(part), "sha256": digest})
+        put(shards[-1]["file"], part)
+    for name, data in files.items():
+        put(name, data)
+        mark.update(data.encode() if isinstance(data, str) else data)
+    code = next((len(d) for n, d in files.items() if n.endswith((".wasm", "shaders.json"))), 0)
+    manifest["web"] = {"id": mark.hexdigest()[:16], "shards": shards, "code_bytes": code}
+    source = importlib.resources.files("luthier.codegen.web_runtime")
+    for name in (*_COMMON, *ENGINES[kind]):
+        put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
+    put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
+    page = source.joinpath("index.html").read_text(encoding="utf-8")
+    put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
+    put("index.js", _index_js(manifest["web"]["id"]))
+    put("index.d.ts", _index_d_ts(manifest))
+    put("package.json", _package_json(manifest))
+    return tuple(names)
+
+
+def read_weights(folder: Path, manifest: Mapping[str, Any]) -> Array:
+    """The blob of a package whose files were checked: flat ``uint8``, 64-byte aligned. Raises ArtifactError for a shard that is missing."""
+    from luthier.native import aligned
+
+    shards = manifest["web"]["shards"]
+    out = aligned(sum(s["bytes"] for s in shards))
+    for s in shards:
+        try:
+            part = np.fromfile(folder / s["file"], np.uint8)
+        except OSError as e:
+            raise ArtifactError(f"cannot read {folder / s['file']}: {e}") from e
+        if part.size != s["bytes"]:
+            raise ArtifactError(f"{folder / s['file']} has {part.size} bytes instead of {s['bytes']}", hint="compile the model again")
+        out[s["offset"] : s["offset"] + part.size] = part
+    return out
+
+
+def _index_js(mark: str) -> str:
+    return f"""// Generated: the model's entry point. Everything else is in runtime/ and manifest.json.
+
+import {{ loadModel }} from "./runtime/model.js";
+
+export * from "./runtime/errors.js";
+export {{ Model }} from "./runtime/model.js";
+
+const here = new URL("./", import.meta.url);
+
+function folder(url) {{
+  if (url === undefined || url === null) return here;
+  const text = String(url);
+  const base = globalThis.location ? globalThis.location.href : globalThis.process ? `file://${{globalThis.process.cwd()}}/` : here;
+  return new URL(text.endsWith("/") ? text : `${{text}}/`, base);
+}}
+
+/** Loads the model from the folder `url` (default: the one of this file). */
+export function load(url, options) {{
+  return loadModel(folder(url), "{mark}", options);
+}}
+"""
+
+
+def _package_json(manifest: Mapping[str, Any]) -> str:
+    name = re.sub(r"[^a-z0-9._-]+", "-", manifest["name"].lower()).strip("-._")[:200] or "model"
+    return json.dumps(
+        {
+            "name": name, "version": "1.0.0", "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
+            "type": "module", "main": "./index.js", "types": "./index.d.ts",
+            "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
+            "sideEffects": False, "engines": {"node": ">=20"},
+        },
+        indent=2,
+    ) + "\n"  # fmt: skip
+
+
+def _array(code: int) -> str:
+    return _ARRAYS.get(DTYPES[code][0], "Uint8Array")
+
+
+def _bare(shape: list[int | str]) -> bool:
+    """Whether a typed array alone says the shape: at most one extent is open."""
+    return sum(isinstance(e, str) for e in shape) <= 1
+
+
+def _index_d_ts(manifest: Mapping[str, Any]) -> str:
+    def shape(p: Mapping[str, Any]) -> str:
+        return "[" + ", ".join(str(e) if isinstance(e, int) else "number" for e in p["shape"]) + "]"
+
+    def about(p: Mapping[str, Any]) -> str:
+        text = f"{DTYPES[p['code']][0]}[{', '.join(map(str, p['shape']))}]"
+        return f"  /** {text.replace('*/', '* /')} */"
+
+    inputs, outputs = [], []
+    for p in manifest["inputs"]:
+        array = _array(p["code"])
+        bare = f"{array} | " if _bare(p["shape"]) else ""
+        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>;"]
+    for p in manifest["outputs"]:
+        outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
+    lines = "\n".join
+    return f"""// Generated for the model {re.sub(r"[^ -~]", "?", manifest["name"])}.
+
+export interface TensorLike<Data, Shape extends number[]> {{
+  data: Data;
+  shape: Shape;
+}}
+
+export interface Tensor<Data, Shape extends number[], DType extends string> extends TensorLike<Data, Shape> {{
+  dtype: DType;
+}}
+
+export interface Inputs {{
+{lines(inputs)}
+}}
+
+export interface Outputs {{
+{lines(outputs)}
+}}
+
+export interface TensorSpec {{
+  readonly name: string;
+  readonly dtype: string;
+  /** Numbers, or names of extents that a call decides. */
+  readonly shape: readonly (number | string)[];
+}}
+
+export interface Info {{
+  backend: "wasm" | "webgpu";
+  /** Why the model does not run in a better way. */
+  warnings: string[];
+  /** wasm: which code was loaded. */
+  variant?: "simd" | "relaxed" | "simd-threads" | "relaxed-threads";
+  threads?: number;
+  crossOriginIsolated?: boolean;
+  /** webgpu */
+  adapter?: string;
+  pipelines?: number;
+  /** How many times the GPU device was lost and the model reloaded. */
+  restarts?: number;
+  dispatches?: number;
+}}
+
+export interface LoadOptions {{
+  /** Bytes that have arrived. */
+  onProgress?: (progress: {{ loaded: number; total: number }}) => void;
+  /** wasm: at most this many threads (default: the processors, at most 8). One where memory cannot be shared. */
+  threads?: number;
+  /** wasm: fail with IsolationError instead of using one thread. */
+  requireThreads?: boolean;
+  /** wasm: load this code. */
+  variant?: Info["variant"];
+  /** webgpu: default "high-performance". */
+  powerPreference?: "low-power" | "high-performance";
+  /** Milliseconds without a byte after which a download fails (default 60000). */
+  stall?: number;
+  signal?: AbortSignal;
+  /** Whether inference lives in a worker (default: in a page yes, else no). */
+  worker?: boolean;
+}}
+
+export class Model {{
+  readonly name: string;
+  readonly inputs: readonly TensorSpec[];
+  readonly outputs: readonly TensorSpec[];
+  readonly info: Info;
+  run(inputs: Inputs): Promise<Outputs>;
+  run<Name extends keyof Outputs>(inputs: Inputs, options: {{ outputs: Name[] }}): Promise<Pick<Outputs, Name>>;
+  close(): Promise<void>;
+}}
+
+/** Loads the model from the folder `url` (default: the one of this file). */
+export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
+
+export class LuthierError extends Error {{
+  /** Stable, such as "WRONG_SHAPE". */
+  readonly code: string;
+  /** What to do. */
+  readonly hint: string;
+  readonly details: Record<string, unknown>;
+}}
+export class InputError extends LuthierError {{}}
+export class PackageError extends LuthierError {{}}
+export class UnsupportedError extends LuthierError {{}}
+export class IsolationError extends LuthierError {{}}
+export class DeviceLostError extends LuthierError {{}}
+export class OutOfMemoryError extends LuthierError {{}}
+export class KernelError extends LuthierError {{}}
+export class ClosedError extends LuthierError {{}}
+"""
