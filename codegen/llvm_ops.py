@@ -154,8 +154,8 @@ def cast_value(p: Emitter, a: str, src: DType, dst: DType) -> str:
         return p.ins(f"{'uitofp' if dst.is_float else 'zext'} {st} {a} to {dt}")
     if src.is_float and dst.is_float:
         return p.ins(f"{'fpext' if dst.bits > src.bits else 'fptrunc'} {st} {a} to {dt}")
-    if src.is_float and dst.bits <= 16:
-        return _narrow_int(p, a, src, dst)
+    if src.is_float and (dst.bits <= 16 or dst.bits == 32 and dst.is_signed and dst.lanes > 1):
+        return _saturated(p, a, src, dst)
     if src.is_float:
         return intrinsic(p, "fptosi.sat" if dst.is_signed else "fptoui.sat", st, a, ret=dt)
     if dst.is_float:
@@ -167,19 +167,22 @@ def cast_value(p: Emitter, a: str, src: DType, dst: DType) -> str:
     return p.ins(f"{'sext' if src.is_signed else 'zext'} {st} {a} to {dt}")
 
 
-def _narrow_int(p: Emitter, a: str, src: DType, dst: DType) -> str:
-    """Float to an integer of at most 16 bits: clamped, truncated to i32, narrowed (LLVM's saturating form goes lane by lane)."""
+def _saturated(p: Emitter, a: str, src: DType, dst: DType) -> str:
+    """Float to an integer of at most 16 bits, or to i32: clamped, truncated to i32, narrowed (LLVM's own saturating conversion of
+    a vector goes lane by lane)."""
     t, w = reg_type(src), _ity(dst, 32)
     c = "i1" if dst.lanes == 1 else f"<{dst.lanes} x i1>"
-    lo, hi = (splat(float_text(float(x), src.bits), src, "float" if src.bits == 32 else "double") for x in dst.scalar.limits())
-    if not dst.is_signed:
-        lo = splat("0.0", src, "float") if src.lanes == 1 else "zeroinitializer"
+    low, high = dst.scalar.limits()
+    top = 2147483520.0 if dst.bits == 32 and src.bits == 32 else float(high)  # the largest float that fits
+    lo, hi = (splat(float_text(x, src.bits), src, "float" if src.bits == 32 else "double") for x in (float(low), top))
     x = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {lo}')}, {t} {a}, {t} {lo}")
     x = p.ins(f"select {c} {p.ins(f'fcmp olt {t} {x}, {hi}')}, {t} {x}, {t} {hi}")
     r = p.ins(f"fptosi {t} {x} to {w}")
+    if top != high:
+        r = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {hi}')}, {w} {_k(dst, 32, high)}, {w} {r}")
     if dst.is_signed:  # NaN gives 0, not the lowest value
         r = p.ins(f"select {c} {p.ins(f'fcmp ord {t} {a}, {a}')}, {w} {r}, {w} {_k(dst, 32, 0)}")
-    return p.ins(f"trunc {w} {r} to {reg_type(dst)}")
+    return r if dst.bits == 32 else p.ins(f"trunc {w} {r} to {reg_type(dst)}")
 
 
 # ---------------------------------------------------------------- arithmetic
