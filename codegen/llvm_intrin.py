@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from luthier.codegen.llvm_intrin_bytes import print_bytes
 from luthier.ir.expr import Expr
+from luthier.ir.intrin import DOTS
 from luthier.ir.loop import Call
+from luthier.schedules.intrin import ALL
+from luthier.schedules.intrin.byte_vectors import SPELLING
 
 if TYPE_CHECKING:
     from luthier.codegen.llvm_printer import KernelPrinter
@@ -32,7 +36,51 @@ def _prefetch(p: Any, s: Call) -> None:
     p.emit(f"call void @{fn}(ptr {ptr}, i32 0, i32 3, i32 1)")
 
 
+def _check_index(p: Any, s: Call) -> None:
+    """Leaves the kernel with LT_ERROR_INDEX unless 0 <= lowest and highest < extent."""
+    buf, lo, hi, n = s.args
+    low, high, extent = p.value(lo), p.value(hi), p.value(n)
+    under = p.ins(f"icmp slt i64 {low}, 0")
+    over = p.ins(f"icmp sge i64 {high}, {extent}")
+    bad, go = p.label("l"), p.label("l")
+    p.emit(f"br i1 {p.ins(f'or i1 {under}, {over}')}, label %{bad}, label %{go}")
+    p.start(bad)
+    which = p.ins(f"select i1 {under}, i64 {low}, i64 {high}")
+    fn = p.declare("lt.fault", "hidden void @(ptr, ptr, ptr, i64, i64)")
+    p.emit(f"call void @{fn}(ptr %ctx, ptr {p.text_constant(p.f.name)}, ptr {p.text_constant(buf.name)}, i64 {which}, i64 {extent})")
+    p.emit("ret i32 4")
+    p.start(go)
+
+
+def _dot(p: Any, e: Expr, args: list[str]) -> str:
+    """A dot product: the target's instruction for this width, else its meaning in plain operations."""
+    from luthier.codegen.llvm_types import reg_type
+
+    i = DOTS[e.attr[0]]
+    acc, a, b = e.args
+    name = i.spelling.get("llvm", {}).get(i.acc.bits * e.dtype.lanes)
+    if name is None:
+        return str(p.value(i.semantics(acc, a, b)))
+    t = reg_type(e.dtype)
+    types, values = [], []
+    for x, v in ((a, args[1]), (b, args[2])):
+        xt = reg_type(x.dtype)
+        if x.dtype.kind == "bf":
+            xt, v = f"<{x.dtype.lanes} x bfloat>", p.ins(f"bitcast {xt} {v} to <{x.dtype.lanes} x bfloat>")
+        types.append(xt)
+        values.append(f"{xt} {v}")
+    if i.adds:
+        fn = p.declare(name, f"{t} @({t}, {', '.join(types)})")
+        return str(p.ins(f"call {t} @{fn}({t} {args[0]}, {', '.join(values)})"))
+    fn = p.declare(name, f"{t} @({', '.join(types)})")
+    r = p.ins(f"call {t} @{fn}({', '.join(values)})")
+    return str(p.ins(f"add {t} {args[0]}, {r}"))
+
+
 PURE["fma"] = _fma
+PURE |= {i.name: _dot for i in ALL}
+PURE |= {name: print_bytes for name in SPELLING}
+EFFECT["lt.check_index"] = _check_index
 EFFECT["prefetch"] = _prefetch
 
 

@@ -1,7 +1,8 @@
 """From a Compute to kernels: the template whose pattern fits schedules it, lowering and the shared loop passes follow.
 
 A template is one file of this folder with ``match(compute, caps) -> bool`` and ``apply(schedule, caps, constants, **knobs) ->
-Schedule``; ``TEMPLATES`` is the order in which they are tried. The last one fits everything.
+Schedule``; ``TEMPLATES`` (``GPU_TEMPLATES`` where a grid and groups take the place of threads and lanes) is the order in which
+they are tried. The last one fits everything.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, schedule
 from luthier.schedules.simplify_axes import drop_units
 
-TEMPLATES = ("contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
+TEMPLATES = ("quantized_gemv", "contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
+GPU_TEMPLATES = ("gpu_elementwise",)
 
 
 @dataclass(slots=True)
@@ -67,11 +69,13 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
     slim = drop_units(compute)
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
-    for name in (forced,) if forced else TEMPLATES:
+    for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
         if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
+        if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
+            return s
         if s is not None:
             return finish(s, caps, consts, name)
         if name == "rowwise":

@@ -33,6 +33,7 @@ from luthier.ir.ops.common import (
     temp,
     type_error,
 )
+from luthier.ir.ops.lowbit import bit_field, grouped_product, unpack_bits
 from luthier.ir.ops.quantize import centered, dynamic_parameters, dynamic_parameters_ref, saturate, saturate_ref, scale_and_zero
 
 
@@ -298,7 +299,9 @@ class DynamicQuantizeMatMul(Op):
 class MatMulNBits(Op):
     """(A, B u8 [N, blocks, block * bits / 8], scales [N, blocks], zero_points, g_idx, bias): ``A @ dequantized(B).T``.
 
-    Values of ``bits`` (2, 4 or 8) stand low bits first; without zero points the middle of the range is zero. Accumulates in f32."""
+    Values of 1, 2, 3, 4 or 8 ``bits`` stand low bits first, a stream of bits in every block; without zero points the middle of
+    the range is zero. Accumulates in f32. ``accuracy_level`` 4 lets the activations be rounded to 8 bits, one scale a block (at
+    least 32 of them); every other level keeps them exact."""
 
     kind = "contraction"
 
@@ -306,8 +309,10 @@ class MatMulNBits(Op):
         """(K, N, bits, block size, blocks of a row)."""
         k, n, block = (int(node.attrs[x]) for x in ("K", "N", "block_size"))
         bits = int(node.attrs.get("bits", 4))
-        if bits not in (2, 4, 8):
-            raise type_error(node, f"MatMulNBits of {bits} bits is not supported")
+        if bits not in (1, 2, 3, 4, 8):
+            raise type_error(node, f"MatMulNBits of {bits} bits is not supported, only of 1, 2, 3, 4 and 8")
+        if block < 8 or block & (block - 1):
+            raise type_error(node, f"MatMulNBits needs a block size that is a power of two and at least 8, not {block}")
         if node.input(4) is not None:
             raise type_error(node, "MatMulNBits with g_idx is not supported; export without act_order")
         return k, n, bits, block, -(-k // block)
@@ -322,15 +327,12 @@ class MatMulNBits(Op):
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b, s, y = must(ins, 0), must(ins, 1), must(ins, 2), outs[0]
         k_, _, bits, block, blocks = self.geometry(node)
-        per = 8 // bits
         axes = axes_of(y.shape)
         n, k = axes[-1].var, axis("k", k_)
         group = k.var // block
         if b.rank != 3:
             raise shape_error(node, "B must have rank 3")
-        raw = cast(load(b, [n, group, k.var % block // per]), i32)
-        mask = const((1 << bits) - 1, i32)
-        q = raw if bits == 8 else (raw >> cast(k.var % per * bits, i32)) & mask
+        q = bit_field(lambda i: cast(load(b, [n, group, i]), i32), k.var % block, bits)
         sc = load(s, [n * blocks + group] if s.rank == 1 else [n, group])
         zb = get(ins, 3)
         if zb is None:
@@ -339,25 +341,25 @@ class MatMulNBits(Op):
             w = cast(q, f32) - cast(load(zb, [n * blocks + group] if zb.rank == 1 else [n, group]), f32)
         else:
             row = -(-blocks * bits // 8)
-            z = cast(load(zb, [n * row + group // per] if zb.rank == 1 else [n, group // per]), i32)
-            w = cast(q - (z if bits == 8 else (z >> cast(group % per * bits, i32)) & mask), f32)
-        x = cast(load(a, [*(v.var for v in axes[:-1]), k.var]), f32)
-        acc = temp(y, "acc", axes, sum_(k, x * (w * cast(sc, f32))))
-        r = load(acc.buf, [v.var for v in axes])
+            z = bit_field(lambda i: cast(load(zb, [n * row + i] if zb.rank == 1 else [n, i]), i32), group, bits)
+            w = cast(q - z, f32)
+        wide = max(block, 32)
+        act = wide if int(node.attrs.get("accuracy_level", 0)) == 4 and k_ % wide == 0 else 0
+        lets = grouped_product(y, axes, k, lambda rows, i: cast(load(a, [*rows, i]), f32), w * cast(sc, f32), act)
+        r = load(lets[-1].buf, [v.var for v in axes])  # type: ignore[union-attr]
         bias = get(ins, 5)
         if bias is not None:
             r = r + cast(load(bias, [n]), f32)
-        return make(node, ins, outs, [acc, define(y, axes, r)])
+        return make(node, ins, outs, [*lets, define(y, axes, r)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         a, b, s, z, _, bias = padded(arrays, 6)
         k, n, bits, block, blocks = self.geometry(node)
-        shifts = np.arange(0, 8, bits)
-        q = ((np.asarray(b)[..., None] >> shifts) & ((1 << bits) - 1)).reshape(n, blocks, -1)[..., :block].astype(np.float32)
+        q = unpack_bits(np.asarray(b), bits)[..., :block].astype(np.float32)
         if z is None:
             zero: Any = np.float32(1 << (bits - 1))
         elif np.asarray(z).dtype == np.uint8:
-            zero = ((np.asarray(z).reshape(n, -1)[..., None] >> shifts) & ((1 << bits) - 1)).reshape(n, -1)[:, :blocks, None].astype(np.float32)
+            zero = unpack_bits(np.asarray(z).reshape(n, -1), bits)[:, :blocks, None].astype(np.float32)
         else:
             zero = np.asarray(z).reshape(n, blocks, 1).astype(np.float32)
         w = ((q - zero) * np.asarray(s).reshape(n, blocks, 1).astype(np.float32)).reshape(n, -1)[:, :k]
