@@ -1,9 +1,7 @@
 """From kernels to machine code: text, objects, a library in this process or a shared library on disk.
 
 Only LLVM's code generator runs, no middle-end passes: the shared loop passes have done their work. Objects are identified by the
-hash of their text and the target, so identical kernels are compiled once, in a model and across models. When there is much to
-compile, forked processes share the work (LLVM is behind one lock in a process, and its fatal errors end the process they
-happen in).
+hash of their text and the target, so identical kernels are compiled once, in a model and across models.
 """
 
 from __future__ import annotations
@@ -12,23 +10,22 @@ import contextlib
 import hashlib
 import itertools
 import os
-import pickle
 import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from luthier import settings
+from luthier.codegen.compile_ahead import Workers
 from luthier.codegen.llvm_printer import print_kernels
 from luthier.codegen.target import Target, host, usable_cores
 from luthier.errors import CompilationError, TargetError
 from luthier.ir.loop import Func
 
 OPT_LEVEL = 2
-PARALLEL_BYTES = 60_000  # text worth sharing with another process
 
 
 class Cache(Protocol):
@@ -118,101 +115,57 @@ def text_key(text: str, target: Target, opt: int = OPT_LEVEL) -> str:
 _SYMBOL = "lt.k.symbol"
 
 
-def kernel_texts(
-    kernels: Mapping[str, Func], target: Target, aliased: Collection[str] = (),
-) -> tuple[dict[str, str], dict[str, str]]:
-    """({kernel: symbol}, {symbol: LLVM module}): a symbol is the hash of the kernel's text, so equal kernels share it.
+def kernel_text(f: Func, target: Target, exclusive: bool = True) -> tuple[str, str]:
+    """(symbol, LLVM module): the symbol is the hash of the kernel's text, so equal kernels share it. ``exclusive``: no argument
+    shares memory with another one that is written. Raises CompilationError for what the printer has no instruction for."""
+    text = print_kernels([(_SYMBOL, f)], target, exclusive)
+    sym = "lt_k_" + hashlib.sha256(text.encode()).hexdigest()[:20]
+    return sym, text.replace(_SYMBOL, sym).replace("lt.data.lt_k_symbol", f"lt.data.{sym}")
 
-    ``aliased``: kernels that are called with arguments which share memory that one of them writes."""
-    symbols: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    for name, f in kernels.items():
-        try:
-            text = print_kernels([(_SYMBOL, f)], target, name not in aliased)
-        except CompilationError as e:
-            raise e.at(op=name) from None
-        sym = "lt_k_" + hashlib.sha256(text.encode()).hexdigest()[:20]
-        symbols[name] = sym
-        if sym not in texts:
-            texts[sym] = text.replace(_SYMBOL, sym).replace("lt.data.lt_k_symbol", f"lt.data.{sym}")
-    return symbols, texts
+
+class Objects:
+    """Objects for texts: from the cache, or compiled by several processes while more texts are still to come (``add``)."""
+
+    def __init__(self, target: Target, cache: Cache | None = None, opt: int = OPT_LEVEL) -> None:
+        self.target, self.cache, self.opt = target, cache, opt
+        self.known: dict[str, bytes] = {}
+        self.keys: dict[str, str] = {}
+        self.workers = Workers(lambda t: compile_text(t, target, opt), lambda: machine(target, opt), usable_cores())
+
+    def __enter__(self) -> Objects:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.close()
+
+    def add(self, text: str) -> None:
+        """``text`` will be asked for."""
+        if text in self.keys:
+            return
+        key = self.keys[text] = text_key(text, self.target, self.opt)
+        data = self.cache.get(key) if self.cache is not None else None
+        if data is None:
+            self.workers.submit(text)
+        else:
+            self.known[text] = data
+
+    def get(self, texts: Sequence[str]) -> list[bytes]:
+        """One object per module text, in order. Raises CompilationError when LLVM refuses a text or dies on it."""
+        for t in texts:
+            self.add(t)
+        for t, data in self.workers.objects().items():
+            if self.cache is not None and t not in self.known:
+                self.cache.put(self.keys[t], data)
+            self.known[t] = data
+        return [self.known[t] for t in texts]
 
 
 def compile_texts(texts: Sequence[str], target: Target, cache: Cache | None = None, opt: int = OPT_LEVEL) -> list[bytes]:
     """One object per module text, in order; from the cache where it has them.
 
     Raises CompilationError when LLVM refuses a text or dies on it."""
-    out: list[bytes | None] = [None] * len(texts)
-    todo: list[int] = []
-    keys = [text_key(t, target, opt) for t in texts]
-    for i, k in enumerate(keys):
-        out[i] = cache.get(k) if cache is not None else None
-        if out[i] is None:
-            todo.append(i)
-    if todo:
-        for i, data in _compile_many([(i, texts[i]) for i in todo], target, opt).items():
-            out[i] = data
-            if cache is not None:
-                cache.put(keys[i], data)
-    return [x for x in out if x is not None]
-
-
-def _compile_many(jobs: list[tuple[int, str]], target: Target, opt: int) -> dict[int, bytes]:
-    total = sum(len(t) for _, t in jobs)
-    workers = min(usable_cores(), len(jobs), 1 + total // PARALLEL_BYTES)
-    if workers < 2 or not hasattr(os, "fork") or threading.active_count() > 1:
-        return {i: compile_text(t, target, opt) for i, t in jobs}
-    machine(target, opt)  # before the fork, so that children inherit it
-    shares: list[list[tuple[int, str]]] = [[] for _ in range(workers)]
-    loads = [0] * workers
-    for job in sorted(jobs, key=lambda j: -len(j[1])):
-        w = loads.index(min(loads))
-        shares[w].append(job)
-        loads[w] += len(job[1])
-    children = [_spawn(share, target, opt) for share in shares[1:]]
-    out: dict[int, bytes] = {}
-    failed: Exception | None = None
-    try:
-        for i, t in shares[0]:
-            out[i] = compile_text(t, target, opt)
-    except CompilationError as e:
-        failed = e
-    for (pid, fd), share in zip(children, shares[1:], strict=True):
-        with os.fdopen(fd, "rb") as f:
-            data = f.read()
-        _, status = os.waitpid(pid, 0)
-        if status != 0 or not data:
-            failed = failed or CompilationError(f"the process that compiled {len(share)} kernels died (status {status})")
-            continue
-        result = pickle.loads(data)
-        if isinstance(result, str):
-            failed = failed or CompilationError(result)
-        else:
-            out.update(result)
-    if failed is not None:
-        raise failed
-    return out
-
-
-def _spawn(share: list[tuple[int, str]], target: Target, opt: int) -> tuple[int, int]:
-    """A forked process that compiles a share and writes its objects to a pipe."""
-    r, w = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(w)
-        return pid, r
-    status = 1
-    try:
-        os.close(r)
-        try:
-            data = pickle.dumps({i: compile_text(t, target, opt) for i, t in share})
-        except CompilationError as e:
-            data = pickle.dumps(str(e))
-        with os.fdopen(w, "wb") as f:
-            f.write(data)
-        status = 0
-    finally:
-        os._exit(status)
+    with Objects(target, cache, opt) as o:
+        return o.get(texts)
 
 
 # ---------------------------------------------------------------- a library in this process

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,18 +13,45 @@ if TYPE_CHECKING:
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
+    debug: str | None = None,
 ) -> Module:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``) for ``target``.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
-    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch or TargetError (all LuthierError)."""
+    ``debug="bounds"``: every access of every kernel is checked, and a call raises KernelError naming kernel, buffer, index, extent
+    and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
+    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError)."""
+    from luthier import settings
     from luthier.codegen.target import parse_target
+    from luthier.errors import TargetError
     from luthier.importers.onnx import import_onnx
     from luthier.pipeline import compile_program
     from luthier.targets import builder
 
     chosen = parse_target(target)
-    program = compile_program(import_onnx(model, shapes), chosen.caps)
-    module: Module = builder(chosen.kind).build_module(program, chosen, threads)
-    return module
+    make = builder(chosen.kind)
+    checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
+    if checked and not getattr(make, "CHECKS_BOUNDS", False):
+        raise TargetError(f"modules for {target} have no bounds checks", hint="compile for cpu with debug='bounds'")
+    with collection_paused():
+        if checked or not hasattr(make, "Ahead"):
+            program = compile_program(import_onnx(model, shapes), chosen.caps)
+            program.checked = checked
+            module: Module = make.build_module(program, chosen, threads)
+            return module
+        with make.Ahead(chosen) as ahead:
+            program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)
+            return make.build_module(program, chosen, threads, ahead)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection: expressions make no cycles, and looking for some costs a tenth of a compilation."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from luthier import settings
 from luthier.cache import ObjectCache
-from luthier.codegen.llvm_backend import Library, assembly, compile_texts, kernel_texts
-from luthier.codegen.llvm_main import DTYPE_CODES, print_main
+from luthier.codegen.llvm_backend import Library, Objects, assembly, compile_texts, kernel_text
+from luthier.codegen.llvm_main import DTYPE_CODES, print_main, runtime_text
+from luthier.codegen.sharing import resolve
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
 from luthier.ir.expr import Expr, const, free_vars, substitute, walk
@@ -16,26 +19,72 @@ from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt
 from luthier.ir.program import Program
 from luthier.module import Module
 from luthier.native import ABI_VERSION, EXPORTS, aligned
+from luthier.passes.check_bounds import check_bounds
 from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
 from luthier.passes.lower_subbyte import lower_subbyte
 from luthier.passes.plan_memory import roots
 
-__all__ = ["build_module"]
+__all__ = ["CHECKS_BOUNDS", "build_module"]
+
+CHECKS_BOUNDS = True  # kernels report an index out of range
 
 
-def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
-    """Compiles what the cache does not have and links in memory; for another machine's target the module can only be saved."""
+class Ahead:
+    """Machine code for kernels while others are still being scheduled: give :meth:`kernel` to ``build_program`` and the whole to
+    :func:`build_module`. Use as a context manager."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.objects = Objects(target, ObjectCache())
+        self.texts: dict[int, tuple[Func, str, str]] = {}
+
+    def __enter__(self) -> Ahead:
+        self.objects.add(runtime_text(self.target))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.objects.__exit__()
+
+    def kernel(self, f: Func) -> None:
+        """Starts on ``f``; what is wrong with it is said when the program is built."""
+        with contextlib.suppress(LuthierError):
+            self.objects.add(self.text(f)[1])
+
+    def text(self, f: Func) -> tuple[str, str]:
+        """(symbol, LLVM module) of a kernel whose arguments do not share memory, printed once."""
+        known = self.texts.get(id(f.body))
+        if known is None or known[0].params != f.params:
+            known = self.texts[id(f.body)] = (f, *kernel_text(_legal(f), self.target))
+        return known[1:]
+
+
+def _legal(f: Func) -> Func:
+    return legalize_dtype(lower_subbyte(f), LLVM_RULES)
+
+
+def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None, ahead: Ahead | None = None) -> Module:
+    """Compiles what the cache does not have and links in memory; for another machine's target the module can only be saved.
+
+    ``ahead``: what has been compiled already."""
     chosen = parse_target(target) if isinstance(target, str) else target
-    try:
-        kernels = {name: legalize_dtype(lower_subbyte(f), LLVM_RULES) for name, f in program.kernels.items()}
-        symbols, texts = kernel_texts(kernels, chosen, aliased_kernels(program))
-    except LuthierError as error:  # backends know kernels; a user knows nodes
-        raise error.at(node=_nodes_of(program, error.op or "")) from None
+    if ahead is None:
+        with Ahead(chosen) as ahead:
+            return build_module(program, chosen, threads, ahead)
+    if program.checked:
+        program = replace(program, kernels={name: check_bounds(_legal(f)) for name, f in program.kernels.items()})
+    symbols: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    aliased = aliased_kernels(program)
+    for name, f in program.kernels.items():
+        try:
+            symbols[name], text = kernel_text(_legal(f), chosen, False) if name in aliased else ahead.text(f)
+        except LuthierError as error:  # backends know kernels; a user knows nodes
+            raise error.at(op=name).at(node=_nodes_of(program, name)) from None
+        texts[symbols[name]] = text
     main = print_main(program, chosen, symbols)
     _dump(symbols, texts, main.text, chosen)
-    cache = ObjectCache()
-    objects = compile_texts([main.runtime, *texts.values()], chosen, cache)
-    objects += compile_texts([main.text], chosen, cache, opt=0)  # runs once a call: the quickest code generation is enough
+    objects = ahead.objects.get([main.runtime, *texts.values()])
+    objects += compile_texts([main.text], chosen, ahead.objects.cache, opt=0)  # runs once a call: the quickest code generation is enough
     weights = aligned(main.weights_bytes)
     for name, offset in main.weights:
         a = main.arrays[name]
@@ -101,7 +150,7 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
         "inputs": [_io(b, b.name) for b in program.inputs],
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
-        "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes,
+        "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes, "checked": program.checked,
     }  # fmt: skip
 
 
@@ -130,29 +179,45 @@ _FLOAT_OPS = frozenset("add sub mul div min max sqrt neg abs".split())
 def kernel_flops(f: Func) -> Expr:
     """Floating-point operations of one run over the kernel's scalars; loops count with their extent at the first outer round."""
 
-    def go(s: Stmt, env: dict[Expr, Expr]) -> Expr:
-        own = sum(e.dtype.lanes for e in walk(*exprs_of(s)) if e.op in _FLOAT_OPS and e.dtype.is_float)
-        n: Expr = const(own)
-        if isinstance(s, Block):
-            inner = dict(env)
-            for c in s.stmts:
-                if isinstance(c, Let) and c.var.dtype.is_index:
-                    inner[c.var] = substitute(c.value, inner)
-                n = n + go(c, inner)
-        elif isinstance(s, For):
-            lo = substitute(s.lo, env)
-            count = substitute(s.hi, env) - lo
-            n = n + go(s.body, {**env, s.var: lo}) * (count if free_vars(count) <= known and _plain(count) else 0)
-        elif isinstance(s, If):
-            n = n + go(s.then, env)
-            if s.orelse is not None:
-                n = n + go(s.orelse, env)
-        elif isinstance(s, (Alloc, While)):
-            n = n + go(s.body, env)
+    memo: dict[Expr, int] = {}
+    env: dict[Expr, Expr] = {}
+    known = set(f.scalars)
+
+    def flops(e: Expr) -> int:
+        n = memo.get(e)
+        if n is None:
+            n = e.dtype.lanes if e.op in _FLOAT_OPS and e.dtype.is_float else 0
+            for a in e.args:
+                n += flops(a)
+            memo[e] = n
         return n
 
-    known = set(f.scalars)
-    return go(f.body, {})
+    def go(s: Stmt) -> Expr:
+        own = sum([flops(e) for e in exprs_of(s)])
+        if isinstance(s, Let) and s.var.dtype.is_index:
+            env[s.var] = s.value
+        n: Expr = const(own)
+        if isinstance(s, Block):
+            for c in s.stmts:
+                if isinstance(c, Store):
+                    own += sum([flops(e) for e in exprs_of(c)])
+                else:
+                    n = n + go(c)
+            n = n + own
+        elif isinstance(s, For):
+            lo = resolve(s.lo, env)
+            count = resolve(s.hi, env) - lo
+            env[s.var] = lo
+            n = n + go(s.body) * (count if free_vars(count) <= known and _plain(count) else 0)
+        elif isinstance(s, If):
+            n = n + go(s.then)
+            if s.orelse is not None:
+                n = n + go(s.orelse)
+        elif isinstance(s, (Alloc, While)):
+            n = n + go(s.body)
+        return n
+
+    return go(f.body)
 
 
 def _plain(e: Expr) -> bool:

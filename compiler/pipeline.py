@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from luthier import settings
 from luthier.ir.graph import Graph
+from luthier.ir.loop import Func
 from luthier.ir.program import Program
 from luthier.ir.verify_graph import verify_graph
 from luthier.passes.build_program import build_program
@@ -86,16 +87,16 @@ def run_graph_passes(graph: Graph, dump: Dump | None = None, passes: tuple[Graph
     return graph
 
 
-def lower_graph(graph: Graph, caps: Capabilities, dump: Dump | None = None) -> Program:
-    """Groups, schedules and kernels for an already optimised graph."""
+def lower_graph(graph: Graph, caps: Capabilities, dump: Dump | None = None, on_kernel: Callable[[Func], None] | None = None) -> Program:
+    """Groups, schedules and kernels for an already optimised graph. ``on_kernel`` is called with every kernel when it is made."""
     from luthier.schedules.select import build, build_kernel
 
-    program = build_program(graph, lambda c, consts: build(c, caps, consts), lambda f: build_kernel(f, caps))
+    program = build_program(graph, lambda c, consts: build(c, caps, consts), lambda f: build_kernel(f, caps), on_kernel)
     (dump or Dump()).write("program", lambda: str(program))
     return program
 
 
-def compile_program(graph: Graph, caps: Capabilities) -> Program:
+def compile_program(graph: Graph, caps: Capabilities, on_kernel: Callable[[Func], None] | None = None) -> Program:
     """All of it: graph passes, then lowering."""
     dump = Dump()
-    return lower_graph(run_graph_passes(graph, dump), caps, dump)
+    return lower_graph(run_graph_passes(graph, dump), caps, dump, on_kernel)

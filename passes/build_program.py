@@ -45,11 +45,12 @@ ScheduleFn = Callable[[Compute, Mapping[str, Array]], Scheduled]
 KernelFn = Callable[[Func], Func]
 
 
-def build_program(graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn) -> Program:
-    """``schedule``: Compute and constant parameters to kernels; ``finish_kernel``: loop passes for hand-written kernels.
+def build_program(graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn, on_kernel: Callable[[Func], None] | None = None) -> Program:
+    """``schedule``: Compute and constant parameters to kernels; ``finish_kernel``: loop passes for hand-written kernels;
+    ``on_kernel`` is told of every kernel of the program.
 
     Raises UnsupportedOperator for control flow that has no lowering, and whatever the operators raise."""
-    return _Builder(graph, schedule, finish_kernel).program()
+    return _Builder(graph, schedule, finish_kernel, on_kernel).program()
 
 
 @dataclass(slots=True)
@@ -69,8 +70,8 @@ class _Item:
 
 
 class _Builder:
-    def __init__(self, graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn) -> None:
-        self.graph, self.schedule, self.finish_kernel = graph, schedule, finish_kernel
+    def __init__(self, graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn, on_kernel: Callable[[Func], None] | None = None) -> None:
+        self.graph, self.schedule, self.finish_kernel, self.on_kernel = graph, schedule, finish_kernel, on_kernel
         self.names: set[str] = set()
         self.storage: dict[Value, Buffer] = {}
         self.buffers: list[Buffer] = []
@@ -382,6 +383,8 @@ class _Builder:
                 name = f"{base}_{k}"
             self.kernel_texts[text] = name
             self.kernels[name] = replace(f, name=name)
+            if self.on_kernel is not None:
+                self.on_kernel(self.kernels[name])
         self.kernel_ids[id(f)] = (f, name)
         return name
 

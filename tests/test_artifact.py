@@ -308,9 +308,10 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    import luthier.codegen.compile_ahead as compile_ahead
     import luthier.codegen.llvm_backend as backend
 
-    monkeypatch.setattr(backend, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(compile_ahead, "WORTH_A_PROCESS", 1)
     monkeypatch.setattr(backend, "usable_cores", lambda: 3)
     texts = [f'target triple = "{host().triple}"\ndefine i32 @f{k}() {{\n  ret i32 {k}\n}}\n' for k in range(7)]
     assert compile_texts(texts, host()) == [backend.compile_text(t, host()) for t in texts]
