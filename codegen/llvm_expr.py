@@ -13,7 +13,7 @@ from luthier.codegen.llvm_types import const_text, float_text, reg_type, scalar_
 from luthier.codegen.target import Target
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, bounds, free_vars
+from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, bounds, free_vars, is_const
 
 
 class ExprPrinter:
@@ -27,6 +27,7 @@ class ExprPrinter:
         self.lines: list[str] = []
         self.entry: list[str] = []
         self.globals: list[str] = []
+        self.texts: dict[str, str] = {}  # strings among them
         self.declarations: dict[str, str] = {}
         self.helpers: set[str] = set()
         self.count = 0
@@ -159,6 +160,8 @@ class ExprPrinter:
             t = reg_type(d)
             return self.ins(f"select {ct} {self.value(c)}, {t} {self.value(a)}, {t} {self.value(b)}")
         if op == "cast":
+            if d.is_int and d.bits == 32 and d.is_signed and _clamped(e.args[0]):
+                return self.ins(f"fptosi {reg_type(e.args[0].dtype)} {self.value(e.args[0])} to {reg_type(d)}")
             return cast_value(self, self.value(e.args[0]), e.args[0].dtype, d)
         if op == "bitcast":
             s, t = reg_type(e.args[0].dtype), reg_type(d)
@@ -261,6 +264,14 @@ class ExprPrinter:
                 r = self.ins(f"insertelement <{h + 1} x {s}> {r}, {s} {last}, i32 {h}")
             a, n = r, h + n % 2
         return a
+
+
+def _clamped(e: Expr) -> bool:
+    """``min(max(x, lo), hi)`` between constants that i32 holds: no NaN, no overflow."""
+    if e.op != "min" or not e.dtype.is_float or e.args[0].op != "max":
+        return False
+    ends = (e.args[0].args[1], e.args[1])
+    return all(is_const(x) and abs((x.args[0] if x.op == "bcast" else x).attr) < 2**31 - 128 for x in ends)
 
 
 __all__ = ["ExprPrinter", "const_text", "float_text"]

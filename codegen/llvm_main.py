@@ -23,7 +23,7 @@ from luthier.codegen.llvm_types import reg_type
 from luthier.codegen.sharing import Hazards, KernelWork, useful_threads
 from luthier.codegen.target import Target
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, free_vars, loads, substitute
+from luthier.ir.expr import Expr, bounds, free_vars, loads, substitute
 from luthier.ir.loop import (
     EMPTY,
     Buffer,
@@ -40,6 +40,7 @@ from luthier.ir.loop import (
     walk_stmts,
 )
 from luthier.ir.program import Program
+from luthier.passes.check_bounds import is_checked
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.plan_memory import ALIGN, Plan, byte_size, plan_memory
 
@@ -162,6 +163,7 @@ class _Main(_Printer):
         self.hazards = Hazards()
         self.known = set(m.program.dims)
         self.placed: set[str] = set()
+        self.checked: set[Expr] = set()  # extents known to be no less than 0
 
     def text(self) -> str:
         self.lines += ["%ctx = load ptr, ptr %st", "%tp = getelementptr %state, ptr %st, i32 0, i32 1", "%tid = load i64, ptr %tp", "%first = icmp eq i64 %tid, 0"]
@@ -215,6 +217,7 @@ class _Main(_Printer):
             self.read_by_all(s.value)
             self.bind(s.var, self.value(s.value))
             self.known.add(s.var)
+            self.check_value(s)
             self.place_dynamic()
         elif isinstance(s, Call):
             self.begin_statement()
@@ -245,15 +248,42 @@ class _Main(_Printer):
         self.read_by_all(*s.args)
         got, want = (self.value(a) for a in s.args)
         what = dict(s.attrs).get("what", "an extent")
+        self.leave_unless(self.ins(f"icmp eq i64 {got}, {want}"), f"@lt.check_dim(ptr %ctx, ptr {self.string(what)}, i32 0, i64 {got}, i64 {want})")
+
+    def leave_unless(self, ok: str, report: str) -> None:
+        """All threads leave when ``ok`` is false, which all see alike; one calls ``report``."""
         bad, go = self.label("l"), self.label("l")
-        self.emit(f"br i1 {self.ins(f'icmp eq i64 {got}, {want}')}, label %{go}, label %{bad}")
+        self.emit(f"br i1 {ok}, label %{go}, label %{bad}")
         self.start(bad)
         self.push()
-        self.on_first(lambda: self.emit(f"call void @lt.check_dim(ptr %ctx, ptr {self.string(what)}, i32 0, i64 {got}, i64 {want})"))
+        self.on_first(lambda: self.emit(f"call void {report}"))
         self.pop()
         self.emit("br label %exit")
         self.start(go)
         self.begin_statement()
+
+    def check_extents(self, bufs: Iterable[Buffer]) -> None:
+        """A kernel is not called for tensors of negative extents, which inputs that are too small give."""
+        for b in bufs:
+            for axis, e in enumerate(b.shape):
+                low = bounds(e)[0]
+                if (low is None or low < 0) and e not in self.checked and not loads(e):
+                    self.checked.add(e)
+                    x = self.value(e)
+                    self.leave_unless(self.ins(f"icmp sge i64 {x}, 0"), f"@lt.check_extent(ptr %ctx, ptr {self.string(self.m.public(b))}, i32 {axis}, i64 {x})")
+
+    def check_value(self, s: Let) -> None:
+        """What memory holds is no larger or smaller than the variable says: everything proved about indices rests on it."""
+        _, lo, hi = s.var.attr
+        if not loads(s.value) or not s.var.dtype.is_index or (lo is None and hi is None):
+            return
+        x = self.value(s.var)
+        if isinstance(hi, Expr) and not (free_vars(hi) <= self.known and not loads(hi)):
+            hi = None
+        low = str(lo) if lo is not None else str(-(1 << 62))
+        high = self.value(hi) if isinstance(hi, Expr) else str(hi) if hi is not None else str(1 << 62)
+        ok = self.ins(f"and i1 {self.ins(f'icmp sge i64 {x}, {low}')}, {self.ins(f'icmp sle i64 {x}, {high}')}")
+        self.leave_unless(ok, f"@lt.check_value(ptr %ctx, ptr {self.string(s.var.attr[0])}, i64 {x}, i64 {low}, i64 {high})")
 
     def call_kernel(self, s: Call) -> None:
         if s.callee == "lt.check":
@@ -273,6 +303,7 @@ class _Main(_Printer):
                 (writes if p.name in written else reads).append(b)
         scalars = [a if isinstance(a, Expr) else a[1] for a in s.args if not isinstance(a, Buffer)]
         self.read_by_all(*scalars)
+        self.check_extents((*reads, *writes))
         env = {p: a for p, a in zip(f.params, s.args) if isinstance(p, Expr)}
         loop = self.m.loops[s.callee]
         load = self.m.work[s.callee]
@@ -288,7 +319,7 @@ class _Main(_Printer):
                 args.append(f"ptr {q}")
             else:
                 args.append(f"{reg_type(p.dtype)} {self.value(a)}")
-        symbol = self.m.symbols[s.callee]
+        symbol, checked = self.m.symbols[s.callee], is_checked(f)
         extent = None if loop is None else substitute(loop[1], env)
         total = "0" if extent is None else self.value(extent)
         if shared:
@@ -304,14 +335,35 @@ class _Main(_Printer):
                     some, done = self.label("l"), self.label("l")
                     self.emit(f"br i1 {self.ins(f'icmp sgt i64 {total}, 0')}, label %{some}, label %{done}")
                     self.start(some)
-                self.emit(f"call void @{quote(symbol)}({', '.join([*args, 'i64 0', f'i64 {total}'])})")
+                if checked:  # the status is in the context as well
+                    self.emit(f"call i32 @{quote(symbol)}({', '.join([*args, 'i64 0', f'i64 {total}', 'ptr %ctx'])})")
+                else:
+                    self.emit(f"call void @{quote(symbol)}({', '.join([*args, 'i64 0', f'i64 {total}'])})")
                 if done:
                     self.emit(f"br label %{done}")
                     self.start(done)
 
             self.on_first(run)
         self.emit(f"call void @lt.mark(ptr %st, i64 {len(self.m.calls)})")
+        if checked:
+            self.leave_on_fault(self.m.where(len(self.m.calls), f, s))
         self.m.calls.append(s.callee)
+
+    def leave_on_fault(self, where: str) -> None:
+        """All threads leave when a kernel reported an index out of bounds; between the two barriers nobody can report another."""
+        self.wait()
+        self.barrier()
+        failed = self.ins("call i1 @lt.failed(ptr %ctx)")
+        self.barrier()
+        bad, go = self.label("l"), self.label("l")
+        self.emit(f"br i1 {failed}, label %{bad}, label %{go}")
+        self.start(bad)
+        self.push()
+        self.on_first(lambda: self.emit(f"call void @lt.at(ptr %ctx, ptr {self.string(where)})"))
+        self.pop()
+        self.emit("br label %exit")
+        self.start(go)
+        self.begin_statement()
 
     def place_dynamic(self) -> None:
         """Memory of buffers and outputs whose last unknown extent was just read."""
@@ -362,12 +414,12 @@ class _Main(_Printer):
         self.begin_statement()
 
     def inside(self, body: Stmt | None) -> None:
-        known, placed, variables = set(self.known), set(self.placed), dict(self.vars)
+        known, placed, checked, variables = set(self.known), set(self.placed), set(self.checked), dict(self.vars)
         self.push()
         for c in stmts_of(body):
             self.stmt(c)
         self.pop()
-        self.known, self.placed = known, placed
+        self.known, self.placed, self.checked = known, placed, checked
         self.vars = variables
 
     def while_loop(self, s: While) -> None:
@@ -433,6 +485,11 @@ class _Module:
     def public(self, b: Buffer) -> str:
         return self.program.output_names.get(b.name, b.name)
 
+    def where(self, call: int, f: Func, s: Call) -> str:
+        """What a message says about the place of a call: its nodes, and which tensors the kernel's buffers are."""
+        bufs = [(p.name, a if isinstance(a, Buffer) else a[0]) for p, a in zip(f.params, s.args, strict=True) if isinstance(p, Buffer)]
+        return f"node {', '.join(self.program.nodes.get(call, ())) or '(none)'}; " + ", ".join(f"{n} is {self.public(b)}" for n, b in bufs)
+
     def string(self, text: str) -> str:
         name = self.strings.get(text)
         if name is None:
@@ -455,7 +512,8 @@ class _Module:
                 raise CompilationError(f"kernel {name} has no symbol")
             symbol = self.symbols[name]
             params = ["ptr" if isinstance(q, Buffer) else reg_type(q.dtype) for q in f.params]
-            self.declares[symbol] = f"declare hidden void @{quote(symbol)}({', '.join([*params, 'i64', 'i64'])})"
+            result, ctx = ("i32", ["ptr"]) if is_checked(f) else ("void", [])
+            self.declares[symbol] = f"declare hidden {result} @{quote(symbol)}({', '.join([*params, 'i64', 'i64', *ctx])})"
             self.loops[name] = found = parallel_loop(f)
             self.work[name] = KernelWork.of(f, found[0] if found else None)
         main, bind, place = _Main(self), _Bind(self, "lt_bind"), _Bind(self, "lt_place")
@@ -527,7 +585,11 @@ class _Bind(_Printer):
             self.emit(f"store i32 {DTYPE_CODES[b.dtype.name]}, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 16')}")
             self.emit(f"store i32 {b.rank}, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 20')}")
             for axis, e in enumerate(b.shape):
-                x = self.value(e) if free_vars(e) <= set(p.dims) else "-1"
+                known = free_vars(e) <= set(p.dims)
+                x = self.value(e) if known else "-1"
+                low = bounds(e)[0]
+                if known and (low is None or low < 0):
+                    self.emit(f"call void @lt.check_extent(ptr %ctx, ptr {self.string(self.m.public(b))}, i32 {axis}, i64 {x})")
                 self.emit(f"store i64 {x}, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 {24 + 8 * axis}')}")
         self.emit(f"br label %{bad}")
         self.start(bad)

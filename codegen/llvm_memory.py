@@ -24,12 +24,21 @@ class MemoryPrinter(ExprPrinter):
             raise CompilationError(f"buffer {b.name} is neither a parameter nor allocated")
         import numpy as np
 
-        raw = np.ascontiguousarray(data).tobytes()
+        self.buffers[b.name] = name = self.constant_bytes(np.ascontiguousarray(data).tobytes())
+        return name
+
+    def constant_bytes(self, raw: bytes) -> str:
+        """A global of the kernel's module."""
         name = f"@lt.data.{self.kernel_symbol()}.{len(self.globals)}"
         text = "".join(f"\\{x:02X}" for x in raw)
         self.globals.append(f'{name} = internal constant [{max(len(raw), 1)} x i8] c"{text or chr(92) + "00"}", align 64\n')
-        self.buffers[b.name] = name
         return name
+
+    def text_constant(self, text: str) -> str:
+        """A string that ends with a zero byte, once."""
+        if text not in self.texts:
+            self.texts[text] = self.constant_bytes(text.encode() + b"\0")
+        return self.texts[text]
 
     def kernel_symbol(self) -> str:
         name = getattr(self, "name", "k")

@@ -5,7 +5,8 @@ Loops are rotated, with a guard only where the trip count may be 0. An address i
 ``getelementptr`` that the processor's addressing mode absorbs. Multiplications and additions carry ``contract`` and nothing else.
 
 A kernel is ``void name(ptr buffers..., scalars..., i64 lo, i64 hi)``: the outermost parallel loop runs its iterations
-``lo <= i < hi`` (counted from 0); without one the whole body runs.
+``lo <= i < hi`` (counted from 0); without one the whole body runs. A kernel with checks (:mod:`luthier.passes.check_bounds`) has
+``ptr ctx`` as its last parameter and returns a status, 0 or LT_ERROR_INDEX.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Iterable
 from luthier.codegen.llvm_expr import ExprPrinter
 from luthier.codegen.llvm_memory import MemoryPrinter
 from luthier.codegen.llvm_types import mem_bytes, mem_type, reg_type
+from luthier.codegen.sharing import parallel_loop
 from luthier.codegen.target import Target, host
 from luthier.errors import CompilationError
-from luthier.ir.expr import Expr, bounds, free_vars, loads, substitute
+from luthier.ir.expr import Expr, bounds
 from luthier.ir.loop import (
     Alloc,
     Barrier,
@@ -33,6 +35,7 @@ from luthier.ir.loop import (
     While,
     children,
 )
+from luthier.passes.check_bounds import is_checked
 
 MAX_LOCAL_BYTES = 256 << 10
 
@@ -44,32 +47,6 @@ def quote(name: str) -> str:
 
 def is_register(b: Buffer) -> bool:
     return b.scope == "local" and b.rank == 0
-
-
-def parallel_loop(f: Func) -> tuple[For, Expr] | None:
-    """The loop that is distributed, and its extent over the kernel's scalar parameters; None when there is none.
-
-    It must be the last statement, below pure Lets and local Allocs only; any other parallel loop runs serially."""
-    env: dict[Expr, Expr] = {}
-    s: Stmt = f.body
-    while True:
-        if isinstance(s, Block):
-            *pre, last = s.stmts if s.stmts else (s,)
-            for x in pre:
-                if not isinstance(x, Let) or loads(x.value):
-                    return None
-                env[x.var] = substitute(x.value, env)
-            if last is s:
-                return None
-            s = last
-        elif isinstance(s, Alloc) and s.buf.scope == "local":
-            s = s.body
-        elif isinstance(s, For) and s.kind == "parallel":
-            n = substitute(s.extent, env)
-            known = {p for p in f.params if isinstance(p, Expr)}
-            return None if loads(n) or not free_vars(n) <= known else (s, n)
-        else:
-            return None
 
 
 class KernelPrinter(MemoryPrinter, ExprPrinter):
@@ -88,6 +65,7 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
 
     def text(self) -> str:
         params: list[str] = []
+        checked = is_checked(self.f)
         written = self._written()
         reads = self._read()
         for p in self.f.params:
@@ -106,8 +84,9 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
                 self.bind(p, n)
                 params.append(f"{reg_type(p.dtype)} {n}")
         self.stmt(self.f.body)
-        self.emit("ret void")
-        head = f"define hidden void @{quote(self.name)}({', '.join([*params, 'i64 %lo', 'i64 %hi'])}) local_unnamed_addr #0 {{\nentry:\n"
+        self.emit("ret i32 0" if checked else "ret void")
+        params += ["i64 %lo", "i64 %hi", *["ptr %ctx"] * checked]
+        head = f"define hidden {'i32' if checked else 'void'} @{quote(self.name)}({', '.join(params)}) local_unnamed_addr #0 {{\nentry:\n"
         body = "".join(f"  {x}\n" for x in self.entry) + "".join(x if x.endswith(":\n") else f"  {x}\n" for x in self.lines)
         return "".join(self.globals) + head + body + "}\n"
 

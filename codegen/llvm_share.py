@@ -5,6 +5,7 @@ from __future__ import annotations
 from luthier.codegen.llvm_printer import KernelPrinter, quote
 from luthier.codegen.llvm_types import reg_type
 from luthier.ir.loop import Buffer
+from luthier.passes.check_bounds import is_checked
 
 
 class SharePrinter(KernelPrinter):
@@ -18,6 +19,10 @@ class SharePrinter(KernelPrinter):
             args.append(f"{t} %p{k}, ")
         params += ["i64 %total", "i64 %grain"]
         given = "".join(args)
+        checked = is_checked(self.f)
+        call, ctx = (f"call {'i32' if checked else 'void'} @{quote(symbol)}", ", ptr %ctx" if checked else "")
+        if checked:
+            self.lines.append("%ctx = load ptr, ptr %st")
         self.lines += [
             "%any = icmp sgt i64 %total, 0",
             "br i1 %any, label %some, label %done",
@@ -27,7 +32,7 @@ class SharePrinter(KernelPrinter):
             "%one = icmp eq i64 %n, 1",
             "br i1 %one, label %alone, label %shared",
             "alone:\n",
-            f"call void @{quote(symbol)}({given}i64 0, i64 %total)",
+            f"{call}({given}i64 0, i64 %total{ctx})",
             "ret void",
             "shared:\n",
             "%chunk = call i64 @lt.chunk(ptr %st, i64 %total, i64 %grain)",
@@ -41,7 +46,7 @@ class SharePrinter(KernelPrinter):
             "work:\n",
             "%e0 = add i64 %s, %chunk",
             "%e = call i64 @llvm.smin.i64(i64 %e0, i64 %total)",
-            f"call void @{quote(symbol)}({given}i64 %s, i64 %e)",
+            f"{call}({given}i64 %s, i64 %e{ctx})",
             "%mine1 = add i32 %mine, 1",
             "br label %next",
             "last:\n",

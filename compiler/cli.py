@@ -1,7 +1,7 @@
 """The command line: ``luthier`` with its sub-commands, and ``compile``, which is ``luthier compile``.
 
 Errors are one line on standard error and exit status 2; anything that is not a ``LuthierError`` is a defect and exits with 70.
-``--debug`` (or ``LUTHIER_DEBUG=1``) shows the traceback. Heavy imports happen inside the commands, so ``luthier --help`` is quick.
+``--debug`` (or ``LUTHIER_DEBUG=trace``) shows the traceback. Heavy imports happen inside the commands, so ``luthier --help`` is quick.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def _options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return wrap
 
 
-_debug = click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+_debug = click.option(
+    "--debug", metavar="[=MODE]", is_flag=False, flag_value="trace", callback=lambda ctx, param, value: value and settings.debug.read(value) and value,
+    help="Show a traceback with an error (=trace); =bounds: compiled kernels check every access.",
+)  # fmt: skip
 _model = click.argument("model", type=click.Path(path_type=Path))
 _compile_options = _options(
     click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v3, wasm, webgpu, cuda:sm_90, ..."),
@@ -81,14 +84,19 @@ def _console(stderr: bool = False) -> rich.console.Console:
     return Console(stderr=stderr, no_color=settings.color.is_set() or None, highlight=False, width=width)
 
 
-def _open(model: Path, target: str, shapes: Sequence[tuple[str, tuple[int, ...]]], threads: int | None) -> Module:
+def _checks(debug: str | None) -> str | None:
+    """What the compiler needs to know of ``--debug``; without it the setting decides."""
+    return debug if debug and "bounds" in debug else None
+
+
+def _open(model: Path, target: str, shapes: Sequence[tuple[str, tuple[int, ...]]], threads: int | None, debug: str | None) -> Module:
     """Compile a model file, or load an artifact folder."""
     import luthier
 
     if model.is_dir():
         return luthier.load(model)
     _existing(model)
-    return luthier.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
+    return luthier.compile(model, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
 
 
 def _existing(model: Path) -> Path:
@@ -136,14 +144,14 @@ def luthier() -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @_debug
 def compile_command(
-    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, debug: bool
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, debug: str | None
 ) -> None:
     """Compile an ONNX MODEL into an artifact: a folder that runs without Python."""
     import luthier as package
 
     out = output or Path(f"{_existing(model).stem}.luthier")
     start = time.perf_counter()
-    module = package.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
+    module = package.compile(model, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
@@ -161,12 +169,12 @@ def compile_command(
 @_debug
 def run(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int,
-    output: Path | None, debug: bool,
+    output: Path | None, debug: str | None,
 ) -> None:  # fmt: skip
     """Run MODEL (an ONNX file or an artifact) once and print or write its outputs."""
     import numpy as np
 
-    module = _open(model, target, shapes, threads)
+    module = _open(model, target, shapes, threads, debug)
     feeds = _inputs(module, files, shapes, seed)
     outputs = module.run(feeds)
     for name, array in outputs.items():
@@ -199,10 +207,10 @@ def _describe(value: Any) -> str:
 @_debug
 def bench(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, runs: int,
-    profile: bool, top: int, peer: bool, debug: bool,
+    profile: bool, top: int, peer: bool, debug: str | None,
 ) -> None:  # fmt: skip
     """Latency of MODEL and a per-kernel profile with the names of its nodes."""
-    module = _open(model, target, shapes, threads)
+    module = _open(model, target, shapes, threads, debug)
     feeds = _inputs(module, files, shapes, seed)
     outputs = module.run(feeds)
     _print_times("luthier", _times(lambda: module.run(feeds, out=outputs), runs))
@@ -262,7 +270,7 @@ def _print_profile(rows: Sequence[Mapping[str, Any]], top: int) -> None:
 @_debug
 def inspect(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, stage: tuple[str, ...], kernel: str | None,
-    listing: bool, debug: bool,
+    listing: bool, debug: str | None,
 ) -> None:  # fmt: skip
     """Show how MODEL compiles: graph, groups, kernels, loop IR, source."""
     from luthier.inspection import stages
@@ -288,7 +296,7 @@ def inspect(
 @_debug
 def compare(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, rtol: float,
-    everything: bool, debug: bool,
+    everything: bool, debug: str | None,
 ) -> None:  # fmt: skip
     """Compare every intermediate value of MODEL with onnxruntime's; the first divergence is named. Exits 1 if there is one."""
     from luthier.compare import compare_values
@@ -308,7 +316,7 @@ def compare(
 @luthier.command()
 @click.option("--missing", is_flag=True, help="Also list the ONNX operators that no file of luthier.ir.ops registers.")
 @_debug
-def ops(missing: bool, debug: bool) -> None:
+def ops(missing: bool, debug: str | None) -> None:
     """The operators, and which targets compile them."""
     from luthier.inspection import operator_matrix
 
@@ -324,7 +332,7 @@ def ops(missing: bool, debug: bool) -> None:
 
 @luthier.command("settings")
 @_debug
-def settings_command(debug: bool) -> None:
+def settings_command(debug: str | None) -> None:
     """The environment variables that luthier reads, with their values now."""
     for setting in settings.all_settings():
         origin = "set" if setting.is_set() else "default"
@@ -338,10 +346,11 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; turn every way to fail into one line and an exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    given = sys.argv[1:] if arguments is None else arguments
+    words = ["--debug=trace" if w == "--debug" else w for w in given]  # its value is optional and never the next word
+    debug = any(w.startswith("--debug=") and "trace" in w for w in words)
     try:
-        debug = debug or settings.debug.get()
+        debug = debug or "trace" in settings.debug.get()
         code = command.main(words, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

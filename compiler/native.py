@@ -6,7 +6,6 @@ array of 64-bit words, 11 for each, so that filling one costs a few item assignm
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import mmap
 import weakref
@@ -98,13 +97,9 @@ class Functions:
         self._free(ptr)
 
 
-_live: weakref.WeakSet[Context] = weakref.WeakSet()
-
-
-@atexit.register
-def _shutdown() -> None:
-    for c in list(_live):
-        c.close()
+def _destroy(fns: Functions, ptr: int, weights: np.ndarray[Any, Any]) -> None:
+    """Ends a context's threads. The arguments keep the code and the weights in memory until then, whatever order objects die in."""
+    fns.destroy(ptr)
 
 
 class Context:
@@ -122,7 +117,7 @@ class Context:
         self.outs = (ctypes.c_int64 * (WORDS * max(n_out, 1)))()
         self.args = (self.ptr, ctypes.addressof(self.ins), n_in, ctypes.addressof(self.outs), n_out)
         self.key: Any = None
-        _live.add(self)
+        self._end = weakref.finalize(self, _destroy, fns, self.ptr, weights)  # also at exit
 
     def check(self, status: int) -> None:
         """Raise what a status other than 0 means."""
@@ -133,15 +128,8 @@ class Context:
             raise KernelError(text or f"the module failed with status {status}")
 
     def close(self) -> None:
-        if self.ptr:
-            self.fns.destroy(self.ptr)
-            self.ptr = 0
-
-    def __del__(self) -> None:
-        try:
-            self.close()
-        except AttributeError:
-            return  # construction failed before there was anything to release
+        self._end()
+        self.ptr = 0
 
 
 _byte: Any = ctypes.c_char.from_buffer

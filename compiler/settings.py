@@ -32,8 +32,10 @@ class Setting(Generic[T]):
     def get(self) -> T:
         """The value now. Raises ``SettingError`` when the text does not parse."""
         text = os.environ.get(self.name, "").strip()
-        if not text:
-            return self.default
+        return self.read(text) if text else self.default
+
+    def read(self, text: str) -> T:
+        """What ``text`` means. Raises ``SettingError``."""
         try:
             return self.parse(text)
         except ValueError as error:
@@ -63,13 +65,13 @@ def _positive(text: str) -> int:
     return value
 
 
-def _flag(text: str) -> bool:
-    lowered = text.lower()
-    if lowered in ("1", "true", "yes", "on"):
-        return True
-    if lowered in ("0", "false", "no", "off"):
-        return False
-    raise ValueError("expected 1 or 0")
+def _modes(text: str) -> frozenset[str]:
+    """``trace``, ``bounds`` or both with a comma; 1 is ``trace``, 0 nothing."""
+    words = {w.strip() for w in text.lower().split(",") if w.strip()}
+    words = {"trace" if w in ("1", "true", "yes", "on") else w for w in words} - {"0", "false", "no", "off"}
+    if words - {"trace", "bounds"}:
+        raise ValueError("expected trace, bounds, 1 or 0")
+    return frozenset(words)
 
 
 def _path(text: str) -> Path:
@@ -91,6 +93,9 @@ cache_dir = _declare("LUTHIER_CACHE_DIR", _path, _default_cache(), "Folder of th
 cache_size = _declare("LUTHIER_CACHE_MB", _count, 1024, "Upper limit of the kernel cache in MiB; 0 turns the cache off")
 threads = _declare("LUTHIER_THREADS", _positive, None, "Worker threads of a loaded module; default: the cores this process may use")
 spin_us = _declare("LUTHIER_SPIN_US", _count, 50, "Microseconds that an idle worker spins before it sleeps")
-debug = _declare("LUTHIER_DEBUG", _flag, False, "1: the command line shows tracebacks, and every pass is followed by the verifier")
+debug = _declare(
+    "LUTHIER_DEBUG", _modes, frozenset(),
+    "trace (or 1): the command line shows tracebacks, and every pass is followed by the verifier; bounds: compiled modules check every access",
+)  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")

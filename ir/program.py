@@ -24,7 +24,8 @@ class Program:
     """``inputs``/``outputs``: named buffers whose shapes are Exprs over ``dims``; ``dims``: {symbol: (input number, axis)}, the
     first place a symbol is read from (other occurrences are checked at run time). ``views``: {buffer name: (name of the buffer
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
-    ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages."""
+    ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
+    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`)."""
 
     name: str
     inputs: tuple[Buffer, ...]
@@ -37,6 +38,7 @@ class Program:
     views: dict[str, tuple[str, Expr]] = field(default_factory=dict)
     nodes: dict[int, tuple[str, ...]] = field(default_factory=dict)
     output_names: dict[str, str] = field(default_factory=dict)
+    checked: bool = False
 
     def __str__(self) -> str:
         from luthier.ir.printer import format_buffer, format_func, format_stmt

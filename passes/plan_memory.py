@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, const, floordiv, free_vars, is_const, loads, maximum, substitute
+from luthier.ir.expr import Expr, bounds, const, floordiv, free_vars, is_const, loads, maximum, substitute
 from luthier.ir.loop import Block, Buffer, Call, If, Stmt, Store, While, exprs_of
 from luthier.ir.program import Program
 
@@ -36,7 +36,8 @@ class Plan:
         """Where each slot starts in the arena; the last entry is the arena's size."""
         out = [const(0)]
         for s in self.slots:
-            out.append(out[-1] + s)
+            low = bounds(s)[0]
+            out.append(out[-1] + (s if low is not None and low >= 0 else maximum(s, 0)))  # an extent of -1 moves no other slot
         return out
 
     def root(self, name: str) -> str:

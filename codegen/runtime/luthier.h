@@ -26,7 +26,10 @@ enum {
   LT_U32 = 12, LT_U64 = 13, LT_BF16 = 16, LT_U4 = 21, LT_I4 = 22, LT_U2 = 25, LT_I2 = 26
 };
 
-enum { LT_OK = 0, LT_ERROR_INPUT = 1, LT_ERROR_OUTPUT = 2, LT_ERROR_MEMORY = 3 };
+/* INPUT: the caller's tensors do not fit, or a shape that the model computes is impossible for them. OUTPUT: an array given for an
+ * output is too small. MEMORY: out of memory. INDEX: a kernel of a module compiled with bounds checks met an index out of range.
+ * After any of them the context can be used again; the contents of outputs are undefined. */
+enum { LT_OK = 0, LT_ERROR_INPUT = 1, LT_ERROR_OUTPUT = 2, LT_ERROR_MEMORY = 3, LT_ERROR_INDEX = 4 };
 
 /* A dense row-major array. Inputs: capacity is not read. Outputs: with data == 0 the library allocates (release with lt_free);
  * otherwise data must hold `capacity` bytes, must not overlap an input, and is written in place. dtype, rank and shape of outputs

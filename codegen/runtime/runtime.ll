@@ -43,6 +43,7 @@ declare i32 @posix_memalign(ptr, i64, i64)
 declare ptr @calloc(i64, i64)
 declare void @free(ptr)
 declare i32 @snprintf(ptr, i64, ptr, ...)
+declare i64 @strlen(ptr)
 declare i32 @pthread_create(ptr, ptr, ptr, ptr)
 declare i32 @pthread_join(i64, ptr)
 declare i32 @pthread_sigmask(i32, ptr, ptr)
@@ -61,8 +62,12 @@ declare i64 @llvm.smin.i64(i64, i64)
 @lt.e.rank = private constant [31 x i8] c"input %s: rank %d, expected %d\00"
 @lt.e.dimk = private constant [46 x i8] c"input %s: dimension %d is %lld, expected %lld\00"
 @lt.e.range = private constant [57 x i8] c"input %s: dimension %d is %lld, allowed are %lld to %lld\00"
+@lt.e.extent = private constant [59 x i8] c"%s: dimension %d would be %lld; the inputs do not allow it\00"
+@lt.e.value = private constant [61 x i8] c"%s is %lld in the data of this run, allowed are %lld to %lld\00"
 @lt.e.null = private constant [18 x i8] c"input %s: no data\00"
 @lt.e.out = private constant [54 x i8] c"output %s: needs %lld bytes, the array given has %lld\00"
+@lt.e.index = private constant [62 x i8] c"kernel %s: index %lld of buffer %s is outside its extent %lld\00"
+@lt.e.at = private constant [5 x i8] c"; %s\00"
 @lt.e.mem = private constant [33 x i8] c"out of memory: %lld bytes for %s\00"
 @lt.s.arena = private constant [12 x i8] c"temporaries\00"
 @lt.s.in = private constant [7 x i8] c"inputs\00"
@@ -165,6 +170,54 @@ fail:
   call void @lt.status(ptr %ctx, i32 1)
   ret void
 ok:
+  ret void
+}
+
+; An index out of bounds, found by a kernel on any thread: the first one is told.
+define hidden void @lt.fault(ptr %ctx, ptr %kernel, ptr %buffer, i64 %index, i64 %extent) {
+  %p = getelementptr %ctx, ptr %ctx, i32 0, i32 26
+  %x = cmpxchg ptr %p, i32 0, i32 4 seq_cst seq_cst
+  %first = extractvalue { i32, i1 } %x, 1
+  br i1 %first, label %tell, label %out
+tell:
+  %m = call ptr @lt.msg(ptr %ctx)
+  call i32 (ptr, i64, ptr, ...) @snprintf(ptr %m, i64 512, ptr @lt.e.index, ptr %kernel, i64 %index, ptr %buffer, i64 %extent)
+  ret void
+out:
+  ret void
+}
+
+; Where it happened, added to the message.
+define hidden void @lt.at(ptr %ctx, ptr %what) {
+  %m = call ptr @lt.msg(ptr %ctx)
+  %n = call i64 @strlen(ptr %m)
+  %end = getelementptr i8, ptr %m, i64 %n
+  %left = sub i64 512, %n
+  call i32 (ptr, i64, ptr, ...) @snprintf(ptr %end, i64 %left, ptr @lt.e.at, ptr %what)
+  ret void
+}
+
+; An extent that follows from the inputs must not be negative.
+define hidden void @lt.check_extent(ptr %ctx, ptr %name, i32 %axis, i64 %got) {
+  %bad = icmp slt i64 %got, 0
+  br i1 %bad, label %first, label %ok
+first:
+  %done = call i1 @lt.failed(ptr %ctx)
+  br i1 %done, label %ok, label %fail
+fail:
+  %m = call ptr @lt.msg(ptr %ctx)
+  call i32 (ptr, i64, ptr, ...) @snprintf(ptr %m, i64 512, ptr @lt.e.extent, ptr %name, i32 %axis, i64 %got)
+  call void @lt.status(ptr %ctx, i32 1)
+  ret void
+ok:
+  ret void
+}
+
+; A value that was read from memory and is used as an extent or a position.
+define hidden void @lt.check_value(ptr %ctx, ptr %name, i64 %got, i64 %lo, i64 %hi) {
+  %m = call ptr @lt.msg(ptr %ctx)
+  call i32 (ptr, i64, ptr, ...) @snprintf(ptr %m, i64 512, ptr @lt.e.value, ptr %name, i64 %got, i64 %lo, i64 %hi)
+  call void @lt.status(ptr %ctx, i32 1)
   ret void
 }
 
