@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "spin_us", "threads", "toolchain"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "spin_us", "threads", "toolchain", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -99,3 +99,6 @@ debug = _declare(
 )  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")
+winograd = _declare(
+    "LUTHIER_WINOGRAD", _count, 4, "Largest tile of Winograd's 3x3 convolutions: 4, 2 (smaller error), 0 for direct sums only"
+)  # fmt: skip
