@@ -17,7 +17,7 @@ from luthier.codegen.ranges import value_range
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, const, free_vars, load_parts, prove, substitute
-from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, walk_stmts
+from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 _COMPARE = {"lt": "<", "le": "<=", "eq": "==", "ne": "!="}
@@ -40,6 +40,7 @@ class CStyle:
         self.grid: dict[str, Expr] = {}
         self.group: dict[str, int] = {}
         self.find_launch()
+        self.live = live_variables(f)
 
     # ------------------------------------------------------------ what a language decides
 
@@ -284,6 +285,8 @@ class CStyle:
             for c in s.stmts:
                 self.stmt(c)
         elif isinstance(s, Let):
+            if s.var not in self.live:
+                return
             v = self.expr(s.value)
             self.put(self.declare(self.name(s.var), s.var.dtype, v))
         elif isinstance(s, Store):
@@ -366,6 +369,21 @@ class CStyle:
         if again:
             self.depth -= 1
             self.put("}")
+
+
+def live_variables(f: Func) -> set[Expr]:
+    """Variables that something printed reads; the extents of the grid are the launch's, not the kernel's."""
+    live: set[Expr] = set()
+    for s in reversed(list(walk_stmts(f.body))):
+        if isinstance(s, Let):
+            if s.var in live:
+                live |= free_vars(s.value)
+        elif isinstance(s, For) and s.kind.startswith("block"):
+            live |= free_vars(s.lo)
+        else:
+            for e in exprs_of(s):
+                live |= free_vars(e)
+    return live
 
 
 def outside(b: Buffer, i: Expr) -> bool:

@@ -27,7 +27,7 @@ from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, substitute
 from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
-from luthier.passes.lower_subbyte import is_subbyte, lower_subbyte, pack_array
+from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
 from luthier.passes.plan_memory import byte_size, plan_memory, touched
 
@@ -82,7 +82,6 @@ class _Builder:
         self.declared = {b.name: b for b in (*program.inputs, *program.outputs, *program.buffers)}
         self.pending: list[tuple[int, Expr]] = []  # buffers whose size waits for a value of the run
         self.known: set[Expr] = set(program.dims)
-        self.lowered: dict[str, Func] = {}
         self.written: dict[str, set[str]] = {}
         self.variants: dict[Any, tuple[int, Shader]] = {}
         self.shader_ids: dict[str, int] = {}
@@ -345,9 +344,7 @@ class _Builder:
             raise e.at(node=", ".join(self.p.nodes.get(number, ())) or None) from None
 
     def dispatch(self, s: Call, number: int, out: list[Any]) -> None:
-        f = self.lowered.get(s.callee)
-        if f is None:
-            f = self.lowered[s.callee] = lower_subbyte(self.p.kernels[s.callee])
+        f = self.p.kernels[s.callee]
         env = {q: a for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Expr)}
         args: list[_Arg] = []
         for q, a in zip(f.params, s.args, strict=True):
@@ -371,7 +368,7 @@ class _Builder:
         for x in shifted:
             v = next(v for v in offset_scalars(f, names) if v.attr[0] == f"{x.param.name}.at")
             start = x.offset + (x.base if x.param.name in member else 0)
-            scalars[v] = floordiv(start, const(self.bytes_of(x.param.dtype)))
+            scalars[v] = floordiv(start * 8, const(8 * self.bytes_of(x.param.dtype)) if x.param.dtype.bits >= 8 else const(x.param.dtype.bits))
         by_name = {v.attr[0]: e for v, e in scalars.items()}
         first = {g[0]: g for g in groups}
         bound = []

@@ -179,7 +179,8 @@ class _Wgsl(CStyle):
             return super().effect(s)
         b, at, mask, bits = s.args
         p = f"&{self.name(b.name)}[{self.expr(at)}]"
-        return f"atomicAnd({p}, ~{self.expr(mask)}); atomicOr({p}, {self.expr(bits)});"
+        v = self.name(f"bits~{len(self.used)}")  # before the word changes: it may be read from it
+        return f"let {v} = {self.expr(bits)}; atomicAnd({p}, ~{self.expr(mask)}); atomicOr({p}, {v});"
 
     def shader(self) -> Shader:
         f = self.f

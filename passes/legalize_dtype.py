@@ -8,7 +8,7 @@ Rules (each is data in :class:`Rules`):
 * values of 2 and 4 bits: carried in 8, wrapped by every cast to them (memory is :mod:`luthier.passes.lower_subbyte`'s).
 * 64-bit integers where there are none: values are carried in 32 bits (indices and counts fit; a kernel whose numbers need more
   must not be sent there), memory keeps 64 bits: the low word is read, both are written.
-* memory without 8- and 16-bit elements: a parameter becomes 32-bit words, a load extracts its part, a store is
+* memory without 8- and 16-bit elements: a parameter (of elements down to one bit) becomes 32-bit words, a load extracts its part, a store is
   ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Buffers of a kernel's own get
   32-bit elements.
 * ``f64`` where there is none is refused.
@@ -60,7 +60,7 @@ class Rules:
     small_memory: bool = True
 
 
-WGSL_RULES = Rules(int64=False, float64=False, small_memory=False)
+WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False)
 DEFAULT_RULES = Rules()
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
@@ -209,8 +209,6 @@ class _Legalizer:
                 c = self.carried(d)
                 if not self.r.small_memory and c.bits < 32 and b.rank:
                     c = (i32 if c.kind == "i" else u32).vec(c.lanes)
-                if d.is_index and not self.r.int64:
-                    c = i32.vec(d.lanes)
                 nb = replace(b, dtype=c)
             self.bufs[b] = nb
         return nb
@@ -290,6 +288,8 @@ class _Legalizer:
             v = _DECODE[b.dtype.scalar](bits)
         elif b.dtype.is_bool:
             v = bits.ne(0)
+        elif self.narrow(b.dtype):
+            v = self.wrap(bits, b.dtype)
         else:
             v = cast(bits, b.dtype.vec(n))
         return v if mm is None or oo is None else select(mm, v, oo)

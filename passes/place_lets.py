@@ -220,7 +220,7 @@ class _Placer:
                 out.append(Let(st.var, v))
                 if _worth(st.value):
                     avail[st.value] = st.var
-            elif isinstance(st, (Store, Let)):
+            elif isinstance(st, (Store, Let, Call)):
                 out.append(map_exprs(st, bind))
             elif isinstance(st, For):
                 lo, hi = bind(st.lo), bind(st.hi)

@@ -8,6 +8,8 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid:
   let t2 = (i_b * 16i);
   let i_t = i32(lid.x);
   if (((i_t + t1) < 37i)) {
-    atomicAnd(&Y[(t2 + (i_t / 4i))], ~(255u << u32(u32(((i_t % 4i) * 8i))))); atomicOr(&Y[(t2 + (i_t / 4i))], ((u32((extractBits(i32(((X[(t2 + (i_t / 4i))] >> u32(u32(((i_t % 4i) * 8i)))) & 255u)), 0u, 8u) < 3i)) & 255u) << u32(u32(((i_t % 4i) * 8i)))));
+    let t3 = (t2 + (i_t / 4i));
+    let t4 = u32(((i_t % 4i) * 8i));
+    let bits_157 = select(0u, ((u32((extractBits(i32((select(0u, (X[t3] >> u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u)) & 255u)), 0u, 8u) < 3i)) & 255u) << u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u)); atomicAnd(&Y[t3], ~select(0u, (255u << u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u))); atomicOr(&Y[t3], bits_157);
   }
 }

@@ -7,36 +7,41 @@ var<workgroup> s: array<f32, 64>;
 @compute @workgroup_size(64, 1, 1)
 fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid: vec3<u32>) {
   let rows = dims.rows;
-  let b = i32(wg.x);
-  let t1 = (b * 64i);
-  let t = i32(lid.x);
-  s[t] = A[(t + t1)];
-  workgroupBarrier();
-  if ((t < 32i)) {
-    s[t] = (s[t] + s[(t + 32i)]);
-  }
-  workgroupBarrier();
-  if ((t < 16i)) {
-    s[t] = (s[t] + s[(t + 16i)]);
-  }
-  workgroupBarrier();
-  if ((t < 8i)) {
-    s[t] = (s[t] + s[(t + 8i)]);
-  }
-  workgroupBarrier();
-  if ((t < 4i)) {
-    s[t] = (s[t] + s[(t + 4i)]);
-  }
-  workgroupBarrier();
-  if ((t < 2i)) {
-    s[t] = (s[t] + s[(t + 2i)]);
-  }
-  workgroupBarrier();
-  if ((t < 1i)) {
-    s[t] = (s[t] + s[(t + 1i)]);
-  }
-  workgroupBarrier();
-  if ((t == 0i)) {
-    Y[b] = s[0i];
+  let b_gy = i32(wg.y);
+  let t2 = (b_gy * 65535i);
+  let b_gx = i32(wg.x);
+  let b = (b_gx + t2);
+  if (true) {
+    let t3 = (b * 64i);
+    let t = i32(lid.x);
+    s[t] = A[(t + t3)];
+    workgroupBarrier();
+    if ((t < 32i)) {
+      s[t] = (s[t] + s[(t + 32i)]);
+    }
+    workgroupBarrier();
+    if ((t < 16i)) {
+      s[t] = (s[t] + s[(t + 16i)]);
+    }
+    workgroupBarrier();
+    if ((t < 8i)) {
+      s[t] = (s[t] + s[(t + 8i)]);
+    }
+    workgroupBarrier();
+    if ((t < 4i)) {
+      s[t] = (s[t] + s[(t + 4i)]);
+    }
+    workgroupBarrier();
+    if ((t < 2i)) {
+      s[t] = (s[t] + s[(t + 2i)]);
+    }
+    workgroupBarrier();
+    if ((t < 1i)) {
+      s[t] = (s[t] + s[(t + 1i)]);
+    }
+    workgroupBarrier();
+    if ((t == 0i)) {
+      Y[b] = s[0i];
+    }
   }
 }

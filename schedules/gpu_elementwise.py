@@ -1,0 +1,57 @@
+"""GPU template for everything without a better one: one thread for each point of a root tensor, reductions inside the thread.
+
+Axes that all accesses walk as one are fused first; all spatial loops become one loop, cut into groups of ``threads``. The loops
+of a Fold (recurrent networks) over its shared axes are threads too, its own loop stays serial inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.elementwise import collapse
+from luthier.schedules.schedule import Schedule, annotate, fuse, split
+
+THREADS = 64
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, threads: int = THREADS) -> Schedule | None:
+    if not caps.gpu:
+        return None
+    for name, st in list(s.stages.items()):
+        if st.at is None:
+            s = points(s, name, threads)
+    return s
+
+
+def points(s: Schedule, name: str, threads: int = THREADS) -> Schedule:
+    """All spatial loops of a root tensor become the grid and the threads of its groups."""
+    if s.stages[name].reduction is None and s.stages[name].push is None and s.stages[name].fold is None:
+        s = collapse(s, name)
+    st = s.stages[name]
+    outer = []
+    for lp in st.loops:
+        if lp.reduce:
+            break
+        outer.append(lp.name)
+    if not outer:
+        return s
+    s, loop = fuse_all(s, outer)
+    n = s.static_extent(next(lp.var for lp in s.stages[name].loops if lp.name == loop))
+    if n is not None and n <= threads:
+        return annotate(s, loop, "thread.x")
+    s = split(s, loop, threads)
+    s = annotate(s, f"{loop}.0", "block.x")
+    return annotate(s, f"{loop}.1", "thread.x")
+
+
+def fuse_all(s: Schedule, loops: list[str]) -> tuple[Schedule, str]:
+    """Neighbouring loops, outermost first, as one; its name."""
+    first, rest = loops[0], loops[1:]
+    for nxt in rest:
+        owner, _ = s.stage_of(first)
+        before = {lp.name for lp in owner.loops}
+        s = fuse(s, first, nxt)
+        first = next(lp.name for lp in s.stages[owner.name].loops if lp.name not in before)
+    return s, first
