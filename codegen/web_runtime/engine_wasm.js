@@ -106,6 +106,7 @@ export class Engine {
       await new Promise((resolve, reject) => {
         const timer = setTimeout(() => reject(new Error(`no answer within ${THREAD_START / 1000} s`)), THREAD_START);
         worker.onMessage((m) => {
+          if (m.up) worker.post({ module: this.module, memory: this.memory, number, faults: options.faults });
           if (!m.ready) return;
           clearTimeout(timer);
           resolve();
@@ -114,7 +115,6 @@ export class Engine {
           clearTimeout(timer);
           reject(error);
         });
-        worker.post({ module: this.module, memory: this.memory, number, faults: options.faults });
       });
     };
     try {

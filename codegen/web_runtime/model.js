@@ -70,7 +70,7 @@ class Remote {
         if (signal.aborted) stop();
         signal.addEventListener("abort", stop);
       }
-      backend.described = await backend.ask("load", { base: base.href, id, options: plain });
+      backend.described = await backend.ask("load", { base: base.href, mark: id, options: plain });
       backend.info = backend.described.info;
       if (signal) signal.removeEventListener("abort", stop);
     } catch (error) {

@@ -14,3 +14,4 @@ port.onMessage(async ({ module, memory, number, faults }) => {
     throw error;
   }
 });
+port.post({ up: true });

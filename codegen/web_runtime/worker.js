@@ -8,9 +8,9 @@ const port = await parentPort();
 let engine = null;
 
 const operations = {
-  async load({ base, id, options }) {
+  async load({ base, mark, options }) {
     let last = 0;
-    const opened = await openEngine(new URL(base), id, options, (progress) => {
+    const opened = await openEngine(new URL(base), mark, options, (progress) => {
       const now = performance.now();
       if (now - last < 30 && progress.loaded < progress.total) return;
       last = now;
