@@ -56,13 +56,14 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class CenteredPacking(Packing):
-    """A packing of weights with their zero point subtracted, as i16; what pads stays 0."""
+    """A packing of weights with their zero point subtracted, in the wider type of its buffer; what pads stays 0."""
 
     zero: int = 0
 
     def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The packed copy of an array of 8-bit integers."""
-        return Packing.apply(self, a.astype(np.int16) - np.int16(self.zero))
+        to = self.buf.dtype.numpy
+        return Packing.apply(self, a.astype(to) - to.type(self.zero))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +146,10 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
         flip = _flip(x.buf.dtype, i.a)
         if flip is None:
             return None
-        s, xl = _copy(s, x, k, whole, i.a, flip)
+        s, xl = _copy(s, x, (k, whole), i.a, flip)
         s = _zero_into_epilogue(s, acc, out, x, w, flip)
     else:
-        s, xl = _copy(s, x, k, whole, i16, None)
+        s, xl = _copy(s, x, (k, whole), i16, None)
     if xl is None:
         return None
     wl = substitute(w.ld, {k.var: whole.var})
@@ -178,14 +179,16 @@ def _flip(have: DType, want: DType) -> int | None:
     return 0 if have is want else 128 if want.kind == "u" else -128
 
 
-def _copy(s: Schedule, x: Operand, k: Axis, whole: Axis, to: DType, flip: int | None) -> tuple[Schedule, Expr | None]:
-    """The activation as ``to`` in a tensor without masks, its last dimension padded to whole groups; (schedule, load of it).
+def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, flip: int | None) -> tuple[Schedule, Expr | None]:
+    """The activation as ``to`` in a tensor without masks; (schedule, load of it, None where it cannot be made).
 
-    Values are ``x - zx`` for i16 and ``x + flip`` for bytes. The tensor itself where it already is all that."""
+    Values are ``x - zx``, for bytes ``x + flip``. ``groups``: the axis of the last dimension and the one of whole groups that takes
+    its place. The tensor itself where it already is all that."""
     buf, idx, mask, other = load_parts(x.ld)
-    n = whole.extent.attr
-    if flip == 0 and mask is None and n == k.extent.attr:
-        return s, substitute(x.ld, {k.var: whole.var})
+    env = {} if groups is None else {groups[0].var: groups[1].var}
+    whole = None if groups is None else groups[1].extent.attr
+    if flip == 0 and mask is None and (groups is None or whole == groups[0].extent.attr):
+        return s, substitute(x.ld, env)
     if mask is not None and not contract._is_box(mask, buf, idx):
         return s, None
     base, shape = [], []
@@ -195,7 +198,8 @@ def _copy(s: Schedule, x: Operand, k: Axis, whole: Axis, to: DType, flip: int | 
             return s, None
         b = min(lo.attr, 0)
         base.append(b)
-        shape.append(const(n) if d == len(idx) - 1 else hi + (1 - b) if mask is not None else maximum(hi + (1 - b), m))
+        n = hi + (1 - b) if mask is not None else maximum(hi + (1 - b), m)
+        shape.append(const(whole) if whole is not None and d == len(idx) - 1 else n)
     ax = [axis(f"x{d}", e) for d, e in enumerate(shape)]
     src = [a.var + b for a, b in zip(ax, base, strict=True)]
     inside = const(0).eq(0)
@@ -204,18 +208,17 @@ def _copy(s: Schedule, x: Operand, k: Axis, whole: Axis, to: DType, flip: int | 
     pad = other if mask is not None and other is not None else x.zero.args[0] if x.zero is not None and x.zero.op == "cast" else None
     if pad is None:
         pad = const(0 if x.zero is None else x.zero.attr, buf.dtype)
-    value = cast(load(buf, src, inside, pad), i16)
-    if flip is None:
-        value = value if x.zero is None else value - cast(x.zero, i16)
-    else:
-        value = value + const(flip, i16)
-    copy = Buffer(f"{buf.name}.q", to, tuple(shape), "global", True)
+    between = f32 if to.is_float else i16
+    value = cast(load(buf, src, inside, pad), between)
+    if flip is not None:
+        value = value + const(flip, between)
+    elif x.zero is not None:
+        value = value - cast(x.zero, between)
+    copy = Buffer(f"{buf.name}.pad", to, tuple(shape), "global", True)
     ext = dict(s.ext)
-    stage_ = _pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
-    s = replace(s, stages={copy.name: stage_, **s.stages}, ext=ext, trace=(*s.trace, ("widen", buf.name, to.name)))
-    at = [i - b for i, b in zip(idx, base, strict=True)]
-    at[-1] = whole.var
-    return s, load(copy, at)
+    made = _pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
+    s = replace(s, stages={copy.name: made, **s.stages}, ext=ext, trace=(*s.trace, ("widen", buf.name, to.name)))
+    return s, load(copy, [substitute(i - b, env) for i, b in zip(idx, base, strict=True)])
 
 
 def _corner(e: Expr, end: int) -> Expr | None:
@@ -269,11 +272,14 @@ def _packed(s: Schedule, acc: str, w: Operand, k: Expr, i: Instruction, nv: int)
     s = pack(s, buf.name, (*batch, d, *inner), {d: nv, kd: i.group})
     if buf.dtype is w.buf.dtype:
         return s
-    assert w.zero is not None
-    name = f"{buf.name}.pack"
+    return _recentred(s, acc, f"{buf.name}.pack", buf.dtype, 0 if w.zero is None else w.zero.attr)
+
+
+def _recentred(s: Schedule, acc: str, name: str, to: DType, zero: int) -> Schedule:
+    """The packing ``name`` of constant weights in type ``to``, less their zero point."""
     p = s.packed[name]
-    wide = replace(p.buf, dtype=buf.dtype)
-    centered = CenteredPacking(p.param, p.order, p.tile, p.job, wide, w.zero.attr)
+    wide = replace(p.buf, dtype=to)
+    centered = CenteredPacking(p.param, p.order, p.tile, p.job, wide, zero)
     st = s.stages[acc]
 
     def fix(e: Expr) -> Expr | None:
@@ -355,7 +361,7 @@ def _blocked(
 
 def _copies(s: Schedule, caps: Capabilities) -> Schedule:
     for n, y in s.stages.items():
-        if n.endswith(".q") and y.at is None:
+        if n.endswith(".pad") and y.at is None:
             s = pointwise(s, n, caps)
     return s
 
@@ -376,13 +382,18 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     if terms * a.size * b.size > EXACT:
         return None
 
-    def value(o: Operand) -> Expr:
-        r = cast(o.ld, f32)
-        return r if o.zero is None else r - cast(o.zero, f32)
+    x, w = (b, a) if a.buf.name in constants else (a, b)
+    s, xl = _copy(s, x, None, f32, None)
+    if xl is None:
+        return None
+    constant = w.buf.name in constants and (w.zero is None or w.zero.op == "const")
+    wl = load(replace(w.buf, dtype=f32), load_parts(w.ld)[1]) if constant else cast(w.ld, f32)
+    if w.zero is not None and not constant:
+        wl = wl - cast(w.zero, f32)
 
     buf = replace(st.buf, dtype=f32)
     ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != acc}
-    new = _pull_stage(Pull(buf, st.axes, reduce_("sum", red.attr[1], value(a) * value(b))), ext)
+    new = _pull_stage(Pull(buf, st.axes, reduce_("sum", red.attr[1], xl * wl)), ext)
     ep = s.stages[out]
 
     def fix(e: Expr) -> Expr | None:
@@ -393,6 +404,9 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
         return None
 
     s = replace(s, stages={**s.stages, acc: new, out: replace(ep, expr=rewrite(ep.expr, fix))}, ext=ext, trace=(*s.trace, ("exact_floats", acc)))
+    if constant:
+        s = pack(s, w.buf.name, tuple(range(w.buf.rank)), {})
+        s = _recentred(s, acc, f"{w.buf.name}.pack", f32, 0 if w.zero is None else w.zero.attr)
     return contract.apply(s, caps, constants)
 
 

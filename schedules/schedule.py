@@ -12,6 +12,7 @@ consumer, resolves all derived extents when the schedule is lowered (:mod:`luthi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,6 +79,7 @@ class Stage:
         raise ScheduleError(f"tensor {self.name} has no loop {name!r}; its loops are {[lp.name for lp in self.loops]}")
 
 
+@functools.lru_cache(maxsize=4096)
 def hash_var(v: Expr) -> Expr:
     """The placeholder for the extent of loop ``v``."""
     return var(v.attr[0] + "#", lo=0)
@@ -400,7 +402,7 @@ def pack(s: Schedule, param: str, order: tuple[int, ...], tile: dict[int, int], 
         if e.op == "load" and e.attr[0].name == param and e.attr[0].scope == "param":
             _, idx, m, o = load_parts(e)
             ix = [idx[d] // tile[d] if d in tile else idx[d] for d in order] + [idx[d] % t for d, t in tile.items()]
-            return load(nb, ix, m, o)
+            return load(nb if e.dtype is nb.dtype else replace(nb, dtype=e.attr[0].dtype), ix, m, o)
         return None
 
     stages = {k: replace(x, expr=rewrite(x.expr, repl)) for k, x in s.stages.items()}
