@@ -330,6 +330,18 @@ def ops(missing: bool, debug: str | None) -> None:
     click.echo(f"{sum(1 for row in rows if any(cell == 'yes' for cell in row[2:]))} operators")
 
 
+@luthier.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option("--open/--no-open", "show", default=True, help="Open the demo page in the browser.")
+@_debug
+def serve(folder: Path, port: int, show: bool, debug: str | None) -> None:
+    """Show the web package FOLDER (of compile --target=wasm or webgpu) on this machine, with the headers that threads need."""
+    from luthier.serve import serve as run_server
+
+    run_server(folder, port, show)
+
+
 @luthier.command("settings")
 @_debug
 def settings_command(debug: str | None) -> None:

@@ -73,15 +73,20 @@ try {
   const parts = [backend, variant, used && `${used} thread${used > 1 ? "s" : ""}`, adapter, ...warnings].filter(Boolean);
   $("status").textContent = `Loaded in ${((performance.now() - start) / 1e3).toFixed(2)} s: ${parts.join(", ")}`;
   $("progress").hidden = true;
-  const names = new Set();
+  const names = new Map(); // of open extents, with the values to start with: one thing at a time, sequences of sixteen
   for (const input of model.inputs) {
-    input.shape.filter(isOpen).forEach((e) => String(e).split("*").filter((p) => !Number(p)).forEach((p) => names.add(p.trim())));
+    input.shape.forEach((e, axis) => {
+      for (const part of isOpen(e) ? String(e).split("*") : []) {
+        const name = part.trim();
+        if (!Number(name) && !names.has(name)) names.set(name, axis === 0 ? 1 : 16);
+      }
+    });
     $("inputs").append(row([input.name, input.dtype, `[${input.shape.join(", ")}]`, filler(input)[0]]));
   }
-  for (const name of names) {
+  for (const [name, start] of names) {
     const label = document.createElement("label");
     const field = document.createElement("input");
-    Object.assign(field, { type: "number", min: 0, value: query.get(name) || (/batch|^n$/i.test(name) ? 1 : 16), name });
+    Object.assign(field, { type: "number", min: 0, value: query.get(name) || start, name });
     label.append(`${name} `, field);
     $("dims").append(label);
   }
