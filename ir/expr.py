@@ -53,9 +53,10 @@ _limit = [1_000_000]
 
 
 class Expr:
-    """One node. ``op``: operator; ``dtype``: type of the value; ``args``: operands; ``attr``: what is not an operand."""
+    """One node. ``op``: operator; ``dtype``: type of the value; ``args``: operands; ``attr``: what is not an operand; ``loading``:
+    whether a load is inside."""
 
-    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "__weakref__")
+    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "loading", "__weakref__")
     op: str
     dtype: DType
     args: tuple[Expr, ...]
@@ -64,6 +65,7 @@ class Expr:
     _vars: Any
     _poly: Any
     _key: str | None
+    loading: bool  # a load is inside
 
     def __repr__(self) -> str:
         from luthier.ir.printer import format_expr
@@ -167,18 +169,21 @@ class Expr:
         return k
 
 
-def _attr_key(op: str, attr: Any) -> Any:
-    if op == "const" and isinstance(attr, float):
-        return struct.pack("<d", attr)
-    return attr
+_new = object.__new__
 
 
 def _mk(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = None) -> Expr:
     """The interned node, unsimplified. Use the constructors below; passes that rebuild nodes use :func:`rebuild`."""
-    k = (op, dtype, args, _attr_key(op, attr))
+    k = (op, dtype, args, struct.pack("<d", attr) if type(attr) is float else attr)
     e = _table.get(k)
     if e is None:
-        e = object.__new__(Expr)
+        e = _new(Expr)
+        e.loading = op == "load"
+        if not e.loading:
+            for a in args:
+                if a.loading:
+                    e.loading = True
+                    break
         e.op, e.dtype, e.args, e.attr = op, dtype, args, attr
         e._bounds = e._vars = e._poly = _UNSET
         e._key = None
@@ -718,6 +723,10 @@ def compare(op: str, a: Any, b: Any) -> Expr:
     if a.dtype.is_index or (a.dtype.is_int and a.dtype.lanes == 1 and a.dtype.bits <= 32):
         if a.op == "bcast" and b.op == "bcast":
             return bcast(compare(op, a.args[0], b.args[0]), a.dtype.lanes)
+        if op == "lt" and a.op == "ramp" and a.attr[0] == 1 and b.op == "bcast" and b.args[0].op == "const":
+            n = a.dtype.lanes
+            if b.args[0].attr % n == 0 and all(c % n == 0 for c in linear(a.args[0]).values()):  # whole groups of lanes below it or not
+                return bcast(compare(op, a.args[0], b.args[0]), n)
         if a.dtype.is_index and a.dtype.lanes > 1 and op in ("lt", "le"):  # whole vectors at once, by their extreme lanes
             (amin, amax), (bmin, bmax) = _extremes(a), _extremes(b)
             if amin is not None and bmin is not None:
@@ -1089,7 +1098,20 @@ def walk(*es: Expr) -> Iterator[Expr]:
 
 
 def loads(*es: Expr) -> list[Expr]:
-    return [e for e in walk(*es) if e.op == "load"]
+    """Every distinct load once, those in its indices before it."""
+    out: list[Expr] = []
+    seen: set[Expr] = set()
+    stack = [(e, False) for e in reversed(es) if e.loading]
+    while stack:
+        e, done = stack.pop()
+        if done:
+            out.append(e)
+        elif e not in seen:
+            seen.add(e)
+            if e.op == "load":
+                stack.append((e, True))
+            stack.extend([(a, False) for a in e.args if a.loading and a not in seen])
+    return out
 
 
 def load_parts(e: Expr) -> tuple[Any, tuple[Expr, ...], Expr | None, Expr | None]:

@@ -240,7 +240,11 @@ def map_children(s: Stmt, fn: Callable[[Stmt], Stmt | None]) -> Stmt:
     """``s`` with each child statement replaced (None removes it)."""
     if isinstance(s, (For, While, Alloc)):
         b = fn(s.body)
-        return s if b is s.body else replace(s, body=EMPTY if b is None else b)
+        if b is s.body:
+            return s
+        if b is None:
+            b = EMPTY
+        return For(s.var, s.lo, s.hi, s.kind, b) if isinstance(s, For) else Alloc(s.buf, b) if isinstance(s, Alloc) else While(s.cond, b)
     if isinstance(s, If):
         t = fn(s.then)
         e = None if s.orelse is None else fn(s.orelse)

@@ -33,6 +33,7 @@ from luthier.ir.loop import (
 )
 
 _LEAF = frozenset(("const", "var"))
+_NONE: frozenset[str] = frozenset()
 
 
 def place_lets(f: Func) -> Func:
@@ -91,6 +92,8 @@ class _Placer:
 
     def reads(self, e: Expr) -> frozenset[str]:
         """Names of the buffers an expression loads from."""
+        if not e.loading:
+            return _NONE
         r = self.reads_memo.get(e)
         if r is None:
             r = frozenset().union(*(self.reads(a) for a in e.args)) if e.args else frozenset()
@@ -101,6 +104,8 @@ class _Placer:
 
     def memory(self, e: Expr) -> bool:
         """True when a load of something else than a register variable is inside."""
+        if not e.loading:
+            return False
         r = self.mem_memo.get(e)
         if r is None:
             r = (e.op == "load" and not _register(e.attr[0])) or any(self.memory(a) for a in e.args)
@@ -245,15 +250,19 @@ class _Placer:
                 out.append(st)
             w, all_ = self.writes(st)
             if all_:
-                avail = {e: v for e, v in avail.items() if not self.reads(e)}
+                avail = {e: v for e, v in avail.items() if not e.loading}
             elif w:
-                avail = {e: v for e, v in avail.items() if not self.reads(e) & w}
+                stale = [e for e in avail if e.loading and self.reads(e) & w]
+                if stale:
+                    avail = {e: v for e, v in avail.items() if e not in stale}
         return block(*out)
 
     def kept(self, s: Stmt, avail: dict[Expr, Expr]) -> dict[Expr, Expr]:
         """The values bound so far that a nested statement does not change."""
-        w, all_ = self.writes(s) if avail else (frozenset(), False)
-        return {e: v for e, v in avail.items() if not self.reads(e) or not (all_ or self.reads(e) & w)}
+        if not avail:
+            return avail
+        w, all_ = self.writes(s)
+        return {e: v for e, v in avail.items() if not e.loading or not (all_ or self.reads(e) & w)} if w or all_ else avail
 
     def count(self, stmts: list[Stmt], given: dict[Expr, Expr]) -> dict[Expr, int]:
         """Uses of every expression by distinct parents, in the direct expressions of these statements."""
