@@ -30,6 +30,14 @@ def apply(
     if prepared is None:
         return None
     s, acc, out = prepared
+    return product(s, acc, out, caps, constants, mu=mu, nv=nv, ku=ku, mblock=mblock, order=order)
+
+
+def product(
+    s: Schedule, acc: str, out: str, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 2,
+    mblock: int | None = None, order: str | None = None,
+) -> Schedule | None:
+    """The template on a prepared schedule: ``acc`` is the sum of products, ``out`` the epilogue that reads it."""
     st = s.stages[acc]
     if work(st) is not None and work(st) < 2048:  # type: ignore[operator]
         return None

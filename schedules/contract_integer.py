@@ -407,7 +407,10 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     if constant:
         s = pack(s, w.buf.name, tuple(range(w.buf.rank)), {})
         s = _recentred(s, acc, f"{w.buf.name}.pack", f32, 0 if w.zero is None else w.zero.attr)
-    return contract.apply(s, caps, constants)
+    lanes = caps.lanes(32)
+    n = st.axes[-1].extent
+    wide = n.op == "const" and n.attr % (2 * lanes) == 0  # two vectors of bytes fill more of each line that is fetched
+    return contract.product(s, acc, out, caps, constants, **({"mu": 6, "nv": 2 * lanes} if wide and caps.registers >= 16 else {}))
 
 
 _ = flat
