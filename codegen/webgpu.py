@@ -29,7 +29,7 @@ from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, Whi
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
-from luthier.passes.plan_memory import byte_size, plan_memory, touched
+from luthier.passes.plan_memory import byte_size, plan_memory, round_up, touched
 
 Memory = list[Any]
 
@@ -65,7 +65,7 @@ class _Arg:
 
     param: Buffer
     memory: tuple[str, int]
-    base: int
+    base: Expr
     offset: Expr
     size: Expr
     written: bool
@@ -78,7 +78,7 @@ class _Builder:
         self.plan = plan_memory(program)
         self.names: dict[Expr, str] = {}
         self.taken: set[str] = set()
-        self.place: dict[str, tuple[tuple[str, int], int]] = {}
+        self.place: dict[str, tuple[tuple[str, int], Expr]] = {}
         self.declared = {b.name: b for b in (*program.inputs, *program.outputs, *program.buffers)}
         self.pending: list[tuple[int, Expr]] = []  # buffers whose size waits for a value of the run
         self.known: set[Expr] = set(program.dims)
@@ -92,21 +92,31 @@ class _Builder:
 
     def build(self) -> GpuProgram:
         p, g = self.p, self.g
+        pooled = self.pooled()
+        zero = const(0)
         for k, slot in self.plan.slot_of.items():
-            self.place[k] = (("b", slot), 0)
+            self.place[k] = (("b", slot), zero)
         n = len(self.plan.slots)
         sizes: list[Expr] = list(self.plan.slots)
         for name, size in self.plan.dynamic.items():
-            self.place[name] = (("b", n), 0)
+            self.place[name] = (("b", n), zero)
             sizes.append(size)
             n += 1
         for b in p.outputs:
-            self.place[b.name] = (("b", n), 0)
+            self.place[b.name] = (("b", n), zero)
             sizes.append(byte_size(b.dtype, b.size()))
+            n += 1
+        total = zero
+        for b in (*p.buffers, *p.outputs):
+            if b.name in pooled:
+                self.place[b.name] = (("b", n), total)
+                total = total + round_up(byte_size(b.dtype, b.size()), OFFSET_ALIGN)
+        if pooled:
+            sizes.append(total)
             n += 1
         g.buffers = n
         for j, b in enumerate(p.inputs):
-            self.place[b.name] = (("in", j), 0)
+            self.place[b.name] = (("in", j), zero)
             if b.dtype.is_int and b.dtype.bits == 64:
                 g.narrow.append(j)
         self.lay_out_weights()
@@ -125,8 +135,23 @@ class _Builder:
             self.stmt(s, g.body)
         for j, b in enumerate(p.outputs):
             memory, base = self.place[b.name]
-            g.body.append(["output", j, list(memory), base, [self.expr(e) for e in b.shape]])
+            g.body.append(["output", j, list(memory), self.expr(base), [self.expr(e) for e in b.shape]])
         return g
+
+    def pooled(self) -> set[str]:
+        """Buffers of kernels that have too many: they share a GPUBuffer, so that one binding serves all of them."""
+        p = self.p
+        sizes = {b.name: byte_size(b.dtype, b.size()) for b in (*p.buffers, *p.outputs)}
+        out: set[str] = set()
+        for s in walk_stmts(p.body):
+            if isinstance(s, Call) and s.callee in p.kernels:
+                roots = {self.root(a if isinstance(a, Buffer) else a[0])[0] for a in s.args if not isinstance(a, Expr)}
+                constant = roots & p.constants.keys()
+                many = len(roots) - max(len(constant) - 1, 0) > STORAGE_BUFFERS
+                written = {x.buf.name for x in walk_stmts(p.kernels[s.callee].body) if isinstance(x, Store)}
+                if many and len(written) > 1:
+                    out |= {r for r in roots if r in sizes and free_vars(sizes[r]) <= set(p.dims)}
+        return out
 
     def check_inputs(self) -> None:
         """Extents that two inputs share."""
@@ -161,7 +186,7 @@ class _Builder:
                 )
             if not g.weights or at + size - g.weights[-1][0] > BINDING_BYTES:
                 g.weights.append([at, 0])
-            self.place[name] = (("w", len(g.weights) - 1), at - g.weights[-1][0])
+            self.place[name] = (("w", len(g.weights) - 1), const(at - g.weights[-1][0]))
             parts += [raw, np.zeros(size - raw.size, np.uint8)]
             at += size
             g.weights[-1][1] += size
@@ -242,7 +267,7 @@ class _Builder:
     def bytes_of(d: DType) -> int:
         return 1 if d.is_bool else d.bits // 8
 
-    def memory_of(self, root: str) -> tuple[tuple[str, int], int]:
+    def memory_of(self, root: str) -> tuple[tuple[str, int], Expr]:
         if root not in self.place:
             raise CompilationError(f"buffer {root} has no memory")
         return self.place[root]
@@ -367,7 +392,7 @@ class _Builder:
         scalars = dict(env)
         for x in shifted:
             v = next(v for v in offset_scalars(f, names) if v.attr[0] == f"{x.param.name}.at")
-            start = x.offset + (x.base if x.param.name in member else 0)
+            start = x.offset + x.base if x.param.name in member else x.offset
             scalars[v] = floordiv(start * 8, const(8 * self.bytes_of(x.param.dtype)) if x.param.dtype.bits >= 8 else const(x.param.dtype.bits))
         by_name = {v.attr[0]: e for v, e in scalars.items()}
         first = {g[0]: g for g in groups}
@@ -382,7 +407,7 @@ class _Builder:
                     for y in mine:
                         size = maximum(size, y.offset + y.base + y.size)
             elif b.name in names:
-                at, size = const(x.base), x.offset + x.size
+                at, size = x.base, x.offset + x.size
             else:
                 at, size = x.offset + x.base, x.size
             bound.append([list(x.memory), self.expr(at), self.expr(_words(size))])
@@ -420,7 +445,7 @@ class _Builder:
         copies = []
         for x in chosen:
             size = _words(x.size)
-            y = _Arg(x.param, ("b", k), 0, total, x.size, False)
+            y = _Arg(x.param, ("b", k), const(0), total, x.size, False)
             copies.append(["copy", list(x.memory), self.expr(x.offset + x.base), ["b", k], self.expr(total), self.expr(size)])
             moved[moved.index(x)] = y
             total = total + size

@@ -65,7 +65,10 @@ def merge_bindings(f: Func, groups: Sequence[Sequence[str]]) -> Func:
         return map_children(s, st)
 
     body = map_exprs(st(f.body), lambda e: rewrite(e, fix, memo))
-    params = tuple(
-        first[p.name] if p.name in first else p for p in f.params if not (isinstance(p, Buffer) and p.name in target and p.name not in first)
-    )
-    return replace(f, params=params, body=body)
+    params: list[object] = []
+    for p in f.params:
+        if not isinstance(p, Buffer) or p.name not in target:
+            params.append(p)
+        elif p.name in first:
+            params.append(first[p.name])
+    return replace(f, params=tuple(params), body=body)

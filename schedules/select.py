@@ -32,8 +32,8 @@ from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 
-TEMPLATES = ("quantized_gemv", "contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
-GPU_TEMPLATES = ("gpu_elementwise",)
+TEMPLATES = ("lut_gemv", "quantized_gemv", "contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
+GPU_TEMPLATES = ("gpu_rowwise", "gpu_elementwise")
 
 
 @dataclass(slots=True)
@@ -79,13 +79,13 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
-        if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
+        if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
             return s
         if s is not None:
             return finish(s, caps, consts, name)
-        if name == "rowwise":
+        if name in ("rowwise", "gpu_rowwise"):
             parts = partition(s0.compute)
             if len(parts) > 1:
                 return _join([build(p, caps, consts) for p in parts], compute)

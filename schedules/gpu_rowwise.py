@@ -1,0 +1,190 @@
+"""GPU template for softmax, normalisations, reductions and matrix-vector products: a group of threads for each row.
+
+``out[r, c] = f(x[r, c], m[r], ...)`` with ``m[r] = reduce over c``: rows are the grid. The threads of a group walk a row in
+steps, so that neighbours read neighbours; each keeps a partial result, and the partial results meet in shared memory in two
+steps (a square root of the group's size each). Intermediate rows stay in shared memory when they fit, else they are computed
+again where they are read. Rows that are short get one thread each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.ir.compute import MONOIDS
+from luthier.ir.expr import is_const
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.gpu_elementwise import THREADS, fuse_all
+from luthier.schedules.reduction import contiguity
+from luthier.schedules.rowwise import _contractions, positions
+from luthier.schedules.schedule import Schedule, annotate, inline, reorder, split, stage
+
+SHORT = 32  # elements that one thread reduces by itself
+ROW_SHARE = 4  # rows kept in shared memory use at most one part in so many of it each
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, threads: int | None = None) -> Schedule | None:
+    if not caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold or st.at is not None for st in s.stages.values()):
+        return None
+    out = s.stages[s.compute.outs[0]]
+    if list(s.stages)[-1] != out.name or not any(st.reduction is not None for st in s.stages.values()):
+        return None
+    if out.reduction is not None:
+        return _root(s, caps, threads) if len(s.stages) == 1 else None
+    pos = positions(s, out.name)
+    if pos is None or _contractions(s) > 1:
+        return None
+    depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
+    for n, m in pos.items():  # a reduction over fewer axes than its reader's rows would be done again for each of them
+        own = max((p + 1 for p in m if p is not None), default=0)
+        if s.stages[n].reduction is not None and own < depth and any(not is_const(a.extent, 1) for a in out.axes[own:depth]):
+            return None
+    if depth == 0 or depth > len(out.axes):
+        return None
+    limit = caps.shared_bytes // ROW_SHARE
+    for n in [n for n in s.stages if n != out.name]:
+        st = s.stages[n]
+        size = st.buf.dtype.itemsize
+        free = [a for a, p in zip(st.axes, pos[n], strict=True) if p is None]
+        for a in free:
+            size = size * a.extent.attr if a.extent.op == "const" and size >= 0 else -1
+        if free and (not 0 <= size <= limit or st.buf.dtype.bits < 32):
+            if st.reduction is not None:
+                return None
+            s = inline(s, n)
+    inner = [n for n in s.stages if n != out.name]
+    longest = max((_length(s, n) for n in inner if s.stages[n].reduction is not None), default=0)
+    loops = [lp.name for lp in s.stages[out.name].loops[:depth]]
+    s, row = fuse_all(s, loops)
+    if longest <= SHORT and not any(p is None for n in inner for p in pos[n]):
+        return _thread_per_row(s, inner, row)
+    size = threads or _threads(longest, caps)
+    s = annotate(s, row, "block.x")
+    for n in inner:
+        s = stage(s, n, at=row, scope="shared")
+    for n in inner:
+        if s.stages[n].reduction is not None:
+            s = _reduce(s, n, row, size)
+        else:
+            s = _across(s, n, [i for i, p in enumerate(pos[n]) if p is None], size)
+    return _across(s, out.name, list(range(depth, len(out.axes))), size)
+
+
+def _length(s: Schedule, name: str) -> int:
+    """Elements that a reduction reads; a large number where only the run knows."""
+    red = s.stages[name].reduction
+    n = 1
+    for a in red.attr[1] if red is not None else ():
+        n = n * a.extent.attr if a.extent.op == "const" else 1 << 20
+    return n
+
+
+def _threads(length: int, caps: Capabilities) -> int:
+    """Threads of a group: about four elements each."""
+    n = 32
+    while n < caps.max_threads_per_block and n * 4 < length:
+        n *= 2
+    return n
+
+
+def _thread_per_row(s: Schedule, inner: list[str], row: str) -> Schedule:
+    s = split(s, row, THREADS)
+    s = annotate(annotate(s, f"{row}.0", "block.x"), f"{row}.1", "thread.x")
+    for n in inner:
+        s = stage(s, n, at=f"{row}.1")
+    return s
+
+
+def _across(s: Schedule, name: str, axes: list[int], size: int) -> Schedule:
+    """The loops over some axes of a tensor are shared out to the threads of the group."""
+    st = s.stages[name]
+    loops = [st.loops[i].name for i in axes] if st.at is not None else [lp.name for lp in st.loops if not lp.reduce and "." not in lp.kind]
+    if not loops:
+        return s
+    s, loop = fuse_all(s, loops)
+    n = s.static_extent(next(lp.var for lp in s.stages[name].loops if lp.name == loop))
+    if n is not None and n <= size:
+        return annotate(s, loop, "thread.x")
+    s = split(s, loop, size)
+    return annotate(s, f"{loop}.1", "thread.x")
+
+
+def _reduce(s: Schedule, name: str, row: str, size: int) -> Schedule:
+    """A reduction inside a row: partial results of the threads, of every sixteenth of them, of all."""
+    st = s.stages[name]
+    red = st.reduction
+    assert red is not None
+    if red.attr[2] != 1 or MONOIDS[red.attr[0]].vector is None or _length(s, name) < 2:
+        return stage(s, name, at=row, scope="local")  # every thread does the whole of it
+    k = _walked(s, name)
+    if len([lp for lp in st.loops if lp.reduce]) > 1:
+        rest = [lp.name for lp in st.loops if lp.reduce and lp.name != k]
+        s = reorder(s, *rest, k)
+    s = split(s, k, size)
+    s = stage(s, name, private=f"{k}.1")
+    p = f"{name}.p"
+    s = stage(s, p, at=row, scope="shared")
+    s = annotate(s, s.stages[p].loops[len(s.stages[p].axes) - 1].name, "thread.x")
+    half = 1
+    while half * half < size:
+        half *= 2
+    merge = next(lp.name for lp in s.stages[name].loops if lp.reduce)
+    s = split(s, merge, half)
+    s = stage(s, name, private=f"{merge}.1")
+    q = f"{name}.pp"
+    s = stage(s, q, at=row, scope="shared")
+    s = annotate(s, s.stages[q].loops[len(s.stages[q].axes) - 1].name, "thread.x")
+    return stage(s, name, at=row, scope="local")
+
+
+def _walked(s: Schedule, name: str) -> str:
+    """The reduction loop that neighbouring threads share: the one that loads walk contiguously, else the longest."""
+    st = s.stages[name]
+    assert st.reduction is not None
+    best = None
+    for a in st.reduction.attr[1]:
+        loop = next(lp for lp in st.loops if lp.var is st.subst[a.var])
+        n = s.static_extent(loop.var)
+        score = (contiguity(st, a.var)[0], n if n is not None else 1 << 20)
+        if best is None or score > best[0]:
+            best = (score, loop.name)
+    assert best is not None
+    return best[1]
+
+
+def _root(s: Schedule, caps: Capabilities, threads: int | None) -> Schedule | None:
+    """The output itself is a reduction: a group for each point, when the points alone would not fill the machine."""
+    name = s.compute.outs[0]
+    st = s.stages[name]
+    red = st.reduction
+    assert red is not None
+    length = _length(s, name)
+    points = 1
+    for a in st.axes:
+        points = points * a.extent.attr if a.extent.op == "const" else 1 << 20
+    along = any(contiguity(st, a.var)[0] and not contiguity(st, a.var)[1] for a in red.attr[1])
+    if length <= SHORT or red.attr[2] != 1 or MONOIDS[red.attr[0]].vector is None or (not along and points >= 4096):
+        return None
+    size = threads or _threads(length, caps)
+    k = _walked(s, name)
+    rest = [lp.name for lp in st.loops if lp.reduce and lp.name != k]
+    if rest:
+        s = reorder(s, *rest, k)
+    s = split(s, k, size)
+    s = stage(s, name, private=f"{k}.1")
+    loops = [lp.name for lp in s.stages[name].loops if not lp.reduce]
+    merge = next(lp.name for lp in s.stages[name].loops if lp.reduce)
+    half = 1
+    while half * half < size:
+        half *= 2
+    s = split(s, merge, half)
+    s = stage(s, name, private=f"{merge}.1")
+    if loops:
+        s, row = fuse_all(s, [lp.name for lp in s.stages[name].loops if not lp.reduce])
+        s = annotate(s, row, "block.x")
+    else:
+        return None
+    for q in (f"{name}.p", f"{name}.pp"):
+        s = stage(s, q, at=row, scope="shared")
+        s = annotate(s, s.stages[q].loops[len(s.stages[q].axes) - 1].name, "thread.x")
+    return s
