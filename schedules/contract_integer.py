@@ -33,10 +33,11 @@ EXACT = 1 << 24  # integers up to here are exact in f32
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """``i32(ld) - zero``."""
+    """``i32(ld) - zero``. ``viewed``: the load sees the tensor in another shape than it has."""
 
     ld: Expr
     zero: Expr | None
+    viewed: bool = False
 
     @property
     def buf(self) -> Buffer:
@@ -56,24 +57,29 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class CenteredPacking(Packing):
-    """A packing of weights with their zero point subtracted, in the wider type of its buffer; what pads stays 0."""
+    """A packing of weights, seen in another ``shape`` where it is given, less their zero point, in the type of its buffer; what pads
+    stays 0."""
 
     zero: int = 0
+    shape: tuple[int, ...] = ()
 
     def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The packed copy of an array of 8-bit integers."""
         to = self.buf.dtype.numpy
+        a = a.reshape(self.shape) if self.shape else a
         return Packing.apply(self, a.astype(to) - to.type(self.zero))
 
 
 @dataclass(frozen=True, slots=True)
 class SumPacking(Packing):
-    """Sums of the weights over the reduced dimensions ``over``, as i32."""
+    """Sums of the weights over the reduced dimensions ``over``, as i32. ``shape``: how the weights are seen, where it is given."""
 
     over: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
 
     def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """One sum for every element of the dimensions that remain."""
+        a = a.reshape(self.shape) if self.shape else a
         return np.ascontiguousarray(a.sum(axis=self.over, dtype=np.int32))
 
 
@@ -107,7 +113,7 @@ def apply(
     for i in [instr] if instr else usable(caps):
         ready = _operands(s, acc, out, x, w, i, constants)
         if ready is not None:
-            return _blocked(ready[0], acc, out, w, ready[1], i, caps, mu, nv, ku, order)
+            return _blocked(ready[0], acc, out, ready[2], ready[1], i, caps, mu, nv, ku, order)
     return None
 
 
@@ -124,11 +130,14 @@ def operand(e: Expr) -> Operand | None:
 # ---------------------------------------------------------------- operands in the instruction's form
 
 
-def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instruction, constants: Mapping[str, Any]) -> tuple[Schedule, Expr] | None:
-    """(schedule with the accumulator over operands that ``i`` takes, variable of the axis that is cut into groups); None where this
-    instruction does not fit."""
+def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instruction, constants: Mapping[str, Any]) -> tuple[Schedule, Expr, Operand] | None:
+    """(schedule with the accumulator over operands that ``i`` takes, variable of the axis that is cut into groups, weights); None
+    where this instruction does not fit."""
     st = s.stages[acc]
     red = st.reduction
+    assert red is not None
+    s, x, w = _merge_taps(s, acc, x, w, i.group, constants)
+    red = s.stages[acc].reduction
     assert red is not None
     k = _group_axis(red.attr[1], x.ld, w.ld)
     if k is None or k.extent.op != "const" or not contract._packable(s, cast(w.ld, i32), st.axes[-1].var, constants):
@@ -160,16 +169,58 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
     ext = {a: b for a, b in s.ext.items() if a.attr[0].rsplit(".", 1)[0] != acc}
     new = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, cast(xl, i32) * cast(wl, i32))), ext)
     s = replace(s, stages={**s.stages, acc: new}, ext=ext, trace=(*s.trace, ("integer", acc, i.name)))
-    return s, whole.var
+    return s, whole.var, w
 
 
 def _group_axis(axes: tuple[Axis, ...], x: Expr, w: Expr) -> Axis | None:
     """The reduction axis along which the activation is contiguous: groups are cut from it."""
     buf, idx, _, _ = load_parts(x)
     for a in reversed(axes):
-        if idx and idx[-1] is a.var and all(a.var not in free_vars(i) for i in idx[:-1]) and sum(i is a.var for i in load_parts(w)[1]) == 1:
+        alone = idx and a.var not in free_vars(idx[-1] - a.var) and all(a.var not in free_vars(i) for i in idx[:-1])
+        if alone and sum(i is a.var for i in load_parts(w)[1]) == 1:
             return a
     return None
+
+
+def _merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
+    """Few channels do not fill a group: taps along a row and channels, which stand together in memory, become one axis.
+
+    Before ``x[h, 2 ow + kw - 1, c] * w[kh, kw, c, n]`` over kw < 3, c < 3, after ``x[h, 6 ow + j - 3] * w[kh, j, n]`` over j < 9."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    axes = list(red.attr[1])
+    buf, idx, mask, other = load_parts(x.ld)
+    wbuf, widx, wmask, _ = load_parts(w.ld)
+    if len(axes) < 2 or len(idx) < 2 or w.buf.name not in constants or w.zero is not None and w.zero.op != "const":
+        return s, x, w
+    t, c = axes[-2], axes[-1]
+    n = buf.shape[-1]
+    fits = idx[-1] is c.var and n is c.extent and n.op == "const" and n.attr % group and t.extent.op == "const" and wmask is None
+    if not fits or t.var in free_vars(idx[-2] - t.var) or any(t.var in free_vars(i) for i in idx[:-2]):
+        return s, x, w
+    at = [d for d, i in enumerate(widx) if i is t.var]
+    if len(at) != 1 or at[0] + 1 >= len(widx) or widx[at[0] + 1] is not c.var or (mask is not None and not contract._is_box(mask, buf, idx)):
+        return s, x, w
+    d = at[0]
+    j = axis(t.name + c.name, t.extent * n)
+    view = replace(buf, shape=(*buf.shape[:-2], buf.shape[-2] * n))
+    i2 = (*idx[:-2], (idx[-2] - t.var) * n + j.var)
+    if mask is not None:
+        mask = const(0).eq(0)
+        for i, m in zip(i2, view.shape, strict=True):
+            mask = mask & (const(0) <= i) & (i < m)
+    wview = replace(wbuf, shape=(*wbuf.shape[:d], j.extent, *wbuf.shape[d + 2 :]))
+    wl = load(wview, (*widx[:d], j.var, *widx[d + 2 :]))
+    x2, w2 = Operand(load(view, i2, mask, other), x.zero), Operand(wl, w.zero, True)
+    params = tuple(wview if p.name == wview.name else p for p in s.compute.params)
+    new = replace(st, expr=reduce_("sum", [*axes[:-2], j], _value(x2) * _value(w2)))
+    compute = replace(s.compute, params=params)
+    return replace(s, compute=compute, stages={**s.stages, acc: new}, trace=(*s.trace, ("merge_taps", acc))), x2, w2
+
+
+def _value(o: Operand) -> Expr:
+    return cast(o.ld, i32) if o.zero is None else cast(o.ld, i32) - o.zero
 
 
 def _flip(have: DType, want: DType) -> int | None:
@@ -186,20 +237,19 @@ def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, 
     its place. The tensor itself where it already is all that."""
     buf, idx, mask, other = load_parts(x.ld)
     env = {} if groups is None else {groups[0].var: groups[1].var}
-    whole = None if groups is None else groups[1].extent.attr
-    if flip == 0 and mask is None and (groups is None or whole == groups[0].extent.attr):
+    if flip == 0 and mask is None and (groups is None or groups[1].extent is groups[0].extent):
         return s, substitute(x.ld, env)
     if mask is not None and not contract._is_box(mask, buf, idx):
         return s, None
     base, shape = [], []
-    for d, (i, m) in enumerate(zip(idx, buf.shape, strict=True)):
+    idx = tuple(substitute(i, env) for i in idx)
+    for i, m in zip(idx, buf.shape, strict=True):
         lo, hi = _corner(i, 0), _corner(i, 1)
         if lo is None or hi is None or lo.op != "const":
             return s, None
         b = min(lo.attr, 0)
         base.append(b)
-        n = hi + (1 - b) if mask is not None else maximum(hi + (1 - b), m)
-        shape.append(const(whole) if whole is not None and d == len(idx) - 1 else n)
+        shape.append(hi + (1 - b) if mask is not None else maximum(hi + (1 - b), m))
     ax = [axis(f"x{d}", e) for d, e in enumerate(shape)]
     src = [a.var + b for a, b in zip(ax, base, strict=True)]
     inside = const(0).eq(0)
@@ -218,7 +268,7 @@ def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, 
     ext = dict(s.ext)
     made = _pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
     s = replace(s, stages={copy.name: made, **s.stages}, ext=ext, trace=(*s.trace, ("widen", buf.name, to.name)))
-    return s, load(copy, [substitute(i - b, env) for i, b in zip(idx, base, strict=True)])
+    return s, load(copy, [i - b for i, b in zip(idx, base, strict=True)])
 
 
 def _corner(e: Expr, end: int) -> Expr | None:
@@ -244,7 +294,7 @@ def _zero_into_epilogue(s: Schedule, acc: str, out: str, x: Operand, w: Operand,
     over = tuple(d for d, i in enumerate(idx) if i in inner)
     kept = [d for d in range(len(idx)) if d not in over]
     sums = Buffer(f"{w.buf.name}.sum", i32, tuple(w.buf.shape[d] for d in kept), "param", False)
-    p = SumPacking(w.buf.name, (), (), s.compute, sums, over)
+    p = SumPacking(w.buf.name, (), (), s.compute, sums, over, _static(w.ld.attr[0].shape) if w.viewed else ())
 
     def fix(e: Expr) -> Expr | None:
         if e.op == "load" and e.attr[0].name == acc:
@@ -270,16 +320,21 @@ def _packed(s: Schedule, acc: str, w: Operand, k: Expr, i: Instruction, nv: int)
     batch = [n for n, e in enumerate(idx) if n != d and e not in rank]
     inner = sorted((n for n, e in enumerate(idx) if e in rank), key=lambda n: rank[idx[n]])
     s = pack(s, buf.name, (*batch, d, *inner), {d: nv, kd: i.group})
-    if buf.dtype is w.buf.dtype:
+    viewed = _static(buf.shape) if w.viewed else ()
+    if buf.dtype is w.buf.dtype and not viewed:
         return s
-    return _recentred(s, acc, f"{buf.name}.pack", buf.dtype, 0 if w.zero is None else w.zero.attr)
+    return _recentred(s, acc, f"{buf.name}.pack", buf.dtype, 0 if w.zero is None else w.zero.attr, viewed)
 
 
-def _recentred(s: Schedule, acc: str, name: str, to: DType, zero: int) -> Schedule:
+def _static(shape: tuple[Expr, ...]) -> tuple[int, ...]:
+    return tuple(e.attr for e in shape)
+
+
+def _recentred(s: Schedule, acc: str, name: str, to: DType, zero: int, shape: tuple[int, ...] = ()) -> Schedule:
     """The packing ``name`` of constant weights in type ``to``, less their zero point."""
     p = s.packed[name]
     wide = replace(p.buf, dtype=to)
-    centered = CenteredPacking(p.param, p.order, p.tile, p.job, wide, zero)
+    centered = CenteredPacking(p.param, p.order, p.tile, p.job, wide, zero, shape)
     st = s.stages[acc]
 
     def fix(e: Expr) -> Expr | None:
