@@ -197,12 +197,41 @@ class MemoryPrinter(ExprPrinter):
             fn = self.declare(f"llvm.masked.load.{suffix(t)}.p0", f"{t} @(ptr, <{n} x i1>, {t})")
             v = self.ins(f"call {t} @{fn}(ptr align {self.align(b)} {self.address(b, i.args[0])}, <{n} x i1> {m}, {t} {other})")
             return self.from_memory(v, d)
+        if i.op == "ramp" and i.attr[0] == 1 and n >= 8:
+            return self._mostly_whole(b, i, d, m, other)
+        v = self._by_lane(b, i, d, m)
+        return self.ins(f"select <{n} x i1> {m}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
+
+    def _by_lane(self, b: Buffer, i: Expr, d: DType, m: str) -> str:
+        n, t, s = d.lanes, mem_type(d), mem_scalar(d)
         v = "poison"
         for k, p in enumerate(self.lane_addresses(b, i)):
             c = self.ins(f"extractelement <{n} x i1> {m}, i32 {k}")
             q = self.ins(f"select i1 {c}, ptr {p}, ptr @lt.zero")
             v = self.ins(f"insertelement {t} {v}, {s} {self.ins(f'load {s}, ptr {q}, align {self.align(b)}')}, i32 {k}")
-        return self.ins(f"select <{n} x i1> {m}, {reg_type(d)} {self.from_memory(v, d)}, {reg_type(d)} {other}")
+        return v
+
+    def _mostly_whole(self, b: Buffer, i: Expr, d: DType, m: str, other: str) -> str:
+        """A contiguous load under a lane mask without an instruction for it: all lanes at once where the mask is true throughout."""
+        n, t, r = d.lanes, mem_type(d), reg_type(d)
+        fn = self.declare(f"llvm.vector.reduce.and.v{n}i1", f"i1 @(<{n} x i1>)")
+        whole, parts, join = self.label("whole"), self.label("parts"), self.label("join")
+        self.emit(f"br i1 {self.ins(f'call i1 @{fn}(<{n} x i1> {m})')}, label %{whole}, label %{parts}")
+        self.start(whole)
+        self.push()
+        x = self.from_memory(self.ins(f"load {t}, ptr {self.address(b, i.args[0])}, align {self.align(b)}"), d)
+        self.pop()
+        ends = [(x, self.block)]
+        self.emit(f"br label %{join}")
+        self.start(parts)
+        self.push()
+        y = self.from_memory(self._by_lane(b, i, d, m), d)
+        y = self.ins(f"select <{n} x i1> {m}, {r} {y}, {r} {other}")
+        self.pop()
+        ends.append((y, self.block))
+        self.emit(f"br label %{join}")
+        self.start(join)
+        return self.ins(f"phi {r} " + ", ".join(f"[ {v}, %{k} ]" for v, k in ends))
 
     def vector_masks(self, d: DType) -> bool:
         """Whether the target masks memory accesses of this element size in one instruction."""
