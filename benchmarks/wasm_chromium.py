@@ -17,7 +17,11 @@ from typing import Any
 PAGE = """<!doctype html><script type="module">
 const RECORD = 48, EXTENTS = 16;
 const [folders, variant, threads, runs] = await (await fetch("/job")).json();
-const get = async (u) => new Uint8Array(await (await fetch(u)).arrayBuffer());
+const get = async (u) => {
+  const r = await fetch(u);
+  if (!r.ok) throw new Error(`${u}: ${r.status}`);
+  return new Uint8Array(await r.arrayBuffer());
+};
 const out = {};
 for (const folder of folders) {
   try {
@@ -51,6 +55,15 @@ for (const folder of folders) {
       times.push(performance.now() - t0);
       if (status) throw new Error(`lt_run ${status}`);
     }
+    const want = new Float32Array((await get(`/${folder}/output-0.bin`)).buffer);
+    const [at, bytes] = new Uint32Array(memory.buffer, spec.io + RECORD * manifest.inputs.length, 2);
+    const got = new Float32Array(memory.buffer, at, bytes / 4);
+    let worst = 0, scale = 0;
+    for (let k = 0; k < want.length; k++) {
+      worst = Math.max(worst, Math.abs(want[k] - got[k]));
+      scale = Math.max(scale, Math.abs(want[k]));
+    }
+    if (got.length !== want.length || !(worst <= 1e-3 * scale)) throw new Error(`wrong output: off by ${worst} of ${scale}`);
     times.sort((a, b) => a - b);
     out[folder] = {least: times[0], middle: times[times.length >> 1]};
     for (const w of workers) w.terminate();

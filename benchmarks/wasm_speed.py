@@ -75,6 +75,8 @@ def build(names: list[str]) -> None:
         got = module.run(inputs)
         worst = max(float(np.max(np.abs(want[n] - got[n]))) for n in want)
         (folder / "shapes.json").write_text(json.dumps({n: list(a.shape) for n, a in inputs.items()}))
+        module.weights.tofile(folder / "weights.bin")  # type: ignore[attr-defined]
+        np.ascontiguousarray(want[module.outputs[0].name]).tofile(folder / "output-0.bin")
         for j, spec in enumerate(module.inputs):
             np.ascontiguousarray(inputs[spec.name]).tofile(folder / f"input-{j}.bin")
         print(f"{name}: {took:.2f} s, {len(module.binary('relaxed'))} bytes of code, differs from the CPU target by {worst:.2g}")  # type: ignore[attr-defined]

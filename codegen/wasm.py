@@ -19,11 +19,28 @@ from luthier.codegen.wasm_scalar import signed, valtype
 from luthier.codegen.wasm_vector import Vector, bits_of, full, prefix, width
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, binary, bounds, const, linear, load, load_parts, loads, prove
-from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, stmts_of, walk_stmts
+from luthier.ir.expr import Expr, _from_poly, binary, bounds, const, free_vars, linear, load, load_parts, loads, prove, substitute
+from luthier.ir.loop import (
+    Alloc,
+    Barrier,
+    Block,
+    Buffer,
+    Call,
+    For,
+    Func,
+    If,
+    Let,
+    Stmt,
+    Store,
+    While,
+    exprs_of,
+    stmts_of,
+    walk_stmts,
+)
 from luthier.passes.legalize_dtype import legalize_dtype
 from luthier.passes.lower_subbyte import lower_subbyte
 from luthier.passes.place_lets import place_lets
+from luthier.passes.split_vectors import split_vectors
 
 
 def element_bytes(d: DType) -> int:
@@ -42,6 +59,9 @@ class KernelPrinter(Vector):
         self.regs: dict[str, int | list[int]] = {}
         self.ptrs: dict[str, int] = {}
         self.cache: list[dict[tuple[str, Expr], int]] = [{}]
+        self.inner: set[Expr] = set()  # what the innermost loop defines
+        self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
+        self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
         self.params: list[str] = []
         for b in f.buffers:
             self.ptrs[b.name] = len(self.params)
@@ -68,7 +88,7 @@ class KernelPrinter(Vector):
             self.c.op("return")
             self.c.op("end")
         self.stmt(self.f.body)
-        return Function(self.f.name, self.params, [], self.types, bytes(self.c.b))
+        return Function(self.f.name, self.params, [], self.types, self.prologue() + bytes(self.c.b))
 
     def range(self) -> Function:
         self.nparams = len(self.params)
@@ -77,7 +97,7 @@ class KernelPrinter(Vector):
             self.c.const("i32", 1)
         else:
             self.emit(p[1])
-        return Function(f"{self.f.name}.range", self.params, ["i32"], self.types, bytes(self.c.b))
+        return Function(f"{self.f.name}.range", self.params, ["i32"], self.types, self.prologue() + bytes(self.c.b))
 
     # ------------------------------------------------------------ statements
 
@@ -103,12 +123,14 @@ class KernelPrinter(Vector):
         elif isinstance(s, While):
             c.start("block")
             c.start("loop")
+            self.depth += 1
             self.cache.append({})
             self.emit(s.cond)
             c.op("i32.eqz")
             c.op("br_if", 1)
             self.stmt(s.body)
             self.cache.pop()
+            self.depth -= 1
             c.op("br", 0)
             c.op("end")
             c.op("end")
@@ -180,8 +202,16 @@ class KernelPrinter(Vector):
             push_limit()
             c.op("i32.lt_s")
             c.start("if")
+        outer = self.inner, self.bases, dict(self.affine)
+        self.inner, self.bases = set(), {}
+        self.hoist(s)
         c.start("loop")
+        self.depth += 1
         self.scope(s.body)
+        self.depth -= 1
+        for n in self.bases.values():
+            self.release("i32", n)
+        self.inner, self.bases, self.affine = outer
         c.op("local.get", i)
         c.const("i32", 1)
         c.op("i32.add")
@@ -280,9 +310,65 @@ class KernelPrinter(Vector):
         if not self.fixed:
             self.c.op("i32.add")
 
+    def hoist(self, s: For) -> None:
+        """Before an innermost loop: for every access of its body, pointer + the part of the index that the loop leaves alone."""
+        inner = {s.var}
+        for x in walk_stmts(s.body):
+            if isinstance(x, (For, While)):
+                return
+            if isinstance(x, Let):
+                inner.add(x.var)
+        self.inner = inner
+        found: dict[tuple[str, Expr], tuple[Buffer, int]] = {}
+        for x in walk_stmts(s.body):
+            if isinstance(x, Let) and x.var.dtype.is_index:
+                self.note_affine(x.var, x.value)
+            places = [(x.buf, x.idx)] if isinstance(x, Store) else []
+            for e in loads(*exprs_of(x)):
+                b, idx, _, _ = load_parts(e)
+                places.append((b, idx))
+            for b, idx in places:
+                if (b.rank or b.scope != "local") and len(idx) == 1 and b.name in self.ptrs:
+                    i = idx[0].args[0] if idx[0].op == "ramp" else idx[0]
+                    if i.dtype.lanes == 1:
+                        inv, rest = self.split(substitute(i, self.affine))
+                        if inv is not None and rest is not None and len(found) < 8:
+                            found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
+        c = self.c
+        for (name, inv), (b, size) in found.items():
+            self.pointer(b)
+            self.emit(inv * size)
+            c.op("i32.add")
+            n = self.local("i32")
+            c.op("local.set", n)
+            self.bases[name, inv] = n
+
+    def note_affine(self, v: Expr, value: Expr) -> None:
+        if value.op in ("add", "sub", "mul"):
+            e = substitute(value, self.affine)
+            if not loads(e):
+                self.affine[v] = e
+                return
+        self.affine.pop(v, None)
+
+    def split(self, e: Expr) -> tuple[Expr | None, Expr | None]:
+        """The variable parts of an index that the innermost loop leaves alone and that it changes; None for nothing."""
+        same: dict[tuple[Expr, ...], int] = {}
+        rest: dict[tuple[Expr, ...], int] = {}
+        for m, k in linear(e).items():
+            if m:
+                (rest if any(x in self.inner if x.op == "var" else x.op == "load" or loads(x) or free_vars(x) & self.inner for x in m) else same)[m] = k
+        return _from_poly(same) if same else None, _from_poly(rest) if rest else None
+
     def address(self, b: Buffer, idx: Expr) -> int:
         """Pushes the address of element ``idx`` without its constant part; returns that part in bytes for the immediate."""
         size = element_bytes(b.dtype) * b.dtype.lanes
+        if self.bases:
+            whole = substitute(idx, self.affine)
+            inv, rest = self.split(whole)
+            base = None if inv is None else self.bases.get((b.name, inv))
+            if base is not None and rest is not None:
+                return self.from_base(b, base, whole, rest, size)
         k = linear(idx).get((), 0)
         dyn = idx - k
         lo = bounds(dyn)[0]
@@ -307,10 +393,29 @@ class KernelPrinter(Vector):
             c.op("i32.shl" if size & (size - 1) == 0 else "i32.mul")
         c.op("i32.add")
         if not loads(dyn):
-            self.types.append("i32")  # never returned to the pool: valid until its scope ends
-            n = self.nparams + len(self.types) - 1
+            n = self.own_local("i32")  # valid until its scope ends
             c.op("local.tee", n)
             self.cache[-1][key] = n
+        return k * size
+
+    def from_base(self, b: Buffer, base: int, whole: Expr, rest: Expr, size: int) -> int:
+        """As :meth:`address`, from a pointer that :meth:`hoist` made."""
+        c = self.c
+        k = linear(whole).get((), 0)
+        lo = bounds(whole - k)[0]
+        if k < 0 or (k > 0 and (lo is None or lo < 0)):
+            rest, k = rest + k, 0
+        key = (f"{b.name}@{base}", rest)
+        for m in reversed(self.cache):
+            if key in m:
+                c.op("local.get", m[key])
+                return k * size
+        c.op("local.get", base)
+        self.emit(rest * size)
+        c.op("i32.add")
+        n = self.own_local("i32")
+        c.op("local.tee", n)
+        self.cache[-1][key] = n
         return k * size
 
     def access(self, buf: Buffer, idx: Expr, ins: str, size: int, lane: int | None = None) -> None:
@@ -543,8 +648,8 @@ def const_data(funcs: Sequence[Func]) -> tuple[dict[str, int], list[tuple[int, b
 
 
 def legalize_wasm(f: Func) -> Func:
-    """A kernel with the loop passes done, made printable: whole bytes, no 16-bit floats, shared parts named again."""
-    g = legalize_dtype(lower_subbyte(f))
+    """A kernel with the loop passes done, made printable: whole bytes, no 16-bit floats, vectors that fit, shared parts named again."""
+    g = split_vectors(legalize_dtype(lower_subbyte(f)))
     return f if g is f else place_lets(g)
 
 

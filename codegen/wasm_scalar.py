@@ -42,6 +42,8 @@ class Emitter:
         self.nparams = 0
         self.free: dict[str, list[int]] = {}
         self.vars: dict[Expr, int | list[int]] = {}
+        self.depth = 0  # loops around what is being emitted
+        self.pool: dict[tuple[str, bytes], int] = {}  # constants that loops use, by value: locals set at the start of the function
 
     # locals ------------------------------------------------------
 
@@ -54,6 +56,30 @@ class Emitter:
 
     def release(self, ty: str, n: int) -> None:
         self.free.setdefault(ty, []).append(n)
+
+    def own_local(self, ty: str) -> int:
+        """A local that is never handed out again."""
+        self.types.append(ty)
+        return self.nparams + len(self.types) - 1
+
+    def v128_const(self, data: bytes) -> None:
+        """A vector constant. Engines build one from three instructions wherever it stands, so loops read it from a local; zeros and
+        ones are one instruction anyway."""
+        if not self.depth or data in (bytes(16), b"\xff" * 16):
+            self.c.v128(data)
+            return
+        key = ("v128", data)
+        if key not in self.pool:
+            self.pool[key] = self.own_local("v128")
+        self.c.op("local.get", self.pool[key])
+
+    def prologue(self) -> bytes:
+        """Sets the locals of :attr:`pool`."""
+        c = Code()
+        for (_, data), n in self.pool.items():
+            c.v128(data)
+            c.op("local.set", n)
+        return bytes(c.b)
 
     def fail(self, e: Expr, why: str) -> CompilationError:
         return CompilationError(f"WebAssembly: {why}: {e!r}", op=self.name)

@@ -183,14 +183,14 @@ class Vector(Emitter):
 
     def pattern(self, d: DType, values: list[int]) -> None:
         w = width(d)
-        self.c.v128(b"".join((v & ((1 << w) - 1)).to_bytes(w // 8, "little") for v in values))
+        self.v128_const(b"".join((v & ((1 << w) - 1)).to_bytes(w // 8, "little") for v in values))
 
     def broadcast(self, e: Expr) -> None:
         a, d, c = e.args[0], e.dtype, self.c
         w = width(d)
         if a.op == "const":
             if d.is_float:
-                c.v128(struct.pack("<f" if w == 32 else "<d", a.attr) * d.lanes)
+                self.v128_const(struct.pack("<f" if w == 32 else "<d", a.attr) * d.lanes)
             else:
                 self.pattern(d, [-1 if d.is_bool and a.attr else int(a.attr)] * d.lanes)
             return
@@ -433,8 +433,7 @@ class Vector(Emitter):
         while lanes > 1:
             half = lanes // 2
             c.op("local.set", n)
-            hi = [(k + half) * size + b for k in range(half) for b in range(size)]
-            hi += [0] * (16 - len(hi))
+            hi = [(k ^ half) * size + b for k in range(16 // size) for b in range(size)]  # a pattern that engines know
             for first in ([False, True] if op in ("min", "max") and d.is_float else [True, False]):
                 c.op("local.get", n)
                 if not first:
