@@ -59,7 +59,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
     flush = gcd(gcd(p.group, p.act) if p.act else p.group, 64)
     if flush % 16 or (p.act and (p.act % UNIT or p.act > 256)) or (p.offset is not None and _base(p)):
         return None
-    return _Builder(s, p, caps, constants, flush, streams, rows).kernels()
+    return GemvBuilder(s, p, caps, constants, flush, streams, rows).kernels()
 
 
 def _base(p: LowbitProduct) -> int:
@@ -90,7 +90,9 @@ class Body:
 
 
 @dataclass
-class _Builder:
+class GemvBuilder:
+    """A kernel that prepares the activations and one that multiplies; what they share with look-up kernels."""
+
     s: Schedule
     p: LowbitProduct
     caps: Capabilities
@@ -98,6 +100,7 @@ class _Builder:
     flush: int
     streams: int | None
     rows: int | None
+    template = "quantized_gemv"
 
     def kernels(self) -> Any:
         from luthier.schedules.select import Kernels, build_kernel
@@ -109,7 +112,7 @@ class _Builder:
         for q in self.packs:
             packed[q.buf.name] = q.apply(self.constants[q.param])
             packings[q.buf.name] = q
-        name = "quantized_gemv"
+        name = self.template
         done = tuple(build_kernel(replace(f, attrs={**f.attrs, "template": name}), self.caps) for f in funcs)
         trace = ((name, f"bits={p.bits}", f"group={p.group}", f"act={p.act}", f"streams={self.r}"),)
         return Kernels(done, tuple(replace(b, scope="global") for b in self.temps), packed, name, trace, packings)
@@ -118,51 +121,50 @@ class _Builder:
 
     def prepare(self) -> None:
         p = self.p
-        cols, n = p.columns, p.outputs
-        blocks = -(-n // TILE) * TILE // ROWS
-        self.m = dim_of(p.rows)
-        name = p.out.name
-        self.groups = cols // p.group
+        cols, b = p.columns, p.bits
         base = _base(p)
-        some = next(ld.attr[0].name for ld in loads(p.scale))
-        b = p.bits
-
-        def pack(expr: Expr, step: int, fn: Any, buf: Buffer, param: str) -> LowbitPacking:
-            return LowbitPacking(param, expr, p.n, p.k, step, fn, buf)
-
-        def const_buf(suffix: str, dtype: DType, size: int) -> Buffer:
-            return Buffer(f"{name}.{suffix}", dtype, (const(size),), "param", False)
-
-        self.w = const_buf("words", i32, blocks * (cols // UNIT) * b * ROWS)
+        self.prepare_groups(base)
+        self.w = Buffer(f"{p.out.name}.words", i32, (const(self.blocks * (cols // UNIT) * b * ROWS),), "param", False)
         words = pack_words(b)
-        self.packs = [pack(p.q, 1, lambda u: words(u.astype(np.int16) - base), self.w, next(ld.attr[0].name for ld in loads(p.q)))]
-        sd = self.stored(p.scale)
-        self.sc = const_buf("scales", sd, blocks * self.groups * ROWS)
-        self.packs.append(pack(p.scale, p.group, lambda a: group_stream(a.astype(sd.numpy)), self.sc, some))
-        self.off = self.zero = None
-        if p.offset is not None:
-            od = self.stored(p.offset)
-            self.off = const_buf("offsets", od, blocks * self.groups * ROWS)
-            self.packs.append(pack(p.offset, p.group, lambda a: group_stream(a.astype(od.numpy)), self.off, self.source(p.offset)))
-        elif p.zero_const is None:
-            assert p.zero is not None
-            whole = p.zero.dtype.is_int
-            zd = (u8 if b < 8 else i16) if whole else self.stored(p.zero)
-            self.zero = const_buf("zeros", zd, blocks * self.groups * ROWS)
-            self.packs.append(pack(p.zero, p.group, lambda a: group_stream((a.astype(np.float64) - base).astype(zd.numpy)), self.zero, self.source(p.zero)))
-        self.zc = None if p.zero_const is None else p.zero_const - base
-        r = self.streams or 4
-        while blocks % r:
+        self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, lambda u: words(u.astype(np.int16) - base), self.w))
+        r = self.streams or 1
+        while self.blocks % r:
             r //= 2
-        self.r, self.blocks = r, blocks
-        wide = f32 if not p.act else i32
-        per = len(pieces(b)) * 4 * (cols // UNIT) if not p.act else cols // 4
-        self.xb = Buffer(f"{name}.x", wide, (self.m * per,), "param", True)
-        self.xper = per
+        self.r = r
+        self.xper = len(pieces(b)) * 4 * (cols // UNIT) if not p.act else cols // 4
+        name = p.out.name
+        self.xb = Buffer(f"{name}.x", i32 if p.act else f32, (self.m * self.xper,), "param", True)
         self.sx = Buffer(f"{name}.xscale", f32, (self.m * (cols // max(p.act, UNIT)),), "param", True)
         self.sums = Buffer(f"{name}.xsum", i32 if p.act and self.zc is not None else f32, (self.m * (cols // self.flush),), "param", True)
         self.summed = self.zc != 0 or (not p.act and b == 8)
         self.temps = [self.xb, *([self.sx] if p.act else []), *([self.sums] if self.summed else [])]
+
+    def prepare_groups(self, base: int) -> None:
+        """Row blocks, and the streams of scales, zero points (less ``base``) and offsets."""
+        p = self.p
+        self.blocks = -(-p.outputs // TILE) * TILE // ROWS
+        self.m = dim_of(p.rows)
+        self.groups = p.columns // p.group
+        self.off = self.zero = None
+        self.packs: list[LowbitPacking] = []
+        self.sc = self.stream("scales", p.scale, self.stored(p.scale), 0)
+        if p.offset is not None:
+            self.off = self.stream("offsets", p.offset, self.stored(p.offset), 0)
+        elif p.zero_const is None:
+            assert p.zero is not None
+            zd = (u8 if p.bits < 8 and not base else i16) if p.zero.dtype.is_int else self.stored(p.zero)
+            self.zero = self.stream("zeros", p.zero, zd, base)
+        self.zc = None if p.zero_const is None else p.zero_const - base
+
+    def stream(self, suffix: str, e: Expr, dtype: DType, base: int) -> Buffer:
+        """One value for eight rows of every group, packed in the order in which kernels read it."""
+        buf = Buffer(f"{self.p.out.name}.{suffix}", dtype, (const(self.blocks * self.groups * ROWS),), "param", False)
+
+        def fn(a: Any) -> Any:
+            return group_stream((a.astype(np.float64) - base if base else a).astype(dtype.numpy))
+
+        self.packs.append(LowbitPacking(self.source(e), e, self.p.n, self.p.k, self.p.group, fn, buf))
+        return buf
 
     def source(self, e: Expr) -> str:
         ls = loads(e)

@@ -33,7 +33,7 @@ from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 
 TEMPLATES = ("lut_gemv", "quantized_gemv", "contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
-GPU_TEMPLATES = ("gpu_rowwise", "gpu_elementwise")
+GPU_TEMPLATES = ("gpu_contract", "gpu_rowwise", "gpu_elementwise")
 
 
 @dataclass(slots=True)
