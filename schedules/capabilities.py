@@ -10,7 +10,8 @@ class Capabilities:
     """``vector_bits``: width of a SIMD register; ``registers``: how many of them a kernel may count on; ``features``: ISA facts
     that instructions in ``schedules/intrin`` ask for (``fma``, ``vnni``, ``vbmi``, ``bf16dot``, ``masked_store``, ``gather``,
     ``relaxed_simd``, ``dp4a``, ``subgroups``, ``f16`` ...). ``native``: transcendental operators the target has (with its ULP
-    error), all others are expanded. Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
+    error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
+    limit of a loop; 0 where they are not. Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
 
     vector_bits: int = 256
     registers: int = 16
@@ -23,6 +24,7 @@ class Capabilities:
     max_threads_per_block: int = 256
     shared_bytes: int = 16 << 10
     index_bits: int = 64
+    issue: float = 0.0
 
     def lanes(self, bits: int) -> int:
         """SIMD lanes for elements of ``bits``; 1 where the target has no vectors."""

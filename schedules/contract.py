@@ -65,8 +65,9 @@ def product(
     us = [a for a in st.axes if a.var is not v and (a.var in {x.var for x in us} or a.name.startswith("_u"))]
     m_ext = us[-1].extent if us else const(1)
     packs = not depthwise and _packable(s, p, v, constants)
-    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise)
+    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise, issue=caps.issue)
     mu, nv = mu or mu_, nv or nr * lanes
+    packs = packs or (not depthwise and _wastes_lines(s, p, v, m_ext, nv, caps))
     padded = False
     if packs:
         s, padded = _pack_panel(s, acc, p, v, nv)
@@ -184,12 +185,13 @@ def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
 # ---------------------------------------------------------------- tile choice
 
 
-def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, shared: bool = True) -> tuple[int, int]:
+def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, shared: bool = True, issue: float = 0.0) -> tuple[int, int]:
     """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
 
     Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3); accumulators, the panel's
     vectors and one broadcast share the registers, with one to spare (the code generator spills without it). ``exact``: columns are not padded, so a width that divides them avoids masks
-    in the reduction. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads."""
+    in the reduction. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads. ``issue``: see
+    :class:`Capabilities`; a broadcast is a load and its address, a step has four instructions of its own."""
     mm = m.attr if m.op == "const" else 96
     nn = n.attr if n.op == "const" else 256
     exact = exact and nn % lanes == 0
@@ -206,7 +208,10 @@ def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, s
             for rows, times in ((mu, mm // mu), (mm % mu, 1)):
                 if rows:
                     fetched = rows + nr if shared else rows * nr + nr
-                    c += times * max(rows * nr / 2, fetched / 1.4, 5.0)
+                    step = max(rows * nr / 2, fetched / 1.4, 5.0)
+                    if issue:
+                        step = max(step, (rows * nr + fetched + rows + 4) / issue)
+                    c += times * step
             c *= -(-nn // (nr * lanes))
             c *= 1 + 0.01 * (mu == 1)
             if best is None or c < best[0] * 0.999:
@@ -398,20 +403,42 @@ def _merge_reduce(s: Schedule, acc: str) -> Schedule:
 # ---------------------------------------------------------------- packing and tiling
 
 
-def _packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bool:
-    """P reads one parameter whose dimension along ``v`` is indexed by v alone, and either it is constant or its lanes are strided."""
+def _whole_parameter(p: Expr, v: Expr) -> tuple[Any, tuple[Expr, ...]] | None:
+    """The one parameter that P reads along ``v`` and its index, if that dimension is indexed by v alone."""
     ls = [x for x in loads(p) if v in free_vars(x)]
     if len(ls) != 1:
-        return False
+        return None
     buf, idx, m, _ = load_parts(ls[0])
     if m is not None or buf.scope != "param" or sum(i is v for i in idx) != 1 or sum(v in free_vars(i) for i in idx) != 1:
+        return None
+    return None if any(i.op not in ("var", "const") for i in idx) else (buf, idx)
+
+
+def _packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bool:
+    """P reads one parameter whose dimension along ``v`` is indexed by v alone, and either it is constant or its lanes are strided."""
+    found = _whole_parameter(p, v)
+    if found is None:
         return False
-    if any(i.op not in ("var", "const") for i in idx):
-        return False
+    buf, idx = found
     if buf.name in constants:
         return True
     d = stride(flat(buf, idx), v)
     return d is None or not is_const(d, 1)
+
+
+LINE = 64  # bytes of a cache line
+REUSE = 64  # rows that pay for a copy of the other factor
+
+
+def _wastes_lines(s: Schedule, p: Expr, v: Expr, m: Expr, nv: int, caps: Capabilities) -> bool:
+    """The strip of P that a tile reads in every step is narrower than a cache line, and P is large and read often: a copy in panels
+    costs less than fetching every line several times."""
+    found = _whole_parameter(p, v)
+    if found is None or m.op != "const" or m.attr < REUSE:
+        return False
+    size = found[0].size()
+    bytes_ = found[0].dtype.bits // 8
+    return nv * bytes_ < LINE and size.op == "const" and size.attr * bytes_ > caps.l1
 
 
 def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Schedule, bool]:
