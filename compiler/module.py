@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier import settings
+from luthier import dlpack, settings
 from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 
@@ -69,6 +69,7 @@ class Module:
         self._outs = tuple(_port(d) for d in manifest["outputs"])
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
+        self._out_names = {p.name for p in self._outs}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
 
@@ -90,12 +91,13 @@ class Module:
             raise InputError(f"the module takes {len(self._ins)} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
         return tuple(self._run(arrays, None).values())
 
-    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """``{input name: array}`` to ``{output name: array}``.
 
-        Arrays are numpy's or anything with DLPack or ``__array_interface__`` (not copied when contiguous). ``out``: arrays to
-        write outputs into (contiguous, right dtype, right shape). Raises InputError for a wrong name, dtype, rank or extent,
-        KernelError when a kernel fails."""
+        Arrays are numpy's or anything with DLPack or ``__array_interface__``, in the processor's memory (not copied when
+        contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
+        outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
+        wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
         try:
             arrays = [inputs[p.name] for p in self._ins]
         except KeyError:
@@ -104,6 +106,9 @@ class Module:
         if len(inputs) != len(arrays):
             extra = sorted(set(inputs) - self._names)
             raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
+        if out is not None and not out.keys() <= self._out_names:
+            extra = sorted(set(out) - self._out_names)
+            raise InputError(f"the model has no output {', '.join(map(repr, extra))}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
         return self._run(arrays, out)
 
     def _describe(self) -> str:
@@ -156,7 +161,7 @@ class Module:
             for j, (q, s) in enumerate(zip(self._outs, shapes, strict=True)):
                 a = None if out is None else out.get(q.name)
                 if a is not None:
-                    _check_out(a, q, s)
+                    a = _check_out(a, q, s, keep)
                 elif s is not None and q.bits >= 8:
                     a = np.empty(s, q.dtype)
                 if a is None:
@@ -186,7 +191,8 @@ class Module:
             self._idle.append(ctx)
             raise
         self._idle.append(ctx)
-        return {q.name: a for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
+        given = {} if out is None else {n: a for n, a in out.items() if a is not None}
+        return {q.name: given.get(q.name, a) for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
 
     def _infer(self, ctx: Context, key: Any) -> list[tuple[int, ...] | None]:
         """Shapes of the outputs for input shapes; None where only the run decides."""
@@ -273,10 +279,7 @@ def _convert(a: Any, p: _Port) -> Array:
     """Anything that is an array to a contiguous numpy array of the right dtype. Raises InputError."""
     if not isinstance(a, np.ndarray):
         if hasattr(a, "__dlpack__") and not isinstance(a, np.generic):
-            try:
-                a = np.from_dlpack(a)
-            except (BufferError, RuntimeError, TypeError, ValueError) as e:
-                raise InputError(f"input {p.name}: numpy cannot view this {type(a).__name__}: {e}") from e
+            a = dlpack.view(a, f"input {p.name}")
         elif hasattr(a, "__array_interface__") or hasattr(a, "__array__") or isinstance(a, np.generic):
             a = np.asarray(a)
         else:
@@ -289,13 +292,19 @@ def _convert(a: Any, p: _Port) -> Array:
     return a if a.flags.c_contiguous else np.ascontiguousarray(a)
 
 
-def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None) -> None:
+def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = ()) -> Array:
+    """An array for an output, as numpy's. Raises InputError when it cannot take the result."""
+    if not isinstance(a, np.ndarray) and hasattr(a, "__dlpack__"):
+        a = dlpack.view(a, f"out[{q.name!r}]")
     if not isinstance(a, np.ndarray) or a.dtype != q.dtype or not a.flags.c_contiguous or not a.flags.writeable or q.bits < 8:
-        raise InputError(f"out[{q.name!r}] must be a writable contiguous numpy array of {q.dtype}")
+        raise InputError(f"out[{q.name!r}] must be a writable contiguous array of {q.dtype}")
     if shape is not None and a.shape != shape:
         raise InputError(f"out[{q.name!r}] has shape {list(a.shape)}, the output has {list(shape)}")
     if len(a.shape) != q.rank:
         raise InputError(f"out[{q.name!r}] has rank {a.ndim}, the output has {q.rank}")
+    if any(np.may_share_memory(a, x) for x in ins):
+        raise InputError(f"out[{q.name!r}] shares memory with an input", hint="give another array")
+    return a
 
 
 def _evaluate(e: Any, dims: Mapping[str, int]) -> float:
