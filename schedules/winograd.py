@@ -63,7 +63,12 @@ def matrices(m: int) -> tuple[Array, Array, Array]:
 def transformed_weights(w: Array, m: int) -> Array:
     """f32 [3, 3, C, K] to f32 [(m+2)^2, C, K], computed in f64."""
     g = matrices(m)[1]
-    return np.einsum("ai,bj,ijck->abck", g, g, w.astype(np.float64), optimize=True).reshape((m + 2) ** 2, *w.shape[2:]).astype(np.float32)
+    both = np.kron(g, g)  # [(m+2)^2, 9]
+    flat = np.ascontiguousarray(w).reshape(9, -1)
+    out = np.empty((len(both), flat.shape[1]), np.float32)
+    for k in range(0, flat.shape[1], 1 << 15):  # in pieces: f64 is twice the size
+        out[:, k : k + (1 << 15)] = both @ flat[:, k : k + (1 << 15)].astype(np.float64)
+    return out.reshape(-1, *w.shape[2:])
 
 
 @dataclass(frozen=True, slots=True)
