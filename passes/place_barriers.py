@@ -5,7 +5,8 @@ After: ``for k: { barrier shared; for t thread.x: s[t] = A[t]; barrier shared; f
 the next round must not overwrite what another thread still reads).
 
 Statements outside thread loops are executed by all threads alike, so a barrier may stand there; inside a thread loop none is
-placed, its iterations are independent by the meaning of ``thread``. Barriers that are there already count.
+placed, its iterations are independent by the meaning of ``thread``. Neither are rounds of a loop separated that reads nothing it
+writes: it fills a tile, each element once. Barriers that are there already count.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def _place(s: Stmt, p: _Pending) -> tuple[Stmt, _Pending]:
         body, p = _place(s.body, p)
         return Alloc(s.buf, body), p
     if isinstance(s, For) and _uniform(s):
+        u = _uses(s)
+        if not u.read & u.written:  # a tile being filled: its rounds write different elements
+            return (block(Barrier("shared"), s), u) if p.conflicts(u) else (s, p | u)
         _, end = _place(s.body, p)
         body, end = _place(s.body, p if s.kind.startswith("block") else p | end)
         return replace(s, body=body), end
