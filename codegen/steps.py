@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, free_vars, loads, substitute
+from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
@@ -154,11 +154,17 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The run fails when two extents differ. Every thread sees the same values, so all leave."""
+    """The run fails unless ``low <= got <= high`` (None: no bound). Every thread sees the same values, so all leave.
 
-    got: Expr
-    want: Expr
+    ``kind``: ``equal`` (low is high: two extents that must fit), ``extent`` (of dimension ``axis`` of tensor ``what``, not negative),
+    ``value`` (what memory holds, within what the variable promises: all that is proved about indices rests on it)."""
+
+    kind: str
     what: str
+    got: Expr
+    low: Expr | None
+    high: Expr | None
+    axis: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,18 +233,19 @@ class _Walk:
         self.hazards = Hazards()
         self.known = set(self.p.dims)
         self.placed: set[str] = set()
+        self.checked: set[Expr] = set()  # extents known to be no less than 0
         self.out: list[Step] = []
         self.calls: list[str] = []
         self.shared_work: list[Expr] = []
 
     def block(self, body: Stmt | None) -> tuple[Step, ...]:
         """Steps of a nested body; what it learns is forgotten afterwards."""
-        outer, known, placed = self.out, set(self.known), set(self.placed)
+        outer, known, placed, checked = self.out, set(self.known), set(self.placed), set(self.checked)
         self.out = []
         for c in stmts_of(body):
             self.stmt(c)
         done = tuple(self.out)
-        self.out, self.known, self.placed = outer, known, placed
+        self.out, self.known, self.placed, self.checked = outer, known, placed, checked
         return done
 
     def memory(self, b: Buffer) -> Any:
@@ -277,6 +284,7 @@ class _Walk:
             self.read_by_all(s.value)
             self.out.append(Bind(s.var, s.value))
             self.known.add(s.var)
+            self.check_value(s)
             self.place()
         elif isinstance(s, Store):
             self.access([e.attr[0] for x in exprs_of(s) for e in loads(x)], [s.buf], False)
@@ -302,7 +310,7 @@ class _Walk:
             if s.callee == "lt.check":
                 got, want = s.args
                 self.read_by_all(got, want)
-                self.out.append(Check(got, want, str(dict(s.attrs).get("what", "an extent"))))
+                self.out.append(Check("equal", str(dict(s.attrs).get("what", "an extent")), got, want, want))
             else:
                 self.run(s)
         else:
@@ -321,6 +329,7 @@ class _Walk:
             if isinstance(p, Buffer):
                 (writes if p.name in written else reads).append(a if isinstance(a, Buffer) else a[0])
         self.read_by_all(*(a if isinstance(a, Expr) else a[1] for a in s.args if not isinstance(a, Buffer)))
+        self.check_extents((*reads, *writes))
         env = {p: a for p, a in zip(f.params, s.args) if isinstance(p, Expr)}
         loop, load = self.m.loops[s.callee], self.m.work[s.callee]
         shared = loop is not None and not load.small(env)
@@ -332,6 +341,24 @@ class _Walk:
         extent = None if loop is None else substitute(loop[1], env)
         self.out.append(Run(s, len(self.calls), shared, extent, grain))
         self.calls.append(s.callee)
+
+    def check_extents(self, bufs: Iterable[Buffer]) -> None:
+        """A kernel is not called for tensors of negative extents, which inputs that are too small give."""
+        for b in bufs:
+            for axis, e in enumerate(b.shape):
+                low = bounds(e)[0]
+                if (low is None or low < 0) and e not in self.checked and not loads(e):
+                    self.checked.add(e)
+                    self.out.append(Check("extent", self.m.public(b), e, const(0), None, axis))
+
+    def check_value(self, s: Let) -> None:
+        _, lo, hi = s.var.attr
+        if not loads(s.value) or not s.var.dtype.is_index or (lo is None and hi is None):
+            return
+        if isinstance(hi, Expr) and not (free_vars(hi) <= self.known and not loads(hi)):
+            hi = None
+        low, high = (None if x is None else as_expr(x) for x in (lo, hi))
+        self.out.append(Check("value", str(s.var.attr[0]), s.var, low, high))
 
     def place(self) -> None:
         """Memory of buffers and outputs whose last unknown extent was just read."""

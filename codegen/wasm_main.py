@@ -19,13 +19,14 @@ from luthier.codegen.wasm_scalar import valtype
 from luthier.codegen.wasm_text import GLOBALS, assemble, source
 from luthier.ir.dtypes import i64
 from luthier.ir.errors import CompilationError, LuthierError
-from luthier.ir.expr import Expr, binary, cast, const, free_vars, maximum, minimum
+from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars, maximum, minimum
 from luthier.ir.loop import EMPTY, Buffer, For, Func, Store, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.plan_memory import ALIGN, byte_size
 
 _WIDE = ("add", "sub", "mul", "min", "max", "floordiv", "mod")
 _HUGE = (1 << 31) - 1
+KINDS = {"equal": 4, "extent": 5, "value": 6}  # of errors, see docs/web.md
 
 
 def wide(e: Expr) -> Expr:
@@ -157,27 +158,31 @@ class _Main(_Host):
 
     def check(self, s: Check) -> None:
         c = self.c
-        got, want = self.local("i64"), self.local("i64")
-        self.emit(wide(s.got))
-        c.op("local.tee", got)
-        self.emit(wide(s.want))
-        c.op("local.tee", want)
-        c.op("i64.ne")
+        n = {k: self.local("i64") for k in ("got", "low", "high")}
+        for k, e in (("got", s.got), ("low", s.low), ("high", s.high)):
+            self.emit(const(0, i64) if e is None else wide(e))
+            c.op("local.set", n[k])
+        bad: list[tuple[str, str]] = [("low", "lt_s")] * (s.low is not None) + [("high", "gt_s")] * (s.high is not None)
+        for k, op in bad:
+            c.op("local.get", n["got"])
+            c.op("local.get", n[k])
+            c.op(f"i64.{op}")
+        if len(bad) == 2:
+            c.op("i32.or")
         c.start("if")
 
         def tell() -> None:
-            for v in (1, 4, self.m.name(s.what), 0):
+            for v in (1, KINDS[s.kind], self.m.name(s.what), s.axis):
                 c.const("i32", v)
-            c.op("local.get", got)
-            c.op("local.get", want)
-            c.const("i64", 0)
+            for k in n.values():
+                c.op("local.get", k)
             self.call_to("fail")
 
         self.on_first(tell)
         self.leave()
         c.op("end")
-        self.release("i64", got)
-        self.release("i64", want)
+        for x in n.values():
+            self.release("i64", x)
 
     def place(self, s: Place) -> None:
         c, m = self.c, self.m
@@ -398,6 +403,12 @@ class _Bind(_Host):
             for axis, e in enumerate(b.shape):
                 known = free_vars(e) <= dims
                 self.set_word(m.memory.outputs[b.name] + EXTENTS + 4 * axis, lambda e=e, known=known: self.emit(e) if known else c.const("i32", -1))  # type: ignore[misc]
+                low = bounds(e)[0]
+                if known and (low is None or low < 0):
+                    for x in (m.name(m.layout.public(b)), axis):
+                        c.const("i32", x)
+                    self.emit(e)
+                    self.call_to("check_extent")
         self.status()
         c.start("if")
         self.status()

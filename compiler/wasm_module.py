@@ -120,7 +120,11 @@ class _Instance:
         if kind == 2:
             raise InputError(f"input {who}: dimension {axis} is {got}, allowed are {want} to {want2}")
         if kind == 4:
-            raise InputError(f"{who} is {got}, the model needs {want} here")
+            raise InputError(f"{who} do not fit: {got} against {want}")
+        if kind == 5:
+            raise InputError(f"{who}: dimension {axis} would be {got}; the inputs do not allow it")
+        if kind == 6:
+            raise InputError(f"{who} is {got} in the data of this run, allowed are {want} to {want2}")
         raise KernelError(f"out of memory: {got} bytes for {who}")
 
 

@@ -170,7 +170,9 @@ export class Engine {
     const text = {
       1: `input "${name}": dimension ${axis} is ${got}, expected ${want}`,
       2: `input "${name}": dimension ${axis} is ${got}, allowed are ${want} to ${want2}`,
-      4: `${name} is ${got}, the model needs ${want} here`,
+      4: `${name} do not fit: ${got} against ${want}`,
+      5: `${name}: dimension ${axis} would be ${got}; the inputs do not allow it`,
+      6: `${name} is ${got} in the data of this run, allowed are ${want} to ${want2}`,
     }[kind];
     throw new InputError("WRONG_SHAPE", text || `the run failed with status ${status}, kind ${kind}`, "change the inputs", { name, axis, got, want });
   }
