@@ -291,7 +291,7 @@ def _box(e: Expr, unbound: Env) -> tuple[Expr, Expr] | None:
     """(lowest value, number of values) of an index over the unbound variables; None where it is not affine in them."""
     base = {}
     extent = const(1)
-    for m, c in linear(e).items():
+    for m, c in linear(_rejoin(e)).items():
         hit = [a for a in m if free_vars(a) & unbound.keys()]
         if not hit:
             base[m] = c
@@ -304,6 +304,17 @@ def _box(e: Expr, unbound: Env) -> tuple[Expr, Expr] | None:
             for mm, cc in linear((n - 1) * c).items():
                 base[mm] = base.get(mm, 0) + cc
     return _from_poly({m: c for m, c in base.items() if c}), extent
+
+
+def _rejoin(e: Expr) -> Expr:
+    """``x // d * d + x % d`` is ``x`` (an index of fused loops that is taken apart and put together again)."""
+    terms = linear(e)
+    for m, c in terms.items():
+        if len(m) == 1 and m[0].op == "mod" and m[0].args[1].op == "const":
+            x, d = m[0].args
+            if terms.get((x // d,)) == c * d.attr:
+                return _rejoin(e - m[0] * c - x // d * (c * d.attr) + x * c)
+    return e
 
 
 def _union(a: tuple[Expr, Expr], b: tuple[Expr, Expr]) -> tuple[Expr, Expr] | None:
@@ -341,7 +352,7 @@ class _Nest:
             x = self.region[d][0] + self.local(d, env)
             hi_ok, lo_ok = x < a.extent, as_expr(0) <= x
             raw = st.subst[a.var]
-            if prove(hi_ok) and prove(lo_ok) or d in st.pad and not store:
+            if prove(hi_ok) and prove(lo_ok) or d in st.pad and (not store or st.at is not None):
                 pass
             elif (store and st.at is None) or free_vars(raw) & self.vector:
                 if not (d in st.pad and st.at is not None):

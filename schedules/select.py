@@ -26,13 +26,12 @@ from luthier.passes.privatize_threads import privatize_threads
 from luthier.passes.promote_locals import promote_locals
 from luthier.passes.unroll import unroll
 from luthier.passes.vectorize import vectorize
-from luthier.schedules import winograd
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 
-TEMPLATES = ("lut_gemv", "quantized_gemv", "contract_integer", "contract", "attention", "rowwise", "scan", "elementwise")
+TEMPLATES = ("lut_gemv", "quantized_gemv", "contract_integer", "winograd", "contract", "attention", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_contract", "gpu_rowwise", "gpu_elementwise")
 
 
@@ -70,12 +69,6 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
     slim = drop_units(compute)
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
-    if forced in (None, "winograd"):
-        k = _winograd(s0.compute, caps, consts, knobs.pop("tile", None) if forced else None)
-        if k is not None:
-            return k
-        if forced:
-            raise ScheduleError(f"{compute.name} is no convolution that winograd takes")
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
@@ -89,22 +82,9 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
             parts = partition(s0.compute)
             if len(parts) > 1:
                 return _join([build(p, caps, consts) for p in parts], compute)
+    if forced:
+        raise ScheduleError(f"{compute.name} is no pattern of template {forced}")
     raise AssertionError("the elementwise template fits everything")
-
-
-def _winograd(c: Compute, caps: Capabilities, consts: Mapping[str, np.ndarray[Any, Any]], m: int | None) -> Kernels | None:
-    """The three kernels of a convolution that is faster so; None where it is not one."""
-    parts = winograd.rewrite_conv(c, caps, consts, m)
-    if parts is None:
-        return None
-    w = parts.conv.w.name
-    k = build(parts.product, caps, {parts.weights: winograd.transformed_weights(consts[w], parts.m)})
-    if set(k.packed) != {p for p in k.packings if k.packings[p].param == parts.weights}:
-        return None
-    k.packings = {n: winograd.WinogradPacking(w, parts.m, p) for n, p in k.packings.items()}
-    first = finish(winograd.schedule_in(parts.transform_in, caps), caps, {}, "winograd")
-    last = finish(winograd.schedule_out(parts, caps), caps, {}, "winograd")
-    return _join([first, k, last], c)
 
 
 def partition(c: Compute) -> list[Compute]:

@@ -23,7 +23,7 @@ Which form: the one with the least estimated cycles (:func:`cycles`), for static
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -35,7 +35,8 @@ from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, is_const, land, load, load_parts, loads, select
 from luthier.ir.loop import Buffer
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.contract import _is_box, _product
+from luthier.schedules.contract import _is_box, _pack_panel, _product, _tile
+from luthier.schedules.contract import tile as tile_of
 from luthier.schedules.schedule import Packing, Schedule, annotate, fuse, inline, reorder, schedule, split, stage
 
 Array = np.ndarray[Any, Any]
@@ -61,26 +62,26 @@ def matrices(m: int) -> tuple[Array, Array, Array]:
 
 
 def transformed_weights(w: Array, m: int) -> Array:
-    """f32 [3, 3, C, K] to f32 [(m+2)^2, C, K], computed in f64."""
+    """f32 [9, ...] taps to f32 [(m+2)^2, ...], computed in f64."""
     g = matrices(m)[1]
-    both = np.kron(g, g)  # [(m+2)^2, 9]
-    flat = np.ascontiguousarray(w).reshape(9, -1)
+    both, flat = np.kron(g, g), w.reshape(9, -1)
     out = np.empty((len(both), flat.shape[1]), np.float32)
-    for k in range(0, flat.shape[1], 1 << 15):  # in pieces: f64 is twice the size
-        out[:, k : k + (1 << 15)] = both @ flat[:, k : k + (1 << 15)].astype(np.float64)
-    return out.reshape(-1, *w.shape[2:])
+    for k in range(0, flat.shape[1], 2048):  # pieces that stay in cache
+        out[:, k : k + 2048] = both @ flat[:, k : k + 2048].astype(np.float64)
+    return out.reshape(-1, *w.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class WinogradPacking:
-    """Weights of a convolution to the panels of the product: transformed, then packed."""
+    """Weights [3, 3, C, K] of a convolution to the panels of the product: packed (the panels' first axis is the tap), then
+    transformed."""
 
     param: str
     m: int
     panels: Packing
 
     def apply(self, w: Array) -> Array:
-        return self.panels.apply(transformed_weights(w, self.m))
+        return transformed_weights(self.panels.apply(w.reshape(9, *w.shape[2:])), self.m)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,50 +99,46 @@ class Conv:
     lo: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """``transform_in``, ``product``, ``transform_out``: the three Computes in order; ``weights``: the product's constant operand."""
-
-    m: int
-    conv: Conv
-    transform_in: Compute
-    product: Compute
-    transform_out: Compute
-    weights: str
-
-
-def rewrite_conv(c: Compute, caps: Capabilities, constants: Mapping[str, Any], m: int | None = None) -> Parts | None:
-    """The three Computes when ``c`` is a convolution that they are estimated to run faster, else None. ``m`` forces a tile."""
-    if caps.gpu or (m is None and settings.winograd.get() == 0):
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile: int | None = None, block: int | None = None, **_: Any) -> Schedule | None:
+    """``tile``: m, else the fastest of what ``LUTHIER_WINOGRAD`` allows; ``block``: tiles of a block, 0 for three kernels."""
+    if caps.gpu or (tile is None and settings.winograd.get() == 0):
         return None
-    conv = find(c, constants)
+    conv = find(s.compute, constants)
     if conv is None:
         return None
     lanes = caps.lanes(32)
+    n, h, w = (1 if a is None else a.extent.attr for a in (conv.batch, conv.h, conv.wd))
     k = conv.k.extent.attr
     if lanes < 4 or conv.c % lanes or k % lanes:
         return None
-    if m is None:
-        sizes = [s for s in (2, 4) if s <= settings.winograd.get()]
-        n, h, w = (1 if a is None else a.extent.attr for a in (conv.batch, conv.h, conv.wd))
-        best = min([0, *sizes], key=lambda s: cycles(s, n, h, w, conv.c, k, lanes, caps))
-        if not best:
-            return None
-        m = best
-    return _parts(c, conv, m)
+    forms = [(m, b) for m in ((2, 4) if tile is None else (tile,)) for b in (blocks(m, n, h, w, conv.c, k, caps) if block is None else (block,))]
+    if tile is None:
+        forms = [(0, 0), *(x for x in forms if x[0] <= settings.winograd.get())]
+    m, b = min(forms, key=lambda x: cycles(*x, n, h, w, conv.c, k, lanes, caps))
+    return None if not m else _schedule(schedule(_rewrite(s.compute, conv, m)), conv, m, b, caps)
 
 
-def cycles(m: int, n: int, h: int, w: int, c: int, k: int, lanes: int, caps: Capabilities) -> float:
-    """Estimated cycles of one core: m = 0 for the direct sum. Two FMAs a cycle at 85 % for products; a transform costs about 1.6
-    instructions a cycle with four for each transformed vector; tensors beyond the second-level cache move 8 bytes a cycle."""
+def blocks(m: int, n: int, h: int, w: int, c: int, k: int, caps: Capabilities) -> tuple[int, ...]:
+    """Tiles of a block that are worth a try: what half the second-level cache and a stack hold, if that leaves work for threads."""
+    b = caps.l2 * 7 // 16 // (4 * (m + 2) ** 2 * max(c, k)) // 6 * 6
+    return (0, min(b, 48)) if b >= 12 and n * -(-h // m) * -(-w // m) >= 8 * b else (0,)
+
+
+def cycles(m: int, block: int, n: int, h: int, w: int, c: int, k: int, lanes: int, caps: Capabilities) -> float:
+    """Estimated cycles of one core: m = 0 for the direct sum, block = 0 for three kernels. Two FMAs a cycle at 85 % for products; a
+    transform costs four instructions for each transformed vector at 1.6 a cycle; the third-level cache moves 8 bytes a cycle, memory 3."""
     if m == 0:
         return n * h * w * 9 * c * k / (2 * lanes * 0.85)
     f, r = (m + 2) ** 2, n * -(-h // m) * -(-w // m)
     rows = -(-r // 6) * 6 if r > 6 else max(r, 5)
-    product = max(f * rows * c * k / (2 * lanes * 0.85), 4 * f * c * k / 5)
+    product = f * rows * c * k / (2 * lanes * 0.85)
+    weights = 4 * f * c * k
     transforms = 4 * f * r * (c + k) / lanes / 1.6
-    moved = 2 * 4 * f * r * (c + k)
-    return product + transforms + (moved / 8 if moved > caps.l2 else 0) + 2000
+    if block:
+        return max(product, -(-r // block) * weights / 8) * 1.05 + transforms + 2000
+    moved = 8 * f * r * (c + k)
+    speed = 3 if moved > 2 * caps.l3 else 8
+    return max(product, weights / 5) + transforms + (moved / speed if moved > caps.l2 else 0) + 2000
 
 
 # ---------------------------------------------------------------- recognising
@@ -200,40 +197,33 @@ def _only_pointwise(lets: Sequence[Pull], acc: Pull) -> bool:
 # ---------------------------------------------------------------- rewriting
 
 
-def _parts(c: Compute, conv: Conv, m: int) -> Parts:
+def _rewrite(c: Compute, conv: Conv, m: int) -> Compute:
+    """The Compute with the sum replaced by transforms and products; tiles are numbered r = (n * ny + y) * nx + x."""
     n = m + 2
     a_mat, _, b_mat = matrices(m)
-    ty, tx = -(-conv.h.extent.attr // m), -(-conv.wd.extent.attr // m)
-    nb = 1 if conv.batch is None else conv.batch.extent.attr
-    k = conv.k.extent.attr
-    a, b, j = axis("a", n), axis("b", n), axis("j", n)
-    bn, y, x, ch = axis("n", nb), axis("y", ty), axis("x", tx), axis("c", conv.c)
-    top, left = y.var * m - conv.lo[0], x.var * m + j.var - conv.lo[1]
+    ny, nx = -(-conv.h.extent.attr // m), -(-conv.wd.extent.attr // m)
+    tiles = (1 if conv.batch is None else conv.batch.extent.attr) * ny * nx
+    a, b, j, i, f = axis("a", n), axis("b", n), axis("j", n), axis("i", m), axis("f", n * n)
+    r, ch, k = axis("r", tiles), axis("c", conv.c), axis("k", conv.k.extent)
+    top, left = r.var // nx % ny * m - conv.lo[0], r.var % nx * m + j.var - conv.lo[1]
 
-    def source(i: int) -> Expr:
-        inside = land(*(t for q, s in ((top + i, conv.x.shape[1]), (left, conv.x.shape[2])) for t in (const(0) <= q, q < s)))
-        return load(conv.x, [bn.var, top + i, left, ch.var], inside)
+    def source(q: int) -> Expr:
+        inside = land(*(t for e, s in ((top + q, conv.x.shape[1]), (left, conv.x.shape[2])) for t in (const(0) <= e, e < s)))
+        return load(conv.x, [r.var // (nx * ny), top + q, left, ch.var], inside)
 
-    t = pull("wino.t", [bn, y, x, a, j, ch], cases(a.var, combine(b_mat.T, [source(i) for i in range(n)])))
-    v = pull("wino.v", [a, b, bn, y, x, ch], cases(b.var, combine(b_mat.T, [load(t.buf, [bn.var, y.var, x.var, a.var, const(i), ch.var]) for i in range(n)])))
-    first = Compute(f"{c.name}.tiles", (conv.x,), (), (t, v), (v.name,))
-
-    f, r, kk, cc = axis("f", n * n), axis("r", nb * ty * tx), axis("k", k), axis("c", conv.c)
-    vb = Buffer(v.name, f32, (f.extent, r.extent, cc.extent), "param", False)
-    ub = Buffer(f"{conv.w.name}.wino", f32, (f.extent, cc.extent, kk.extent), "param", False)
-    z = pull("wino.z", [f, r, kk], sum_(cc, load(vb, [f.var, r.var, cc.var]) * load(ub, [f.var, cc.var, kk.var])))
-    second = Compute(f"{c.name}.products", (vb, ub), (), (z,), (z.name,))
-
-    zb = Buffer(z.name, f32, (a.extent, b.extent, bn.extent, y.extent, x.extent, kk.extent), "param", False)
-    i = axis("i", m)
-    s = pull("wino.s", [bn, y, x, i, b, kk], cases(i.var, combine(a_mat.T, [load(zb, [const(q), b.var, bn.var, y.var, x.var, kk.var]) for q in range(n)])))
-    at = [const(0) if conv.batch is None else conv.batch.var, conv.h.var // m, conv.wd.var // m, conv.h.var % m]
-    taps = combine(a_mat.T, [load(s.buf, [*at, const(q), conv.k.var]) for q in range(n)])
-    acc = Pull(conv.acc.buf, conv.acc.axes, cases(conv.wd.var % m, taps))
-    lets = tuple(q for p in c.lets for q in ((s, acc) if p is conv.acc else (p,)))
-    reads = {ld.attr[0].name for q in lets for ld in loads(*let_exprs(q))}
-    third = Compute(c.name, (zb, *(p for p in c.params if p.name in reads)), (), lets, c.outs)
-    return Parts(m, conv, first, second, third, ub.name)
+    t = pull("wino.t", [r, a, j, ch], cases(a.var, combine(b_mat.T, [source(q) for q in range(n)])))
+    v = pull("wino.v", [a, b, r, ch], cases(b.var, combine(b_mat.T, [load(t.buf, [r.var, a.var, const(q), ch.var]) for q in range(n)])))
+    u = Buffer(f"{conv.w.name}.wino", f32, (f.extent, ch.extent, k.extent), "param", False)
+    acc = pull("wino.z.acc", [f, r, k], sum_(ch, load(v.buf, [f.var // n, f.var % n, r.var, ch.var]) * load(u, [f.var, ch.var, k.var])))
+    z = pull("wino.z", [f, r, k], load(acc.buf, [f.var, r.var, k.var]))
+    s = pull("wino.s", [r, i, b, k], cases(i.var, combine(a_mat.T, [load(z.buf, [b.var + q * n, r.var, k.var]) for q in range(n)])))
+    at = (conv.h.var // m) * nx + conv.wd.var // m
+    if conv.batch is not None:
+        at = at + conv.batch.var * (nx * ny)
+    taps = combine(a_mat.T, [load(s.buf, [at, conv.h.var % m, const(q), conv.k.var]) for q in range(n)])
+    y = Pull(conv.acc.buf, conv.acc.axes, cases(conv.wd.var % m, taps))
+    lets = tuple(q for p in c.lets for q in ((t, v, acc, z, s, y) if p is conv.acc else (p,)))
+    return replace(c, params=(*c.params, u), lets=lets)
 
 
 def cases(v: Expr, values: Sequence[Expr]) -> Expr:
@@ -283,44 +273,53 @@ def _sum(terms: Sequence[tuple[float, Expr]]) -> Expr:
 # ---------------------------------------------------------------- scheduling
 
 
-def schedule_in(c: Compute, caps: Capabilities) -> Schedule:
-    """One round a tile and vector of channels: rows of the tile transformed into a local block, then its columns."""
-    s = schedule(c)
-    v, t = c.outs[0], "wino.t"
-    s = _lanes(s, f"{v}.c", caps)
-    s = reorder(s, *(f"{v}.{x}" for x in ("n", "y", "x", "c.0", "a", "b", "c.1")))
-    s = annotate(s, f"{v}.b", "unroll")
-    s = stage(s, t, at=f"{v}.c.0")
-    s = reorder(s, f"{t}.j", f"{t}.a")
-    s = annotate(annotate(s, f"{t}.a", "unroll"), f"{t}.c", "vectorize")
-    return _parallel(s, v, ["n", "y", "x"])
-
-
-def schedule_out(parts: Parts, caps: Capabilities) -> Schedule:
-    """One round a tile and vector of channels: columns into a local block, then rows, epilogue and stores inside the image."""
-    s = schedule(parts.transform_out)
-    o, t, m = parts.transform_out.outs[0], "wino.s", parts.m
-    for n in [n for n in s.stages if n not in (o, t)]:
+def _schedule(s: Schedule, conv: Conv, m: int, block: int, caps: Capabilities) -> Schedule:
+    """Three kernels over all tiles, or (``block``) one over blocks of tiles whose transformed values stay in cache."""
+    o, lanes = s.compute.outs[0], caps.lanes(32)
+    for n in [n for n in s.stages if n != o and not n.startswith("wino.")]:
         s = inline(s, n)
-    *lead, h, w, k = [lp.name.removeprefix(f"{o}.") for lp in s.stages[o].loops]
-    s = split(split(s, f"{o}.{h}", m), f"{o}.{w}", m)
-    s = _lanes(s, f"{o}.{k}", caps)
-    s = reorder(s, *(f"{o}.{x}" for x in (*lead, f"{h}.0", f"{w}.0", f"{k}.0", f"{h}.1", f"{w}.1", f"{k}.1")))
-    s = annotate(s, f"{o}.{w}.1", "unroll")
-    s = stage(s, t, at=f"{o}.{k}.0")
-    s = reorder(s, f"{t}.b", f"{t}.i")
-    s = annotate(annotate(s, f"{t}.i", "unroll"), f"{t}.k", "vectorize")
-    return _parallel(s, o, [*lead, f"{h}.0", f"{w}.0"])
+    s = _products(s, conv, m, block, caps)
+    # input: a round a tile and vector of channels; rows of the tile into a local block, then its columns
+    s = _lanes(s, "wino.v.c", lanes)
+    s = reorder(s, *(f"wino.v.{x}" for x in ("r", "c.0", "a", "b", "c.1")))
+    s = annotate(s, "wino.v.b", "unroll")
+    s = _local(s, "wino.t", "wino.v.c.0", ("j", "a", "c"))
+    # output: columns into a local block, then rows, epilogue and stores inside the image
+    *lead, h, w, k = [lp.name for lp in s.stages[o].loops]
+    s = _lanes(split(split(s, h, m), w, m), k, lanes)
+    s = reorder(s, *lead, f"{h}.0", f"{w}.0", f"{k}.0", f"{h}.1", f"{w}.1", f"{k}.1")
+    s = annotate(s, f"{w}.1", "unroll")
+    s = _local(s, "wino.s", f"{k}.0", ("b", "i", "k"))
+    for x in (*lead, f"{h}.0")[1:] + (f"{w}.0",):
+        s = fuse(s, s.stages[o].loops[0].name, x)
+    tiles = s.stages[o].loops[0].name
+    if not block:
+        return annotate(annotate(s, tiles, "parallel"), "wino.v.r", "parallel")
+    s = split(s, tiles, block)
+    s = annotate(annotate(s, f"{tiles}.0", "parallel"), s.stages["wino.z"].loops[0].name, "serial")
+    return stage(stage(s, "wino.v", at=f"{tiles}.0", pad=(2,)), "wino.z", at=f"{tiles}.0", pad=(1, 2))
 
 
-def _lanes(s: Schedule, loop: str, caps: Capabilities) -> Schedule:
-    s = split(s, loop, caps.lanes(32))
-    return annotate(s, f"{loop}.1", "vectorize")
+def _products(s: Schedule, conv: Conv, m: int, block: int, caps: Capabilities) -> Schedule:
+    """Register tiles of the batched product over panels of transformed weights."""
+    lanes = caps.lanes(32)
+    _, r, k = s.stages["wino.z.acc"].axes
+    mu, nr = tile_of(const(block) if block else r.extent, k.extent, lanes, caps.registers)
+    u = next(x for x in loads(s.stages["wino.z.acc"].expr) if k.var in load_parts(x)[1])
+    s, padded = _pack_panel(s, "wino.z.acc", u, k.var, nr * lanes)
+    s = _tile(s, "wino.z.acc", "wino.z", k.var, [r], mu, nr * lanes, lanes, 2, caps, padded, False, None, None)
+    if block:
+        s = stage(s, "wino.z.acc", at="wino.z.uo", pad=(1, 2))
+    return replace(s, packed={n: WinogradPacking(conv.w.name, m, p) for n, p in s.packed.items()})  # type: ignore[misc]
 
 
-def _parallel(s: Schedule, tensor: str, loops: Sequence[str]) -> Schedule:
-    first, *rest = (f"{tensor}.{x}" for x in loops)
-    for x in rest:
-        s = fuse(s, first, x)
-        first = s.stages[tensor].loops[0].name
-    return annotate(s, first, "parallel")
+def _lanes(s: Schedule, loop: str, lanes: int) -> Schedule:
+    return annotate(split(s, loop, lanes), f"{loop}.1", "vectorize")
+
+
+def _local(s: Schedule, tensor: str, at: str, order: tuple[str, str, str]) -> Schedule:
+    """A block of one tile and one vector: a serial loop, the cases of the transform unrolled, lanes."""
+    s = stage(s, tensor, at=at)
+    outer, inner, lane = (f"{tensor}.{x}" for x in order)
+    s = reorder(s, outer, inner, lane)
+    return annotate(annotate(s, inner, "unroll"), lane, "vectorize")

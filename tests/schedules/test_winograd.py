@@ -15,7 +15,7 @@ from luthier.ir.dtypes import f32
 from luthier.ir.expr import const
 from luthier.schedules import winograd
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import ScheduleError
+from luthier.schedules.schedule import ScheduleError, schedule
 from luthier.schedules.select import build
 from tests.schedules import cases
 
@@ -42,10 +42,11 @@ def test_shared_sums_are_the_matrix_product(matrix: Any, rng: np.random.Generato
 
 
 @pytest.mark.parametrize(("h", "p", "m"), [(6, 1, 2), (7, 1, 4), (9, 0, 4), (4, 1, 4), (5, 2, 2)])
-def test_rewritten_compute_in_the_interpreter(h: int, p: int, m: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_rewritten_compute_in_the_interpreter(h: int, p: int, m: int, block: int, rng: np.random.Generator) -> None:
     c, arrays, ref = cases.conv(h, 8, 16, 3, 1, p, rng)
-    k = build(c, CAPS, {"W": arrays["W"]}, template="winograd", tile=m)
-    assert len(k.funcs) == 3
+    k = build(c, CAPS, {"W": arrays["W"]}, template="winograd", tile=m, block=block)
+    assert len(k.funcs) == (1 if block else 3)
     got = cases.run(k.funcs, {"X": arrays["X"], **k.packed}, {}, "C")
     np.testing.assert_allclose(got.reshape(ref.shape), ref, rtol=1e-4, atol=1e-4)
 
@@ -56,14 +57,14 @@ def test_rewritten_compute_in_the_interpreter(h: int, p: int, m: int, rng: np.ra
 def test_other_convolutions_are_left_alone(case: dict[str, Any], rng: np.random.Generator) -> None:
     args = {"h": 16, "ic": 16, "oc": 16, "k": 3, "s": 1, "p": 1, **case}
     c, arrays, _ = cases.conv(rng=rng, **args)
-    with pytest.raises(ScheduleError, match="no convolution"):
+    with pytest.raises(ScheduleError, match="no pattern"):
         build(c, CAPS, {"W": arrays["W"]}, template="winograd", tile=4)
 
 
 def test_small_layers_keep_the_direct_sum() -> None:
     caps = CAPS
-    assert winograd.cycles(0, 1, 4, 4, 8, 8, 8, caps) < winograd.cycles(4, 1, 4, 4, 8, 8, 8, caps)
-    assert winograd.cycles(4, 1, 56, 56, 64, 64, 8, caps) < winograd.cycles(0, 1, 56, 56, 64, 64, 8, caps)
+    assert winograd.cycles(0, 0, 1, 4, 4, 8, 8, 8, caps) < winograd.cycles(4, 0, 1, 4, 4, 8, 8, 8, caps)
+    assert winograd.cycles(4, 0, 1, 56, 56, 64, 64, 8, caps) < winograd.cycles(0, 0, 1, 56, 56, 64, 64, 8, caps)
 
 
 def model(n: int, c: int, h: int, w: int, k: int, pads: tuple[int, ...], rng: np.random.Generator) -> tuple[onnx.ModelProto, dict[str, Any], Any]:
@@ -81,13 +82,13 @@ def model(n: int, c: int, h: int, w: int, k: int, pads: tuple[int, ...], rng: np
     return helper.make_model(g, opset_imports=[helper.make_opsetid("", 20)]), {"x": x, "r": r}, np.maximum(y + r, 0)
 
 
-@pytest.mark.parametrize("shape", [(1, 64, 14, 14, 32), (2, 32, 15, 22, 64), (1, 128, 7, 7, 128)], ids=str)
+@pytest.mark.parametrize(("shape", "kernels"), [((1, 64, 14, 14, 32), 3), ((2, 32, 15, 22, 64), 3), ((1, 128, 7, 7, 128), 3), ((1, 32, 90, 120, 32), 1)], ids=str)
 @pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 0, 0, 0), (0, 1, 2, 1)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_compiled(shape: tuple[int, ...], pads: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
+def test_compiled(shape: tuple[int, ...], kernels: int, pads: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
     proto, feeds, ref = model(*shape, pads, rng)
     m = luthier.compile(proto, threads=threads)
-    assert sum("wino" in q for q in m.manifest["kernels"]) == 2
+    assert sum(q.startswith("conv") for q in m.manifest["kernels"]) == kernels
     err = np.abs(m.run(feeds)["y"] - ref).max() / np.abs(ref).max()
     assert err < 5e-6  # stated for m = 4: 2.2e-6 at 256 channels
 
@@ -103,4 +104,4 @@ def test_the_setting_turns_it_off(monkeypatch: pytest.MonkeyPatch, rng: np.rando
 def test_no_winograd_on_targets_without_vectors() -> None:
     assert parse_target("cpu").caps.lanes(32) >= 4
     c, arrays, _ = cases.conv(16, 16, 16, 3, 1, 1, np.random.default_rng(0))
-    assert winograd.rewrite_conv(c, Capabilities(gpu=True), {"W": arrays["W"]}, 4) is None
+    assert winograd.apply(schedule(c), Capabilities(gpu=True), {"W": arrays["W"]}, tile=4) is None
