@@ -248,7 +248,7 @@ class _Main(_Printer):
         self.read_by_all(*s.args)
         got, want = (self.value(a) for a in s.args)
         what = dict(s.attrs).get("what", "an extent")
-        self.leave_unless(self.ins(f"icmp eq i64 {got}, {want}"), f"@lt.check_dim(ptr %ctx, ptr {self.string(what)}, i32 0, i64 {got}, i64 {want})")
+        self.leave_unless(self.ins(f"icmp eq i64 {got}, {want}"), f"@lt.check_equal(ptr %ctx, ptr {self.string(what)}, i64 {got}, i64 {want})")
 
     def leave_unless(self, ok: str, report: str) -> None:
         """All threads leave when ``ok`` is false, which all see alike; one calls ``report``."""

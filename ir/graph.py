@@ -28,6 +28,7 @@ import numpy as np
 from luthier.ir.dtypes import DType, from_numpy
 from luthier.ir.errors import ShapeError
 from luthier.ir.expr import Expr, as_expr, free_vars, var
+from luthier.ir.requirements import Requirement
 
 MAX_CONTENT = 64
 
@@ -124,7 +125,7 @@ class Graph:
     """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place.
 
     ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
-    input, a constant, or the same value twice."""
+    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run."""
 
     name: str
     inputs: list[Value]
@@ -132,6 +133,7 @@ class Graph:
     nodes: list[Node]
     aliases: dict[str, str] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
+    requirements: list[Requirement] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]

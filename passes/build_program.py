@@ -23,6 +23,7 @@ from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, blo
 from luthier.ir.op import Kernel
 from luthier.ir.printer import format_compute
 from luthier.ir.program import Program
+from luthier.ir.requirements import Requirement
 from luthier.passes import build_loops
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
@@ -85,6 +86,7 @@ class _Builder:
         self.cache: dict[str, Scheduled] = {}
         self.nodes: dict[int, tuple[str, ...]] = {}
         self.calls = 0
+        self.required: set[tuple[Expr, Expr]] = set()  # checks that were made already
 
     # ---------------------------------------------------------------- the whole
 
@@ -161,11 +163,15 @@ class _Builder:
         items.reverse()
         self._bind_outputs(items, outs)
         stmts: list[Stmt] = []
+        outside, self.required = self.required, set(self.required)
+        pending = self._require(graph.requirements, stmts, defined)
         for it in items:
             try:
                 self._emit(it, stmts, symbols, defined)
+                pending = self._require(pending, stmts, defined)
             except LuthierError as e:
                 raise e.at(node=it.node.name, op=it.node.op) from None
+        self.required = outside  # a check inside a branch says nothing about the code after it
         done: set[str] = set()
         for v, b in outs:
             s = self.storage.get(v)
@@ -174,6 +180,20 @@ class _Builder:
                 continue
             self._copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
         return stmts
+
+    def _require(self, requirements: Sequence[Requirement], stmts: list[Stmt], defined: set[Expr]) -> list[Requirement]:
+        """Checks those whose symbols are all known; returns the others (a symbol that nothing needs is never read)."""
+        later = []
+        for r in requirements:
+            key = (r.got, r.want)
+            if key in self.required:
+                continue
+            if free_vars(r.got) | free_vars(r.want) <= defined:
+                self.required.add(key)
+                stmts.append(Call("lt.check", key, (("what", r.what),)))
+            else:
+                later.append(r)
+        return later
 
     def _makers(self, groups: Sequence[Group], defined: set[Expr]) -> dict[Group, set[Expr]]:
         """Symbols that each group decides: loaded from a value it stores, or extents that its kernel finds."""

@@ -204,6 +204,13 @@ def test_wild_indices_touch_nothing_else(name: str, debug: str | None) -> None:
         ("g (float[4] x, int64[1] r) => (float[M] y) { y = Tile(x, r) }", {"x": np.zeros(4, np.float32), "r": np.array([-2])}, "-"),
         ("g (float[4] x, int64[2] s) => (float[A, B] y) { y = Reshape(x, s) }", {"x": np.zeros(4, np.float32), "s": np.array([3, 2])}, "6"),
         ("g (float[4, 1] x, int64[2] s) => (float[A, B] y) { y = Expand(x, s) }", {"x": np.zeros((4, 1), np.float32), "s": np.array([3, 2])}, "."),
+        ("g (float[N] x, float[M] z) => (float[A] y) { y = Add(x, z) }", {"x": np.zeros(4, np.float32), "z": np.zeros(3, np.float32)}, r'node "y" \(Add\).*4 against 3'),
+        ("g (float[N] x, float[4] z) => (float[A] y) { y = Add(x, z) }", {"x": np.zeros(3, np.float32), "z": np.zeros(4, np.float32)}, "Add.*3 against 4"),
+        ("g (float[2, K] x, float[L, 2] z) => (float[2, 2] y) { y = MatMul(x, z) }", {"x": np.zeros((2, 4), np.float32), "z": np.zeros((3, 2), np.float32)}, "inner dimensions do not fit: 4 against 3"),
+        ("g (float[A, 2] x, float[B, 2] z) => (float[C, D] y) { y = Concat<axis = 1>(x, z) }", {"x": np.zeros((2, 2), np.float32), "z": np.zeros((1, 2), np.float32)}, "dimension 0 of its inputs do not fit: 2 against 1"),
+        ("g (float[N] x, int64[1] k) => (float[C] y, int64[C] i) { y, i = TopK(x, k) }", {"x": np.zeros(2, np.float32), "k": np.array([5])}, "TopK.*2 against 5"),
+        ("g (float[N] x) => (float[C, 4] y) { s = Constant<value_ints = [-1, 4]>() y = Reshape(x, s) }", {"x": np.zeros(6, np.float32)}, "elements of the new and the old shape do not fit: 4 against 6"),
+        ("g (float[N, A, 3, 3] x, float[4, B, 3, 3] k) => (float[N, 4, 1, 1] y) { y = Conv(x, k) }", {"x": np.zeros((1, 2, 3, 3), np.float32), "k": np.zeros((4, 5, 3, 3), np.float32)}, "Conv.* do not fit: 2 against 5"),
     ],
 )  # fmt: skip
 def test_impossible_extents_are_refused(text: str, given: dict[str, Any], message: str) -> None:
@@ -261,3 +268,16 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert e.value.code == code
     assert "limits" in capsys.readouterr().err
     assert checked(luthier.load(tmp_path / f"a{len('--debug=bounds')}")) and not checked(luthier.load(tmp_path / f"a{len('--debug')}"))
+
+
+def test_a_branch_that_is_not_taken_requires_nothing() -> None:
+    """What an operator assumes inside an If holds for that branch only."""
+    m = parsed("""g (bool c, float[N] x, float[M] z) => (float[A] y) {
+      y = If (c) <then_branch = t () => (float[A] a) { a = Add(x, z) }, else_branch = e () => (float[A] b) { b = Neg(x) }> }""")
+    module = luthier.compile(m)
+    x, z = np.arange(4, dtype=np.float32), np.ones(3, np.float32)
+    np.testing.assert_array_equal(module.run({"c": np.array(False), "x": x, "z": z})["y"], -x)
+    with pytest.raises(InputError, match="Add.*4 against 3"):
+        module.run({"c": np.array(True), "x": x, "z": z})
+    np.testing.assert_array_equal(module.run({"c": np.array(True), "x": x, "z": x})["y"], x + x)
+    np.testing.assert_array_equal(module.run({"c": np.array(True), "x": x[:1], "z": x})["y"], x)

@@ -63,6 +63,7 @@ declare i64 @llvm.smin.i64(i64, i64)
 @lt.e.dimk = private constant [46 x i8] c"input %s: dimension %d is %lld, expected %lld\00"
 @lt.e.range = private constant [57 x i8] c"input %s: dimension %d is %lld, allowed are %lld to %lld\00"
 @lt.e.extent = private constant [59 x i8] c"%s: dimension %d would be %lld; the inputs do not allow it\00"
+@lt.e.equal = private constant [33 x i8] c"%s do not fit: %lld against %lld\00"
 @lt.e.value = private constant [61 x i8] c"%s is %lld in the data of this run, allowed are %lld to %lld\00"
 @lt.e.null = private constant [18 x i8] c"input %s: no data\00"
 @lt.e.out = private constant [54 x i8] c"output %s: needs %lld bytes, the array given has %lld\00"
@@ -210,6 +211,14 @@ fail:
   call void @lt.status(ptr %ctx, i32 1)
   ret void
 ok:
+  ret void
+}
+
+; Extents that an operator needs to be equal.
+define hidden void @lt.check_equal(ptr %ctx, ptr %what, i64 %got, i64 %want) {
+  %m = call ptr @lt.msg(ptr %ctx)
+  call i32 (ptr, i64, ptr, ...) @snprintf(ptr %m, i64 512, ptr @lt.e.equal, ptr %what, i64 %got, i64 %want)
+  call void @lt.status(ptr %ctx, i32 1)
   ret void
 }
 

@@ -26,6 +26,7 @@ from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, TypeMismat
 from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
+from luthier.ir.requirements import Requirement, collecting
 from luthier.passes.fold_constants import fold_node
 
 Shapes = Mapping[str, Sequence[Any]]
@@ -95,6 +96,7 @@ class _Importer:
         self.symbols: dict[str, Expr] = {}
         self.functions = {(_domain(f.domain), f.name, getattr(f, "overload", "")): f for f in model.functions}
         self.serial = 0
+        self.requirements: list[Requirement] = []
         self.integral: dict[Value, Value] = {}  # floats that are casts of known integers
 
     # ---------------------------------------------------------------- graphs
@@ -124,7 +126,7 @@ class _Importer:
             inputs.append(v)
         self._nodes(g.node, scope)
         outputs = self._outputs(g, scope)
-        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(o.name for o in g.output))
+        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(o.name for o in g.output), self.requirements)
 
     def _outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
         out = []
@@ -150,6 +152,7 @@ class _Importer:
     def _subgraph(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | None] = ()) -> Graph:
         """A branch or loop body; ``inputs``: their types where the operator knows better than the declaration."""
         saved, self.nodes = self.nodes, []
+        assumed, self.requirements = self.requirements, []
         self.serial += 1
         scope = _Scope(outer, outer.opsets, f"{outer.prefix}{g.name or 'body'}.{self.serial}/")
         self._initializers(g, scope)
@@ -162,7 +165,8 @@ class _Importer:
         self._nodes(g.node, scope)
         outs = self._outputs(g, scope)
         nodes, self.nodes = self.nodes, saved
-        return Graph(scope.prefix.rstrip("/"), ins, outs, nodes)
+        mine, self.requirements = self.requirements, assumed
+        return Graph(scope.prefix.rstrip("/"), ins, outs, nodes, requirements=mine)
 
     # ---------------------------------------------------------------- inputs
 
@@ -313,7 +317,9 @@ class _Importer:
             node.inputs = node.inputs[:-1]
         if lookup(op) is None:
             raise _unsupported(op)
-        infer_node(node)
+        with collecting(f'node "{node.name}" ({op})') as assumed:
+            infer_node(node)
+        self.requirements += assumed
         if op == "Cast" and values[0].dtype.is_float and inputs[0] is not None and inputs[0].dtype.is_int:
             self.integral[values[0]] = inputs[0]
         folded = fold_node(node)

@@ -15,6 +15,7 @@ from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, p
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import REGISTRY, Op
+from luthier.ir.requirements import assume_broadcast, assume_equal
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[Expr, ...]
@@ -121,8 +122,13 @@ def same(a: Expr, b: Expr) -> bool:
 
 
 def differ(a: Expr, b: Expr) -> bool:
-    """Provably unequal."""
-    return prove(a.ne(b)) if a is not b else False
+    """Provably unequal. Where that is not known, every run checks that they are equal."""
+    if a is b:
+        return False
+    if prove(a.ne(b)):
+        return True
+    assume_equal(a, b)
+    return False
 
 
 def broadcast_dim(a: Expr, b: Expr) -> Expr | None:
@@ -133,6 +139,7 @@ def broadcast_dim(a: Expr, b: Expr) -> Expr | None:
         return b
     if a.op == "const" and b.op == "const":
         return None
+    assume_broadcast(a, b)
     if a.op == "const":
         return a
     if b.op == "const":

@@ -34,12 +34,14 @@ from luthier.ir.ops.common import (
     unsupported,
     widen,
 )
+from luthier.ir.requirements import assume_equal
 
 
 def inner_extent(node: Node, a: Expr, b: Expr) -> Expr:
     """The common reduction extent. Raises ShapeError when the two certainly differ."""
     if a.op == "const" and b.op == "const" and a.attr != b.attr:
         raise shape_error(node, f"inner dimensions differ: {a!r} and {b!r}")
+    assume_equal(a, b, "the inner dimensions")
     return a if a.op == "const" else b if b.op == "const" else a
 
 

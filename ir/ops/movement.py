@@ -35,6 +35,7 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.shape import given_axes
+from luthier.ir.requirements import assume_equal
 
 FAR = (1 << 31) - 1  # slice ends from here on mean "to the end"
 
@@ -93,8 +94,10 @@ class Concat(Op):
                     dims[k] = d + s
                 elif d.op == "const" and s.op == "const" and d.attr != s.attr:
                     raise shape_error(node, f"the inputs differ in dimension {k}")
-                elif s.op == "const":
-                    dims[k] = s
+                else:
+                    assume_equal(d, s, f"dimension {k} of its inputs")
+                    if s.op == "const":
+                        dims[k] = s
         return [like(first.type, dims)]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:

@@ -14,6 +14,7 @@ from luthier.ir.loop import Buffer, If, Stmt, While, block
 from luthier.ir.op import Kernel, Op, op
 from luthier.ir.ops.common import Array, check_axis, known_array, must, need, product, shape_error, unsupported
 from luthier.ir.ops.kernels import Heap, Reg, flat, for_, get, kernel, put, tail_symbol, with_regs
+from luthier.ir.requirements import assume_at_most
 
 
 def slices(shape: Sequence[Expr], axis: int) -> tuple[Expr, Expr, Expr]:
@@ -31,6 +32,7 @@ class TopK(Op):
         k = as_expr(content_or_symbols(node, 1)[0])
         if k.op == "const" and x.shape[a].op == "const" and k.attr > x.shape[a].attr:
             raise shape_error(node, f"k = {k.attr} of {x.shape[a].attr} elements")
+        assume_at_most(k, x.shape[a], "k and the elements it is taken of")
         shape = tuple(k if d == a else s for d, s in enumerate(x.shape))
         return [TensorType.of(x.dtype, shape), TensorType.of(i64, shape)]
 

@@ -42,6 +42,7 @@ from luthier.ir.ops.common import (
     shape_error,
     type_error,
 )
+from luthier.ir.requirements import assume_equal
 
 
 class View(Op):
@@ -99,9 +100,10 @@ class Reshape(View):
         elif unsure:
             rest = product(select(d.eq(-1), ONE, d) if k in unsure else d for k, d in enumerate(dims))
             for k in unsure:
-                dims[k] = select(dims[k].eq(-1), total // rest, dims[k])
+                dims[k] = select(dims[k].eq(-1), total // maximum(rest, 1), dims[k])
         elif differ(total, product(dims)):
             raise shape_error(node, f"{total!r} elements do not fit into {[repr(d) for d in dims]}")
+        assume_equal(product(dims), total, "elements of the new and the old shape")
         return dims
 
     @staticmethod
