@@ -39,7 +39,6 @@ class ExprPrinter:
         self.scopes: list[dict[Expr, str]] = [{}]
         self.bound: list[list[Expr]] = [[]]
         self.memo: dict[Expr, str] = {}
-        self.impure: dict[Expr, bool] = {}
         self.buffers: dict[str, str] = {}
         self.addresses: list[dict[tuple[str, Expr], str]] = [{}]
 
@@ -107,13 +106,6 @@ class ExprPrinter:
 
     # ------------------------------------------------------------ values
 
-    def reads_memory(self, e: Expr) -> bool:
-        r = self.impure.get(e)
-        if r is None:
-            r = e.op == "load" or any(self.reads_memory(a) for a in e.args)
-            self.impure[e] = r
-        return r
-
     def value(self, e: Expr) -> str:
         """The SSA name (or constant) of an expression, emitting what is not yet available here."""
         op = e.op
@@ -126,7 +118,7 @@ class ExprPrinter:
             return n
         if op == "bcast" and e.args[0].op == "const":
             return splat_text(e.args[0].attr, e.dtype)
-        if self.reads_memory(e):
+        if e.loading:
             r = self.memo.get(e)
             if r is None:
                 r = self.memo[e] = self.node(e)

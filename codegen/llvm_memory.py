@@ -59,14 +59,14 @@ class MemoryPrinter(ExprPrinter):
         else:
             key = (b.name, rest)
             p = ""
-            if not self.reads_memory(rest):
+            if not rest.loading:
                 for t in reversed(self.addresses):
                     if key in t:
                         p = t[key]
                         break
             if not p:
                 p = self.ins(f"getelementptr {self.element(b)}, ptr {base}, i64 {self.value(rest)}")
-                if not self.reads_memory(rest):
+                if not rest.loading:
                     self.addresses[-1][key] = p
         return self.ins(f"getelementptr i8, ptr {p}, i64 {c * self.element_bytes(b)}") if c else p
 

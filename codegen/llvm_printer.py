@@ -19,7 +19,7 @@ from luthier.codegen.llvm_types import mem_bytes, mem_type, reg_type
 from luthier.codegen.sharing import parallel_loop
 from luthier.codegen.target import Target, host
 from luthier.errors import CompilationError
-from luthier.ir.expr import Expr, bounds
+from luthier.ir.expr import bounds
 from luthier.ir.loop import (
     Alloc,
     Barrier,
@@ -34,6 +34,8 @@ from luthier.ir.loop import (
     Store,
     While,
     children,
+    loads_of,
+    walk_stmts,
 )
 from luthier.passes.check_bounds import is_checked
 
@@ -107,22 +109,10 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
         return out
 
     def _read(self) -> set[str]:
-        from luthier.ir.loop import exprs_of, walk_stmts
-
-        out: set[str] = set()
-        seen: set[Expr] = set()
-        stack: list[Expr] = []
+        out = {e.attr[0].name for e in loads_of(self.f.body)}
         for s in walk_stmts(self.f.body):
-            stack.extend(exprs_of(s))
             if isinstance(s, Call):
                 out |= {b.name for a in s.args for b in [a[0] if isinstance(a, tuple) else a] if isinstance(b, Buffer)}
-        while stack:
-            e = stack.pop()
-            if e not in seen:
-                seen.add(e)
-                if e.op == "load":
-                    out.add(e.attr[0].name)
-                stack.extend(e.args)
         return out
 
     # ------------------------------------------------------------ statements
@@ -153,7 +143,7 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
     def let(self, s: Let) -> None:
         self.begin_statement()
         self.uniform.pop(s.var, None)
-        if s.value.op == "bcast" and s.value.dtype.is_bool and not self.reads_memory(s.value):
+        if s.value.op == "bcast" and s.value.dtype.is_bool and not s.value.loading:
             self.uniform[s.var] = s.value  # masks of whole vectors: accesses ask for the scalar
         self.bind(s.var, self.value(s.value))
 

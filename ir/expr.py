@@ -996,6 +996,24 @@ def rewrite(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] |
     return out
 
 
+def rewrite_loads(e: Expr, fn: Callable[[Expr], Expr | None], memo: dict[Expr, Expr] | None = None) -> Expr:
+    """:func:`rewrite` for an ``fn`` that changes nothing but loads: what has none is not looked at."""
+    if not e.loading:
+        return e
+    if memo is None:
+        memo = {}
+    hit = memo.get(e)
+    if hit is not None:
+        return hit
+    args = tuple([rewrite_loads(a, fn, memo) if a.loading else a for a in e.args])
+    n = rebuild(e, args) if args != e.args else e
+    if n.op == "load":
+        r = fn(n)
+        n = n if r is None else r
+    memo[e] = n
+    return n
+
+
 def affine_parts(x: Expr, vs: frozenset[Expr]) -> tuple[Expr, int, list[tuple[Expr, int]]] | None:
     """(part without ``vs``, constant, coefficients of ``vs``) of an index expression; None where it is not affine in them."""
     rest: Poly = {}

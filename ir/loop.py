@@ -222,6 +222,23 @@ def walk_stmts(s: Stmt) -> Iterator[Stmt]:
             stack.extend(reversed(c))
 
 
+def loads_of(s: Stmt) -> set[Expr]:
+    """Every distinct load that a statement and its children evaluate."""
+    out: set[Expr] = set()
+    seen: set[Expr] = set()
+    stack: list[Expr] = []
+    for x in walk_stmts(s):
+        stack.extend([e for e in exprs_of(x) if e.loading])
+    while stack:
+        e = stack.pop()
+        if e not in seen:
+            seen.add(e)
+            if e.op == "load":
+                out.add(e)
+            stack.extend([a for a in e.args if a.loading])
+    return out
+
+
 def nodes_of(s: Stmt) -> set[Expr]:
     """Every distinct expression node that a statement and its children evaluate."""
     seen: set[Expr] = set()

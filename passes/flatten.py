@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, as_expr, bcast, const, load, load_parts, rewrite
+from luthier.ir.expr import Expr, as_expr, bcast, const, load, load_parts, rewrite_loads
 from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, map_children, map_exprs
 
 
@@ -51,5 +51,5 @@ def flatten(f: Func) -> Func:
             return Alloc(flat_buffer(s.buf), st(s.body))
         return map_children(s, st)
 
-    body = map_exprs(st(f.body), lambda e: rewrite(e, fix, memo))
+    body = map_exprs(st(f.body), lambda e: rewrite_loads(e, fix, memo))
     return replace(f, params=tuple(flat_buffer(p) if isinstance(p, Buffer) else p for p in f.params), body=body)

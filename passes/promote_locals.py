@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, load, load_parts, rewrite
-from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, map_children, map_exprs, nodes_of, walk_stmts
+from luthier.ir.expr import Expr, load, load_parts, rewrite_loads
+from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, loads_of, map_children, map_exprs, walk_stmts
 
 MAX_PIECES = 256
 
@@ -35,8 +35,8 @@ def promote_locals(f: Func) -> Func:
     for s in walk_stmts(f.body):
         if isinstance(s, Store) and s.buf in pieces:
             _note(pieces, s.buf, _piece(s.idx))
-    for x in nodes_of(f.body):
-        if x.op == "load" and x.attr[0] in pieces:
+    for x in loads_of(f.body):
+        if x.attr[0] in pieces:
             b, idx, m, _ = load_parts(x)
             _note(pieces, b, None if m is not None else _piece(idx))
     env: dict[Buffer, dict[tuple[int, int], Buffer]] = {}
@@ -77,7 +77,7 @@ def promote_locals(f: Func) -> Func:
             return Store(nb, (), s.value)
         return map_children(s, st)
 
-    return replace(f, body=map_exprs(st(f.body), lambda e: rewrite(e, fix, memo)))
+    return replace(f, body=map_exprs(st(f.body), lambda e: rewrite_loads(e, fix, memo)))
 
 
 def _note(pieces: dict[Buffer, set[tuple[int, int]] | None], b: Buffer, p: tuple[int, int] | None) -> None:
