@@ -32,7 +32,7 @@ from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 
 TEMPLATES = ("lut_gemv", "quantized_gemv", "contract_integer", "winograd", "contract", "attention", "rowwise", "scan", "elementwise")
-GPU_TEMPLATES = ("gpu_contract", "gpu_rowwise", "gpu_elementwise")
+GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_rowwise", "gpu_elementwise")
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
         if name in ("rowwise", "gpu_rowwise"):
             parts = partition(s0.compute)
             if len(parts) > 1:
-                return _join([build(p, caps, consts) for p in parts], compute)
+                return join_kernels([build(p, caps, consts) for p in parts], compute)
     if forced:
         raise ScheduleError(f"{compute.name} is no pattern of template {forced}")
     raise AssertionError("the elementwise template fits everything")
@@ -109,11 +109,19 @@ def partition(c: Compute) -> list[Compute]:
         home[i] = len(groups)
         groups.append([i])
     order = sorted(groups, key=lambda g: g[-1])
-    if len(order) == 1:
-        return [c]
+    return [c] if len(order) == 1 else cut(c, order)
+
+
+def cut(c: Compute, groups: list[list[int]]) -> list[Compute]:
+    """One Compute for each group of lets (by number); what other groups read of a group is an output of it."""
+    lets = list(c.lets)
+    readers: dict[str, list[int]] = {}
+    for i, x in enumerate(lets):
+        for n in {ld.attr[0].name for ld in loads(*let_exprs(x))}:
+            readers.setdefault(n, []).append(i)
     made = {b.name: b for x in lets for b in buffers_of(x)}
     out: list[Compute] = []
-    for g in order:
+    for g in groups:
         inner = {n for i in g for n in defined(lets[i])}
         read = [ld.attr[0] for i in g for ld in loads(*let_exprs(lets[i]))]
         params = {b.name: b for b in c.params if any(r.name == b.name for r in read)}
@@ -136,7 +144,7 @@ def _reduces(p: Pull) -> bool:
     return p.expr.op == "reduce" or (p.expr.op == "proj" and p.expr.args[0].op == "reduce")
 
 
-def _join(parts: list[Kernels], c: Compute) -> Kernels:
+def join_kernels(parts: list[Kernels], c: Compute) -> Kernels:
     temps: dict[str, Buffer] = {}
     for k in parts:
         for b in k.temps:
