@@ -55,7 +55,7 @@ class LowbitProduct:
     high: int
     scale: Expr
     zero: Expr | None
-    zero_const: int | None
+    zero_const: float | None
     offset: Expr | None
     group: int
 
@@ -113,7 +113,8 @@ def match(c: Compute, constants: Mapping[str, Any]) -> LowbitProduct | None:
     group = _group(k, [e for e in (scale, zero, offset) if e is not None])
     if group is None or k.extent.attr % group:
         return None
-    zc = int(zero.attr) if zero is not None and zero.op == "const" else 0 if zero is None and offset is None else None
+    zc = float(zero.attr) if zero is not None and zero.op == "const" else 0 if zero is None and offset is None else None
+    zc = int(zc) if zc is not None and zc == int(zc) else zc
     act, x = 0, xf
     if others or quantized:
         found = _rounded(xf, pulls, k, quantized, others)

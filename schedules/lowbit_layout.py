@@ -39,6 +39,10 @@ def pieces(bits: int) -> tuple[Piece, ...]:
     if bits == 3:
         whole = [Piece(q // 2, q % 2 * 3, q, 0, 3) for q in range(6)]
         return (*whole, Piece(0, 6, 6, 0, 2), Piece(1, 6, 6, 2, 1), Piece(2, 6, 7, 0, 2), Piece(1, 7, 7, 2, 1))
+    if bits in (5, 6):  # the low four bits as such, the rest in words of its own
+        n = bits - 4
+        low4 = [Piece(q // 2, q % 2 * 4, q, 0, 4) for q in range(8)]
+        return (*low4, *(Piece(4 + q * n // 8, q * n % 8, q, 4, n) for q in range(8)))
     raise ValueError(f"no layout for {bits} bits")
 
 
@@ -68,7 +72,11 @@ class Field:
 
 
 def _shr(v: Expr, n: int) -> Expr:
-    return bitcast(bitcast(v, u16.vec(v.dtype.lanes // 2)) >> n, u8.vec(v.dtype.lanes)) if n else v
+    """Bytes moved down by ``n`` bits (up when negative); bits of the neighbour come in and are masked by the caller."""
+    if not n:
+        return v
+    words = bitcast(v, u16.vec(v.dtype.lanes // 2))
+    return bitcast(words >> n if n > 0 else words << -n, u8.vec(v.dtype.lanes))
 
 
 def _take(word: int, shift: int, bits: int) -> Callable[[list[Expr]], Expr]:
@@ -84,6 +92,12 @@ def fields(bits: int) -> tuple[Field, ...]:
             move = c.shift - at
             mask = ((1 << bits) - 1) << at
             out.append(Field(c.quad, c.word, at, lambda ws, w=c.word, m=mask, n=move: _shr(ws[w], n) & m))  # type: ignore[misc]
+        return tuple(out)
+    if bits in (5, 6):
+        out = []
+        for c in pieces(bits)[8:]:
+            mask = ((1 << c.count) - 1) << 4
+            out.append(Field(c.quad, c.word, 0, lambda ws, c=c, m=mask: _take(c.quad // 2, c.quad % 2 * 4, 4)(ws) | (_shr(ws[c.word], c.shift - 4) & m)))  # type: ignore[misc]
         return tuple(out)
     whole = [Field(q, q // 2, 0, _take(q // 2, q % 2 * 3, 3)) for q in range(6)]
     six = Field(6, 1, 0, lambda ws: (_shr(ws[0], 6) & 3) | (_shr(ws[1], 4) & 4))

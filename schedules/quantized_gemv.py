@@ -46,7 +46,7 @@ from luthier.schedules.lower import make_func
 from luthier.schedules.schedule import Schedule
 
 UNIT = 32
-PREFETCH = 1536  # bytes ahead in every stream
+PREFETCH = 4096  # bytes ahead in every stream
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, rows: int | None = None) -> Any:
@@ -54,10 +54,12 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
     if caps.gpu or caps.vector_bits != 256 or FEATURE not in caps.features:
         return None
     p = match(s.compute, constants)
-    if p is None or p.columns % UNIT or p.outputs < ROWS or p.bits not in (1, 2, 3, 4, 8) or p.group % 16:
+    if p is None or p.columns % UNIT or p.outputs < ROWS or p.bits not in (1, 2, 3, 4, 5, 6, 8) or p.group % 16:
         return None
     flush = gcd(gcd(p.group, p.act) if p.act else p.group, 64)
     if flush % 16 or (p.act and (p.act % UNIT or p.act > 256)) or (p.offset is not None and _base(p)):
+        return None
+    if p.act and isinstance(p.zero_const, float):
         return None
     return GemvBuilder(s, p, caps, constants, flush, streams, rows).kernels()
 
@@ -227,7 +229,7 @@ class GemvBuilder:
             total = vreduce("add", part)
             where = m * (p.columns // self.flush) + g * (p.act // self.flush) + f
             if self.zc is not None:
-                b.put(Store(self.sums, (where,), total * const(self.zc << self.shift, i32)))
+                b.put(Store(self.sums, (where,), total * const(int(self.zc) << self.shift, i32)))
             elif self.off is not None:
                 b.put(Store(self.sums, (where,), cast(total, f32) * (amax * const(1 / 127, f32))))
             else:

@@ -44,8 +44,8 @@ class GroupedMatMul(Op):
     def geometry(self, node: Node) -> tuple[int, int, int, int]:
         """(columns, bits, group, act_group). Raises TypeMismatch."""
         k, bits, group, act = (int(node.attrs[n]) for n in ("K", "bits", "group", "act_group"))
-        if bits not in (0, 1, 2, 3, 4, 8):
-            raise type_error(node, f"weights of {bits} bits are not supported, only of 0 (ternary), 1, 2, 3, 4 and 8")
+        if bits not in (0, 1, 2, 3, 4, 5, 6, 8):
+            raise type_error(node, f"weights of {bits} bits are not supported, only of 0 (ternary), 1 to 6 and 8")
         if group < 1 or k % group or (act and k % act):
             raise type_error(node, f"groups of {group} weights and {act} activations must divide the {k} columns")
         return k, bits, group, act
@@ -77,12 +77,13 @@ class GroupedMatMul(Op):
         sc = cast(load(s, [n, at]), f32)
         z = get(ins, 3)
         if z is None:
-            w = cast(q - const(int(node.attrs.get("zero", 0)), i32), f32) * sc
+            zero = float(node.attrs.get("zero", 0))
+            w = (cast(q - const(int(zero), i32), f32) if zero == int(zero) else cast(q, f32) - const(zero, f32)) * sc
         elif int(node.attrs.get("offset", 0)):
             w = cast(q, f32) * sc + cast(load(z, [n, at]), f32)
         else:
-            zero = load(z, [n, at])
-            w = (cast(q, f32) - cast(zero, f32) if z.dtype.is_float else cast(q - cast(zero, i32), f32)) * sc
+            zs = load(z, [n, at])
+            w = (cast(q, f32) - cast(zs, f32) if z.dtype.is_float else cast(q - cast(zs, i32), f32)) * sc
         lets = grouped_product(y, axes, k, lambda rows, i: cast(load(a, [*rows, i]), f32), w, act)
         r = load(lets[-1].buf, [v.var for v in axes])  # type: ignore[union-attr]
         bias = get(ins, 4)
@@ -103,7 +104,7 @@ class GroupedMatMul(Op):
         q = (unpack_bits(raw, bits)[..., :k] if bits else unpack_trits(raw, k)).astype(np.float32)
         sc = np.repeat(np.asarray(s).astype(np.float32), group, 1)
         if z is None:
-            return np.asarray((q - np.float32(int(node.attrs.get("zero", 0)))) * sc)
+            return np.asarray((q - np.float32(node.attrs.get("zero", 0))) * sc)
         zz = np.repeat(np.asarray(z).astype(np.float32), group, 1)
         return np.asarray(q * sc + zz if int(node.attrs.get("offset", 0)) else (q - zz) * sc)
 
