@@ -59,7 +59,7 @@ def _dot(p: Any, e: Expr, args: list[str]) -> str:
     i = DOTS[e.attr[0]]
     acc, a, b = e.args
     name = i.spelling.get("llvm", {}).get(i.acc.bits * e.dtype.lanes)
-    if name is None:
+    if name is None or i.feature not in p.target.caps.features:
         return str(p.value(i.semantics(acc, a, b)))
     t = reg_type(e.dtype)
     types, values = [], []
