@@ -5,6 +5,7 @@ The interface of the code is described in ``docs/web.md``. Imports neither ``onn
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import struct
@@ -37,7 +38,9 @@ def _engine() -> Any:
         raise TargetError("running WebAssembly needs wasmtime", hint="pip install 'luthier[web]'") from e
     c = wasmtime.Config()
     c.wasm_simd = c.wasm_relaxed_simd = c.wasm_threads = c.shared_memory = True
-    return wasmtime.Engine(c)
+    engine = wasmtime.Engine(c)
+    atexit.register(engine.close)  # before the interpreter takes wasmtime apart
+    return engine
 
 
 def _shared_memory(engine: Any, limits: Any) -> Any:
