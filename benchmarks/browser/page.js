@@ -59,3 +59,20 @@ export async function close({ key }) {
 export const debug = ({ key, action }) => models.get(key).debug(action);
 
 export const isolated = () => globalThis.crossOriginIsolated;
+
+let worker = null;
+
+/** Calls a function of this file in a worker that the page made itself. */
+export async function inWorker({ name, argument }) {
+  const answer = () => new Promise((resolve, reject) => {
+    worker.onmessage = (e) => resolve(e.data);
+    worker.onerror = (e) => reject(new Error(e.message));
+  });
+  if (!worker) {
+    worker = new Worker("./page_worker.js", { type: "module" });
+    await answer();
+  }
+  const result = answer();
+  worker.postMessage({ name, argument });
+  return result;
+}
