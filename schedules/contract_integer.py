@@ -110,7 +110,8 @@ def apply(
     lanes = caps.lanes(32)
     if n_ext.op == "const" and n_ext.attr < lanes and not w.buf.name in constants:
         return None
-    for i in [instr] if instr else usable(caps):
+    found = [instr] if instr else sorted(usable(caps), key=lambda i: (-i.group, i.a.bits == 8 and i.a is not x.buf.dtype))
+    for i in found:
         ready = _operands(s, acc, out, x, w, i, constants)
         if ready is not None:
             return _blocked(ready[0], acc, out, ready[2], ready[1], i, caps, mu, nv, ku, order)

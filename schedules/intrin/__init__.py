@@ -13,6 +13,6 @@ ALL: tuple[Instruction, ...] = tuple(i for m in (x86, arm, wasm, gpu) for i in v
 
 
 def usable(caps: Capabilities, printer: str = "llvm") -> list[Instruction]:
-    """Dot products that the target has in its register width, largest group first."""
+    """Dot products that the target has in its register width, those that do most first."""
     found = [i for i in ALL if i.feature in caps.features and caps.vector_bits in i.spelling.get(printer, {})]
-    return sorted(found, key=lambda i: -i.group)
+    return sorted(found, key=lambda i: (-i.group, not i.adds))
