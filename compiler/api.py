@@ -21,7 +21,8 @@ def compile(
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
     ``debug="bounds"``: every access of every kernel is checked, and a call raises KernelError naming kernel, buffer, index, extent
     and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
-    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError)."""
+    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other
+    error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
     from luthier import settings
     from luthier.codegen.target import parse_target
     from luthier.errors import TargetError
@@ -34,15 +35,25 @@ def compile(
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
     if checked and not getattr(make, "CHECKS_BOUNDS", False):
         raise TargetError(f"modules for {target} have no bounds checks", hint="compile for cpu with debug='bounds'")
-    with collection_paused():
-        if checked or not hasattr(make, "Ahead"):
-            program = compile_program(import_onnx(model, shapes), chosen.caps)
-            program.checked = checked
-            module: Module = make.build_module(program, chosen, threads)
-            return module
-        with make.Ahead(chosen) as ahead:
-            program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)
-            return make.build_module(program, chosen, threads, ahead)  # type: ignore[no-any-return]
+    def build() -> Module:
+        with collection_paused():
+            if checked or not hasattr(make, "Ahead"):
+                program = compile_program(import_onnx(model, shapes), chosen.caps)
+                program.checked = checked
+                module: Module = make.build_module(program, chosen, threads)
+                return module
+            with make.Ahead(chosen) as ahead:
+                program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)
+                return make.build_module(program, chosen, threads, ahead)  # type: ignore[no-any-return]
+
+    try:
+        return build()
+    except Exception as error:
+        from luthier.repro import USER_ERRORS, record
+
+        if not isinstance(error, USER_ERRORS):  # a defect of this package
+            record(error, model, {"target": target, "shapes": shapes, "threads": threads, "debug": debug}, build)
+        raise
 
 
 @contextlib.contextmanager

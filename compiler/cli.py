@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from luthier import settings
+from luthier.cli_tools import COMMANDS
 from luthier.errors import ArtifactError, InputError, LuthierError
 
 if TYPE_CHECKING:
@@ -203,11 +204,12 @@ def _describe(value: Any) -> str:
 @click.option("--runs", default=50, show_default=True, type=click.IntRange(1), help="Timed calls.")
 @click.option("--profile/--no-profile", default=True, help="Also time every kernel.")
 @click.option("--top", default=20, show_default=True, help="Kernels shown.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write the profile as a Chrome trace (.json).")
 @click.option("--onnxruntime", "peer", is_flag=True, help="Also time onnxruntime, with as many threads (MODEL an ONNX file).")
 @_debug
 def bench(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, runs: int,
-    profile: bool, top: int, peer: bool, debug: str | None,
+    profile: bool, top: int, trace: Path | None, peer: bool, debug: str | None,
 ) -> None:  # fmt: skip
     """Latency of MODEL and a per-kernel profile with the names of its nodes."""
     module = _open(model, target, shapes, threads, debug)
@@ -219,8 +221,18 @@ def bench(
 
         reference = session(model, threads)
         _print_times("onnxruntime", _times(lambda: reference.run(None, feeds), runs))
-    if profile:
-        _print_profile(module.profile(feeds), top)
+    if profile or trace is not None:
+        rows = module.profile(feeds)
+        if profile:
+            _print_profile(rows, top)
+        if trace is not None:
+            from luthier.trace import write_trace
+
+            try:
+                write_trace(rows, trace, model.name)
+            except OSError as e:
+                raise InputError(f"cannot write {trace}: {e}") from e
+            click.echo(f"{trace}: {len(rows)} kernel calls, open it in chrome://tracing or ui.perfetto.dev")
 
 
 def _times(call: Callable[[], object], runs: int) -> list[float]:
@@ -383,9 +395,12 @@ def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> No
     except Exception as error:
         if debug:
             raise
-        _fail(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where)", DEFECT)
+        notes = "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
+        _fail(f"internal error, please report it: {type(error).__name__}: {error} (--debug shows where){notes}", DEFECT)
     sys.exit(code if isinstance(code, int) else 0)
 
 
+for _tool in COMMANDS:
+    luthier.add_command(_tool)
 main: Callable[[], NoReturn] = functools.partial(_entry, luthier)
 compile_main: Callable[[], NoReturn] = functools.partial(_entry, compile_command)

@@ -41,7 +41,8 @@ class LuthierError(Exception):
 
     ``message``: what is wrong. ``node``: name of the graph node. ``op``: its operator (``Conv`` or ``domain::Op``).
     ``shapes``: {name: shape}, a list of shapes, or ready text. ``hint``: what to do. All but the message are optional and
-    stay readable as attributes; ``at`` adds them to an error raised by code that did not know the node.
+    stay readable as attributes; ``at`` adds them to an error raised by code that did not know the node. ``bundle``: the folder that
+    a failed compile left (:mod:`luthier.repro`).
     """
 
     exit_code: ClassVar[int] = 2
@@ -60,6 +61,7 @@ class LuthierError(Exception):
         self.op = op
         self.shapes = _shapes_text(shapes) if shapes is not None else None
         self.hint = hint
+        self.bundle: str | None = None
         super().__init__(message)
 
     def at(
@@ -88,6 +90,8 @@ class LuthierError(Exception):
             parts.append(f"shapes {self.shapes}")
         if self.hint:
             parts.append(f"to do: {self.hint}")
+        if self.bundle:
+            parts.append(f"repro bundle: {self.bundle}")
         return " ".join("; ".join(parts).split())
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -11,6 +11,7 @@ from luthier.ir.graph import Graph
 from luthier.ir.loop import Func
 from luthier.ir.program import Program
 from luthier.ir.verify_graph import verify_graph
+from luthier.override import override_kernels, write_kernels
 from luthier.passes.build_program import build_program
 from luthier.passes.canonicalize import canonicalize
 from luthier.passes.choose_layout import choose_layout
@@ -92,7 +93,11 @@ def lower_graph(graph: Graph, caps: Capabilities, dump: Dump | None = None, on_k
     from luthier.schedules.select import build, build_kernel
 
     program = build_program(graph, lambda c, consts: build(c, caps, consts), lambda f: build_kernel(f, caps), on_kernel)
-    (dump or Dump()).write("program", lambda: str(program))
+    override_kernels(program)
+    dump = dump or Dump()
+    dump.write("program", lambda: str(program))
+    if dump.folder is not None:
+        write_kernels(program, dump.folder / "kernels")
     return program
 
 

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "spin_us", "threads", "toolchain", "winograd"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -89,6 +89,8 @@ def all_settings() -> list[Setting[object]]:
 
 
 dump = _declare("LUTHIER_DUMP", _path, None, "Folder into which a compile writes the IR after each pass that changed it")
+override = _declare("LUTHIER_OVERRIDE", _path, None, "Folder of loop IR texts NAME.txt that take the place of the kernels NAME of every compile")
+repro_dir = _declare("LUTHIER_REPRO_DIR", _path, None, "Folder for the bundles of failed compiles; default: repro in the folder of the kernel cache")
 cache_dir = _declare("LUTHIER_CACHE_DIR", _path, _default_cache(), "Folder of the content-addressed cache of compiled kernels")
 cache_size = _declare("LUTHIER_CACHE_MB", _count, 1024, "Upper limit of the kernel cache in MiB; 0 turns the cache off")
 threads = _declare("LUTHIER_THREADS", _positive, None, "Worker threads of a loaded module; default: the cores this process may use")
