@@ -31,6 +31,7 @@ class Kernel:
         capacity: dict[str, tuple[Expr, ...]] | None = None,
     ) -> None:
         self.func, self.temps, self.symbols, self.capacity = func, tuple(temps), symbols or {}, capacity or {}
+        self.in_place: dict[str, int] = {}  # outputs that are an input's own memory, changed: {output buffer: number of the input}
 
 
 class Op:

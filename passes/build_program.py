@@ -419,7 +419,11 @@ class _Builder:
         later: list[tuple[Value, Buffer]] = []
         for v, name in zip(it.group.outputs, [f"o{i}" for i in range(len(it.group.outputs))], strict=True):
             cap = work.capacity.get(name)
-            if cap is not None:
+            if name in work.in_place:
+                state = n.inputs[work.in_place[name]]
+                assert state is not None
+                self.storage[v] = args[name] = replace(self._view(v, self.buffer_of(state)), writable=True)
+            elif cap is not None:
                 args[name] = self.temp(v.name + ".capacity", v.dtype, cap)
                 later.append((v, args[name]))
             else:

@@ -1,0 +1,214 @@
+"""Operators of a decoder over a cache of keys and values that a caller keeps: rows rotated and written, attention over what is there.
+
+The cache of a layer is ``[2, kv_heads, capacity, head]`` (keys, then values), row ``t`` of a head belongs to position ``t``. Both operators
+take ``pos`` i64 [1], the position of the first of the S new rows; rows up to it must have been written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from luthier.ir.dtypes import f32, i64, index
+from luthier.ir.expr import Expr, bcast, cast, const, load, maximum, minimum, ramp, select, unary, var, vreduce
+from luthier.ir.graph import Node, TensorType
+from luthier.ir.loop import Alloc, Buffer, If, Let, Stmt, Store, block
+from luthier.ir.op import Kernel, Op, op
+from luthier.ir.ops.common import Array, must, need, shape_error, static, type_error
+from luthier.ir.ops.kernels import flat, for_, get, kernel, put
+
+LANES = 8
+
+
+def _heads(node: Node) -> tuple[int, int]:
+    return int(node.attrs["heads"]), int(node.attrs["kv_heads"])
+
+
+def _cache_shape(node: Node, i: int) -> tuple[int, int, int]:
+    """(kv heads, capacity, head size) of the cache input. Raises ShapeError, TypeMismatch."""
+    c = need(node, i)
+    if c.rank != 4 or not c.dtype.is_float:
+        raise type_error(node, "a cache is a float tensor [2, kv_heads, capacity, head]")
+    _, h, t, d = (static(node, s, "extents of a cache") for s in c.shape)
+    if d % LANES or h != _heads(node)[1]:
+        raise shape_error(node, f"heads must have a size that is a multiple of {LANES}, and there must be kv_heads of them")
+    return h, t, d
+
+
+@op("luthier::RotateIntoCache")
+class RotateIntoCache(Op):
+    """(cache, qkv [S, (heads + 2 kv_heads) head], cos, sin [positions, head / 2], pos) -> (cache, q [S, heads, head]).
+
+    Queries and keys are rotated by halves (``x1 cos - x2 sin``, ``x1 sin + x2 cos``); queries are multiplied by ``scale``. Keys and values
+    are written into the cache **in place**: the first output is the first input. Rows behind the capacity are dropped."""
+
+    in_place = {0: 0}
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        h, _, d = _cache_shape(node, 0)
+        qkv, n = need(node, 1), _heads(node)[0]
+        if qkv.rank != 2 or qkv.shape[1].op == "const" and qkv.shape[1].attr != (n + 2 * h) * d:
+            raise shape_error(node, f"qkv must be [S, {(n + 2 * h) * d}]")
+        return [need(node, 0).type, TensorType(f32, (qkv.shape[0], const(n), const(d)))]
+
+    def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
+        h, cap, d = _cache_shape(node, 0)
+        n, half, width = _heads(node)[0], d // 2, (_heads(node)[0] + 2 * h) * d
+        rows = must(ins, 1).shape[0]
+        qkv, cos, sin, at = (flat(must(ins, i)) for i in (1, 2, 3, 4))
+        cache, q = flat(outs[0]), flat(outs[1])
+        scale = const(float(node.attrs.get("scale", 1.0)), f32)
+        pos = var("pos", lo=0)
+
+        def rotated(s: Expr, first: Expr, store: Any) -> Stmt:
+            def lane(i: Expr) -> Stmt:
+                a, b = get(qkv, first + i), get(qkv, first + half + i)
+                c, w = get(cos, (pos + s) * half + i), get(sin, (pos + s) * half + i)
+                return block(store(i, a * c - b * w), store(i + half, a * w + b * c))
+
+            return for_("io", half // LANES, lambda io: for_("ii", LANES, lambda ii: lane(io * LANES + ii), kind="vectorize"))
+
+        def row(s: Expr) -> Stmt:
+            base = s * width
+            queries = for_("h", n, lambda x: rotated(s, base + x * d, lambda i, v: put(q, (s * n + x) * d + i, v * scale)))
+            keys = for_("k", h, lambda x: rotated(s, base + (n + x) * d, lambda i, v: put(cache, (x * cap + pos + s) * d + i, v)))
+
+            def value(x: Expr) -> Stmt:
+                first = base + (n + h + x) * d
+                return for_("io", d // LANES, lambda io: for_("ii", LANES, lambda ii: put(cache, ((h + x) * cap + pos + s) * d + io * LANES + ii, get(qkv, first + io * LANES + ii)), kind="vectorize"))
+
+            return block(queries, If(pos + s < cap, block(keys, for_("v", h, value))))
+
+        # positions behind the tables are a caller's error, but must not leave memory
+        limit = must(ins, 2).shape[0] - rows
+        p = maximum(minimum(cast(load(at, [const(0)]), index), limit), const(0))
+        return _in_place(kernel(node, ins, outs, (), block(Let(pos, p), for_("s", rows, row, kind="parallel"))))
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
+        cache, qkv, cos, sin, at = (np.array(a) for a in arrays)
+        n, h = _heads(node)
+        d, pos = cache.shape[-1], int(at[0])
+        x = qkv.reshape(len(qkv), -1, d).astype(np.float32)
+        c, w = cos[pos : pos + len(x), None], sin[pos : pos + len(x), None]
+        a, b = x[:, : n + h, : d // 2], x[:, : n + h, d // 2 :]
+        r = np.concatenate([a * c - b * w, a * w + b * c], -1)
+        cache[0, :, pos : pos + len(x)] = r[:, n:].swapaxes(0, 1)
+        cache[1, :, pos : pos + len(x)] = x[:, n + h :].swapaxes(0, 1)
+        return [cache, (r[:, :n] * np.float32(node.attrs.get("scale", 1.0))).astype(np.float32)]
+
+
+def _in_place(k: Kernel) -> Kernel:
+    k.in_place = {"o0": 0}
+    return k
+
+
+@op("luthier::CachedAttention")
+class CachedAttention(Op):
+    """(cache, q [S, heads, head], pos) -> [S, heads head] f32: causal attention of row s over the positions 0 .. pos + s.
+
+    Query heads share the keys of ``heads / kv_heads`` consecutive ones; the scale is in ``q``. Scores and sums in f32."""
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        _, _, d = _cache_shape(node, 0)
+        n, h = _heads(node)
+        if n % h:
+            raise shape_error(node, f"{n} query heads cannot share {h} heads of keys")
+        return [TensorType(f32, (need(node, 1).shape[0], const(n * d)))]
+
+    def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
+        h, cap, d = _cache_shape(node, 0)
+        n = _heads(node)[0]
+        per = n // h
+        rows = must(ins, 1).shape[0]
+        cache, q, at = (flat(must(ins, i)) for i in (0, 1, 2))
+        out = flat(outs[0])
+        pos = var("pos", lo=0)
+        padded = -(-cap // LANES) * LANES
+        score = Buffer("score", f32, (const(per * padded),), "local")
+        lane = f32.vec(LANES)
+
+        def vector(b: Buffer, i: Expr) -> Expr:
+            return cast(load(b, [ramp(i, 1, LANES)]), lane)
+
+        def head(r: Expr) -> Stmt:
+            s, k = r // h, r % h
+            last = var("last", lo=0)
+
+            def scores(t: Expr) -> Stmt:
+                keys = [var(f"key{i}", lane, None) for i in range(d // LANES)]
+                load_keys = [Let(v, vector(cache, (k * cap + t) * d + i * LANES)) for i, v in enumerate(keys)]
+                dots: list[Stmt] = []
+                for g in range(per):
+                    acc = [vector(q, (s * n + k * per + g) * d + i * LANES) * keys[i] for i in range(d // LANES)]
+                    while len(acc) > 1:
+                        acc = [acc[i] + acc[i + 1] if i + 1 < len(acc) else acc[i] for i in range(0, len(acc), 2)]
+                    dots.append(Store(score, (g * padded + t,), vreduce("add", acc[0])))
+                return block(*load_keys, *dots)
+
+            blocks = (last + LANES) // LANES  # last + 1 positions
+            parts: list[Stmt] = [for_("t", last + 1, scores)]
+            sums = [Buffer(f"sum{g}", lane, (), "local") for g in range(per)]
+            tops = [Buffer(f"top{g}", lane, (), "local") for g in range(per)]
+            tail = for_("p", blocks * LANES, lambda t: block(*(Store(score, (g * padded + t,), const(float("-inf"), f32)) for g in range(per))), lo=last + 1)
+            parts.append(tail)
+            parts += [Store(b, (), bcast(const(float("-inf"), f32), LANES)) for b in tops]
+            parts.append(for_("b", blocks, lambda b: block(*(Store(x, (), maximum(load(x, ()), vector(score, g * padded + b * LANES))) for g, x in enumerate(tops)))))
+            highs = [var(f"high{g}", f32) for g in range(per)]
+            parts += [Let(v, vreduce("max", load(x, ()))) for v, x in zip(highs, tops, strict=True)]
+            parts += [Store(b, (), bcast(const(0.0, f32), LANES)) for b in sums]
+
+            def weights(b: Expr) -> Stmt:
+                out_: list[Stmt] = []
+                for g in range(per):
+                    i = g * padded + b * LANES
+                    e = var(f"e{g}", lane, None)
+                    out_ += [Let(e, unary("exp", vector(score, i) - bcast(highs[g], LANES))), Store(score, (ramp(i, 1, LANES),), e), Store(sums[g], (), load(sums[g], ()) + e)]
+                return block(*out_)
+
+            parts.append(for_("b", blocks, weights))
+            inverse = [var(f"inv{g}", f32) for g in range(per)]
+            parts += [Let(v, const(1.0, f32) / vreduce("add", load(x, ()))) for v, x in zip(inverse, sums, strict=True)]
+            step = max(1, 12 // per)
+            for first in range(0, d // LANES, step):
+                cols = range(first, min(first + step, d // LANES))
+                acc = {(g, c): Buffer(f"o{g}_{c}", lane, (), "local") for g in range(per) for c in cols}
+
+                def sum_values(t: Expr, cols: Any = cols, acc: Any = acc) -> Stmt:
+                    vs = {c: var(f"value{c}", lane, None) for c in cols}
+                    ps = [var(f"p{g}", lane, None) for g in range(per)]
+                    lets: list[Stmt] = [Let(v, vector(cache, ((h + k) * cap + t) * d + c * LANES)) for c, v in vs.items()]
+                    lets += [Let(v, bcast(load(score, [g * padded + t]), LANES)) for g, v in enumerate(ps)]
+                    return block(*lets, *(Store(a, (), load(a, ()) + ps[g] * vs[c]) for (g, c), a in acc.items()))
+
+                body = block(
+                    *(Store(a, (), bcast(const(0.0, f32), LANES)) for a in acc.values()),
+                    for_("t", last + 1, sum_values),
+                    *(Store(out, (ramp((s * n + k * per + g) * d + c * LANES, 1, LANES),), load(a, ()) * bcast(inverse[g], LANES)) for (g, c), a in acc.items()),
+                )
+                for a in acc.values():
+                    body = Alloc(a, body)
+                parts.append(body)
+            whole = block(Let(last, minimum(pos + s, const(cap - 1))), *parts)
+            for b in (*tops, *sums, score):
+                whole = Alloc(b, whole)
+            return whole
+
+        p = maximum(cast(load(at, [const(0)]), index), const(0))
+        return kernel(node, ins, outs, (), block(Let(pos, p), for_("r", rows * h, head, kind="parallel")))
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
+        cache, q, at = (np.asarray(a) for a in arrays)
+        n, h = _heads(node)
+        k, v = (np.repeat(c.astype(np.float64), n // h, 0) for c in cache)
+        out = np.empty(q.shape, np.float64)
+        for s in range(len(q)):
+            t = int(at[0]) + s + 1
+            x = np.einsum("hd,htd->ht", q[s].astype(np.float64), k[:, :t])
+            p = np.exp(x - x.max(-1, keepdims=True))
+            out[s] = np.einsum("ht,htd->hd", p / p.sum(-1, keepdims=True), v[:, :t])
+        return [out.reshape(len(q), -1).astype(np.float32)]
+
+
+_ = (i64, select)
