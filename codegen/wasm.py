@@ -19,7 +19,20 @@ from luthier.codegen.wasm_scalar import signed, valtype
 from luthier.codegen.wasm_vector import Vector, bits_of, full, prefix, width
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, _from_poly, binary, bounds, const, free_vars, linear, load, load_parts, loads, prove, substitute
+from luthier.ir.expr import (
+    Expr,
+    binary,
+    bounds,
+    const,
+    free_vars,
+    from_linear,
+    linear,
+    load,
+    load_parts,
+    loads,
+    prove,
+    substitute,
+)
 from luthier.ir.loop import (
     Alloc,
     Barrier,
@@ -358,7 +371,7 @@ class KernelPrinter(Vector):
         for m, k in linear(e).items():
             if m:
                 (rest if any(x in self.inner if x.op == "var" else x.op == "load" or loads(x) or free_vars(x) & self.inner for x in m) else same)[m] = k
-        return _from_poly(same) if same else None, _from_poly(rest) if rest else None
+        return from_linear(same) if same else None, from_linear(rest) if rest else None
 
     def address(self, b: Buffer, idx: Expr) -> int:
         """Pushes the address of element ``idx`` without its constant part; returns that part in bytes for the immediate."""

@@ -16,7 +16,6 @@ from luthier.ir.dtypes import DType
 from luthier.ir.expr import (
     COMPARE,
     Expr,
-    _mk,
     binary,
     bitcast,
     cast,
@@ -25,6 +24,7 @@ from luthier.ir.expr import (
     is_const,
     load,
     load_parts,
+    make_node,
     rebuild,
     select,
 )
@@ -71,11 +71,11 @@ class Vector(Emitter):
         if op in ("ramp", "bcast"):
             return extract(e, k)
         if op == "var":
-            return _mk("extract", d.scalar, (e,), k)
+            return make_node("extract", d.scalar, (e,), k)
         if op == "load":
             buf, idx, m, o = load_parts(e)
             if buf.rank == 0:
-                return _mk("extract", d.scalar, (e,), k)
+                return make_node("extract", d.scalar, (e,), k)
             mk, ok = None if m is None else self.lane(m, k), None if o is None else self.lane(o, k)
             if buf.dtype.lanes > 1:
                 return load(replace(buf, dtype=buf.dtype.scalar), [idx[0] * buf.dtype.lanes + k], mk, ok)
@@ -288,7 +288,7 @@ class Vector(Emitter):
             else:
                 self.emit(a)
                 c.op(f"{pa}.abs")
-                self.emit(_mk("bcast", a.dtype, (const(float("inf"), a.dtype.scalar),)))
+                self.emit(make_node("bcast", a.dtype, (const(float("inf"), a.dtype.scalar),)))
                 c.op(f"{pa}.eq")
             return True
         if op == "not":
@@ -356,7 +356,7 @@ class Vector(Emitter):
         if op in names:
             return go(f"{p}.{names[op]}")
         if op == "rsqrt":
-            self.emit(_mk("bcast", d, (const(1, d.scalar),)))
+            self.emit(make_node("bcast", d, (const(1, d.scalar),)))
             self.emit(e.args[0])
             c.op(f"{p}.sqrt")
             c.op(f"{p}.div")
@@ -368,13 +368,13 @@ class Vector(Emitter):
         s, w = a.dtype, width(d)
         if d.is_bool:
             self.emit(a)
-            self.emit(_mk("bcast", s, (const(0, s.scalar),)))
+            self.emit(make_node("bcast", s, (const(0, s.scalar),)))
             c.op(f"{prefix(s)}.ne")
             return True
         if s.is_bool:
             self.emit(a)
             if d.is_float:
-                self.emit(_mk("bcast", d, (const(1, d.scalar),)))
+                self.emit(make_node("bcast", d, (const(1, d.scalar),)))
             else:
                 self.pattern(d, [1] * d.lanes)
             c.op("v128.and")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, _mk, as_expr, cast, const, load, maximum, minimum, proj, select, substitute, var, walk
+from luthier.ir.expr import Expr, as_expr, cast, const, load, make_node, maximum, minimum, proj, select, substitute, var, walk
 from luthier.ir.loop import Buffer
 
 
@@ -91,7 +91,7 @@ def reduce_(monoid: str, axes: Iterable[Axis], *values: Expr, where: Expr | None
     """A reduction. One value: the Expr itself; a tuple monoid (argmax): use :func:`proj` 0, 1, ... on it."""
     ax = tuple(axes)
     args = values if where is None else (*values, where)
-    return _mk("reduce", values[0].dtype, args, (monoid, ax, len(values)))
+    return make_node("reduce", values[0].dtype, args, (monoid, ax, len(values)))
 
 
 def sum_(axes: Axis | Iterable[Axis], value: Expr, acc: DType | None = None) -> Expr:

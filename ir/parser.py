@@ -16,7 +16,7 @@ import numpy as np
 
 from luthier.ir.dtypes import DType, boolean, index, parse_dtype
 from luthier.ir.errors import VerificationError
-from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, _mk, const
+from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, const, make_node
 from luthier.ir.loop import (
     EMPTY,
     SCOPES,
@@ -134,7 +134,7 @@ class _Parser:
                 ln.fail(f"{op} of {args[0].dtype} and {args[1].dtype}")
         if op in COMPARE or op in ("isnan", "isinf"):
             d = boolean.vec(d.lanes)
-        return _mk(op, d, args)
+        return make_node(op, d, args)
 
     def postfix(self, ln: _Line) -> Expr:
         return self.atom(ln)
@@ -202,7 +202,7 @@ class _Parser:
             lanes = max(lanes, mask.dtype.lanes) if buf.dtype.lanes == 1 else lanes
         ln.expect("]")
         d = buf.dtype if lanes == 1 else buf.dtype.vec(lanes)
-        return _mk("load", d, (*idx, *extra), (buf, bool(extra)))
+        return make_node("load", d, (*idx, *extra), (buf, bool(extra)))
 
     def function(self, ln: _Line, name: str) -> Expr:
         ln.expect("(")
@@ -213,13 +213,13 @@ class _Parser:
             ln.expect(",")
             n = ln.integer()
             ln.expect(")")
-            return _mk("ramp", base.dtype.vec(n), (base,), (stride,))
+            return make_node("ramp", base.dtype.vec(n), (base,), (stride,))
         if name in ("bcast", "extract"):
             a = self.expr(ln)
             ln.expect(",")
             n = ln.integer()
             ln.expect(")")
-            return _mk("bcast", a.dtype.vec(n), (a,)) if name == "bcast" else _mk("extract", a.dtype.scalar, (a,), n)
+            return make_node("bcast", a.dtype.vec(n), (a,)) if name == "bcast" else make_node("extract", a.dtype.scalar, (a,), n)
         if name == "shuffle":
             args = [self.expr(ln)]
             while ln.accept(","):
@@ -229,16 +229,16 @@ class _Parser:
             while ln.accept(","):
                 perm.append(ln.integer())
             ln.expect(")")
-            return _mk("shuffle", args[0].dtype.vec(len(perm)), tuple(args), tuple(perm))
+            return make_node("shuffle", args[0].dtype.vec(len(perm)), tuple(args), tuple(perm))
         args_ = self.args(ln)
         head, _, tail = name.partition(".")
         if head == "vreduce":
-            return _mk("vreduce", args_[0].dtype.scalar, args_, tail)
+            return make_node("vreduce", args_[0].dtype.scalar, args_, tail)
         if head == "bitcast":
-            return _mk("bitcast", self.dtype(ln, tail), args_)
+            return make_node("bitcast", self.dtype(ln, tail), args_)
         if name in UNARY or name in BINARY or name in COMPARE or name == "select":
             return self.make(ln, name, args_)
-        return _mk("cast", self.dtype(ln, name), args_)
+        return make_node("cast", self.dtype(ln, name), args_)
 
     def intrinsic(self, ln: _Line) -> Expr:
         name = ln.name()
@@ -253,7 +253,7 @@ class _Parser:
         else:
             name, _, typ = name.rpartition(".")
         ln.expect("(")
-        return _mk("call", self.dtype(ln, typ), self.args(ln), (name, tuple(attr)))
+        return make_node("call", self.dtype(ln, typ), self.args(ln), (name, tuple(attr)))
 
     # -- declarations
 
@@ -268,7 +268,7 @@ class _Parser:
                 hi = int(hi.attr)
         if not (d.is_index or d.is_int):
             lo = hi = None
-        return _mk("var", d, (), (name, lo, hi))
+        return make_node("var", d, (), (name, lo, hi))
 
     def buffer(self, ln: _Line, name: str, d: DType) -> Buffer:
         """After ``name: dtype``: ``[shape] scope readonly``."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.ir.compute import Axis, Compute, Fold, LetStmt, Pull, Push, State, buffers_of, let_exprs
-from luthier.ir.expr import Expr, _mk, bounds, free_vars, load, load_parts, rebuild, var, walk
+from luthier.ir.expr import Expr, bounds, free_vars, load, load_parts, make_node, rebuild, var, walk
 from luthier.ir.loop import Buffer
 
 ATOMIC = frozenset({"floordiv", "mod", "div", "rem", "min", "max", "select"})
@@ -101,7 +101,7 @@ class _Namer:
         elif e.op == "reduce":
             name, axes, n = e.attr
             new = tuple(self.axis(a) for a in axes)
-            out = _mk("reduce", e.dtype, tuple(self.go(a) for a in e.args), (name, new, n))
+            out = make_node("reduce", e.dtype, tuple(self.go(a) for a in e.args), (name, new, n))
         elif e.args:
             args = tuple(self.go(a) for a in e.args)
             out = e if all(x is y for x, y in zip(args, e.args, strict=True)) else rebuild(e, args)

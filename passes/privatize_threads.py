@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, _from_poly, is_const, linear, load, load_parts, rewrite, walk
+from luthier.ir.expr import Expr, from_linear, is_const, linear, load, load_parts, rewrite, walk
 from luthier.ir.loop import Alloc, Buffer, For, Func, Stmt, Store, exprs_of, map_children, map_exprs, walk_stmts
 
 Key = tuple[str, int]  # kind of the thread loop; its extent where threads take turns, 0 where the index is the thread's number
@@ -39,7 +39,7 @@ def privatize_threads(f: Func) -> Func:
         rest = {m: c for m, c in poly.items() if m != mine[0]}
         if any(c % n for c in rest.values()) or any(v in kind for m in rest for v in m):
             return None
-        return (loop.kind, n), _from_poly({m: c // n for m, c in rest.items()})
+        return (loop.kind, n), from_linear({m: c // n for m, c in rest.items()})
 
     seen: dict[Buffer, list[set[Key | None]]] = {b: [set() for _ in b.shape] for b in bufs}
 

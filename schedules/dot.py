@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, _from_poly, bcast, bitcast, cast, free_vars, linear, load, load_parts, ramp
+from luthier.ir.expr import Expr, bcast, bitcast, cast, free_vars, from_linear, linear, load, load_parts, ramp
 from luthier.ir.intrin import Instruction
 from luthier.passes.flatten import flat_index
 from luthier.schedules.schedule import ScheduleError
@@ -47,7 +47,7 @@ def _operand(e: Expr, want: DType, instr: Instruction, t: Expr, j: Expr, lanes: 
     if step[t] != 1 or step[j] not in (0, instr.group):
         return None
     flat = replace(buf, shape=(buf.size(),))
-    at, g = _from_poly(base), instr.group
+    at, g = from_linear(base), instr.group
     if step[j]:
         return cast(load(flat, (ramp(at, 1, g * lanes),)), want)
     one = cast(load(flat, (ramp(at, 1, g),)), want)

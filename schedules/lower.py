@@ -14,14 +14,13 @@ from dataclasses import replace
 from luthier.ir.compute import MONOIDS, Fold, Push
 from luthier.ir.expr import (
     Expr,
-    _from_poly,
-    _mk,
     as_expr,
     bcast,
     bounds,
     call,
     const,
     free_vars,
+    from_linear,
     linear,
     load,
     load_parts,
@@ -31,11 +30,10 @@ from luthier.ir.expr import (
     prove,
     ramp,
     rewrite,
-    select,
     substitute,
     var,
 )
-from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Stmt, Store, block
+from luthier.ir.loop import Alloc, Buffer, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.dot import dot_operands
 from luthier.schedules.schedule import Loop, Schedule, ScheduleError, Stage, hash_var, readers
 
@@ -303,7 +301,7 @@ def _box(e: Expr, unbound: Env) -> tuple[Expr, Expr] | None:
         if c < 0:
             for mm, cc in linear((n - 1) * c).items():
                 base[mm] = base.get(mm, 0) + cc
-    return _from_poly({m: c for m, c in base.items() if c}), extent
+    return from_linear({m: c for m, c in base.items() if c}), extent
 
 
 def _rejoin(e: Expr) -> Expr:
@@ -742,4 +740,3 @@ def _rebind(s: Stmt, env: dict[str, Buffer]) -> Stmt:
     return st(rewrite_stmt(s, f))
 
 
-_ = (Block, select, _mk)

@@ -8,7 +8,6 @@ import pytest
 from luthier.ir.dtypes import bf16, boolean, f32, i8, i32, i64, index, u8
 from luthier.ir.errors import VerificationError
 from luthier.ir.expr import (
-    _mk,
     bcast,
     binary,
     bitcast,
@@ -17,6 +16,7 @@ from luthier.ir.expr import (
     const,
     extract,
     load,
+    make_node,
     maximum,
     ramp,
     select,
@@ -74,8 +74,8 @@ def test_precedence(op):
     a, b, c = (var(x, i32) for x in "abc")
     out = Buffer.of("O", i32, (1,))
     for other in ("add", "mul", "sub", "and", "shl", "div"):
-        for e in (_mk(other, i32, (_mk("add", i32, (a, b)), c)), _mk(other, i32, (a, _mk("sub", i32, (b, c))))):
-            x = _mk(op, boolean if op in ("lt", "ne") else i32, (e, a))
+        for e in (make_node(other, i32, (make_node("add", i32, (a, b)), c)), make_node(other, i32, (a, make_node("sub", i32, (b, c))))):
+            x = make_node(op, boolean if op in ("lt", "ne") else i32, (e, a))
             f = Func("f", (out, a, b, c), Store(out, (const(0),), x if x.dtype is i32 else cast(x, i32)))
             assert parse_func(str(f)) == f
 
