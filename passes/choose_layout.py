@@ -74,7 +74,8 @@ def _resize(n: Node, ctx: Context) -> Value | None:
     x = n.inputs[0]
     assert x is not None
     perm = to_last(x.rank)
-    if "axes" in n.attrs or n.input(1) is not None:
+    crops = n.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"  # the only mode that reads the region of interest
+    if "axes" in n.attrs or crops and n.input(1) is not None:
         return None
     ins: list[Any] = [_last(ctx, x, n), None]
     for v in (n.input(2), n.input(3)):

@@ -199,8 +199,16 @@ def _quantize(n: Node, ctx: Context) -> Value | None:
     return _after(n, ctx, [x, *n.inputs[1:]], attrs, perm)
 
 
+def _depth_to_space(n: Node, ctx: Context) -> Value | None:
+    """Blocks of channels are contiguous channels-last: whole pixels move."""
+    got = _before(n.inputs[0], ctx)
+    if got is None or got[1] != (0, 3, 1, 2) or n.attrs.get("layout", "NCHW") != "NCHW":
+        return None
+    return _after(n, ctx, [got[0]], {**n.attrs, "layout": "NHWC"}, got[1])
+
+
 SINKS: dict[str, Callable[[Node, Context], Value | None]] = {
     "Concat": _concat, "Softmax": _one_axis(-1), "LogSoftmax": _one_axis(-1), "ArgMax": _one_axis(0), "ArgMin": _one_axis(0),
-    "Slice": _slice, "Pad": _pad, "QuantizeLinear": _quantize, "DequantizeLinear": _quantize,
+    "Slice": _slice, "Pad": _pad, "DepthToSpace": _depth_to_space, "QuantizeLinear": _quantize, "DequantizeLinear": _quantize,
     **{f"Reduce{r}": _reduce for r in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
 }  # fmt: skip

@@ -375,3 +375,27 @@ def test_flattened_channels_last_is_a_view() -> None:
     )
     apply(g, canonicalize, N=2)
     assert "Transpose" not in ops(g)
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_depth_to_space_moves_pixels_channels_last(mode: str) -> None:
+    g = graph(f"""agraph (float[2, 3, 5, 12] x) => (float[2, 6, 10, 3] y) {{
+        c = Transpose<perm=[0,3,1,2]>(x)
+        d = DepthToSpace<blocksize=2, mode="{mode}">(c)
+        e = Sigmoid(d)
+        y = Transpose<perm=[0,2,3,1]>(e)
+    }}""")
+    apply(g, eliminate_transposes)
+    assert ops(g) == {"DepthToSpace": 1, "Sigmoid": 1}
+
+
+def test_resize_with_an_unread_region_becomes_channels_last() -> None:
+    g = graph("""agraph (float[1, 4, 6, 6] x) => (float[1, 4, 12, 12] y)
+        <float[8] roi = {0, 0, 0, 0, 1, 1, 1, 1}, float[4] scales = {1, 1, 2, 2}, float[4, 4, 1, 1] k = {
+        1, 2, 3, 4, 5, 6, 7, 8, 1, 3, 5, 7, 2, 4, 6, 8}> {
+        a = Conv(x, k)
+        b = Resize<mode="nearest", coordinate_transformation_mode="asymmetric">(a, roi, scales)
+        y = Conv(b, k)
+    }""")
+    apply(g, choose_layout, eliminate_transposes)
+    assert ops(g)["Transpose"] == 2

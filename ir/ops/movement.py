@@ -373,12 +373,19 @@ def _block(node: Node) -> tuple[int, tuple[Expr, ...]]:
     x = need(node, 0)
     if x.rank != 4:
         raise shape_error(node, f"{node.op} takes NCHW, the input has rank {x.rank}")
-    return int(node.attrs["blocksize"]), x.shape
+    n, a, b, c = x.shape
+    return int(node.attrs["blocksize"]), (n, c, a, b) if _last(node) else (n, a, b, c)
+
+
+def _last(node: Node) -> bool:
+    return node.attrs.get("layout", "NCHW") == "NHWC"
 
 
 @op("DepthToSpace")
 class DepthToSpace(Op):
-    """Channels become blocks of pixels: f[N, C b b, H, W] to [N, C, H b, W b]; ``mode`` DCR or CRD orders the channels."""
+    """Channels become blocks of pixels: f[N, C b b, H, W] to [N, C, H b, W b]; ``mode`` DCR or CRD orders the channels.
+
+    Attribute ``layout`` (not ONNX): NCHW or NHWC."""
 
     kind = "injective"
 
@@ -386,23 +393,28 @@ class DepthToSpace(Op):
         b, (n, c, h, w) = _block(node)
         if c.op == "const" and c.attr % (b * b):
             raise shape_error(node, f"{c.attr} channels do not divide by blocksize {b} squared")
-        return [like(need(node, 0).type, (n, c // (b * b), h * b, w * b))]
+        shape = (n, c // (b * b), h * b, w * b)
+        return [like(need(node, 0).type, shape if not _last(node) else (shape[0], *shape[2:], shape[1]))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         b, _ = _block(node)
-        axes = n, c, h, w = axes_of(outs[0].shape)
+        axes = axes_of(outs[0].shape)
+        n, c, h, w = axes if not _last(node) else (axes[0], axes[3], axes[1], axes[2])
         i, j = h.var % b, w.var % b
         ch = (i * b + j) * c.extent + c.var if node.attrs.get("mode", "DCR") == "DCR" else c.var * (b * b) + i * b + j
-        return make(node, ins, outs, [define(outs[0], axes, load(must(ins, 0), (n.var, ch, h.var // b, w.var // b)))])
+        at = (n.var, ch, h.var // b, w.var // b) if not _last(node) else (n.var, h.var // b, w.var // b, ch)
+        return make(node, ins, outs, [define(outs[0], axes, load(must(ins, 0), at))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         x, b = np.asarray(arrays[0]), int(node.attrs["blocksize"])
+        x = np.moveaxis(x, -1, 1) if _last(node) else x
         n, c, h, w = x.shape
         if node.attrs.get("mode", "DCR") == "DCR":
             y = x.reshape(n, b, b, c // b**2, h, w).transpose(0, 3, 4, 1, 5, 2)
         else:
             y = x.reshape(n, c // b**2, b, b, h, w).transpose(0, 1, 4, 2, 5, 3)
-        return [y.reshape(n, c // b**2, h * b, w * b)]
+        y = y.reshape(n, c // b**2, h * b, w * b)
+        return [np.moveaxis(y, 1, -1) if _last(node) else y]
 
 
 @op("SpaceToDepth")
