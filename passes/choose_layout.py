@@ -82,6 +82,8 @@ def _resize(n: Node, ctx: Context) -> Value | None:
         if v is None:
             ins.append(None)
         elif v.data is not None and v.data.size == x.rank:
+            if v.data[1] != (1 if v is n.input(2) else x.shape[1].attr):  # channels are resized, or in the last dimension already
+                return None
             ins.append(ctx.const(v.name, v.data[list(perm)]))
         elif v.data is not None and v.data.size == 0:
             ins.append(None)
