@@ -41,6 +41,7 @@ class CStyle:
         self.group: dict[str, int] = {}
         self.find_launch()
         self.live = live_variables(f)
+        self.hoist = True  # False where nothing may stand before the expression at hand
 
     # ------------------------------------------------------------ what a language decides
 
@@ -176,7 +177,7 @@ class CStyle:
         if op == "select":
             return self.choose(a[0], a[1], a[2])
         if op == "cast":
-            return self.convert(a[0], s, d)
+            return self.convert(self.once(a[0], s) if s.is_float and not d.is_float and not d.is_bool else a[0], s, d)
         if op == "bitcast":
             return self.reinterpret(a[0], s, d)
         if len(a) == 1:
@@ -188,19 +189,29 @@ class CStyle:
         if op == "not":
             return f"(!{x})" if d.is_bool else self.wrap(f"(~{x})", d)
         if op == "isnan":
-            return f"({x} != {x})"
+            return self.math(op, x, e.args[0].dtype) or f"({x} != {x})"
         if op == "neg":
             return f"(-{x})" if d.is_float else self.wrap(self.arithmetic("sub", self.zero(d), x, d), d)
         if op == "abs" and not d.is_float:
+            x = self.once(x, d) if d.is_signed else x
             return x if not d.is_signed else self.choose(f"({x} < {self.zero(d)})", self.wrap(self.arithmetic("sub", self.zero(d), x, d), d), x)
         r = self.math(op, x, e.args[0].dtype)
         if r is None:
             raise CompilationError(f"{self.target}: {op} must be expanded first: {e!r}", op=self.f.name)
         return r
 
+    def once(self, x: str, d: DType) -> str:
+        """``x`` as text that may be repeated: a name, where it is long."""
+        if not self.hoist or len(x) <= 12 or re.fullmatch(r"\w+", x):
+            return x
+        v = self.name(f"u{len(self.used)}")
+        self.put(self.declare(v, d, x))
+        return v
+
     def binary(self, e: Expr, a: str, b: str) -> str:
         op, d = e.op, e.dtype
         if op in ("min", "max"):
+            a, b = self.once(a, d), self.once(b, d)
             return self.choose(f"({a} {'<' if op == 'min' else '>'} {b})", a, b)
         if op in ("and", "or", "xor"):
             if d.is_bool:
@@ -305,7 +316,10 @@ class CStyle:
                 self.body(s.orelse)
             self.put("}")
         elif isinstance(s, While):
-            self.put(f"while ({self.expr(s.cond)}) {{")
+            self.hoist = False
+            cond = self.expr(s.cond)
+            self.hoist = True
+            self.put(f"while ({cond}) {{")
             self.body(s.body)
             self.put("}")
         elif isinstance(s, Alloc):

@@ -132,8 +132,9 @@ class _Wgsl(CStyle):
     def math(self, op: str, x: str, d: DType) -> str | None:
         if op == "popcount":
             return f"countOneBits({x})" if d.bits >= 32 or not d.is_signed else f"countOneBits({x} & {(1 << d.bits) - 1})"
-        if op == "isinf":
-            return f"(abs({x}) == {self.literal(math.inf, d)})"
+        if op in ("isinf", "isnan"):  # by bits: an implementation may assume that there are no infinities and NaNs
+            bits = f"(bitcast<u32>({x if d.bits == 32 else f'f32({x})'}) & 2147483647u)"
+            return f"({bits} {'==' if op == 'isinf' else '>'} 2139095040u)"
         names = {"abs": "abs", "floor": "floor", "ceil": "ceil", "round": "round", "trunc": "trunc", "sqrt": "sqrt"}
         if op in names and d.is_float:
             return f"{names[op]}({x})"

@@ -10,8 +10,9 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid:
   let b_gy = i32(wg.y);
   let t2 = (b_gy * 65535i);
   let b_gx = i32(wg.x);
-  let b = (b_gx + t2);
-  if (true) {
+  let b_g = (b_gx + t2);
+  if ((b_g < rows)) {
+    let b = b_g;
     let t3 = (b * 64i);
     let t = i32(lid.x);
     s[t] = A[(t + t3)];
