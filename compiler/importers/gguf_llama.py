@@ -1,0 +1,192 @@
+"""The Llama architecture of a GGUF file as a graph: one function for prompts and for single steps, over a cache that the caller keeps.
+
+Inputs: ``tokens`` i64 [S], ``pos`` i64 [1] (position of the first of them), ``last`` i64 [1] (the row whose logits are wanted) and
+``cache`` f16 [layers, 2, kv_heads, capacity, head], which is changed in place. Output: ``logits`` f32 [1, vocabulary] (or [S, vocabulary]).
+
+Weights stay in the bits of the file; their scales are kept in half precision (those of the K forms are products of two stored
+numbers and are rounded to it). Rows of queries and keys are re-ordered once so that rotation works on halves of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from luthier.errors import InvalidModel
+from luthier.importers.builder import GraphBuilder
+from luthier.importers.gguf import GGUF, Tensor
+from luthier.importers.gguf_blocks import BLOCKS, Grouped
+from luthier.ir.dtypes import f16, i64
+from luthier.ir.expr import var
+from luthier.ir.graph import Graph, Value
+from luthier.ir.ops.lowbit import pack_bits
+from luthier.ir.ops.lowbit_matmul import pack_trits
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaConfig:
+    """Extents of a model; ``head``: size of one head."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    rope_base: float
+
+
+def config(g: GGUF) -> LlamaConfig:
+    """Raises InvalidModel for another architecture or features that are not supported."""
+    arch = g.get("general.architecture", str)
+    if arch != "llama":
+        raise InvalidModel(f"{g.path} holds a model of architecture {arch!r}; only 'llama' is supported")
+    if g.metadata.get("llama.rope.scaling.type", "none") != "none":
+        raise InvalidModel(f"{g.path} uses rope scaling {g.metadata['llama.rope.scaling.type']!r}, which is not supported")
+    if int(g.metadata.get("llama.expert_count", 0)):
+        raise InvalidModel(f"{g.path} holds a mixture of experts, which is not supported")
+    width, heads = g.get("llama.embedding_length", int), g.get("llama.attention.head_count", int)
+    head = int(g.metadata.get("llama.attention.key_length", width // heads))
+    if int(g.metadata.get("llama.rope.dimension_count", head)) != head:
+        raise InvalidModel(f"{g.path} rotates only a part of a head, which is not supported")
+    emb = g.tensor("token_embd.weight")
+    return LlamaConfig(
+        g.get("llama.block_count", int), width, g.get("llama.feed_forward_length", int), heads,
+        int(g.metadata.get("llama.attention.head_count_kv", heads)), head, emb.shape[0], g.get("llama.context_length", int),
+        g.get("llama.attention.layer_norm_rms_epsilon", float), g.get("llama.rope.freq_base", float, 10000.0),
+    )  # fmt: skip
+
+
+def halves(q: Array, heads: int, head: int) -> Array:
+    """Rows of a projection from neighbouring pairs to halves of every head."""
+    return np.ascontiguousarray(q.reshape(heads, head // 2, 2, -1).swapaxes(1, 2).reshape(q.shape))
+
+
+def map_rows(w: Grouped, fn: Any) -> Grouped:
+    return replace(w, q=fn(w.q), scale=fn(w.scale), offset=None if w.offset is None else fn(w.offset))
+
+
+def stack(parts: list[Grouped]) -> Grouped | None:
+    """Matrices one below the other; None when their forms differ."""
+    a = parts[0]
+    if any((p.bits, p.group, p.zero, p.offset is None, p.q.dtype) != (a.bits, a.group, a.zero, a.offset is None, a.q.dtype) for p in parts):
+        return None
+    off = None if a.offset is None else np.concatenate([p.offset for p in parts if p.offset is not None])
+    return replace(a, q=np.concatenate([p.q for p in parts]), scale=np.concatenate([p.scale for p in parts]), offset=off)
+
+
+class _Llama:
+    def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool) -> None:
+        self.g, self.c, self.capacity, self.exact, self.all_logits = g, config(g), capacity, exact, all_logits
+        self.b = GraphBuilder("llama")
+
+    def product(self, x: Value, parts: list[Grouped | Array], name: str) -> list[Value]:
+        """``x`` times each matrix's transpose: one product where the matrices have one form, then slices."""
+        grouped = [p for p in parts if isinstance(p, Grouped)]
+        whole = stack(grouped) if len(grouped) == len(parts) else None
+        if whole is None and all(not isinstance(p, Grouped) for p in parts):
+            y = self.b.op("MatMul", x, self.b.const(name, np.ascontiguousarray(np.concatenate(parts).T)), name=f"{name}.product")  # type: ignore[arg-type]
+        elif whole is not None:
+            y = self.grouped(x, whole, name)
+        else:
+            return [self.product(x, [p], f"{name}.{i}")[0] for i, p in enumerate(parts)]
+        return [y]
+
+    def grouped(self, x: Value, w: Grouped, name: str) -> Value:
+        k = w.q.shape[1]
+        act = 0 if self.exact or k % 32 else 32
+        q, zero = w.q, w.zero
+        if q.dtype == np.int8:
+            q, zero = (q.astype(np.int16) + 128).astype(np.uint8), zero + 128
+        raw = q if w.bits == 8 else pack_bits(q, w.bits) if w.bits else pack_trits(q)
+        b = self.b
+        ins = [x, b.const(f"{name}.bits", raw), b.const(f"{name}.scale", w.scale.astype(np.float16))]
+        attrs: dict[str, Any] = {"K": k, "bits": w.bits, "group": w.group, "act_group": act, "zero": zero}
+        if w.offset is not None:
+            ins.append(b.const(f"{name}.offset", w.offset.astype(np.float16)))
+            attrs["offset"] = 1
+        return b.op("luthier::GroupedMatMul", *ins, name=f"{name}.product", **attrs)
+
+    def weight(self, name: str, rows: int, columns: int, heads: int = 0) -> Grouped | Array:
+        t = self.g.tensor(name, (rows, columns))
+        w: Any = t.grouped() if t.kind in BLOCKS else t.numpy()
+        if heads:
+            fn = lambda a: halves(a, heads, self.c.head)  # noqa: E731
+            w = map_rows(w, fn) if isinstance(w, Grouped) else fn(w)
+        return w  # type: ignore[no-any-return]
+
+    def norm(self, x: Value, name: str) -> Value:
+        scale = self.g.tensor(name, (self.c.width,)).numpy()
+        return self.b.op("RMSNormalization", x, self.b.const(name, scale), axis=-1, epsilon=self.c.epsilon, name=name)
+
+    def embedding(self, t: Tensor, tokens: Value) -> Value:
+        b, c = self.b, self.c
+        if t.kind not in BLOCKS:
+            return b.op("Gather", b.const("embedding", t.numpy().astype(np.float16 if t.kind == "F16" else np.float32)), tokens, axis=0)
+        w = t.grouped()
+        if w.bits == 0 or w.q.dtype != np.int8:  # rows of values are picked, not streams of bits: a byte a value
+            w = replace(w, q=(w.q.astype(np.int16) - (w.zero if w.offset is None else 0)).astype(np.int8), zero=0)
+        groups = c.width // w.group
+        shape = b.ints(-1, groups, w.group)
+        q = b.op("Reshape", b.op("Cast", b.op("Gather", b.const("embedding", w.q), tokens, axis=0), to=1), shape)
+        flat = b.ints(-1, groups, 1)
+
+        def pick(name: str, a: Array) -> Value:
+            return b.op("Reshape", b.op("Gather", b.const(name, a), tokens, axis=0), flat)
+
+        y = b.op("Mul", q, pick("embedding.scale", w.scale))
+        if w.offset is not None:
+            y = b.op("Add", y, pick("embedding.offset", w.offset))
+        return b.op("Reshape", y, b.ints(-1, c.width))
+
+    def graph(self) -> Graph:
+        b, c, g = self.b, self.c, self.g
+        rows = var("S", lo=1)
+        tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
+        last = None if self.all_logits else b.input("last", i64, [1])
+        caches = [b.input(f"cache.{i}", f16, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
+        angles = np.arange(self.capacity)[:, None] / c.rope_base ** (np.arange(c.head // 2) * 2 / c.head)
+        if "rope_freqs.weight" in g.tensors:
+            angles = angles / g.tensor("rope_freqs.weight").numpy()
+        cos, sin = b.const("cos", np.cos(angles).astype(np.float32)), b.const("sin", np.sin(angles).astype(np.float32))
+        emb = g.tensor("token_embd.weight", (c.vocabulary, c.width))
+        x = self.embedding(emb, tokens)
+        kv = c.kv_heads * c.head
+        for i in range(c.layers):
+            p = f"blk.{i}."
+            h = self.norm(x, p + "attn_norm.weight")
+            parts = [
+                self.weight(p + "attn_q.weight", c.heads * c.head, c.width, c.heads), self.weight(p + "attn_k.weight", kv, c.width, c.kv_heads),
+                self.weight(p + "attn_v.weight", kv, c.width),
+            ]  # fmt: skip
+            made = self.product(h, parts, p + "qkv")
+            qkv = made[0] if len(made) == 1 else b.op("Concat", *made, axis=-1)
+            cache, q = b.ops("luthier::RotateIntoCache", 2, caches[i], qkv, cos, sin, pos, heads=c.heads, kv_heads=c.kv_heads, scale=c.head**-0.5, name=p + "rotate")
+            a = b.op("luthier::CachedAttention", cache, q, pos, heads=c.heads, kv_heads=c.kv_heads, name=p + "attention")
+            x = b.op("Add", self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0], x)
+            h = self.norm(x, p + "ffn_norm.weight")
+            gate, up = (self.weight(p + f"ffn_{n}.weight", c.hidden, c.width) for n in ("gate", "up"))
+            made = self.product(h, [gate, up], p + "gate_up")
+            if len(made) == 1:
+                made = [b.op("Slice", made[0], b.ints(lo), b.ints(lo + c.hidden), b.ints(1)) for lo in (0, c.hidden)]
+            y = b.op("Mul", b.op("Mul", made[0], b.op("Sigmoid", made[0])), made[1])
+            x = b.op("Add", self.product(y, [self.weight(p + "ffn_down.weight", c.width, c.hidden)], p + "ffn_down")[0], x)
+        if last is not None:
+            x = b.op("Gather", x, last, axis=0)
+        x = self.norm(x, "output_norm.weight")
+        name = "output.weight" if "output.weight" in g.tensors else "token_embd.weight"
+        b.output("logits", self.product(x, [self.weight(name, c.vocabulary, c.width)], "output")[0])
+        return b.graph()
+
+
+def llama_graph(g: GGUF, capacity: int, exact: bool = False, all_logits: bool = False) -> Graph:
+    """The model as a graph. ``capacity``: positions of the cache; ``exact``: activations in f32 instead of 8 bits; ``all_logits``:
+    logits of every row. Raises InvalidModel."""
+    return _Llama(g, capacity, exact, all_logits).graph()
