@@ -1,0 +1,306 @@
+"""The speed table of the web targets: one headless Chromium, Luthier beside onnxruntime-web, TF.js and jax-js, in turns.
+
+    python benchmarks/web.py prepare [--rows A,B]              # compile the packages into build/web/packages
+    python benchmarks/web.py run [--rows A,B] [--backend wasm|webgpu] [--rounds N] [--json FILE]
+    python benchmarks/web.py first [--rows minilm,mobilenetv2] [--rounds N] [--json FILE]
+    python benchmarks/web.py gpu [--rows minilm] [--json FILE]
+    python benchmarks/web.py report [--json FILE]              # writes benchmarks/results/web_*.md
+
+`run`: every runtime has a page of its own in one browser; all are set up, warmed up, and then take turns of a quarter of a second in
+an order that alternates; shown are medians of all calls. A call takes inputs as typed arrays and gives outputs as typed arrays; weights
+are constants. `first`: milliseconds from navigation to the first result with an empty cache, all files from one server, and the
+browser's long-task entries. `gpu`: dispatches of one call, bytes that they are bound to, distinct shaders (`browser/gpu_hooks.js`).
+Results are added to the JSON file, so that rows may be measured one by one; nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gzip
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
+from benchmarks.browser import NODE_MODULES, Browser, BrowserError  # noqa: E402
+from benchmarks.web_models import PACKAGES, Site, code_size  # noqa: E402
+from benchmarks.web_rows import FOLDER, RowSpec, rows  # noqa: E402
+
+ROWS = "matmul-512 matmul-1024 gemv-4096 softmax layernorm minilm mobilenetv2 gemv-4096-q4".split()
+GPU_ROWS = "matmul-512 softmax minilm mobilenetv2".split()
+JSON = ROOT / "build" / "web" / "results.json"
+RESULTS = ROOT / "benchmarks" / "results"
+TURN_MS = 250.0
+Runtime = tuple[str, str, dict[str, Any]]
+
+WASM: list[Runtime] = [
+    ("luthier relaxed", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1}),
+    ("luthier simd", "luthier", {"target": "wasm", "variant": "simd", "threads": 1}),
+    ("luthier relaxed, 2 threads", "luthier", {"target": "wasm", "variant": "relaxed-threads", "threads": 2}),
+    ("onnxruntime-web", "onnxruntime", {"backend": "wasm", "threads": 1}),
+    ("onnxruntime-web, 2 threads", "onnxruntime", {"backend": "wasm", "threads": 2}),
+    ("TF.js", "tensorflow", {"backend": "wasm", "threads": 1}),
+    ("TF.js, 2 threads", "tensorflow", {"backend": "wasm", "threads": 2}),
+    ("jax-js", "jaxjs", {"backend": "wasm"}),
+]
+WEBGPU: list[Runtime] = [
+    ("luthier", "luthier", {"target": "webgpu"}),
+    ("onnxruntime-web", "onnxruntime", {"backend": "webgpu", "threads": 1}),
+    ("TF.js", "tensorflow", {"backend": "webgpu", "threads": 1}),
+    ("jax-js", "jaxjs", {"backend": "webgpu"}),
+]
+
+
+def prepare(specs: list[RowSpec], targets: list[str]) -> None:
+    """Compiles what the rows need."""
+    import luthier
+
+    for spec in specs:
+        for target in targets:
+            try:
+                luthier.compile(spec.model, target=target).save(PACKAGES / f"row-{spec.name}-{target}")
+                print(f"{spec.name} for {target}", flush=True)
+            except luthier.LuthierError as e:
+                print(f"{spec.name} for {target}: {e}", flush=True)
+
+
+class Bench:
+    """A site with rows, packages and the peers' files, and one browser. ``with Bench() as b``."""
+
+    def __init__(self) -> None:
+        from luthier.serve import make_server
+
+        self.site = Site()
+        root = self.site.root
+        for name in ("bench.js", "first.html", "first.js", "first_tasks.js"):
+            (root / name).symlink_to(ROOT / "benchmarks" / "browser" / name)
+        (root / "node_modules").symlink_to(NODE_MODULES)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (root / "rows").symlink_to(FOLDER)
+        (root / "models").mkdir()
+        self.site.server.shutdown()
+        self.site.server = make_server(root, policy=None)  # peers evaluate text
+        import threading
+
+        threading.Thread(target=self.site.server.serve_forever, daemon=True).start()
+        self.url = self.site.server.url
+        self.browser = Browser()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.browser.close()
+        self.site.close()
+
+    def row(self, spec: RowSpec) -> dict[str, Any]:
+        """A row as the page takes it, its files on the site; expected is onnxruntime's first output."""
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(spec.model), providers=["CPUExecutionProvider"])
+        name = session.get_outputs()[0].name
+        expected = session.run([name], spec.inputs)[0]
+        link = self.site.root / "models" / f"{spec.name}.onnx"
+        if not link.exists():
+            link.symlink_to(spec.model)
+        return {
+            "name": spec.name, "operator": spec.operator, "model": f"/models/{spec.name}.onnx", "output": name,
+            "packages": {t: f"/packages/row-{spec.name}-{t}/" for t in ("wasm", "webgpu")},
+            "inputs": {n: self.site.tensor(a) for n, a in spec.inputs.items()},
+            "constants": {n: self.site.tensor(a) for n, a in spec.constants.items() if a.dtype == np.float32},
+            "expected": self.site.tensor(expected),
+        }  # fmt: skip
+
+
+def measure(bench: Bench, spec: RowSpec, runtimes: list[Runtime], rounds: int, turn_ms: float) -> dict[str, Any]:
+    """One row: {runtime: {median, min, calls, error, ...} or {failed}}."""
+    row = bench.row(spec)
+    out: dict[str, Any] = {}
+    pages = {}
+    for label, runtime, options in runtimes:
+        page = bench.browser.open(bench.url)
+        try:
+            reply = page.call("/bench.js", "setup", {"runtime": runtime, "options": options, "row": row})
+        except BrowserError as e:
+            reply = {"failed": str(e).splitlines()[0][:200]}
+        if "failed" in reply:
+            out[label] = {"failed": reply["failed"]}
+            page.close()
+            continue
+        out[label] = reply
+        pages[label] = page
+        page.call("/bench.js", "turn", {"ms": 2 * turn_ms, "least": 1})  # tiers of the compiler
+    times: dict[str, list[float]] = {label: [] for label in pages}
+    for k in range(rounds):
+        for label in list(pages)[:: 1 if k % 2 == 0 else -1]:
+            times[label] += pages[label].call("/bench.js", "turn", {"ms": turn_ms, "least": 1})
+    for label, page in pages.items():
+        t = times[label]
+        out[label] |= {"median": statistics.median(t), "min": min(t), "calls": len(t)}
+        page.close()
+    return out
+
+
+def first(bench: Bench, spec: RowSpec, rounds: int) -> dict[str, Any]:
+    """Time to the first result, in a fresh profile each time."""
+    row = bench.row(spec)
+    sides = [(r, t, n) for t, n in (("wasm", 1), ("wasm", 2), ("webgpu", 1)) for r in ("luthier", "onnxruntime")]
+    out: dict[str, list[Any]] = {}
+    for _ in range(rounds):
+        for runtime, target, threads in sides:
+            job = bench.site.root / "data" / f"job-{runtime}-{target}-{threads}.json"
+            job.write_text(json.dumps({"row": row, "runtime": runtime, "target": target, "threads": threads}))
+            page = bench.browser.open(f"{bench.url}first.html?job=/data/{job.name}")
+            label = f"{runtime} {target}" + (f" {threads} threads" if target == "wasm" else "")
+            try:
+                page.wait_for("#result", 180)
+                out.setdefault(label, []).append(json.loads(page.text("#result")))
+            except BrowserError as e:
+                out.setdefault(label, []).append({"failed": str(e).splitlines()[0]})
+            page.close()
+    return out
+
+
+def gpu(bench: Bench, spec: RowSpec) -> dict[str, Any]:
+    """What one call makes of the GPU."""
+    row = bench.row(spec)
+    hooks = (ROOT / "benchmarks" / "browser" / "gpu_hooks.js").read_text()
+    out = {}
+    for label, runtime, options in WEBGPU:
+        if runtime in ("tensorflow", "jaxjs") and not spec.operator:
+            continue
+        page = bench.browser.open(bench.url, (hooks,))
+        reply = page.call("/bench.js", "setup", {"runtime": runtime, "options": options, "row": row})
+        if "failed" not in reply:
+            page.call("/bench.js", "turn", {"ms": 0, "least": 1})
+            reply |= page.call("/bench.js", "counted")
+        out[label] = reply
+        page.close()
+    return out
+
+
+def sizes() -> dict[str, Any]:
+    """Gzip kilobytes of code: ours for every package, the peers' runtimes as their documentation loads them."""
+    dist = NODE_MODULES / "onnxruntime-web" / "dist"
+    tf = NODE_MODULES / "@tensorflow"
+    peers = {
+        "onnxruntime-web wasm": [dist / "ort.wasm.min.mjs", dist / "ort-wasm-simd-threaded.mjs", dist / "ort-wasm-simd-threaded.wasm"],
+        "onnxruntime-web webgpu": [dist / "ort.webgpu.min.mjs", dist / "ort-wasm-simd-threaded.asyncify.mjs", dist / "ort-wasm-simd-threaded.asyncify.wasm"],
+        "TF.js wasm": [tf / "tfjs/dist/tf.min.js", tf / "tfjs-backend-wasm/dist/tf-backend-wasm.min.js", tf / "tfjs-backend-wasm/dist/tfjs-backend-wasm-threaded-simd.wasm"],
+        "jax-js": [p for p in (NODE_MODULES / "@jax-js/jax/dist").glob("*.js")],
+    }  # fmt: skip
+    out = {name: sum(len(gzip.compress(p.read_bytes(), 9)) for p in files) / 1e3 for name, files in peers.items()}
+    ours = {p.name: code_size(p) / 1e3 for p in sorted(PACKAGES.iterdir()) if (p / "manifest.json").is_file()}
+    return {"peers": out, "luthier": ours}
+
+
+# ---------------------------------------------------------------- report
+
+
+def report(data: dict[str, Any]) -> None:
+    """The tables as Markdown."""
+    stamp = datetime.date.today().isoformat()
+    head = f"{data['machine']}, Chromium {data['version']}, {stamp}. Milliseconds.\n"
+    for backend, runtimes in (("wasm", WASM), ("webgpu", WEBGPU)):
+        measured = data.get(f"run-{backend}", {})
+        if not measured:
+            continue
+        labels = [label for label, _, _ in runtimes]
+        note = (
+            "Every runtime in a page of its own of one browser, in turns of a quarter of a second; medians; weights are constants, inputs and outputs "
+            "typed arrays. Ratio: best peer on one thread / luthier relaxed on one thread."
+            if backend == "wasm"
+            else "A software adapter (SwiftShader): times are printed for information and rank nothing."
+        )
+        lines = [f"# {backend} in the browser\n", head, note + "\n", f"| row | {' | '.join(labels)} | ratio |", "|---" * (len(labels) + 2) + "|"]
+        ratios = []
+        for name in ROWS:
+            if name not in measured:
+                continue
+            r = measured[name]
+            cells = [f"{r[x]['median']:.2f}" + ("" if r[x]["error"] < 1e-3 else " WRONG") if "median" in r.get(x, {}) else "-" for x in labels]
+            peers = [r[x]["median"] for x in labels[1:] if "median" in r.get(x, {}) and not x.startswith("luthier") and "2 threads" not in x]
+            ratio = min(peers) / r[labels[0]]["median"] if peers and "median" in r.get(labels[0], {}) else math.nan
+            ratios += [] if math.isnan(ratio) else [ratio]
+            lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
+        if ratios:
+            lines += ["", f"Geometric mean of {len(ratios)} ratios: **{math.exp(statistics.fmean(map(math.log, ratios))):.2f}**"]
+        failed = {f"{x}, {n}: {r[x]['failed']}" for n, r in measured.items() for x in r if "failed" in r[x] and "cannot read ONNX" not in r[x]["failed"]}
+        lines += ["", *(f"* not run: {f}" for f in sorted(failed)), ""]
+        (RESULTS / f"web_{backend}.md").write_text("\n".join(lines))
+        print("\n".join(lines))
+    lines = ["# First result, work on the GPU, sizes\n", head]
+    for name, sides in data.get("first", {}).items():
+        lines += [f"## {name}: from navigation to the first result, cold cache", "", "| runtime | first result ms | long tasks | longest block of the main thread ms | received MB |", "|---|---|---|---|---|"]
+        for label, runs in sides.items():
+            good = [r for r in runs if not r.get("failed")]
+            if not good:
+                lines.append(f"| {label} | {runs[0]['failed'][:100]} | | | |")
+                continue
+            m = sorted(good, key=lambda r: r["ms"])[len(good) // 2]
+            lines.append(f"| {label} | {m['ms']:.0f} | {len(m['long_tasks'])} | {m['blocked_ms']:.0f} | {m['bytes'] / 1e6:.1f} |")
+        lines.append("")
+    for name, sides in data.get("gpu", {}).items():
+        lines += [f"## {name}: one call on WebGPU", "", "| runtime | dispatches | bytes bound, MB | submits | distinct shaders | pipelines | error |", "|---|---|---|---|---|---|---|"]
+        for label, r in sides.items():
+            if "failed" in r:
+                lines.append(f"| {label} | {r['failed'][:100]} | | | | | |")
+            else:
+                lines.append(f"| {label} | {r['dispatches']} | {r['bytes'] / 1e6:.1f} | {r['submits']} | {r['shaders']} | {r['pipelines']} | {r['error']:.1e} |")
+        lines.append("")
+    if "sizes" in data:
+        lines += ["## Code, gzip KB", "", "| what | KB |", "|---|---|"]
+        for part in data["sizes"].values():
+            lines += [f"| {n.removeprefix('row-')} | {k:.0f} |" for n, k in part.items()]
+    (RESULTS / "web_first.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def main() -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "run", "first", "gpu", "report"))
+    parser.add_argument("--rows", default="")
+    parser.add_argument("--backend", choices=("wasm", "webgpu"), default="wasm")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turn", type=float, default=TURN_MS, help="milliseconds of a turn")
+    parser.add_argument("--json", type=Path, default=JSON)
+    args = parser.parse_args()
+    default = {"run": ROWS if args.backend == "wasm" else GPU_ROWS, "first": ["minilm"], "gpu": ["minilm"]}.get(args.what, ROWS)
+    specs = rows(args.rows.split(",") if args.rows else default) if args.what != "report" else []
+    if args.what == "prepare":
+        prepare(specs, ["wasm", "webgpu"])
+        return 0
+    data: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    if args.what == "report":
+        report(data | {"sizes": sizes()})
+        return 0
+    from benchmarks.cpu import machine
+
+    with Bench() as bench:
+        here = machine()
+        data |= {"version": bench.browser.version, "machine": f"{here['cpu']}, {here['cores']} cores"}
+        for spec in specs:
+            if args.what == "run":
+                result = measure(bench, spec, WASM if args.backend == "wasm" else WEBGPU, args.rounds, args.turn)
+                data.setdefault(f"run-{args.backend}", {})[spec.name] = result
+                for label, r in result.items():
+                    print(f"{spec.name:14} {label:28}", r["failed"] if "failed" in r else f"{r['median']:8.3f} ms  min {r['min']:8.3f}  {r['calls']} calls  error {r['error']:.1e}", flush=True)
+            else:
+                result = first(bench, spec, args.rounds) if args.what == "first" else gpu(bench, spec)
+                data.setdefault(args.what, {})[spec.name] = result
+                print(json.dumps(result, indent=1), flush=True)
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(data, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
