@@ -43,7 +43,7 @@ from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes
 from luthier.schedules.lowbit import TILE, LowbitPacking, LowbitProduct, match, pad_rows, row_point
-from luthier.schedules.lower import make_func
+from luthier.schedules.make_func import make_func
 from luthier.schedules.quantized_gemv import PREFETCH, Body, GemvBuilder
 from luthier.schedules.schedule import Schedule
 

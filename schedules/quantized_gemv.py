@@ -42,7 +42,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.intrin.byte_vectors import FEATURE, madd_bytes, madd_words, sign_bytes
 from luthier.schedules.lowbit import ROWS, TILE, LowbitPacking, LowbitProduct, dim_of, group_stream, match, row_point
 from luthier.schedules.lowbit_layout import fields, pack_words, pieces
-from luthier.schedules.lower import make_func
+from luthier.schedules.make_func import make_func
 from luthier.schedules.schedule import Schedule
 
 UNIT = 32
