@@ -19,14 +19,28 @@ import numpy as np
 
 from luthier.ir.compute import Axis, Pull, axis, reduce_
 from luthier.ir.dtypes import DType, f32, i16, i32
-from luthier.ir.expr import Expr, as_expr, bounds, cast, const, free_vars, is_const, load, load_parts, loads, maximum, rewrite, substitute
+from luthier.ir.expr import (
+    Expr,
+    as_expr,
+    bounds,
+    cast,
+    const,
+    free_vars,
+    is_const,
+    load,
+    load_parts,
+    loads,
+    maximum,
+    rewrite,
+    substitute,
+)
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules import contract
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import flat, pointwise, stride
 from luthier.schedules.intrin import usable
-from luthier.schedules.schedule import Packing, Schedule, Stage, _pull_stage, annotate, pack, reorder, split, tensorize
+from luthier.schedules.schedule import Packing, Schedule, _pull_stage, annotate, pack, reorder, split, tensorize
 
 EXACT = 1 << 24  # integers up to here are exact in f32
 
@@ -108,7 +122,7 @@ def apply(
         return None
     n_ext = st.axes[-1].extent
     lanes = caps.lanes(32)
-    if n_ext.op == "const" and n_ext.attr < lanes and not w.buf.name in constants:
+    if n_ext.op == "const" and n_ext.attr < lanes and w.buf.name not in constants:
         return None
     found = [instr] if instr else sorted(usable(caps), key=lambda i: (-i.group, i.a.bits == 8 and i.a is not x.buf.dtype))
     for i in found:
@@ -395,6 +409,13 @@ def _blocked(
     group = next(lp.name for lp in st.loops if st.subst[k] is lp.var)
     s = split(s, group, i.group, "guard")
     s = contract._tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, None, order)
+    s = dotted(s, acc, group, i, ku)
+    return _copies(s, caps)
+
+
+def dotted(s: Schedule, acc: str, group: str, i: Instruction, ku: int) -> Schedule:
+    """The inner part of the split reduction loop ``group`` and the vector loop become ``i``; up to ``ku`` rounds of the outer part are
+    unrolled where that divides them."""
     st = s.stages[acc]
     names = [lp.name for lp in st.loops]
     inner = names[names.index(f"{group}.1") + 1 :]
@@ -402,17 +423,16 @@ def _blocked(
     s = annotate(s, f"{group}.1", "serial")
     s = tensorize(s, f"{group}.1", i)
     rounds = s.static_extent(next(lp.var for lp in st.loops if lp.name == f"{group}.0"))
-    if not i.adds:  # the code generator would add the products of several rounds first, and runs out of registers
-        return _copies(s, caps)
-    if rounds is not None and rounds <= ku:
-        s = annotate(s, f"{group}.0", "unroll")
-    elif rounds is not None:
-        while rounds % ku:
-            ku -= 1
-        if ku > 1:
-            s = split(s, f"{group}.0", ku)
-            s = annotate(s, f"{group}.0.1", "unroll")
-    return _copies(s, caps)
+    if not i.adds or rounds is None:  # the code generator would add the products of several rounds first, and runs out of registers
+        return s
+    if rounds <= ku:
+        return annotate(s, f"{group}.0", "unroll")
+    while rounds % ku:
+        ku -= 1
+    if ku > 1:
+        s = split(s, f"{group}.0", ku)
+        s = annotate(s, f"{group}.0.1", "unroll")
+    return s
 
 
 def _copies(s: Schedule, caps: Capabilities) -> Schedule:

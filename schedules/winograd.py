@@ -264,7 +264,7 @@ def _sum(terms: Sequence[tuple[float, Expr]]) -> Expr:
     left = sorted(((q, x) for q, x in terms if q), key=lambda t: (abs(t[0]) != 1, -t[0]))
     e: Expr | None = None
     for q, x in left:
-        y = x if abs(q) == 1 else x * const(abs(q), f32)
+        y = x if abs(q) == 1 else x * const(abs(q), x.dtype)
         e = (y if q > 0 else -y) if e is None else e + y if q > 0 else e - y
     assert e is not None
     return e
