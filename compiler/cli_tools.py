@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from luthier.cli_llm import generate
 from luthier.errors import InputError, LuthierError
 
+if TYPE_CHECKING:
+    from luthier.roofline import Roofline
+
 __all__ = ["COMMANDS"]
+
+
+class ShapeParam(click.ParamType[dict[str, tuple[int | str, ...]]]):
+    """``name=1x128``; an ``x``-separated list of extents, a word for one that stays symbolic, nothing for a scalar."""
+
+    name = "name=1x128"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).rpartition("=")
+        if not equals or not name:
+            self.fail(f"{value!r} is not of the form name=1x128", param, ctx)
+        extents: list[int | str] = []
+        for part in text.split("x") if text else []:
+            if part.isdecimal():
+                extents.append(int(part))
+            elif part.isidentifier():
+                extents.append(part)
+            else:
+                self.fail(f"{part!r} in {value!r} is neither an extent nor a name", param, ctx)
+        return name, tuple(extents)
 
 
 @click.command()
@@ -77,4 +105,77 @@ def _reduce_kernel(case: Path, command: str | None, target: str | None, kernel: 
     click.echo(f"{out}: {len(str(small).splitlines())} of {len(str(funcs[name]).splitlines())} lines")
 
 
-COMMANDS: tuple[click.Command, ...] = (reduce,)
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True, help="A cpu target that runs here.")
+@click.option("--shape", "shapes", type=ShapeParam(), multiple=True, help="Pin the shape of an input; repeatable.")
+@click.option("--threads", type=click.IntRange(1), help="Worker threads; default: the cores this process may use.")
+@click.option("--input", "-i", "files", multiple=True, metavar="[NAME=]FILE", help="An input: .npy, or .npz with names.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random inputs that are not given.")
+@click.option("--runs", default=30, show_default=True, type=click.IntRange(1), help="Timed calls.")
+@click.option("--top", default=25, show_default=True, help="Kernels shown.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure to this file.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Draw to this .svg or .html file.")
+@click.option("--debug", hidden=True, is_flag=False, flag_value="trace")
+def roofline(
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, runs: int, top: int, json_file: Path | None,
+    output: Path | None, debug: str | None,
+) -> None:  # fmt: skip
+    """Operations, bytes, bound, ideal and measured time of every kernel of MODEL, against ceilings measured on this machine."""
+    from rich.console import Console
+
+    from luthier.feeds import read_inputs
+    from luthier.roofline import analyse, draw
+
+    if output is not None and output.suffix not in (".svg", ".html"):
+        raise InputError(f"{output} is neither .svg nor .html")
+    if not model.exists():
+        raise InputError(f"no such file: {model}")
+    feeds = None
+    if files:
+        import luthier
+
+        specs = luthier.compile(model, target=target, shapes=dict(shapes) or None).inputs
+        feeds = read_inputs(specs, files)
+    report = analyse(model, feeds, target, dict(shapes) or None, threads, runs, seed=seed)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table(report, top))
+    click.echo(summary(report))
+    try:
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        if output is not None:
+            draw(report, output)
+    except OSError as e:
+        raise InputError(f"cannot write {e.filename}: {e}") from e
+
+
+def table(report: Roofline, top: int) -> Any:
+    """The kernels that take longest, as a rich table."""
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False)
+    for title in ("ms", "ideal", "of ceiling", "Mop", "MB", "op/byte", "GFLOP/s", "GB/s"):
+        out.add_column(title, justify="right")
+    out.add_column("bound")
+    out.add_column("kernel", overflow="fold")
+    out.add_column("nodes", overflow="fold")
+    for r in sorted(report.rows, key=lambda r: -r.ms)[:top]:
+        rate = f"{r.bytes / r.ms / 1e6:.1f}" if r.ms else "-"
+        out.add_row(
+            f"{r.ms:.4f}", f"{r.ideal_ms:.4f}", f"{100 * r.fraction:.0f} %", f"{r.flops / 1e6:.2f}", f"{r.bytes / 1e6:.3f}", f"{r.intensity:.2f}",
+            f"{r.gflops:.1f}", rate, r.bound, r.kernel, ", ".join(r.nodes)[:120],
+        )  # fmt: skip
+    return out
+
+
+def summary(report: Roofline) -> str:
+    c = report.ceilings
+    reads = ", ".join(f"{k} {v:.0f}" for k, v in c.reads.items())
+    return (
+        f"{report.model}: {report.run_ms:.3f} ms a run; {len(report.rows)} kernels {report.profile_ms:.3f} ms, ideal {report.ideal_ms:.3f} ms "
+        f"({100 * report.ideal_ms / report.run_ms:.0f} % of the ceiling)\n"
+        f"ceilings, {c.threads} thread(s) of {c.cpu}: {c.flops:.0f} GFLOP/s f32 FMA; reads, GB/s: {reads}"
+    )
+
+
+COMMANDS: tuple[click.Command, ...] = (reduce, generate, roofline)
