@@ -100,27 +100,8 @@ def join(name: str, nodes: Sequence[Node], outputs: Sequence[Value]) -> Joined |
     while count != len(lets):  # inlining one let can leave another with a single reader
         count = len(lets)
         lets = inline_lets(lets, set(out_names.values()))
-    if any(kind_of(n) == "contraction" for n in nodes):
-        lets = _accumulate_apart(lets, set(out_names.values()), fresh)
     back = {b.name: v for v, b in outer.items()}
     return _canonical(name, lets, back, {b: v for v, b in out_names.items()}, {v: outer[v] for v in outer if v not in produced})
-
-
-def kind_of(node: Node) -> str:
-    o = lookup(node.op)
-    return "opaque" if o is None else o.kind
-
-
-def _accumulate_apart(lets: Sequence[LetStmt], outs: set[str], fresh: Callable[[str], str]) -> list[LetStmt]:
-    """Before: ``o0[i] = sum(..)``. After: ``acc[i] = sum(..); o0[i] = acc[i]``: a contraction always has an epilogue, if only a store."""
-    out: list[LetStmt] = []
-    for x in lets:
-        if isinstance(x, Pull) and x.name in outs and x.expr.op == "reduce":
-            acc = Buffer(fresh("acc"), x.expr.dtype, tuple(a.extent for a in x.axes), "global")
-            out.append(Pull(acc, x.axes, x.expr))
-            x = Pull(x.buf, x.axes, load(acc, [a.var for a in x.axes]))
-        out.append(x)
-    return out
 
 
 def _all_buffers(x: LetStmt) -> tuple[Buffer, ...]:

@@ -173,7 +173,7 @@ def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
     """``O = sum(..)`` becomes ``O.acc = sum(..); O = O.acc``."""
     st = s.stages[out]
     ren = {a.var: var(a.name + "'", lo=0, hi=a.extent - 1) for a in st.axes}
-    ab = replace(st.buf, name=f"{out}.acc")
+    ab = replace(st.buf, name=f"{out}.acc", scope="global", writable=True)
     ext = dict(s.ext)
     for k in [k for k in ext if k.attr[0].startswith(out + ".")]:
         del ext[k]

@@ -11,7 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
-from luthier.ir.expr import var
+from luthier.ir.compute import Compute, Pull, axis, sum_
+from luthier.ir.dtypes import f32
+from luthier.ir.expr import Expr, var
+from luthier.ir.loop import Buffer
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.select import build
 
@@ -42,6 +45,20 @@ def test_matmul_packed(mnk: tuple[int, int, int], caps: Capabilities) -> None:
 @pytest.mark.parametrize("shape", [(N, 24, 16), (14, N, 16), (14, 24, N), (N, M, 9), (N, M, N)], ids=["m", "n", "k", "mn", "mnk"])
 def test_matmul_runtime_extents(shape: tuple[object, ...]) -> None:
     check(cases.matmul(*shape, SIZES, np.random.default_rng(2)), AVX2)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("shape", [(N, M, 24, 16), (N, 5, 24, M), (2, M, N, 16)], ids=["rows", "k", "n"])
+def test_rows_of_two_axes_without_epilogue(shape: tuple[object, ...], packed: bool) -> None:
+    """The sum is the output itself (a parameter): its tile has rows of the merged axis all the same."""
+    b, m, n, k = shape
+    x, w, o = Buffer.of("A", f32, (b, m, k)), Buffer.of("B", f32, (k, n)), Buffer.of("C", f32, (b, m, n))
+    i, j, c, r = axis("b", b), axis("m", m), axis("n", n), axis("k", k)
+    comp = Compute("mm", (x, w), cases.dims_of(*shape), (Pull(o, (i, j, c), sum_(r, x[i.var, j.var, r.var] * w[r.var, c.var])),), ("C",))
+    size = [SIZES[e.attr[0]] if isinstance(e, Expr) else e for e in shape]
+    rng = np.random.default_rng(9)
+    a, u = rng.standard_normal((*size[:2], size[3])).astype("f"), rng.standard_normal((size[3], size[2])).astype("f")
+    check((comp, {"A": a, "B": u}, a.astype("d") @ u), AVX2, ("B",) if packed and not isinstance(n, Expr) and not isinstance(k, Expr) else (), "contract")
 
 
 def test_matmul_no_lanes() -> None:
