@@ -1,0 +1,167 @@
+"""What this machine can do: peak f32 FMA rate and read bandwidth by footprint, measured with JIT-compiled loops.
+
+The loops are LLVM text of the widest vectors that the host has; nothing of the compiler is used, so that its output can be
+compared with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = {"L1": 16 << 10, "L2": 256 << 10, "L3": 6 << 20, "DRAM": 256 << 20}
+
+
+def lanes() -> int:
+    """f32 lanes of the host's widest vectors: 16, 8 or 4."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
+
+
+def fma_text(width: int, chains: int = 12) -> str:
+    """LLVM text of `float fma_loop(i64 n)`: n rounds of `chains` independent fused multiply-adds of `width` lanes."""
+    vec = f"<{width} x float>"
+    parts = [f"declare {vec} @llvm.fma.v{width}f32({vec}, {vec}, {vec})", "define float @fma_loop(i64 %n, float %s) {", "entry:"]
+    parts += [f"%u = insertelement {vec} poison, float %s, i32 0"]
+    parts += [f"%a = shufflevector {vec} %u, {vec} poison, <{width} x i32> zeroinitializer", "br label %loop", "loop:"]
+    parts += ["%i = phi i64 [0, %entry], [%i1, %loop]"]
+    parts += [f"%c{k} = phi {vec} [%a, %entry], [%d{k}, %loop]" for k in range(chains)]
+    parts += [f"%d{k} = call {vec} @llvm.fma.v{width}f32({vec} %c{k}, {vec} %a, {vec} %a)" for k in range(chains)]
+    parts += ["%i1 = add i64 %i, 1", "%more = icmp ult i64 %i1, %n", "br i1 %more, label %loop, label %done", "done:"]
+    parts += ["%t0 = fadd " + f"{vec} %d0, %d1"]
+    parts += [f"%t{k} = fadd {vec} %t{k - 1}, %d{k + 1}" for k in range(1, chains - 1)]
+    parts += [f"%r = extractelement {vec} %t{chains - 2}, i32 0", "ret float %r", "}"]
+    return "\n".join(parts)
+
+
+def read_text(width: int, streams: int = 4, unroll: int = 4) -> str:
+    """LLVM text of `float read_loop(ptr p, i64 bytes, i64 times)`: sums a buffer as four interleaved streams."""
+    vec, step = f"<{width} x i32>", width * 4
+    total = streams * unroll
+    parts = ["define i32 @read_loop(ptr %p, i64 %bytes, i64 %times) {", "entry:"]
+    parts += [f"%part = udiv i64 %bytes, {streams}"]
+    parts += [f"%b{s} = mul i64 %part, {s}\n%p{s} = getelementptr i8, ptr %p, i64 %b{s}" for s in range(streams)]
+    parts += ["br label %outer", "outer:"]
+    parts += ["%t = phi i64 [0, %entry], [%t1, %next]"]
+    parts += [f"%o{k} = phi {vec} [zeroinitializer, %entry], [%n{k}, %next]" for k in range(total)]
+    parts += ["br label %loop", "loop:", "%i = phi i64 [0, %outer], [%i1, %loop]"]
+    parts += [f"%c{k} = phi {vec} [%o{k}, %outer], [%n{k}, %loop]" for k in range(total)]
+    for s in range(streams):
+        parts += [f"%x{s} = getelementptr i8, ptr %p{s}, i64 %i"]
+        for u in range(unroll):
+            k = s * unroll + u
+            parts += [f"%q{k} = getelementptr i8, ptr %x{s}, i64 {u * step}"]
+            parts += [f"%v{k} = load {vec}, ptr %q{k}, align {step}", f"%n{k} = add {vec} %c{k}, %v{k}"]
+    parts += [f"%i1 = add i64 %i, {unroll * step}", "%more = icmp ult i64 %i1, %part"]
+    parts += ["br i1 %more, label %loop, label %next", "next:", "%t1 = add i64 %t, 1"]
+    parts += ["%again = icmp ult i64 %t1, %times", "br i1 %again, label %outer, label %done", "done:"]
+    parts += [f"%s0 = add {vec} %n0, %n1"]
+    parts += [f"%s{k} = add {vec} %s{k - 1}, %n{k + 1}" for k in range(1, total - 1)]
+    parts += [f"%r = extractelement {vec} %s{total - 2}, i32 0", "ret i32 %r", "}"]
+    return "\n".join(parts)
+
+
+@functools.cache
+def compiled() -> tuple[Any, Callable[..., float], Callable[..., int]]:
+    """(engine, fma_loop, read_loop) for this host; calls release the interpreter lock."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    width = lanes()
+    features = llvm.get_host_cpu_features().flatten()
+    # Without this LLVM prefers 256-bit vectors on some processors that have 512-bit ones.
+    features += ",-prefer-256-bit" if width == 16 else ""
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3
+    )
+    # Sixteen accumulators and no operand to spare: 128-bit hosts have as many registers as 256-bit ones.
+    module = llvm.parse_assembly(fma_text(width) + "\n" + read_text(width, unroll=3 if width < 16 else 4))
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    fma = ctypes.CFUNCTYPE(ctypes.c_float, ctypes.c_int64, ctypes.c_float)(engine.get_function_address("fma_loop"))
+    read = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)(
+        engine.get_function_address("read_loop")
+    )
+    return engine, fma, read
+
+
+def together(threads: int, work: Callable[[int], object]) -> float:
+    """Seconds that `threads` pinned threads take for `work(index)`, all started at once."""
+    gate = threading.Barrier(threads + 1)
+    cpus = sorted(os.sched_getaffinity(0))
+
+    def run(index: int) -> None:
+        os.sched_setaffinity(0, {cpus[index % len(cpus)]})
+        gate.wait()
+        work(index)
+
+    pool = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for thread in pool:
+        thread.start()
+    gate.wait()
+    started = time.perf_counter()
+    for thread in pool:
+        thread.join()
+    return time.perf_counter() - started
+
+
+def fma_peak(threads: int = 1, tries: int = 5) -> float:
+    """GFLOP/s of f32 fused multiply-adds (two operations each), the best of `tries` runs of some 30 ms."""
+    _, fma, _ = compiled()
+    rounds = 10_000_000
+    best = min(together(threads, lambda _: fma(rounds, 0.5)) for _ in range(tries))
+    return threads * rounds * 12 * lanes() * 2 / best / 1e9
+
+
+def bandwidth(size: int, threads: int = 1, tries: int = 5) -> float:
+    """GB/s read from a buffer of `size` bytes per thread, the best of `tries` runs of some 20 ms."""
+    _, _, read = compiled()
+    grain = 4 * 4 * lanes() * 4 * 3  # streams * vectors * bytes, and the unroll of either width
+    size = max(grain, size // grain * grain)
+    buffers = [mmap.mmap(-1, size + 4096) for _ in range(threads)]
+    addresses = []
+    for buffer in buffers:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        for offset in range(0, size, 4096):
+            buffer[offset] = 1
+        addresses.append(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+    times = max(1, (1 << 30) // size)
+    best = min(together(threads, lambda i: read(addresses[i], size, times)) for _ in range(tries))
+    return threads * size * times / best / 1e9
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """``flops``: GFLOP/s of f32 FMA. ``reads``: {level: GB/s}, all threads together. ``sizes``: {level: bytes of a core's share}
+    that still count as lying there; what is larger comes from DRAM. ``cpu``: the processor as LLVM knows it."""
+
+    threads: int
+    flops: float
+    reads: dict[str, float]
+    sizes: dict[str, int]
+    cpu: str = ""
+
+    def level(self, size: float) -> str:
+        """The nearest level that holds ``size`` bytes."""
+        return next((k for k, n in self.sizes.items() if size <= n), "DRAM")
+
+
+def measure(threads: int = 1, tries: int = 3) -> Ceilings:
+    """Measured now, in about a second. Only as good as the machine is idle."""
+    import llvmlite.binding as llvm
+
+    from luthier.codegen.target import host
+
+    caps = host().caps
+    sizes = {"L1": caps.l1 * threads, "L2": caps.l2 * threads, "L3": caps.l3}
+    return Ceilings(threads, fma_peak(threads, tries), {k: bandwidth(n, threads, tries) for k, n in KINDS.items()}, sizes, llvm.get_host_cpu_name())
