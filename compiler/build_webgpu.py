@@ -8,6 +8,7 @@ from luthier import settings
 from luthier.build import manifest
 from luthier.codegen.target import Target
 from luthier.codegen.webgpu import GpuProgram, build_webgpu
+from luthier.codegen.webgpu_report import report
 from luthier.ir.program import Program
 from luthier.native import DTYPES
 from luthier.webgpu_module import WebGpuModule
@@ -19,7 +20,7 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
     """Raises CompilationError, naming node and operator, for what WebGPU cannot compute."""
     g = build_webgpu(program)
     info = manifest(program, target, g.calls, int(g.blob.size))
-    _dump(g)
+    _dump(g, program)
     return WebGpuModule(info, host_data(g, info), g.shaders, g.blob, threads)
 
 
@@ -31,10 +32,11 @@ def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dump(g: GpuProgram) -> None:
-    """With LUTHIER_DUMP: every shader."""
+def _dump(g: GpuProgram, program: Program) -> None:
+    """With LUTHIER_DUMP: what main does, and every shader."""
     folder = settings.dump.get()
     if folder is None:
         return
+    (folder / "webgpu-main.txt").write_text(report(g, program.nodes), encoding="utf-8")
     for k, text in enumerate(g.shaders):
         (folder / f"wgsl-{k:03d}-{g.names[k]}.txt").write_text(text, encoding="utf-8")
