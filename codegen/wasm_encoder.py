@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 VALTYPE = {"i32": 0x7F, "i64": 0x7E, "f32": 0x7D, "f64": 0x7C, "v128": 0x7B}
 
 
+_SMALL = [bytes([n]) for n in range(128)]
+
+
 def uleb(n: int) -> bytes:
     """Unsigned LEB128. Raises ValueError for a negative number."""
+    if 0 <= n < 128:
+        return _SMALL[n]
     if n < 0:
         raise ValueError(f"{n} is negative")
     out = bytearray()
@@ -115,7 +120,16 @@ class Code:
         """An instruction whose immediates are unsigned numbers (indices, lanes). Raises KeyError on an unknown name."""
         self.b += OPCODE[name]
         for i in imm:
-            self.b += uleb(i)
+            self.b += _SMALL[i] if 0 <= i < 128 else uleb(i)
+
+    def get(self, n: int) -> None:
+        """``local.get``, the most frequent instruction."""
+        b = self.b
+        b.append(0x20)
+        if n < 128:
+            b.append(n)
+        else:
+            b += uleb(n)
 
     def lane(self, name: str, lane: int) -> None:
         self.b += OPCODE[name]
@@ -123,14 +137,21 @@ class Code:
 
     def mem(self, name: str, offset: int, align: int, lane: int | None = None) -> None:
         """A memory access; ``align``: log2 of the promised alignment in bytes; ``offset``: bytes, unsigned."""
-        self.b += OPCODE[name] + uleb(align) + uleb(offset)
+        b = self.b
+        b += OPCODE[name]
+        b.append(align)
+        b += _SMALL[offset] if offset < 128 else uleb(offset)
         if lane is not None:
             self.b.append(lane)
 
     def const(self, ty: str, v: int | float) -> None:
         self.b += OPCODE[f"{ty}.const"]
         if ty == "i32":
-            v = int(v) & 0xFFFFFFFF
+            v = int(v)
+            if 0 <= v < 64:
+                self.b += _SMALL[v]
+                return
+            v &= 0xFFFFFFFF
             self.b += sleb(v - (1 << 32) if v >> 31 else v)
         elif ty == "i64":
             v = int(v) & 0xFFFFFFFFFFFFFFFF

@@ -71,7 +71,7 @@ class Emitter:
         key = ("v128", data)
         if key not in self.pool:
             self.pool[key] = self.own_local("v128")
-        self.c.op("local.get", self.pool[key])
+        self.c.get(self.pool[key])
 
     def prologue(self) -> bytes:
         """Sets the locals of :attr:`pool`."""
@@ -106,14 +106,18 @@ class Emitter:
     # scalars -----------------------------------------------------
 
     def scalar(self, e: Expr) -> None:
-        op, c = e.op, self.c
-        if op == "const":
-            c.const(valtype(e.dtype), e.attr)
-        elif op == "var":
+        op = e.op
+        if op == "var":
             n = self.vars.get(e)
             if not isinstance(n, int):
                 raise self.fail(e, "variable without a value")
-            c.op("local.get", n)
+            self.c.get(n)
+        elif op == "const":
+            self.c.const(valtype(e.dtype), e.attr)
+        elif op in _ARITH and e.dtype.is_index:
+            self.emit(e.args[0])
+            self.emit(e.args[1])
+            self.c.op(f"i32.{op}")
         elif op == "load":
             self.load(e)
         elif op in COMPARE:
@@ -122,7 +126,7 @@ class Emitter:
             self.emit(e.args[1])
             self.emit(e.args[2])
             self.emit(e.args[0])
-            c.op("select")
+            self.c.op("select")
         elif op == "cast":
             self.emit(e.args[0])
             self.convert(e.args[0].dtype, e.dtype)
@@ -239,7 +243,7 @@ class Emitter:
         n = self.local(t)
         self.emit(a)
         self.c.op("local.set", n)
-        body(lambda: self.c.op("local.get", n))
+        body(lambda: self.c.get(n))
         self.release(t, n)
 
     def binary(self, e: Expr) -> None:
@@ -383,30 +387,30 @@ class Emitter:
             c.op("select")
             c.op("local.set", s)
             x()
-            c.op("local.get", s)
+            c.get(s)
             c.op(f"{t}.div_s")
             c.op("local.set", q)
             x()
-            c.op("local.get", s)
+            c.get(s)
             c.op(f"{t}.rem_s")
             c.op("local.set", r)
             if floor:  # q - (r != 0 and (r < 0) != (b < 0)); r += b then
-                c.op("local.get", r)
-                c.op("local.get", s)
+                c.get(r)
+                c.get(s)
                 c.op(f"{t}.xor")
                 c.const(t, 0)
                 c.op(f"{t}.lt_s")
-                c.op("local.get", r)
+                c.get(r)
                 c.const(t, 0)
                 c.op(f"{t}.ne")
                 c.op("i32.and")
                 c.start("if")
-                c.op("local.get", q)
+                c.get(q)
                 c.const(t, 1)
                 c.op(f"{t}.sub")
                 c.op("local.set", q)
-                c.op("local.get", r)
-                c.op("local.get", s)
+                c.get(r)
+                c.get(s)
                 c.op(f"{t}.add")
                 c.op("local.set", r)
                 c.op("end")
@@ -414,13 +418,13 @@ class Emitter:
                 c.const(t, 0)
                 x()
                 c.op(f"{t}.sub")
-                c.op("local.get", q)
+                c.get(q)
                 y()
                 c.const(t, -1)
                 c.op(f"{t}.eq")
                 c.op("select")
             else:
-                c.op("local.get", r)
+                c.get(r)
             c.const(t, 0)
             y()
             c.const(t, 0)
@@ -459,7 +463,7 @@ class Emitter:
                     n = self.local("i32")
                     c.op("local.tee", n)
                     c.const("i32", lim)
-                    c.op("local.get", n)
+                    c.get(n)
                     c.const("i32", lim)
                     c.op(f"i32.{rel}_{'s' if t is i32 else 'u'}")
                     c.op("select")

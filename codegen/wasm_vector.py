@@ -29,6 +29,7 @@ from luthier.ir.expr import (
     select,
 )
 
+_ARITH = frozenset(("add", "sub", "mul", "div"))
 _NAMES = {8: "i8x16", 16: "i16x8", 32: "i32x4", 64: "i64x2"}
 
 
@@ -113,7 +114,7 @@ class Vector(Emitter):
             n = self.local("i32")
             self.c.op("local.set", n)
             self.c.const("i32", 0)
-            self.c.op("local.get", n)
+            self.c.get(n)
             self.c.op("i32.sub")
             self.release("i32", n)
         if width(d) == 64 and not d.is_float and valtype(d.scalar) == "i32":
@@ -139,7 +140,7 @@ class Vector(Emitter):
         a = e.args[0]
         store = self.place(a)
         if isinstance(store, list):
-            self.c.op("local.get", store[e.attr])
+            self.c.get(store[e.attr])
         elif full(a.dtype) and (a.op in ("var", "load") or store is not None):
             self.emit(a)
             self.pick(a.dtype, e.attr)
@@ -159,12 +160,15 @@ class Vector(Emitter):
         if op == "var":
             n = self.vars.get(e)
             if isinstance(n, int):
-                c.op("local.get", n)
+                c.get(n)
                 return
             if n is None:
                 raise self.fail(e, "variable without a value")
         if op == "load":
             self.load(e)
+            return
+        if op in _ARITH and d.is_float:
+            self.arith(e)
             return
         if op == "bcast":
             self.broadcast(e)
@@ -332,21 +336,26 @@ class Vector(Emitter):
             return go("i8x16.popcnt")
         return False
 
-    def float_op(self, e: Expr, go: Callable[[str], bool]) -> bool:
-        op, d, c, p = e.op, e.dtype, self.c, prefix(e.dtype)
-        if op in ("add", "sub") and self.relaxed:
-            x, y = e.args
+    def arith(self, e: Expr) -> None:
+        """Add, sub, mul, div of floats; a product that is added becomes a relaxed multiply-add."""
+        op, (x, y), p = e.op, e.args, prefix(e.dtype)
+        if self.relaxed and (op == "add" or op == "sub"):
             if op == "add" and x.op != "mul" and y.op == "mul":
                 x, y = y, x
             mul, add = (x, y) if op == "add" else (y, x)
             if mul.op == "mul":
-                self.emit(mul.args[0])
-                self.emit(mul.args[1])
-                self.emit(add)
-                c.op(f"{p}.relaxed_{'madd' if op == 'add' else 'nmadd'}")
-                return True
-        if op in ("add", "sub", "mul", "div"):
-            return go(f"{p}.{op}")
+                self.vector(mul.args[0])
+                self.vector(mul.args[1])
+                self.vector(add)
+                self.c.op(f"{p}.relaxed_madd" if op == "add" else f"{p}.relaxed_nmadd")
+                return
+            x, y = e.args
+        self.vector(x)
+        self.vector(y)
+        self.c.op(f"{p}.{op}")
+
+    def float_op(self, e: Expr, go: Callable[[str], bool]) -> bool:
+        op, d, c, p = e.op, e.dtype, self.c, prefix(e.dtype)
         if op in ("min", "max"):  # pmin(b, a) is a < b ? a : b
             self.emit(e.args[1])
             self.emit(e.args[0])
@@ -435,9 +444,9 @@ class Vector(Emitter):
             c.op("local.set", n)
             hi = [(k ^ half) * size + b for k in range(16 // size) for b in range(size)]  # a pattern that engines know
             for first in ([False, True] if op in ("min", "max") and d.is_float else [True, False]):
-                c.op("local.get", n)
+                c.get(n)
                 if not first:
-                    c.op("local.get", n)
+                    c.get(n)
                     c.shuffle(hi)
             c.op({"and": "v128.and", "or": "v128.or"}.get(op) or f"{prefix(d)}.{'p' + op if d.is_float and op in ('min', 'max') else op + ('_s' if signed(d) else '_u') if op in ('min', 'max') else op}")
             self.fixup(d)

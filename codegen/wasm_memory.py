@@ -1,0 +1,445 @@
+"""Memory in WebAssembly kernels: addresses, loads, stores.
+
+An address is a pointer, a variable part and a constant that becomes the instruction's immediate. Before an innermost loop, pointer and
+the part of an index that the loop leaves alone become one local (:meth:`MemoryPrinter.hoist`): engines do not move code out of loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.codegen.wasm_scalar import signed, valtype
+from luthier.codegen.wasm_vector import Vector, full, prefix, width
+from luthier.ir.dtypes import DType
+from luthier.ir.errors import CompilationError
+from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, loads, substitute
+from luthier.ir.loop import Buffer, For, Let, Stmt, Store, While, children, exprs_of, walk_stmts
+
+
+def element_bytes(d: DType) -> int:
+    """Bytes of one lane in memory. Raises CompilationError below one byte (``lower_subbyte`` comes first)."""
+    if d.bits < 8:
+        raise CompilationError(f"WebAssembly has no memory elements of type {d}", hint="run lower_subbyte first")
+    return d.bits // 8
+
+
+class MemoryPrinter(Vector):
+    """``consts``: places of const buffers, counted from global 1, or addresses when ``fixed``."""
+
+    def __init__(self, name: str, relaxed: bool, consts: dict[str, int], fixed: bool) -> None:
+        super().__init__(name, relaxed)
+        self.consts, self.fixed = consts, fixed
+        self.regs: dict[str, int | list[int]] = {}
+        self.ptrs: dict[str, int] = {}
+        self.cache: list[dict[tuple[str, Expr], int]] = [{}]
+        self.inner: set[Expr] = set()  # what the innermost loop defines
+        self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
+        self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
+        self.skip: set[Expr] = set()  # those of the innermost loop that nothing needs
+        self.bodies: dict[int, list[Stmt]] = {}  # statements of every innermost loop
+        self.resolved: dict[Any, tuple[Expr, Expr | None, Expr | None, int, bool]] = {}
+
+    def place(self, a: Expr) -> int | list[int] | None:
+        if a.op == "var":
+            return self.vars.get(a)
+        if a.op == "load" and a.attr[0].rank == 0:
+            return self.regs.get(a.attr[0].name)
+        return None
+
+    def pointer(self, b: Buffer) -> None:
+        if b.name not in self.ptrs:
+            if b.name not in self.consts:
+                raise CompilationError(f"buffer {b.name} is neither a parameter nor allocated", op=self.name)
+            self.constant(b.name)
+            return
+        self.c.get(self.ptrs[b.name])
+
+    def constant(self, name: str) -> None:
+        """Where a table of the kernel's own lies: at a place known now, or counted from global 1."""
+        if not self.fixed:
+            self.c.op("global.get", 1)
+        self.c.const("i32", self.consts[name])
+        if not self.fixed:
+            self.c.op("i32.add")
+
+    def innermost(self, s: Stmt) -> bool:
+        """Notes the loops without loops inside, with all their statements; whether there is a loop in ``s``."""
+        found = False
+        for x in children(s):
+            found |= self.innermost(x)
+        if isinstance(s, (For, While)):
+            if not found and isinstance(s, For):
+                self.bodies[id(s)] = list(walk_stmts(s.body))
+            found = True
+        return found
+
+    def hoist(self, s: For) -> None:
+        """Before an innermost loop: for every access of its body, pointer + the part of the index that the loop leaves alone. Index
+        Lets that only such accesses need are not printed."""
+        body = self.bodies.get(id(s))
+        if body is None:
+            return
+        self.inner = {s.var, *(x.var for x in body if isinstance(x, (Let, For)))}
+        found: dict[tuple[str, Expr], tuple[Buffer, int]] = {}
+        needed: set[Expr] = set()
+        seen: set[Expr] = set()
+        lets: list[Let] = []
+        taken: dict[Any, tuple[Expr | None, Expr | None]] = {}
+
+        def place(b: Buffer, idx: tuple[Expr, ...]) -> None:
+            i = idx[0].args[0] if len(idx) == 1 and idx[0].op == "ramp" else idx[0] if len(idx) == 1 else None
+            if i is not None and (b.rank or b.scope != "local") and b.name in self.ptrs and i.dtype.lanes == 1:
+                key = tuple([x for x in linear(i).items() if x[0]])
+                if key not in taken:
+                    taken[key] = self.split(substitute(i, self.affine))
+                inv, rest = taken[key]
+                if inv is not None and rest is not None and ((b.name, inv) in found or len(found) < 8):
+                    found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
+                    needed.update(free_vars(rest))
+                    return
+            for x in idx:
+                scan(x)
+
+        def scan(e: Expr) -> None:
+            if e in seen:
+                return
+            seen.add(e)
+            if e.op == "var":
+                needed.add(e)
+            elif e.op == "load":
+                b, idx, m, o = load_parts(e)
+                place(b, idx)
+                for x in (m, o):
+                    if x is not None:
+                        scan(x)
+            else:
+                for a in e.args:
+                    scan(a)
+
+        for x in body:
+            if isinstance(x, Let):
+                if x.var.dtype.is_index:
+                    self.note_affine(x.var, x.value)
+                    if x.var in self.affine:
+                        lets.append(x)
+                        continue
+                scan(x.value)
+            elif isinstance(x, Store):
+                place(x.buf, x.idx)
+                scan(x.value)
+                if x.mask is not None:
+                    scan(x.mask)
+            else:
+                for e in exprs_of(x):
+                    scan(e)
+        for x in reversed(lets):
+            if x.var in needed:
+                scan(x.value)
+            else:
+                self.skip.add(x.var)
+        c = self.c
+        bases: dict[tuple[str, Expr], int] = {}
+        for (name, inv), (b, size) in found.items():
+            self.pointer(b)
+            self.emit(inv * size)
+            c.op("i32.add")
+            n = self.local("i32")
+            c.op("local.set", n)
+            bases[name, inv] = n
+        self.bases = bases
+        self.resolved = {}
+
+    def note_affine(self, v: Expr, value: Expr) -> None:
+        if value.op in ("add", "sub", "mul"):
+            e = substitute(value, self.affine)
+            if not loads(e):
+                self.affine[v] = e
+                return
+        self.affine.pop(v, None)
+
+    def split(self, e: Expr) -> tuple[Expr | None, Expr | None]:
+        """The variable parts of an index that the innermost loop leaves alone and that it changes; None for nothing."""
+        same: dict[tuple[Expr, ...], int] = {}
+        rest: dict[tuple[Expr, ...], int] = {}
+        for m, k in linear(e).items():
+            if m:
+                (rest if any(x in self.inner if x.op == "var" else x.op == "load" or loads(x) or free_vars(x) & self.inner for x in m) else same)[m] = k
+        return from_linear(same) if same else None, from_linear(rest) if rest else None
+
+    def resolve(self, idx: Expr) -> tuple[Expr, Expr | None, Expr | None, int, int, bool]:
+        """An index taken apart for the current loop: what it adds to a constant, of that the parts which the loop leaves alone and
+        changes, the constant with and without the Lets expanded, whether the rest cannot be negative. Remembered by all but the
+        constant, which unrolled code varies."""
+        terms = linear(idx)
+        k = terms.get((), 0)
+        key = tuple([x for x in terms.items() if x[0]])
+        r = self.resolved.get(key)
+        if r is None:
+            dyn = from_linear(dict(key)) if key else const(0)
+            inv, rest, extra = None, None, 0
+            if self.bases:
+                whole = substitute(dyn, self.affine)
+                inv, rest = self.split(whole)
+                extra = linear(whole).get((), 0)
+            lo = bounds(dyn)[0] if key else 0
+            r = self.resolved[key] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
+        return r[0], r[1], r[2], k, k + r[3], r[4]
+
+    def address(self, b: Buffer, idx: Expr) -> int:
+        """Pushes the address of element ``idx`` without its constant part; returns that part in bytes for the immediate."""
+        size = element_bytes(b.dtype) * b.dtype.lanes
+        c = self.c
+        dyn, inv, rest, k, whole_k, positive = self.resolve(idx)
+        base = self.bases.get((b.name, inv)) if inv is not None and rest is not None else None
+        if base is not None and rest is not None:
+            if whole_k < 0 or (whole_k > 0 and not positive):
+                rest, whole_k = rest + whole_k, 0
+            name, dyn, k = f"{b.name}@{base}", rest, whole_k
+        else:
+            if self.skip and free_vars(dyn) & self.skip:
+                dyn, k, positive = substitute(idx, self.affine), 0, False
+            elif k < 0 or (k > 0 and dyn.op != "const" and not positive):
+                dyn, k = idx, 0
+            name = b.name
+            if dyn.op == "const":
+                self.pointer(b)
+                if dyn.attr:
+                    c.const("i32", dyn.attr * size)
+                    c.op("i32.add")
+                return k * size
+        key = (name, dyn)
+        for m in reversed(self.cache):
+            n = m.get(key)
+            if n is not None:
+                c.get(n)
+                return k * size
+        if base is not None:
+            c.get(base)
+        else:
+            self.pointer(b)
+        if dyn.op in ("add", "sub", "mul"):
+            self.emit(dyn * size if size > 1 else dyn)
+        else:
+            self.emit(dyn)
+            if size > 1:
+                c.const("i32", size.bit_length() - 1 if size & (size - 1) == 0 else size)
+                c.op("i32.shl" if size & (size - 1) == 0 else "i32.mul")
+        c.op("i32.add")
+        if base is not None or not loads(dyn):
+            n = self.own_local("i32")  # valid until its scope ends
+            c.op("local.tee", n)
+            self.cache[-1][key] = n
+        return k * size
+
+    def access(self, buf: Buffer, idx: Expr, ins: str, size: int, lane: int | None = None) -> None:
+        off = self.address(buf, idx)
+        self.c.mem(ins, off, min(size, element_bytes(buf.dtype)).bit_length() - 1, lane)
+
+    def load(self, e: Expr) -> None:
+        buf, idx, m, o = load_parts(e)
+        d, c = e.dtype, self.c
+        if buf.rank == 0 and buf.scope == "local":
+            n = self.regs.get(buf.name)
+            if not isinstance(n, int):
+                raise self.fail(e, "register variable used before it is allocated" if n is None else "a vector this wide is only usable by lanes")
+            c.get(n)
+            return
+        if len(idx) != 1:
+            raise self.fail(e, "buffers must be flat; run flatten first")
+        if m is None:
+            self.plain_load(buf, idx[0], e)
+            return
+        assert o is not None
+        scalar = m if m.dtype.lanes == 1 else m.args[0] if m.op == "bcast" else None
+        if scalar is not None:
+            self.emit(scalar)
+            self.c.start("if", valtype(d))
+            self.cache.append({})
+            self.plain_load(buf, idx[0], load(buf, idx))
+            self.cache.pop()
+            c.op("else")
+            self.emit(o)
+            c.op("end")
+            return
+        n = self.local("v128")
+        self.emit(o)
+        c.op("local.set", n)
+        mono = m.op in ("lt", "le") and m.args[0].op == "ramp" and m.args[0].attr[0] > 0 and m.args[1].op == "bcast" and _unit(idx[0])
+        if mono:
+            self.emit(self.lane(m, d.lanes - 1))
+            c.start("if")
+            self.cache.append({})
+            self.plain_load(buf, idx[0], load(buf, idx))
+            self.cache.pop()
+            c.op("local.set", n)
+            c.op("else")
+        for k in range(d.lanes):
+            self.emit(self.lane(m, k))
+            c.start("if")
+            self.cache.append({})
+            c.get(n)
+            self.emit(self.lane(load(buf, idx), k))
+            self.into_lane(d)
+            c.lane(f"{prefix(d)}.replace_lane", k)
+            c.op("local.set", n)
+            self.cache.pop()
+            c.op("end")
+        if mono:
+            c.op("end")
+        c.get(n)
+        self.release("v128", n)
+
+    def plain_load(self, buf: Buffer, idx: Expr, e: Expr) -> None:
+        d, s = e.dtype, buf.dtype
+        if d.lanes == 1:
+            ins = f"{valtype(d)}.load"
+            if not d.is_float and d.bits < 32:
+                ins += f"{max(d.bits, 8)}_{'s' if signed(d) else 'u'}"
+            self.access(buf, idx, ins, element_bytes(d))
+            return
+        w, b = width(d), s.bits
+        if s.lanes > 1:  # a local array of vectors
+            if b * s.lanes != 128:
+                self.by_lanes(e)
+                return
+            self.access(buf, idx, "v128.load", 16)
+            return
+        if not _unit(idx) or s.is_index or (w == 64 and b < 32):
+            self.by_lanes(e)
+            return
+        base = idx.args[0]
+        c = self.c
+        u = "s" if signed(s) else "u"
+        if b == w:
+            self.access(buf, base, "v128.load", 16)
+        elif b * 2 == w:
+            self.access(buf, base, f"v128.load{b}x{d.lanes}_{u}", 8)
+        else:  # bytes in lanes of 32 bits
+            self.access(buf, base, "v128.load32_zero", 4)
+            c.op(f"i16x8.extend_low_i8x16_{u}")
+            c.op(f"i32x4.extend_low_i16x8_{u}")
+        if s.is_bool:
+            c.v128(bytes(16))
+            c.op(f"{prefix(d)}.ne")
+
+    def store(self, s: Store) -> None:
+        b, c, d = s.buf, self.c, s.value.dtype
+        if b.rank == 0 and b.scope == "local":
+            self.store_register(s)
+            return
+        if len(s.idx) != 1:
+            raise CompilationError(f"buffers must be flat, {b.name} is not; run flatten first", op=self.name)
+        idx, m = s.idx[0], s.mask
+        if m is not None:
+            scalar = m if m.dtype.lanes == 1 else m.args[0] if m.op == "bcast" else None
+            mono = m.op in ("lt", "le") and m.args[0].op == "ramp" and m.args[0].attr[0] > 0 and m.args[1].op == "bcast" and _unit(idx)
+            if scalar is not None or mono:
+                self.emit(scalar if scalar is not None else self.lane(m, m.dtype.lanes - 1))
+                c.start("if")
+                self.cache.append({})
+                self.store(Store(b, s.idx, s.value))
+                self.cache.pop()
+                if mono and scalar is None:
+                    c.op("else")
+                    self.store_lanes(b, idx, s.value, m)
+                c.op("end")
+                return
+        if d.lanes == 1:
+            off = self.address(b, idx)
+            self.emit(s.value)
+            self.store_scalar(b, off)
+            return
+        lw, bb = width(d), b.dtype.bits
+        if m is not None or not full(d) or (b.dtype.lanes == 1 and (not _unit(idx) or b.dtype.is_index or (lw == 64 and bb < 64))):
+            self.store_lanes(b, idx, s.value, m)
+            return
+        if b.dtype.lanes > 1:
+            if bb * b.dtype.lanes != 128:
+                self.store_lanes(b, idx, s.value, m)
+                return
+            off = self.address(b, idx)
+            self.emit(s.value)
+            c.mem("v128.store", off, 2)
+            return
+        off = self.address(b, idx.args[0])
+        self.emit(s.value)
+        if b.dtype.is_bool:
+            self.pattern(d, [1] * d.lanes)
+            c.op("v128.and")
+        a = element_bytes(b.dtype).bit_length() - 1
+        if bb == lw:
+            c.mem("v128.store", off, a)
+            return
+        u = "s" if signed(b.dtype) else "u"
+        if lw == 32:
+            c.v128(bytes(16))
+            c.op(f"i16x8.narrow_i32x4_{u}")
+        if bb == 8:
+            c.v128(bytes(16))
+            c.op(f"i8x16.narrow_i16x8_{u}")
+        c.mem("v128.store64_lane" if bb * 2 == lw else "v128.store32_lane", off, a, 0)
+
+    def store_scalar(self, b: Buffer, off: int) -> None:
+        d = b.dtype.scalar
+        size = element_bytes(d)
+        if d.is_index:
+            self.c.op("i64.extend_i32_s")
+            self.c.mem("i64.store", off, 3)
+            return
+        t = valtype(d)
+        self.c.mem(f"{t}.store" + (str(d.bits) if not d.is_float and d.bits < 32 else ""), off, size.bit_length() - 1)
+
+    def store_lanes(self, b: Buffer, idx: Expr, value: Expr, m: Expr | None) -> None:
+        """One scalar store for each lane, under its mask."""
+        c, d = self.c, value.dtype
+        n = -1
+        if full(d) and value.op not in ("var", "bcast"):
+            n = self.local("v128")
+            self.emit(value)
+            c.op("local.set", n)
+        for k in range(d.lanes):
+            if m is not None:
+                self.emit(self.lane(m, k))
+                c.start("if")
+                self.cache.append({})
+            off = self.address(b if b.dtype.lanes == 1 else _scalars(b), self.lane(idx, k) if b.dtype.lanes == 1 else idx * b.dtype.lanes + k)
+            if n >= 0:
+                c.get(n)
+                self.pick(d, k)
+            else:
+                self.emit(self.lane(value, k))
+            self.store_scalar(b, off)
+            if m is not None:
+                self.cache.pop()
+                c.op("end")
+        if n >= 0:
+            self.release("v128", n)
+
+    def store_register(self, s: Store) -> None:
+        n = self.regs.get(s.buf.name)
+        if n is None:
+            raise CompilationError(f"register variable {s.buf.name} is not allocated", op=self.name)
+        c = self.c
+        if s.mask is not None:
+            self.emit(s.mask)
+            c.start("if")
+            self.cache.append({})
+        if isinstance(n, int):
+            self.emit(s.value)
+            c.op("local.set", n)
+        else:
+            for k in range(len(n)):
+                self.emit(self.lane(s.value, k))
+            for x in reversed(n):
+                c.op("local.set", x)
+        if s.mask is not None:
+            self.cache.pop()
+            c.op("end")
+
+
+def _scalars(b: Buffer) -> Buffer:
+    return Buffer(b.name, b.dtype.scalar, b.shape, b.scope, b.writable)
+
+
+def _unit(idx: Expr) -> bool:
+    return idx.op == "ramp" and bool(idx.attr[0] == 1)
