@@ -1,7 +1,7 @@
 """The speed table: Luthier against other CPU runtimes on real models, f32 arithmetic, the same static shapes.
 
     python benchmarks/cpu.py [--models A,B] [--peers A,B] [--threads 1,2] [--rounds N] [--json FILE] [--save] [--profile]
-                             [--stat median|min] [--realtime] [--merge JSON ...]
+                             [--stat median|min] [--realtime] [--merge JSON ...] [--report [JSON]]
 
 Every runtime has a process of its own, pinned to as many cores as it has threads. In each round every runtime takes
 one turn, in an order that alternates, while all others are stopped (SIGSTOP). Each call gets other inputs than the
@@ -33,6 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.models import get  # noqa: E402
 from benchmarks.peers_driver import PEERS, Peer, PeerError  # noqa: E402
+from benchmarks.roofline_report import below_level, profile  # noqa: E402
+from benchmarks.roofline_report import write as write_report  # noqa: E402
+from luthier.cli_tools import summary as roofline_summary  # noqa: E402
+from luthier.cli_tools import table as roofline_table  # noqa: E402
 
 MODELS = (
     "minilm resnet50 mobilenetv2 vit-tiny gpt2 rapidocr-det rapidocr-rec rapidocr-cls silero silero-ifless mlp".split()
@@ -41,6 +45,7 @@ MODELS = (
 SCORED = "minilm resnet50 mobilenetv2 vit-tiny gpt2 rapidocr-det rapidocr-rec rapidocr-cls silero".split()
 CAP = 1.5
 TURN_MS = 250.0
+ROOF_RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
 
@@ -225,37 +230,6 @@ def merged(files: list[Path]) -> list[Row]:
     return list(rows.values())
 
 
-def show_profile(model: str, threads: int, console: Console) -> None:
-    """Prints Luthier's kernels of a model: time, and the fraction of the measured roofline that each reaches."""
-    from benchmarks.ceilings import bandwidth, fma_peak
-
-    case = get(model)
-    cpus = sorted(os.sched_getaffinity(0))[-threads:]
-    peer = Peer("luthier", case, threads, cpus, ROOT / "build" / "peers" / "logs" / f"{model}-profile.log")
-    try:
-        rows = peer.profile()
-    finally:
-        peer.close()
-    peak, stream = fma_peak(threads), bandwidth(64 << 20, threads)
-    total = sum(float(row["ms"]) for row in rows)
-    table = Table("ms", "%", "GFLOP/s", "GB/s", "of roofline", "kernel", "nodes", title=f"{model}, {threads} threads")
-    for row in sorted(rows, key=lambda r: -float(r["ms"])):
-        ms, flops, moved = (float(row.get(k) or 0.0) for k in ("ms", "flops", "bytes"))
-        bound = max(flops / (peak * 1e9), moved / (stream * 1e9)) * 1e3
-        nodes = row.get("nodes") or ""
-        table.add_row(
-            f"{ms:.3f}",
-            f"{100 * ms / total:.1f}",
-            f"{flops / ms / 1e6:.1f}" if ms else "-",
-            f"{moved / ms / 1e6:.1f}" if ms else "-",
-            f"{100 * bound / ms:.0f} %" if ms else "-",
-            str(row.get("kernel", "")),
-            ", ".join(nodes) if isinstance(nodes, list | tuple) else str(nodes),
-        )
-    console.print(table)
-    console.print(f"{total:.2f} ms in all; FMA peak {peak:.0f} GFLOP/s, 64 MB read at {stream:.0f} GB/s, same process")
-
-
 def main() -> int:
     """Command line; see the module's docstring. Exit code 1 when Luthier was asked for and failed somewhere."""
     parser = argparse.ArgumentParser(description="Luthier against other CPU runtimes")
@@ -269,6 +243,10 @@ def main() -> int:
     parser.add_argument("--save", nargs="?", const="cpu", metavar="NAME", help="write benchmarks/results/NAME.md and .json")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="JSON", help="show runs written before instead of measuring")
     parser.add_argument("--profile", action="store_true", help="only Luthier's kernels, against the measured roofline")
+    parser.add_argument(
+        "--report", nargs="?", type=Path, const=ROOF_RESULTS / "cpu_zen3.json", metavar="JSON",
+        help="explain the rows of this saved table that another runtime wins, kernel by kernel: results/roofline_<threads>.md",
+    )  # fmt: skip
     args = parser.parse_args()
     console = Console(width=int(os.environ.get("COLUMNS", "150")))
     models, labels = args.models.split(","), args.peers.split(",")
@@ -278,7 +256,15 @@ def main() -> int:
     if args.profile:
         for threads in (int(t) for t in args.threads.split(",")):
             for model in models:
-                show_profile(model, threads, console)
+                report = profile(model, threads)
+                console.print(roofline_table(report, 40))
+                console.print(roofline_summary(report), highlight=False)
+        return 0
+    if args.report:
+        saved = merged([args.report])
+        chosen = [r for r in below_level(saved, best_peer) if r[0] in models and str(r[1]) in args.threads.split(",")]
+        for path in write_report(chosen, ROOF_RESULTS, machine()):
+            console.print(f"saved {path}")
         return 0
     rows: list[Row] = merged(args.merge) if args.merge else []
     for threads in () if args.merge else tuple(int(t) for t in args.threads.split(",")):
