@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+import numpy as np
+
 from luthier import settings
 from luthier.build import manifest
 from luthier.codegen.target import Target
@@ -59,10 +61,11 @@ def _dump(program: Program, printer: ProgramPrinter) -> None:
 
 
 def probes() -> dict[str, str]:
-    """Tiny modules in base64, valid where an engine has what a variant needs."""
+    """Tiny modules in base64, valid where an engine has what a variant needs; ``dot`` also exports ``check() -> i32``, 1 where relaxed
+    dot products of 8-bit integers are right (baseline compilers had them wrong on some processors)."""
 
-    def module(code: bytes, shared: bool) -> str:
-        m = Module([Function("f", [], [], [], code)], pages=(1, 1 if shared else None), shared=shared)
+    def module(code: bytes, shared: bool, name: str = "f", results: tuple[str, ...] = ()) -> str:
+        m = Module([Function(name, [], results, [], code)], pages=(1, 1 if shared else None), shared=shared)
         return base64.b64encode(m.encode()).decode()
 
     from luthier.codegen.wasm_encoder import Code
@@ -77,4 +80,14 @@ def probes() -> dict[str, str]:
     threads.const("i32", 0)
     threads.mem("i32.atomic.load", 0, 2)
     threads.op("drop")
-    return {"simd": module(bytes(simd.b), False), "relaxed": module(bytes(relaxed.b), False), "threads": module(bytes(threads.b), True)}
+    a = np.array([-128, 127, -1, 5, -128, -128, -128, -128, 127, 127, 127, 127, 0, -3, 64, -77], np.int8)
+    b = np.array([127, 127, 1, 0, 127, 127, 127, 127, 127, 127, 127, 127, 9, 100, 33, 2], np.int8)
+    c = np.array([1, -2, 3, -4], np.int32)
+    dot = Code()
+    for x in (a, b, c):
+        dot.v128(x.tobytes())
+    dot.op("i32x4.relaxed_dot_i8x16_i7x16_add_s")
+    dot.v128(((a.astype(np.int32) * b).reshape(4, 4).sum(1) + c).astype(np.int32).tobytes())
+    dot.op("i32x4.eq")
+    dot.op("i32x4.all_true")
+    return {"dot": module(bytes(dot.b), False, "check", ("i32",)), "simd": module(bytes(simd.b), False), "relaxed": module(bytes(relaxed.b), False), "threads": module(bytes(threads.b), True)}

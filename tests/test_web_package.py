@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -221,6 +222,17 @@ def test_node_has_no_webgpu(packages: dict[str, Path]) -> None:
     script.write_text('import { load } from "./index.js"; try { await load() } catch (e) { console.log(e.name, e.code, e.hint) }')
     done = subprocess.run([NODE, str(script)], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("UnsupportedError NO_WEBGPU") and "wasm" in done.stdout
+
+
+def test_probe_of_dot_products() -> None:
+    """The module with which the loader tries relaxed dot products gives 1 under wasmtime."""
+    wasmtime = pytest.importorskip("wasmtime")
+    from luthier.build_wasm import probes
+
+    store = wasmtime.Store()
+    module = wasmtime.Module(store.engine, base64.b64decode(probes()["dot"]))
+    memory = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    assert wasmtime.Instance(store, module, [memory]).exports(store)["check"](store) == 1
 
 
 @node

@@ -13,7 +13,7 @@ const decode = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 async function dotWorks(probe) {
   if (!probe) return true;
   try {
-    const { instance } = await WebAssembly.instantiate(decode(probe));
+    const { instance } = await WebAssembly.instantiate(decode(probe), { env: { memory: new WebAssembly.Memory({ initial: 1 }) } });
     return instance.exports.check() === 1;
   } catch {
     return false;
