@@ -110,6 +110,22 @@ def _table() -> dict[str, bytes]:
 OPCODE = _table()
 
 
+_CONSTS: dict[tuple[str, int], bytes] = {}
+
+
+def _const(ty: str, v: int | float) -> bytes:
+    if len(_CONSTS) > 100_000:
+        _CONSTS.clear()
+    head = OPCODE[f"{ty}.const"]
+    if ty == "i32":
+        n = int(v) & 0xFFFFFFFF
+        return head + sleb(n - (1 << 32) if n >> 31 else n)
+    if ty == "i64":
+        n = int(v) & 0xFFFFFFFFFFFFFFFF
+        return head + sleb(n - (1 << 64) if n >> 63 else n)
+    return head + struct.pack("<f" if ty == "f32" else "<d", v)
+
+
 class Code:
     """The instructions of one function body, in order."""
 
@@ -145,19 +161,13 @@ class Code:
             self.b.append(lane)
 
     def const(self, ty: str, v: int | float) -> None:
-        self.b += OPCODE[f"{ty}.const"]
-        if ty == "i32":
-            v = int(v)
-            if 0 <= v < 64:
-                self.b += _SMALL[v]
-                return
-            v &= 0xFFFFFFFF
-            self.b += sleb(v - (1 << 32) if v >> 31 else v)
-        elif ty == "i64":
-            v = int(v) & 0xFFFFFFFFFFFFFFFF
-            self.b += sleb(v - (1 << 64) if v >> 63 else v)
-        else:
-            self.b += struct.pack("<f" if ty == "f32" else "<d", v)
+        k = (ty, v)
+        raw = _CONSTS.get(k) if v.__class__ is int else None
+        if raw is None:
+            raw = _const(ty, v)
+            if v.__class__ is int:
+                _CONSTS[k] = raw
+        self.b += raw
 
     def v128(self, data: bytes) -> None:
         self.b += OPCODE["v128.const"] + data

@@ -238,7 +238,7 @@ class MemoryPrinter(Vector):
     def load(self, e: Expr) -> None:
         buf, idx, m, o = load_parts(e)
         d, c = e.dtype, self.c
-        if buf.rank == 0 and buf.scope == "local":
+        if not buf.shape and buf.scope == "local":
             n = self.regs.get(buf.name)
             if not isinstance(n, int):
                 raise self.fail(e, "register variable used before it is allocated" if n is None else "a vector this wide is only usable by lanes")
@@ -323,10 +323,16 @@ class MemoryPrinter(Vector):
             c.op(f"{prefix(d)}.ne")
 
     def store(self, s: Store) -> None:
-        b, c, d = s.buf, self.c, s.value.dtype
-        if b.rank == 0 and b.scope == "local":
-            self.store_register(s)
+        b = s.buf
+        if not b.shape and b.scope == "local":
+            n = self.regs.get(b.name)
+            if s.mask is None and n.__class__ is int:
+                self.emit(s.value)
+                self.c.op("local.set", n)
+            else:
+                self.store_register(s)
             return
+        c, d = self.c, s.value.dtype
         if len(s.idx) != 1:
             raise CompilationError(f"buffers must be flat, {b.name} is not; run flatten first", op=self.name)
         idx, m = s.idx[0], s.mask
