@@ -126,12 +126,12 @@ def errors(case: ModelCase, run: Runner, steps: int) -> tuple[float, str]:
     ours = {n: first[n] for n in case.carry}
     theirs = dict(ours)
     worst = 0.0
-    for k, step in enumerate(case.stream(0, steps)):
+    for step in case.stream(0, steps):
         a, b = run({**step, **ours}), peer({**step, **theirs})
         worst = max(worst, error(a, b))
         ours = {n: a[o] for n, o in case.carry.items()}
         theirs = {n: b[o] for n, o in case.carry.items()}
-    return worst, f"{k + 1} steps with state"
+    return worst, f"{steps} steps with state"
 
 
 def translate(case: ModelCase, run: Runner, peer: Runner, steps: int) -> tuple[float, str]:

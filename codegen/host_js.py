@@ -89,7 +89,7 @@ class _Printer:
         {"in": self.inputs, "w": self.weights, "b": self.buffers}[kind].add(k)
         return {"in": "i", "w": "w", "b": "b"}[kind] + str(k)
 
-    def list(self, es: Sequence[Any]) -> str:
+    def array(self, es: Sequence[Any]) -> str:
         return f"[{', '.join(self.value(e) for e in es)}]"
 
     # statements --------------------------------------------------
@@ -106,9 +106,9 @@ class _Printer:
                 p, bound, words, x, y, z = a[:6]
                 places = ", ".join(f"[{self.memory(m)}, {self.value(o)}, {self.value(n)}]" for m, o, n in bound)
                 grid = ", ".join(self.value(e) for e in (x, y, z))
-                out.append(f"{pad}g.dispatch({p}, [{places}], {self.list(words)}, {grid});")
+                out.append(f"{pad}g.dispatch({p}, [{places}], {self.array(words)}, {grid});")
             elif op == "write":
-                out.append(f'{pad}g.write({self.memory(a[0])}, {self.value(a[1])}, "{a[2]}", {self.list(a[3])});')
+                out.append(f'{pad}g.write({self.memory(a[0])}, {self.value(a[1])}, "{a[2]}", {self.array(a[3])});')
             elif op == "mirror":
                 out.append(f"{pad}m{a[0]}[{self.value(a[1])}] = {self.value(a[2])};")
             elif op == "copy":
@@ -123,7 +123,7 @@ class _Printer:
             elif op == "while":
                 out += [f"{pad}while ({self.value(a[0])}) {{", f"{pad}  await g.round();", *self.block(a[1], depth + 1), f"{pad}}}"]
             elif op == "output":
-                out.append(f"{pad}g.output({a[0]}, {self.memory(a[1])}, {self.value(a[2])}, {self.list(a[3])});")
+                out.append(f"{pad}g.output({a[0]}, {self.memory(a[1])}, {self.value(a[2])}, {self.array(a[3])});")
             else:
                 raise CompilationError(f"JavaScript has no host statement {op!r}")
         return out

@@ -87,7 +87,7 @@ class _Instance:
         if self.shared and threads > 1:
             for k in range(1, threads):
                 store = wt.Store(engine)
-                entry = wt.Instance(store, code, [self.memory]).exports(store)["lt_worker"]
+                entry: Any = wt.Instance(store, code, [self.memory]).exports(store)["lt_worker"]
                 t = threading.Thread(target=entry, args=(store, k), daemon=True)
                 t.start()
                 self.workers.append(t)
@@ -220,7 +220,7 @@ class WasmModule(Module):
             inst.key = key
         view = inst.view()
         for j, (p, a) in enumerate(zip(self._ins, keep, strict=True)):
-            at, n = struct.unpack_from("<2I", view, io + RECORD * j)
+            at, n = struct.unpack_from("<2I", view.data, io + RECORD * j)
             raw = (pack_bits(a, p.bits) if p.bits < 8 else a).reshape(-1).view(np.uint8)
             view[at : at + raw.size] = raw
         inst.check(inst.call(inst.run_, inst.threads, 1))
@@ -228,8 +228,8 @@ class WasmModule(Module):
         result: dict[str, Array] = {}
         for j, q in enumerate(self._outs):
             base = io + RECORD * (len(self._ins) + j)
-            at, n = struct.unpack_from("<2I", view, base)
-            shape = struct.unpack_from(f"<{q.rank}i", view, base + EXTENTS)
+            at, n = struct.unpack_from("<2I", view.data, base)
+            shape = struct.unpack_from(f"<{q.rank}i", view.data, base + EXTENTS)
             raw = view[at : at + n]
             if q.bits < 8:
                 a = unpack_bits(raw, q.bits, shape, q.dtype, not q.dtype.name.startswith("u"))

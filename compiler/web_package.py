@@ -68,7 +68,7 @@ def write_package(
         names.append(name)
 
     mark = hashlib.sha256(json.dumps([manifest["inputs"], manifest["outputs"]]).encode())
-    shards = []
+    shards: list[dict[str, Any]] = []
     size = max(256, int(shard_mb * 1e6) // 256 * 256)
     for k, at in enumerate(range(0, len(weights), size)):
         part = np.ascontiguousarray(weights[at : at + size]).tobytes()
