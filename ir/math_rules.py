@@ -148,11 +148,13 @@ class Rules:
 
     # -- exponentials
 
-    def _exp(self, x: Expr, half: bool = False) -> Expr:
-        """e^x (or e^x / 2): x = h * 2 ln 2 + r, |r| <= ln 2; e^x = p(r) * 2^h * 2^h keeps denormal and huge results exact."""
+    def _exp(self, x: Expr, half: bool = False, least: float | None = None) -> Expr:
+        """e^x (or e^x / 2): x = h * 2 ln 2 + r, |r| <= ln 2; e^x = p(r) * 2^h * 2^h keeps denormal and huge results exact.
+
+        ``least``: below it the result may be that of ``least``."""
         k = _fmt(x)
         hi, lo = _pieces(2 * _LN2, 15 if k is _F32 else 40, 2)
-        x = _clamp(x, k.exp_lo, k.exp_hi + (1 if half else 0))
+        x = _clamp(x, k.exp_lo if least is None else least, k.exp_hi + (1 if half else 0))
         t = x * float(_LOG2E / 2) + (k.magic + k.bias)
         h = t - (k.magic + k.bias)
         r = (x - h * hi) - h * lo
@@ -195,8 +197,9 @@ class Rules:
         return y + y
 
     def sigmoid(self, x: Expr) -> Expr:
+        """1 / (1 + e^-x); an e^-x that does not change 1 is kept above 1e-27: denormal ones cost hundreds of cycles each."""
         one = const(1.0, x.dtype)
-        return one / (one + self.apply("exp", -x))
+        return one / (one + (self.apply("exp", -x) if "exp" in self.native else self._exp(-x, least=-30.0 if _fmt(x) is _F32 else -60.0)))
 
     def tanh(self, x: Expr) -> Expr:
         """t / (t + 2) with t = e^(2 x) - 1."""
