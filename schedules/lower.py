@@ -29,6 +29,7 @@ from luthier.schedules.fold_nest import FoldNest
 from luthier.schedules.make_func import make_func, push_nest
 from luthier.schedules.nest import Env, Nest, Region, box_of, union_of
 from luthier.schedules.schedule import Schedule, ScheduleError, Stage, hash_var, readers
+from luthier.schedules.specialize import choose, special_version
 
 
 def lower(s: Schedule) -> list[Func]:
@@ -37,10 +38,22 @@ def lower(s: Schedule) -> list[Func]:
     out = []
     for st in s.stages.values():
         if st.at is None and (st.fold is not None or st.buf.scope == "global" or st.name in s.compute.outs):
-            out.append(_Lower(s).func(st))
+            out.append(_two_versions(s, st) if s.special else _Lower(s).func(st))
             if st.push is not None:
                 out.append(make_func(f"{s.compute.name}.{st.name}.push", push_nest(st.push, st.buf), s.compute.dims))
     return out
+
+
+def _two_versions(s: Schedule, st: Stage) -> Func:
+    """The kernel of ``st``: what it is under the conditions of ``s.special``, and what it is otherwise."""
+    general, lo = _Lower(s), [(const(0), a.extent) for a in st.axes]
+    body = general.nest(st, {}, lo)
+    t, lets = special_version(s)
+    mine = t.stages[st.name]
+    known = _Lower(t)
+    known.names = {v.attr[0]: 1 for v in s.ext} | general.names  # loops of the two versions have names of their own
+    other = known.nest(mine, {}, [(const(0), a.extent) for a in mine.axes])
+    return make_func(general.name_of(st), choose(body, other, s, lets), s.compute.dims)
 
 
 def _check_stages(s: Schedule) -> None:
@@ -80,7 +93,10 @@ class _Lower:
     def func(self, st: Stage) -> Func:
         region = [(const(0), a.extent) for a in st.axes]
         body = self.nest(st, {}, region)
-        return make_func(self.s.compute.name + "." + st.name if len(self.s.stages) > 1 else self.s.compute.name, body, self.s.compute.dims)
+        return make_func(self.name_of(st), body, self.s.compute.dims)
+
+    def name_of(self, st: Stage) -> str:
+        return self.s.compute.name + "." + st.name if len(self.s.stages) > 1 else self.s.compute.name
 
     def fresh(self, name: str, extent: Expr) -> Expr:
         k = self.names.get(name, 0)

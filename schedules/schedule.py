@@ -122,6 +122,7 @@ class Schedule:
     ext: dict[Expr, Expr]
     packed: dict[str, Packing] = field(default_factory=dict)
     trace: tuple[tuple[Any, ...], ...] = ()
+    special: tuple[Expr, ...] = ()  # conditions of a second version (:mod:`luthier.schedules.specialize`)
 
     def stage_of(self, loop: str) -> tuple[Stage, int]:
         for st in self.stages.values():
