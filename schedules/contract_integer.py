@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from luthier.ir.compute import Axis, Pull, axis, reduce_
 from luthier.ir.dtypes import DType, f32, i16, i32
 from luthier.ir.expr import (
@@ -38,11 +36,11 @@ from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules import contract
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.elementwise import flat, pointwise, stride
+from luthier.schedules.elementwise import pointwise, stride
+from luthier.schedules.integer_epilogue import EXACT, simplify_epilogue
+from luthier.schedules.integer_packing import CenteredPacking, SumPacking
 from luthier.schedules.intrin import usable
-from luthier.schedules.schedule import Packing, Schedule, _pull_stage, annotate, pack, reorder, split, tensorize
-
-EXACT = 1 << 24  # integers up to here are exact in f32
+from luthier.schedules.schedule import Schedule, _pull_stage, annotate, pack, reorder, split, tensorize
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,34 +67,6 @@ class Operand:
         return max(abs(lo - zh), abs(hi - zl))
 
 
-@dataclass(frozen=True, slots=True)
-class CenteredPacking(Packing):
-    """A packing of weights, seen in another ``shape`` where it is given, less their zero point, in the type of its buffer; what pads
-    stays 0."""
-
-    zero: int = 0
-    shape: tuple[int, ...] = ()
-
-    def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The packed copy of an array of 8-bit integers."""
-        to = self.buf.dtype.numpy
-        a = a.reshape(self.shape) if self.shape else a
-        return Packing.apply(self, a.astype(to) - to.type(self.zero))
-
-
-@dataclass(frozen=True, slots=True)
-class SumPacking(Packing):
-    """Sums of the weights over the reduced dimensions ``over``, as i32. ``shape``: how the weights are seen, where it is given."""
-
-    over: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-
-    def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """One sum for every element of the dimensions that remain."""
-        a = a.reshape(self.shape) if self.shape else a
-        return np.ascontiguousarray(a.sum(axis=self.over, dtype=np.int32))
-
-
 def apply(
     s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 4,
     order: str | None = None, instr: Instruction | None = None,
@@ -111,6 +81,7 @@ def apply(
     factors = contract._factors(st)
     if st.buf.dtype is not i32:
         return None
+    s = simplify_epilogue(s, out, constants)
     a, b = (operand(f) for f in factors)
     if a is None or b is None:
         return None
@@ -488,5 +459,3 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     wide = n.op == "const" and n.attr % (2 * lanes) == 0  # two vectors of bytes fill more of each line that is fetched
     return contract.product(s, acc, out, caps, constants, **({"mu": 6, "nv": 2 * lanes} if wide and caps.registers >= 16 else {}))
 
-
-_ = flat

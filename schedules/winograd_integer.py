@@ -27,6 +27,7 @@ from luthier.ir.loop import Buffer
 from luthier.schedules import contract, contract_integer
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.contract_integer import Operand, operand
+from luthier.schedules.integer_epilogue import simplify_epilogue
 from luthier.schedules.intrin import usable
 from luthier.schedules.schedule import Packing, Schedule, annotate, fuse, inline, pack, reorder, schedule, split, stage
 from luthier.schedules.winograd import _lanes, _local, _only_pointwise, cases, combine
@@ -112,7 +113,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
     bytewise = any(i.group == 4 for i in usable(caps))
     forms = [x for x in forms if not x[0] or _fits(FORMS[x[0]], conv, constants)]
     m, b = min(forms, key=lambda x: cycles(*x, n, h, w, conv.c, k, caps, bytewise), default=(0, 0))
-    return None if not m else _schedule(schedule(_rewrite(s.compute, conv, FORMS[m])), conv, FORMS[m], b, instr, caps)
+    return None if not m else _schedule(schedule(_rewrite(s.compute, conv, FORMS[m])), conv, FORMS[m], b, instr, caps, constants)
 
 
 def _fits(f: Form, conv: Conv, constants: Mapping[str, Any]) -> bool:
@@ -229,11 +230,12 @@ def _rewrite(c: Compute, conv: Conv, fm: Form) -> Compute:
 # ---------------------------------------------------------------- scheduling
 
 
-def _schedule(s: Schedule, conv: Conv, fm: Form, block: int, instr: Instruction, caps: Capabilities) -> Schedule:
+def _schedule(s: Schedule, conv: Conv, fm: Form, block: int, instr: Instruction, caps: Capabilities, constants: Mapping[str, Any]) -> Schedule:
     """Three kernels over all tiles, or (``block``) one over blocks of tiles whose transformed values stay in cache."""
     o, m = s.compute.outs[0], fm.m
     for n in [n for n in s.stages if n != o and not n.startswith("wino.")]:
         s = inline(s, n)
+    s = simplify_epilogue(s, o, constants)
     s = _products(s, conv, fm, block, instr, caps)
     # input: a round a tile and vector of channels; rows of the tile into a local block, then its columns
     s = _lanes(s, "wino.v.c", caps.lanes(16))
@@ -267,6 +269,7 @@ def _products(s: Schedule, conv: Conv, fm: Form, block: int, instr: Instruction,
     s = contract_integer.dotted(s, acc, f"{acc}.c", instr, 4)
     if block:
         s = stage(s, acc, at="wino.z.uo", pad=(1, 2))
-    return replace(s, packed={n: IntegerWinogradPacking(conv.w.name, fm.m, p) for n, p in s.packed.items()})  # type: ignore[misc]
+    name = f"{conv.w.name}.wino.pack"
+    return replace(s, packed={**s.packed, name: IntegerWinogradPacking(conv.w.name, fm.m, s.packed[name])})  # type: ignore[dict-item]
 
 

@@ -231,3 +231,30 @@ def test_no_saturation_of_pairs() -> None:
     got = luthier.compile(model([node], {"x": (TensorProto.UINT8, [4, 64])}, {"y": TensorProto.INT32}, {"w": w}), threads=1).run({"x": x})["y"]
     assert (got[:, :8] == 64 * 255 * 127).all() and (got[:, 8:] == -64 * 255 * 128).all()
 
+
+
+@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize(("h", "c", "oc", "zx", "pad", "xk"), [(5, 16, 16, 0, 1, "u8"), (6, 16, 8, -5, 0, "i8"), (4, 32, 8, 200, 1, "u8")])
+def test_winograd_is_exact(m: int, h: int, c: int, oc: int, zx: int, pad: int, xk: str, rng: np.random.Generator) -> None:
+    """All extremes of the operands, sums that overflow on the way: the result is the convolution."""
+    x, w = bytes_of(xk, (1, h, h, c), rng), bytes_of("i8", (3, 3, c, oc), rng)
+    w[..., 0], w[..., 1] = 127, -128
+    acc = conv_ref(x, w, zx, 0, 1, pad, False)
+    s = (rng.random(oc) * 3e-4).astype(np.float32)
+    arrays = {"X": x, "W": w, "S": s}
+    k = build(conv(x, w, zx, 0, 1, pad, False), parse_target("cpu:x86-64-v3").caps, {"W": w, "S": s}, template="winograd_integer", tile=m)
+    got = cases.run(k.funcs, {**arrays, **k.packed}, {}, "Y").reshape(acc.shape)
+    np.testing.assert_array_equal(got, requantized_ref(acc, s))
+
+
+def test_winograd_refuses_what_may_overflow(rng: np.random.Generator) -> None:
+    """64 * y must fit 32 bits: 3 * 3 * 288 products of 255 and 127 do not, 16 do."""
+    from luthier.schedules import winograd_integer
+    from luthier.schedules.schedule import schedule
+
+    caps = parse_target("cpu:x86-64-v3").caps
+    for c, fits in ((16, True), (288, False)):
+        x, w = bytes_of("u8", (1, 6, 6, c), rng), np.full((3, 3, c, 16), 127, np.int8)
+        s = winograd_integer.apply(schedule(conv(x, w, 0, 0, 1, 1, False)), caps, {"W": w}, tile=4)
+        assert (s is not None) == fits
+        assert winograd_integer.apply(schedule(conv(x, w, 0, 0, 1, 1, False)), caps, {"W": w}, tile=2) is not None

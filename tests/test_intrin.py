@@ -17,7 +17,7 @@ from luthier.ir.expr import call, cast, const, load, ramp
 from luthier.ir.intrin import Instruction, lookup
 from luthier.ir.loop import Buffer, Func, Store
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.contract_integer import CenteredPacking
+from luthier.schedules.integer_packing import CenteredPacking
 from luthier.schedules.intrin import ALL, usable, x86
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, ScheduleError, annotate, pack, reorder, schedule, split, tensorize
