@@ -307,8 +307,8 @@ def compare(
 @click.option("--missing", is_flag=True, help="Also list the ONNX operators that no file of luthier.ir.ops registers.")
 @_debug
 def ops(missing: bool, debug: str | None) -> None:
-    """The operators, and which targets compile them."""
-    from luthier.inspection import operator_matrix
+    """The operators and the targets: how many tests of the ONNX suite pass for each (measured from saved artifacts)."""
+    from luthier.inspection import conformance, operator_matrix
 
     header, rows = operator_matrix(missing)
     from rich.table import Table
@@ -317,7 +317,12 @@ def ops(missing: bool, debug: str | None) -> None:
     for row in rows:
         table.add_row(*row)
     _console().print(table)
-    click.echo(f"{sum(1 for row in rows if any(cell == 'yes' for cell in row[2:]))} operators")
+    click.echo(f"{len(rows)} operators; cells are tests of the ONNX suite {conformance()['onnx']} passed / run; untested: none was run; no: the target builds no module")
+    for k, target in enumerate(header[2:], 2):
+        counts = [tuple(map(int, row[k].split("/"))) for row in rows if "/" in row[k]]
+        if counts:
+            whole = sum(1 for passed, run in counts if passed == run)
+            click.echo(f"  {target}: {whole} of {len(counts)} tested operators pass all their tests, {sum(p for p, _ in counts)} of {sum(r for _, r in counts)} tests")
 
 
 @luthier.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from typing import Any
 
 from luthier import settings
 
-__all__ = ["operator_matrix", "stages"]
+__all__ = ["conformance", "operator_matrix", "stages"]
 
 
 def stages(model: Path, target: str, shapes: Mapping[str, Any], threads: int | None) -> list[tuple[str, str]]:
@@ -36,16 +38,28 @@ def stages(model: Path, target: str, shapes: Mapping[str, Any], threads: int | N
 
 
 def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of operator x target, from the registry of operators and the list of targets.
+    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets` and ``cuda``, which prints
+    kernels but builds no module.
 
-    A target compiles every operator that the registry holds, because all print the same loop IR. With ``missing``, the ONNX
-    operators of the default domain that have no entry follow: ``by its definition`` where the ONNX standard defines them by
-    others (the importer expands those), ``no`` where not."""
+    A cell is what was measured: ``12/12`` are tests of the ONNX backend suite for this operator alone that pass and that there are,
+    from the saved artifact in a fresh process (``benchmarks/conformance.py``, kept in ``conformance.json``); ``untested``: the
+    target builds modules, and no such test was run; ``no``: it builds none. With ``missing``, the ONNX operators of the default
+    domain that have no entry follow: ``by its definition`` where the standard defines them by others (the importer expands
+    those), or ``no``."""
     from luthier.ir.op import REGISTRY, load_all
+    from luthier.targets import BUILDERS
 
     load_all()
-    header = ["operator", "kind", "cpu"]
-    rows = [[name, op.kind, "yes"] for name, op in sorted(REGISTRY.items())]
+    measured = conformance()["targets"]
+    targets = [*BUILDERS, *(t for t in ("cuda",) if t not in BUILDERS)]
+
+    def cell(op: str, target: str) -> str:
+        if target not in BUILDERS:
+            return "no"
+        counts = measured.get(target, {}).get(op)
+        return "untested" if counts is None else f"{counts[0]}/{counts[1]}"
+
+    rows = [[name, op.kind, *(cell(name, t) for t in targets)] for name, op in sorted(REGISTRY.items())]
     if missing:
         import onnx
 
@@ -53,5 +67,13 @@ def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
         for name, schema in sorted(newest.items()):
             if name not in REGISTRY:
                 expanded = schema.has_function or schema.has_context_dependent_function
-                rows.append([name, "", "by its definition" if expanded else "no"])
-    return header, rows
+                how = "by its definition" if expanded else "no"
+                tested = [cell(name, t) for t in targets]
+                rows.append([name, how, *(c if "/" in c else "untested" if expanded and c != "no" else "no" for c in tested)])
+    return ["operator", "kind", *targets], rows
+
+
+def conformance() -> dict[str, Any]:
+    """What was measured with the ONNX suite: {"onnx": version, "targets": {target: {operator: [passed, run]}}}."""
+    data: dict[str, Any] = json.loads(importlib.resources.files("luthier").joinpath("conformance.json").read_text(encoding="utf-8"))
+    return data

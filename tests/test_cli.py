@@ -131,3 +131,22 @@ def test_interrupt_is_clean(tmp_path: Path) -> None:
     _, stderr = child.communicate(timeout=20)
     assert (child.returncode, stderr.strip()) == (130, "luthier: interrupted")
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_ops_shows_what_was_measured() -> None:
+    from luthier.inspection import conformance, operator_matrix
+    from luthier.targets import BUILDERS
+
+    header, rows = operator_matrix(missing=True)
+    assert header == ["operator", "kind", *BUILDERS, "cuda"]
+    cells = {row[0]: dict(zip(header[2:], row[2:], strict=True)) for row in rows}
+    measured = conformance()["targets"]
+    assert {"cpu", "wasm"} <= set(measured)
+    for target, ops in measured.items():
+        for op, (passed, run) in ops.items():
+            assert 0 <= passed <= run
+            if op in cells:
+                assert cells[op][target] == f"{passed}/{run}"
+    assert cells["MatMul"]["cuda"] == "no" and cells["luthier::Require"]["cpu"] == "untested"
+    done = cli("ops", "--missing")
+    assert done.returncode == 0 and "tested operators pass all their tests" in done.stdout and "MatMul" in done.stdout
