@@ -2,7 +2,7 @@
 
     python benchmarks/web.py prepare [--rows A,B]              # compile the packages into build/web/packages
     python benchmarks/web.py run [--rows A,B] [--backend wasm|webgpu] [--rounds N] [--json FILE]
-    python benchmarks/web.py first [--rows minilm,mobilenetv2] [--rounds N] [--json FILE]
+    python benchmarks/web.py first [--rows minilm,mobilenetv2] [--backend wasm|webgpu] [--rounds N] [--json FILE]
     python benchmarks/web.py gpu [--rows minilm] [--json FILE]
     python benchmarks/web.py report [--json FILE]              # writes benchmarks/results/web_*.md
 
@@ -148,10 +148,10 @@ def measure(bench: Bench, spec: RowSpec, runtimes: list[Runtime], rounds: int, t
     return out
 
 
-def first(bench: Bench, spec: RowSpec, rounds: int) -> dict[str, Any]:
+def first(bench: Bench, spec: RowSpec, backend: str, rounds: int) -> dict[str, Any]:
     """Time to the first result, in a fresh profile each time."""
     row = bench.row(spec)
-    sides = [(r, t, n) for t, n in (("wasm", 1), ("wasm", 2), ("webgpu", 1)) for r in ("luthier", "onnxruntime")]
+    sides = [(r, t, n) for t, n in (("wasm", 1), ("wasm", 2), ("webgpu", 1)) if t == backend for r in ("luthier", "onnxruntime")]
     out: dict[str, list[Any]] = {}
     for _ in range(rounds):
         for runtime, target, threads in sides:
@@ -238,14 +238,14 @@ def report(data: dict[str, Any]) -> None:
         print("\n".join(lines))
     lines = ["# First result, work on the GPU, sizes\n", head]
     for name, sides in data.get("first", {}).items():
-        lines += [f"## {name}: from navigation to the first result, cold cache", "", "| runtime | first result ms | long tasks | longest block of the main thread ms | received MB |", "|---|---|---|---|---|"]
+        lines += [f"## {name}: from navigation to the first result, cold cache", "", "| runtime | first result ms | long tasks | longest block of the main thread ms |", "|---|---|---|---|"]
         for label, runs in sides.items():
             good = [r for r in runs if not r.get("failed")]
             if not good:
-                lines.append(f"| {label} | {runs[0]['failed'][:100]} | | | |")
+                lines.append(f"| {label} | {runs[0]['failed'][:100]} | | |")
                 continue
             m = sorted(good, key=lambda r: r["ms"])[len(good) // 2]
-            lines.append(f"| {label} | {m['ms']:.0f} | {len(m['long_tasks'])} | {m['blocked_ms']:.0f} | {m['bytes'] / 1e6:.1f} |")
+            lines.append(f"| {label} | {m['ms']:.0f} | {len(m['long_tasks'])} | {m['blocked_ms']:.0f} |")
         lines.append("")
     for name, sides in data.get("gpu", {}).items():
         lines += [f"## {name}: one call on WebGPU", "", "| runtime | dispatches | bytes bound, MB | submits | distinct shaders | pipelines | error |", "|---|---|---|---|---|---|---|"]
@@ -294,8 +294,8 @@ def main() -> int:
                 for label, r in result.items():
                     print(f"{spec.name:14} {label:28}", r["failed"] if "failed" in r else f"{r['median']:8.3f} ms  min {r['min']:8.3f}  {r['calls']} calls  error {r['error']:.1e}", flush=True)
             else:
-                result = first(bench, spec, args.rounds) if args.what == "first" else gpu(bench, spec)
-                data.setdefault(args.what, {})[spec.name] = result
+                result = first(bench, spec, args.backend, args.rounds) if args.what == "first" else gpu(bench, spec)
+                data.setdefault(args.what, {}).setdefault(spec.name, {}).update(result)
                 print(json.dumps(result, indent=1), flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1))

@@ -46,13 +46,12 @@ def _single(name: str, op: str, inputs: dict[str, Array], constants: dict[str, A
 
 def rows(names: list[str]) -> list[RowSpec]:
     """The rows of these names, their models written. Weights are constants of the models, as in inference."""
-    rng = np.random.default_rng(0)
-
     def normal(*shape: int) -> Array:
         return rng.standard_normal(shape).astype(np.float32)
 
     out = []
     for name in names:
+        rng = np.random.default_rng(list(name.encode()))  # the same whatever other rows are made
         if name in ("matmul-512", "matmul-1024"):
             n = int(name[7:])
             out.append(_single(name, "MatMul", {"x": normal(n, n)}, {"w": normal(n, n)}, (n, n), "matmul", n**3))

@@ -26,8 +26,7 @@ try {
 }
 const end = performance.now();
 await new Promise((resolve) => setTimeout(resolve, 200)); // entries of long tasks come late
-const bytes = performance.getEntriesByType("resource").reduce((n, e) => n + e.transferSize, 0);
-const result = { ms: end, ready_ms: ready, long_tasks: globalThis.longTasks, blocked_ms: Math.max(0, ...globalThis.longTasks), bytes, failed: document.documentElement.dataset.failed || "" };
+const result = { ms: end, ready_ms: ready, long_tasks: globalThis.longTasks, blocked_ms: Math.max(0, ...globalThis.longTasks), failed: document.documentElement.dataset.failed || "" };
 const tag = document.createElement("pre");
 tag.id = "result";
 tag.textContent = JSON.stringify(result);

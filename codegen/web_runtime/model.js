@@ -1,6 +1,5 @@
 // What index.js hands out: `load` and the Model. In a page the engine lives in a worker, elsewhere on the caller's thread.
 
-import { openEngine } from "./engine.js";
 import { asLuthierError, ClosedError, InputError, KernelError, unpack } from "./errors.js";
 import { isPage, openWorker } from "./platform.js";
 import { dtypeName } from "./tensors.js";
@@ -9,6 +8,7 @@ const WORKER_START = 20000; // milliseconds
 
 class Inline {
   static async open(base, id, options, onProgress) {
+    const { openEngine } = await import("./engine.js"); // a page whose engine is in a worker does without
     const backend = new Inline();
     const { engine, manifest } = await openEngine(base, id, options, onProgress);
     backend.engine = engine;

@@ -109,8 +109,7 @@ export function toBytes(code, data) {
 export function fromBytes(code, shape, bytes) {
   const [dtype, bits, Type] = DTYPES[code];
   const count = product(shape);
-  const own = new Uint8Array(byteSize(code, count));
-  own.set(bytes.subarray(0, own.length));
+  const own = bytes.slice(0, byteSize(code, count)); // never shared, even where the memory is
   if (bits >= 8) return { dtype, shape, data: new Type(own.buffer, 0, count) };
   const per = 8 / bits;
   const data = new Type(count);
