@@ -115,7 +115,7 @@ def substitute(e: Expr, env: Mapping[Expr, Expr], memo: dict[Expr, Expr] | None 
             for m, c in linear(x).items():
                 if len(m) == 1:
                     b = go(m[0])
-                    t = {m: c} if b is m[0] else {k: v * c for k, v in linear(b).items()}
+                    t: Poly = {m: c} if b is m[0] else {k: v * c for k, v in linear(b).items()}
                 else:
                     t = {(): c}
                     for a in m:
