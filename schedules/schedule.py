@@ -13,6 +13,7 @@ consumer, resolves all derived extents when the schedule is lowered (:mod:`luthi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -100,19 +101,29 @@ class Packing:
         if a.ndim != len(self.order):
             raise ValueError(f"{self.param} has {a.ndim} dimensions, its packing {len(self.order)}")
         tile = dict(self.tile)
-        pad = [(0, -a.shape[d] % tile.get(d, 1)) for d in range(a.ndim)]
-        if any(p[1] for p in pad):
-            a = np.pad(a, pad)
-        shape: list[int] = []
-        blocks, tiles = {}, {}
-        for d, n in enumerate(a.shape):
-            blocks[d] = len(shape)
-            shape.append(n // tile.get(d, 1))
-            if d in tile:
-                tiles[d] = len(shape)
-                shape.append(tile[d])
-        perm = [blocks[d] for d in self.order] + [tiles[d] for d, _ in self.tile]
-        return np.ascontiguousarray(a.reshape(shape).transpose(perm))
+        blocks = [-(-n // tile.get(d, 1)) for d, n in enumerate(a.shape)]
+        whole = all(n % tile.get(d, 1) == 0 for d, n in enumerate(a.shape))
+        shape = [blocks[d] for d in self.order] + [t for _, t in self.tile]
+        out: np.ndarray[Any, Any] = (np.empty if whole else np.zeros)(shape, a.dtype)
+        place = [self.order.index(d) for d in range(a.ndim)] + [a.ndim + k for k in range(len(self.tile))]
+        to = out.transpose(place)  # blocks in the order of a's dimensions, then tiles
+        parts = [[(slice(0, n), slice(None), None)] if d not in tile else _pieces(n, tile[d]) for d, n in enumerate(a.shape)]
+        for piece in itertools.product(*parts):
+            src = a[tuple(x for x, _, _ in piece)]
+            cut = [(b.stop - b.start, t.stop) if t is not None else (n,) for (_, b, t), n in zip(piece, src.shape, strict=True)]
+            tiled = [k for k, c in enumerate(cut) if len(c) == 2]
+            src = src.reshape([x for c in cut for x in c])
+            at = list(itertools.accumulate((len(c) for c in cut), initial=0))
+            src = src.transpose([at[k] for k in range(a.ndim)] + [at[d] + 1 for d, _ in self.tile if d in tiled])
+            to[tuple(b for _, b, _ in piece) + tuple(piece[d][2] for d, _ in self.tile)] = src
+        return out
+
+
+def _pieces(n: int, t: int) -> list[tuple[slice, slice, slice | None]]:
+    """(elements, blocks, places in a block) of ``n`` elements in blocks of ``t``: the full blocks, then the rest."""
+    full, rest = n // t, n % t
+    out: list[tuple[slice, slice, slice | None]] = [(slice(0, full * t), slice(0, full), slice(0, t))] if full else []
+    return out + ([(slice(full * t, n), slice(full, full + 1), slice(0, rest))] if rest else [])
 
 
 @dataclass(frozen=True, slots=True)
