@@ -18,9 +18,9 @@ import onnx
 import onnxruntime as ort
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import models  # noqa: E402
+import models
 
-import luthier  # noqa: E402
+import luthier
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -45,8 +45,8 @@ def main() -> None:
     case = models.get(a.model)
     inputs = case.make_inputs(a.picture)
     model = onnx.load(case.path)
-    names = [n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"]
-    if names and not a.outputs:
+    names = [] if a.outputs else [n.output[0] for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    if names:
         infos = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
         names = [n for n in names if n in infos]
         model.graph.output.extend(infos[n] for n in names)
@@ -65,6 +65,9 @@ def main() -> None:
             d = np.abs(got[n].astype(np.float64) - want)
             cells.append(f"{(d > 0).mean():9.2e} /{d.max():9.3g}" if d.size else "")
         print(f"{n[:42]:42s} {want.size:9d}  " + "  ".join(f"{c:>20s}" for c in cells))
+    for o in model.graph.output[: len(model.graph.output) if a.outputs else 0]:
+        d = np.abs(runs["luthier"][o.name].astype(np.float64) - runs["precise"][o.name].astype(np.float64)).max(initial=0)
+        print(f"{o.name}: Luthier against precise {d:.2e}, largest value {np.abs(literal[o.name]).max(initial=0):.3g}")
 
 
 if __name__ == "__main__":
