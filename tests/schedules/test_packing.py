@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import f32
 from luthier.ir.loop import Buffer
