@@ -122,3 +122,71 @@ class Chain:
         self.g.free(self.ctx)
         self.g.free(self.wctx)
         self.g.free_backend(self.backend)
+
+
+class _Batch(C.Structure):
+    _fields_ = [("n", C.c_int32), ("token", _P), ("embd", _P), ("pos", _P), ("n_seq", _P), ("seq", _P), ("logits", _P)]
+
+
+class _Blob(C.Structure):
+    """A parameter structure whose fields are not looked at, larger than any version's."""
+
+    _fields_ = [("words", C.c_uint32 * 128)]
+
+
+class Llama:
+    """A model in llama.cpp with one sequence. Raises RuntimeError when it cannot be loaded."""
+
+    def __init__(self, path: str, threads: int, context: int = 2048) -> None:
+        root = folder()
+        if root is None:
+            raise FileNotFoundError("LUTHIER_GGML must name the folder with libllama")
+        self.g = Ggml()
+        lib = C.CDLL(str(next(root.glob("libllama.*so*"))), mode=C.RTLD_GLOBAL)
+        self.lib = lib
+        quiet = C.CFUNCTYPE(None, C.c_int, C.c_char_p, _P)
+        self._log = quiet(lambda level, text, data: None)
+        lib.llama_log_set(self._log, None)
+        self.g.main.ggml_backend_load_all_from_path(str(root).encode())
+        lib.llama_backend_init()
+        lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Blob
+        lib.llama_model_load_from_file.restype, lib.llama_model_load_from_file.argtypes = _P, [C.c_char_p, _Blob]
+        lib.llama_init_from_model.restype, lib.llama_init_from_model.argtypes = _P, [_P, _Blob]
+        lib.llama_decode.argtypes = [_P, _Batch]
+        lib.llama_get_logits_ith.restype, lib.llama_get_logits_ith.argtypes = _P, [_P, C.c_int32]
+        lib.llama_set_n_threads.argtypes = [_P, C.c_int32, C.c_int32]
+        lib.llama_get_memory.restype, lib.llama_get_memory.argtypes = _P, [_P]
+        lib.llama_memory_clear.argtypes = [_P, C.c_bool]
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        params = lib.llama_context_default_params()
+        if params.words[0] != 512 or params.words[1] != 2048:
+            raise RuntimeError("the context parameters of this llama.cpp look different")
+        params.words[0] = context
+        self.ctx = lib.llama_init_from_model(self.model, params)
+        lib.llama_set_n_threads(self.ctx, threads, threads)
+        self.length = 0
+
+    def reset(self) -> None:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.ctx), True)
+        self.length = 0
+
+    def feed(self, tokens: list[int], vocabulary: int, every: bool = False) -> Array:
+        """Logits [vocabulary] after the last token, or [n, vocabulary] of every one."""
+        n = len(tokens)
+        tok, pos = np.array(tokens, np.int32), np.arange(self.length, self.length + n, dtype=np.int32)
+        one, zero = np.ones(n, np.int32), np.zeros(1, np.int32)
+        seqs = np.full(n, zero.ctypes.data, np.uint64)
+        want = np.ones(n, np.int8) if every else np.zeros(n, np.int8)
+        want[-1] = 1
+        b = _Batch(n, tok.ctypes.data, None, pos.ctypes.data, one.ctypes.data, seqs.ctypes.data, want.ctypes.data)
+        if self.lib.llama_decode(self.ctx, b):
+            raise RuntimeError("llama_decode failed")
+        self.length += n
+
+        def row(i: int) -> Array:
+            p = self.lib.llama_get_logits_ith(self.ctx, i)
+            return np.ctypeslib.as_array(C.cast(p, C.POINTER(C.c_float)), (vocabulary,)).copy()
+
+        return np.stack([row(i) for i in range(n)]) if every else row(n - 1)

@@ -42,6 +42,9 @@ def unpack_bits(raw: Array, bits: int) -> Array:
     """The values (uint8) of a little-endian stream of ``bits``-wide fields along the last axis of uint8 bytes."""
     if bits == 8:
         return raw
+    if 8 % bits == 0:
+        parts = (raw[..., None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8((1 << bits) - 1)
+        return np.asarray(parts.reshape(*raw.shape[:-1], -1))
     flat = np.unpackbits(raw, axis=-1, bitorder="little")
     n = flat.shape[-1] // bits
     fields = flat[..., : n * bits].reshape(*raw.shape[:-1], n, bits)
@@ -51,6 +54,14 @@ def unpack_bits(raw: Array, bits: int) -> Array:
 def pack_bits(values: Array, bits: int) -> Array:
     """The inverse of :func:`unpack_bits`: unsigned values below ``2**bits`` to bytes along the last axis, zero padded."""
     v = np.asarray(values, np.uint8)
+    per = 8 // bits if 8 % bits == 0 else 0
+    if bits == 8:
+        return v
+    if per and v.shape[-1] % per == 0:
+        out = v[..., 0::per].copy()
+        for i in range(1, per):
+            out |= v[..., i::per] << (i * bits)
+        return out
     flat = ((v[..., None] >> np.arange(bits, dtype=np.uint8)) & 1).reshape(*v.shape[:-1], -1)
     return np.packbits(flat, axis=-1, bitorder="little")
 
