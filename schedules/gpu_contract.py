@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.ir.compute import Axis, Pull, axis, reduce_
+from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute
 from luthier.ir.loop import Buffer
 from luthier.schedules.capabilities import Capabilities
@@ -231,8 +231,8 @@ def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, ste
     if outer:
         s, batch = fuse_all(s, outer)
         s = annotate(s, batch, "block.z")
-    for loop, kind in (("mo", "block.y"), ("no", "block.x"), ("mt", "thread.y"), ("nt", "thread.x"), ("mr", "unroll"), ("nr", "unroll")):
-        s = annotate(s, f"{out}.{loop}", kind)
+    for loop, kind in (("mo", "block.y"), ("no", "block.x"), ("mt", "thread.y"), ("nt", "thread.x")):
+        s = annotate(s, f"{out}.{loop}", kind)  # the epilogue is no inner loop: its text stays short
     s = stage(s, acc, at=f"{out}.no", pad=(m, n))
     a = s.stages[acc]
     loops = [lp.name for lp in a.loops if not lp.reduce]
