@@ -25,6 +25,7 @@ from luthier.ir.expr import (
     const,
     free_vars,
     is_const,
+    linear,
     load,
     load_parts,
     loads,
@@ -41,6 +42,7 @@ from luthier.schedules.integer_epilogue import EXACT, simplify_epilogue
 from luthier.schedules.integer_packing import CenteredPacking, SumPacking
 from luthier.schedules.intrin import usable
 from luthier.schedules.schedule import Schedule, _pull_stage, annotate, pack, reorder, split, tensorize
+from luthier.schedules.simplify_axes import split_reduced_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
     st = s.stages[acc]
     red = st.reduction
     assert red is not None
+    s, x, w = _split_heads(s, acc, x, w, constants)
     s, x, w = _merge_taps(s, acc, x, w, i.group, constants)
     red = s.stages[acc].reduction
     assert red is not None
@@ -203,6 +206,36 @@ def _merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, const
     new = replace(st, expr=reduce_("sum", [*axes[:-2], j], _value(x2) * _value(w2)))
     compute = replace(s.compute, params=params)
     return replace(s, compute=compute, stages={**s.stages, acc: new}, trace=(*s.trace, ("merge_taps", acc))), x2, w2
+
+
+def _split_heads(s: Schedule, acc: str, x: Operand, w: Operand, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
+    """A reduction axis that the activation reads as ``k // c`` and ``k % c`` (merged heads) becomes two, and so does the weights' dimension."""
+    st = s.stages[acc]
+    red = st.reduction
+    assert red is not None
+    axes, e = split_reduced_axes(red.attr[1], red.args[0])
+    if e is red.args[0] or w.buf.name not in constants or w.zero is not None and w.zero.op != "const":
+        return s, x, w
+    f = contract._product(e)
+    pair = None if f is None else [operand(q) for q in f]
+    if pair is None or pair[0] is None or pair[1] is None:
+        return s, x, w
+    x2, w2 = (pair[1], pair[0]) if pair[0].buf.name == w.buf.name else (pair[0], pair[1])
+    ext = {a.var: a.extent for a in axes}
+    shape: list[Expr] = []
+    idx: list[Expr] = []
+    for i, n in zip(load_parts(w2.ld)[1], w2.buf.shape, strict=True):
+        parts = sorted(((c, m[0]) for m, c in linear(i).items() if len(m) == 1 and m[0] in ext), key=lambda t: -t[0])
+        if len(parts) == 2 and parts[1][0] == 1 and is_const(ext[parts[1][1]], parts[0][0]) and i is parts[0][1] * parts[0][0] + parts[1][1]:
+            shape += [n // parts[0][0], const(parts[0][0])]
+            idx += [parts[0][1], parts[1][1]]
+        else:
+            shape.append(n)
+            idx.append(i)
+    w3 = Operand(load(replace(w2.buf, shape=tuple(shape)), idx), w2.zero, True)
+    new = replace(st, expr=reduce_("sum", axes, _value(x2) * _value(w3)))
+    compute = replace(s.compute, params=tuple(w3.buf if p.name == w3.buf.name else p for p in s.compute.params))
+    return replace(s, compute=compute, stages={**s.stages, acc: new}, trace=(*s.trace, ("split_heads", acc))), x2, w3
 
 
 def _value(o: Operand) -> Expr:

@@ -143,6 +143,22 @@ def test_instruction_of_the_target(target: str, wk: str, zw: int, instruction: s
         assert ("usdot" in text) == (xk == "u8")
 
 
+@pytest.mark.parametrize("target", ["cpu:x86-64-v3", "cpu:znver4"])
+def test_merged_heads(target: str, rng: np.random.Generator) -> None:
+    """An activation [head, row, d] that the product reads with head and d as one axis."""
+    heads, rows, d, n = 3, 5, 10, 24
+    x, w = bytes_of("u8", (heads, rows, d), rng), bytes_of("i8", (heads * d, n), rng)
+    s = (rng.random(n) * 1e-3).astype(np.float32)
+    a, b, sb = Buffer.of("X", u8, x.shape, writable=False), Buffer.of("W", from_numpy(w.dtype), w.shape, writable=False), Buffer.of("S", f32, (n,), writable=False)
+    i, j, r = axis("i", rows), axis("j", n), axis("k", heads * d)
+    acc = pull("acc", [i, j], sum_(r, centred(a[r.var // d, i.var, r.var % d], 9) * centred(b[r.var, j.var], 0)))
+    y = pull("Y", [i, j], requantized(load(acc.buf, [i.var, j.var]), sb[j.var]))
+    got, text = interpret(Compute("mh", (a, b, sb), (), (acc, y), ("Y",)), {"X": x, "W": w, "S": s}, target, (rows, n))
+    ref = (x.transpose(1, 0, 2).reshape(rows, -1).astype(np.int32) - 9) @ w.astype(np.int32)
+    np.testing.assert_array_equal(got, requantized_ref(ref, s))
+    assert "@x86.vp" in text
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(3)
