@@ -16,8 +16,10 @@ from luthier.ir.expr import (
     substitute,
     var,
 )
-from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
+from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block, substitute_stmt
 from luthier.schedules.nest import Env, Nest, Region, box_of
+
+FOLD_THREADS = 128  # threads of a group that keeps the states of a Fold in shared memory
 
 
 class FoldNest(Nest):
@@ -49,6 +51,24 @@ class FoldNest(Nest):
                 out.append((const(0), a.extent))
         return out
 
+    def walk(self, axes: list[Expr], extents: list[Expr], body: Stmt) -> Stmt:
+        """Loops over a state; the longest one is shared out to the threads of a group where states lie in shared memory."""
+        far = max(range(len(axes)), key=lambda k: extents[k].attr if extents[k].op == "const" else 0, default=-1)
+        for k in reversed(range(len(axes))):
+            v, n = axes[k], extents[k]
+            if self.st.scope != "shared" or k != far:
+                body = For(v, const(0), n, "serial", body)
+            elif n.op == "const" and n.attr <= FOLD_THREADS:
+                body = For(v, const(0), n, "thread.x", body)
+            else:
+                rounds = (n + (FOLD_THREADS - 1)) // FOLD_THREADS
+                o, t = self.lo.fresh(f"{v.attr[0]}.o", rounds), self.lo.fresh(f"{v.attr[0]}.t", const(FOLD_THREADS))
+                at = o * FOLD_THREADS + t
+                body = substitute_stmt(body, {v: at})
+                body = For(t, const(0), const(FOLD_THREADS), "thread.x", body if prove(at < n) else If(at < n, body))
+                body = For(o, const(0), rounds, "serial", body)
+        return body
+
     def fold(self, i: int, env: Env) -> Stmt:
         st, lo = self.st, self.lo
         f = st.fold
@@ -61,14 +81,12 @@ class FoldNest(Nest):
         for q in f.state:
             r = self.state_region(q.axes, env, f)
             regions[q.buf.name] = r
-            b = Buffer(q.buf.name + ".s", q.buf.dtype, tuple(x for _, x in r), "local")
+            b = Buffer(q.buf.name + ".s", q.buf.dtype, tuple(x for _, x in r), "shared" if st.scope == "shared" else "local")
             bufs.append(b)
             ax = [lo.fresh(f"{q.buf.name}.{a.name}", x) for a, (_, x) in zip(q.axes, r, strict=True)]
             sub = {a.var: minimum(base + v, a.extent - 1) for a, v, (base, _) in zip(q.axes, ax, r, strict=True)}
             s: Stmt = Store(b, tuple(ax), lo.loads_placed(substitute(q.init, sub)))
-            for v, (_, x) in reversed(list(zip(ax, r, strict=True))):
-                s = For(v, const(0), x, "serial", s)
-            pre.append(s)
+            pre.append(self.walk(ax, [x for _, x in r], s))
         for q, b in zip(f.state, bufs, strict=True):
             lo.placed[q.buf.name] = (b, [x for x, _ in regions[q.buf.name]])
         ext = lo.resolve(t.var, env)
@@ -81,9 +99,7 @@ class FoldNest(Nest):
                 nb, nbase = lo.placed[q.buf.name + ".next"]
                 ax = [lo.fresh(f"{q.buf.name}.{a.name}", x) for a, (_, x) in zip(q.axes, regions[q.buf.name], strict=True)]
                 s2: Stmt = Store(b, tuple(ax), load(nb, ax))
-                for y, (_, x) in reversed(list(zip(ax, regions[q.buf.name], strict=True))):
-                    s2 = For(y, const(0), x, "serial", s2)
-                copies.append(s2)
+                copies.append(self.walk(ax, [x for _, x in regions[q.buf.name]], s2))
             return block(*copies)
 
         e2 = {**env, t.var: tv}
@@ -104,9 +120,7 @@ class FoldNest(Nest):
                     cond = cond & (x < a.extent)
                 if not prove(cond):
                     s = If(cond, s)
-                for y, (_, x) in reversed(list(zip(ax, r, strict=True))):
-                    s = For(y, const(0), x, "serial", s)
-                post.append(s)
+                post.append(self.walk(ax, [x for _, x in r], s))
         lo.placed = saved
         out = block(*pre, loop, *post)
         for b in reversed(bufs):
@@ -131,7 +145,7 @@ class FoldNest(Nest):
                 dst = Buffer(k.name, k.buf.dtype, k.buf.shape, "param")
                 parts.append(_shift_store(lo.redirect_store(body, k.name, dst), k.name, [b for b, _ in r]))
                 continue
-            b = Buffer(k.name, k.buf.dtype, lo.tile_shape(k, env, r), "local")
+            b = Buffer(k.name, k.buf.dtype, lo.tile_shape(k, env, r), k.scope)
             sub_axis = {f.axis.var: env[self.st.subst[f.axis.var]]}
             body = lo.nest(replace(k, expr=substitute(k.expr, sub_axis)), env, r)
             lo.placed[k.name] = (b, [x for x, _ in r])
