@@ -74,11 +74,14 @@ def main() -> int:
     parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--llvm", action="store_true", help="beside LLVM's wasm32 backend")
     options = parser.parse_args()
+    import gc
+
     from luthier.codegen.target import parse_target
     from luthier.errors import LuthierError
     from luthier.importers.onnx import import_onnx
     from luthier.pipeline import compile_program
 
+    gc.disable()  # as luthier.compile does
     caps = parse_target("wasm").caps
     models = [m for m in options.models or MODELS if m.exists()]
     linker = next((p for p in map(shutil.which, ("wasm-ld", "wasm-ld-19", "wasm-ld-14")) if p), None)

@@ -142,6 +142,8 @@ class KernelPrinter(MemoryPrinter):
         if v in self.skip:
             self.vars.pop(v, None)
             return
+        if v.dtype.is_bool and v.dtype.lanes > 1:  # accesses under this mask look at what it is
+            self.masks[v] = self.masks.get(value, value)
         if v.dtype.lanes > 1 and not full(v.dtype):
             t = valtype(v.dtype.scalar)
             ls = []

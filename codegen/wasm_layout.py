@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from luthier.codegen.steps import Layout
+from luthier.codegen.wasm_memory import GUARD
 from luthier.ir.errors import CompilationError
 from luthier.ir.loop import Alloc, Block, For, Func, If, Stmt, While
 
@@ -62,7 +63,7 @@ class Memory:
         self.outputs = {b.name: IO + RECORD * (len(p.inputs) + j) for j, b in enumerate(p.outputs)}
         self.words = IO + RECORD * (len(p.inputs) + len(p.outputs))
         self.stack = (stack + 1024 + 63) // 64 * 64
-        self.weights = (self.words + 4 * layout.words + 4095) // 4096 * 4096
+        self.weights = max(GUARD, (self.words + 4 * layout.words + 4095) // 4096 * 4096)
         self.heap = (self.weights + layout.weights.size + 63) // 64 * 64
         self.pages = max(1, -(-self.heap // PAGE))
         self.max_pages = min(65536, max(16384, 4 * self.pages))

@@ -15,6 +15,8 @@ from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, loads, substitute
 from luthier.ir.loop import Buffer, For, Let, Stmt, Store, While, children, exprs_of, walk_stmts
 
+GUARD = 1 << 18  # bytes before the first buffer of a program
+
 
 def element_bytes(d: DType) -> int:
     """Bytes of one lane in memory. Raises CompilationError below one byte (``lower_subbyte`` comes first)."""
@@ -35,6 +37,7 @@ class MemoryPrinter(Vector):
         self.inner: set[Expr] = set()  # what the innermost loop defines
         self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
         self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
+        self.masks: dict[Expr, Expr] = {}  # what Lets of masks stand for
         self.skip: set[Expr] = set()  # those of the innermost loop that nothing needs
         self.bodies: dict[int, list[Stmt]] = {}  # statements of every innermost loop
         self.resolved: dict[Any, tuple[Expr, Expr | None, Expr | None, int, bool]] = {}
@@ -181,9 +184,15 @@ class MemoryPrinter(Vector):
                 whole = substitute(dyn, self.affine)
                 inv, rest = self.split(whole)
                 extra = linear(whole).get((), 0)
-            lo = bounds(dyn)[0] if key else 0
+            lo = 0 if self.fixed or not key else bounds(dyn)[0]
             r = self.resolved[key] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
         return r[0], r[1], r[2], k, k + r[3], r[4]
+
+    def foldable(self, k: int, positive: bool) -> bool:
+        """Whether a constant of ``k`` bytes may be an immediate: adding it must not cross 2 ** 32. Either what it is added to is no
+        less than the pointer; or, because an access is inside its buffer, it is less by ``k`` at most, and buffers of a program
+        start at GUARD or later. (A negative constant is added to GUARD.)"""
+        return -GUARD < k <= GUARD if self.fixed else k == 0 or (k > 0 and positive)
 
     def address(self, b: Buffer, idx: Expr) -> int:
         """Pushes the address of element ``idx`` without its constant part; returns that part in bytes for the immediate."""
@@ -192,27 +201,32 @@ class MemoryPrinter(Vector):
         dyn, inv, rest, k, whole_k, positive = self.resolve(idx)
         base = self.bases.get((b.name, inv)) if inv is not None and rest is not None else None
         if base is not None and rest is not None:
-            if whole_k < 0 or (whole_k > 0 and not positive):
+            if not self.foldable(whole_k * size, positive):
                 rest, whole_k = rest + whole_k, 0
             name, dyn, k = f"{b.name}@{base}", rest, whole_k
         else:
             if self.skip and free_vars(dyn) & self.skip:
                 dyn, k, positive = substitute(idx, self.affine), 0, False
-            elif k < 0 or (k > 0 and dyn.op != "const" and not positive):
+            elif not self.foldable(k * size, positive or dyn.op == "const"):
                 dyn, k = idx, 0
             name = b.name
             if dyn.op == "const":
                 self.pointer(b)
-                if dyn.attr:
-                    c.const("i32", dyn.attr * size)
+                away = dyn.attr * size + min(k * size, 0)  # below 0 only where a mask is never true
+                if away:
+                    c.const("i32", away)
                     c.op("i32.add")
-                return k * size
+                return max(k * size, 0)
+        offset = k * size
+        if offset < 0:
+            name += "-"
+            offset += GUARD
         key = (name, dyn)
         for m in reversed(self.cache):
             n = m.get(key)
             if n is not None:
                 c.get(n)
-                return k * size
+                return offset
         if base is not None:
             c.get(base)
         else:
@@ -225,11 +239,14 @@ class MemoryPrinter(Vector):
                 c.const("i32", size.bit_length() - 1 if size & (size - 1) == 0 else size)
                 c.op("i32.shl" if size & (size - 1) == 0 else "i32.mul")
         c.op("i32.add")
+        if k < 0:
+            c.const("i32", -GUARD)
+            c.op("i32.add")
         if base is not None or not loads(dyn):
             n = self.own_local("i32")  # valid until its scope ends
             c.op("local.tee", n)
             self.cache[-1][key] = n
-        return k * size
+        return offset
 
     def access(self, buf: Buffer, idx: Expr, ins: str, size: int, lane: int | None = None) -> None:
         off = self.address(buf, idx)
@@ -250,6 +267,7 @@ class MemoryPrinter(Vector):
             self.plain_load(buf, idx[0], e)
             return
         assert o is not None
+        m = self.masks.get(m, m)
         scalar = m if m.dtype.lanes == 1 else m.args[0] if m.op == "bcast" else None
         if scalar is not None:
             self.emit(scalar)
@@ -337,6 +355,7 @@ class MemoryPrinter(Vector):
             raise CompilationError(f"buffers must be flat, {b.name} is not; run flatten first", op=self.name)
         idx, m = s.idx[0], s.mask
         if m is not None:
+            m = self.masks.get(m, m)
             scalar = m if m.dtype.lanes == 1 else m.args[0] if m.op == "bcast" else None
             mono = m.op in ("lt", "le") and m.args[0].op == "ramp" and m.args[0].attr[0] > 0 and m.args[1].op == "bcast" and _unit(idx)
             if scalar is not None or mono:

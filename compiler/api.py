@@ -27,7 +27,7 @@ def compile(
     from luthier.codegen.target import parse_target
     from luthier.errors import TargetError
     from luthier.importers.onnx import import_onnx
-    from luthier.pipeline import compile_program
+    from luthier.pipeline import compile_program, lower_graph
     from luthier.targets import builder
 
     chosen = parse_target(target)
@@ -38,9 +38,11 @@ def compile(
     def build() -> Module:
         with collection_paused():
             if checked or not hasattr(make, "Ahead"):
-                program = compile_program(import_onnx(model, shapes), chosen.caps)
+                graph = import_onnx(model, shapes)
+                program = compile_program(graph, chosen.caps)
                 program.checked = checked
-                module: Module = make.build_module(program, chosen, threads)
+                again = {"again": lambda caps: lower_graph(graph, caps)} if getattr(make, "RELOWERS", False) else {}
+                module: Module = make.build_module(program, chosen, threads, **again)
                 return module
             with make.Ahead(chosen) as ahead:
                 program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from luthier import settings
 from luthier.build import manifest
 from luthier.codegen.target import Target
+from luthier.codegen.target_wasm import BASELINE, CAPS
 from luthier.codegen.wasm_encoder import Function, Module
-from luthier.codegen.wasm_main import ProgramPrinter
+from luthier.codegen.wasm_main import Binary, ProgramPrinter
 from luthier.errors import LuthierError
 from luthier.ir.loop import Call, walk_stmts
 from luthier.ir.program import Program
 from luthier.native import aligned
+from luthier.schedules.capabilities import Capabilities
 from luthier.wasm_module import WasmModule
 
 __all__ = ["build_module", "probes"]
 
 
-def build_module(program: Program, target: Target, threads: int | None = None) -> WasmModule:
+RELOWERS = True  # build_module takes ``again``
+
+
+def build_module(
+    program: Program, target: Target, threads: int | None = None, again: Callable[[Capabilities], Program] | None = None,
+) -> WasmModule:
     """Prints the variant that the target names; the others are printed when they are asked for.
 
+    ``again``: the program once more, scheduled for other capabilities: variants with and without relaxed SIMD like different register
+    tiles. Where that would change the weights or their places, one program serves all variants.
     Raises CompilationError naming the nodes of the kernel at fault, TargetError."""
     variant = target.name.partition(":")[2] or "relaxed"
     try:
@@ -39,10 +48,29 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
     m = manifest(program, target, list(first.calls), w.size)
     m["wasm"] = {**printer.describe(), "names": first.names, "probes": probes()}
     _dump(program, printer)
-    return WasmModule(m, {variant: first.code}, weights, threads, lambda v: _print(printer, v).code)
+    printers = {"relaxed" in variant: printer}
+
+    def other(v: str) -> bytes:
+        relaxed = "relaxed" in v
+        if relaxed not in printers:
+            second = None if again is None else ProgramPrinter(again(CAPS if relaxed else BASELINE))
+            printers[relaxed] = second if second is not None and _fits(second, printer, v, first.names) else printer
+        return _print(printers[relaxed], v).code
+
+    return WasmModule(m, {variant: first.code}, weights, threads, other)
 
 
-def _print(printer: ProgramPrinter, variant: str) -> Any:
+def _fits(a: ProgramPrinter, b: ProgramPrinter, variant: str, names: list[str]) -> bool:
+    """Whether two programs may share the manifest and the weights of one."""
+    v, w = a.layout.weights, b.layout.weights
+    if a.describe() != b.describe() or v.offsets != w.offsets or a.steps.calls != b.steps.calls:
+        return False
+    if any(x is not w.arrays[n] and not np.array_equal(x, w.arrays[n]) for n, x in v.arrays.items()):
+        return False
+    return _print(a, variant).names == names
+
+
+def _print(printer: ProgramPrinter, variant: str) -> Binary:
     return printer.print("relaxed" in variant, "threads" in variant, "profile" in variant)
 
 
