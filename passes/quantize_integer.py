@@ -3,7 +3,7 @@
 Before: ``y = Conv(DequantizeLinear(x, sx, zx), DequantizeLinear(w, sw), b)``. After: ``a = ConvInteger(x, w, zx); y = Add(Mul(Cast(a),
 sx * sw), b)``: the sum is exact in i32, scale and bias are an epilogue that fusion keeps in registers, and a following
 QuantizeLinear joins it as ``Cast(Add(Round(Add(Mul(Cast(a), s / sy), b / sy)), zy))`` without a division. MatMul and Gemm likewise.
-MaxPool and operators that only move elements commute with DequantizeLinear, and ``QuantizeLinear(DequantizeLinear(x))`` with equal
+QLinearConv and QLinearMatMul with constant parameters take the same form. MaxPool and operators that only move elements commute with DequantizeLinear, and ``QuantizeLinear(DequantizeLinear(x))`` with equal
 parameters is ``x``. Scales are multiplied in f64 and rounded once, so a tie may round to the other neighbour.
 """
 
@@ -20,12 +20,13 @@ from luthier.passes.rewrite import Context, rewrite_graph
 Array = np.ndarray[Any, Any]
 _ONNX_F32 = 1
 _CODES = {"u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6}
+_LINEAR = ("QLinearConv", "QLinearMatMul")
 _MOVES = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice")
 
 
 def quantize_integer(graph: Graph) -> bool:
     """In place; True when something changed."""
-    if not any(n.op == "DequantizeLinear" for n in all_nodes(graph)):
+    if not any(n.op in ("DequantizeLinear", *_LINEAR) for n in all_nodes(graph)):
         return False
     changed = rewrite_graph(graph, _integer)
     return rewrite_graph(graph, _requantize) or changed
@@ -36,6 +37,8 @@ def _integer(n: Node, ctx: Context) -> Value | None:
         return _conv(n, ctx)
     if n.op in ("MatMul", "Gemm"):
         return _matmul(n, ctx)
+    if n.op in _LINEAR:
+        return _linear(n, ctx)
     if n.op == "QuantizeLinear":
         d = ctx.producer(n.inputs[0], "DequantizeLinear")
         if d is not None and _same_parameters(n, d) and d.inputs[0] is not None and d.inputs[0].dtype is n.outputs[0].dtype:
@@ -151,6 +154,35 @@ def _matmul(n: Node, ctx: Context) -> Value | None:
     acc = ctx.make("MatMulInteger", [x.inputs[0], ctx.const(n.name + ".w", data), x.input(2), zw], {}, n)
     sx = float(x.inputs[1].data.reshape(-1)[0])  # type: ignore[union-attr]
     return _scaled(ctx, n, acc, scale.astype(np.float64) * sx, bias, data.shape[1], 0)
+
+
+def _linear(n: Node, ctx: Context) -> Value | None:
+    """``QLinearConv(x, sx, zx, w, sw, zw, sy, zy, b)`` is ``Cast(Round((ConvInteger(x, w, zx, zw) + b) * (sx sw / sy)) + zy)``, and
+    QLinearMatMul likewise; constant parameters, x and y per tensor, 8-bit."""
+    conv = n.op == "QLinearConv"
+    x, sx, zx, w, sw, zw, sy, zy = (n.input(i) for i in range(8))
+    bias = n.input(8) if conv else None
+    if any(v is None or v.data is None for v in (sx, w, sw, sy)) or any(v is not None and v.data is None for v in (zx, zw, zy, bias)):
+        return None
+    assert x is not None and sx is not None and w is not None and sw is not None and sy is not None
+    assert sx.data is not None and w.data is not None and sw.data is not None and sy.data is not None
+    one = all(v is None or v.data is None or v.data.size == 1 for v in (sx, zx, sy, zy))
+    if not one or x.dtype.bits != 8 or w.dtype.bits != 8 or n.outputs[0].dtype.name not in ("u8", "i8") or n.attrs.get("channels_last", 0):
+        return None
+    if sx.data.dtype != np.float32 or sy.data.dtype != np.float32 or (not conv and (w.rank != 2 or x.rank < 2)):
+        return None
+    channels = w.data.shape[0] if conv else w.data.shape[1]
+    if sw.data.size not in (1, channels):
+        return None
+    zero = None if zw is None or zw.data is None or not zw.data.any() else ctx.const(n.name + ".w_zero", zw.data if zw.data.size > 1 else zw.data.reshape(()))
+    ins = [x, ctx.const(n.name + ".w", w.data), zx, zero]
+    acc = ctx.make("ConvInteger" if conv else "MatMulInteger", ins, dict(n.attrs) if conv else {}, n)
+    scale = sx.data.reshape(-1)[0].astype(np.float64) * sw.data.reshape(-1).astype(np.float64) / sy.data.reshape(-1)[0].astype(np.float64)
+    b = None if bias is None or bias.data is None else bias.data.astype(np.float64) * scale
+    y = ctx.make("Round", [_scaled(ctx, n, acc, scale, b, channels, w.data.ndim - 2 if conv else 0)], {}, n)
+    if zy is not None and zy.data is not None and zy.data.any():
+        y = ctx.make("Add", [y, ctx.const(n.name + ".zero", zy.data.reshape(()).astype(np.float32))], {"keep_scalars": True}, n)
+    return ctx.make("Cast", [y], {"to": _CODES[n.outputs[0].dtype.name]}, n)
 
 
 def _requantize(n: Node, ctx: Context) -> Value | None:

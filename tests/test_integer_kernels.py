@@ -274,3 +274,17 @@ def test_winograd_refuses_what_may_overflow(rng: np.random.Generator) -> None:
         s = winograd_integer.apply(schedule(conv(x, w, 0, 0, 1, 1, False)), caps, {"W": w}, tile=4)
         assert (s is not None) == fits
         assert winograd_integer.apply(schedule(conv(x, w, 0, 0, 1, 1, False)), caps, {"W": w}, tile=2) is not None
+
+
+@pytest.mark.parametrize("per_column", [False, True])
+def test_qlinear_matmul(per_column: bool, rng: np.random.Generator) -> None:
+    """QLinearMatMul takes the integer template and rounds like the value in f64, but for ties."""
+    x, w = bytes_of("u8", (5, 48), rng), bytes_of("i8", (48, 24), rng)
+    sw = (rng.random(24 if per_column else 1) * 0.01 + 0.001).astype(np.float32).reshape(-1 if per_column else ())
+    inits = {"sx": np.float32(0.02), "zx": np.uint8(100), "w": w, "sw": sw, "zw": np.zeros(sw.shape, np.int8), "sy": np.float32(0.4), "zy": np.uint8(90)}
+    node = helper.make_node("QLinearMatMul", ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy"], ["y"])
+    m = luthier.compile(model([node], {"x": (TensorProto.UINT8, [5, 48])}, {"y": TensorProto.UINT8}, inits), threads=1)
+    exact = ((x.astype(np.int32) - 100) @ w.astype(np.int32)) * (np.float64(np.float32(0.02)) * sw.astype(np.float64) / np.float64(np.float32(0.4)))
+    got, ref = m.run({"x": x})["y"].astype(int), np.clip(np.rint(exact) + 90, 0, 255)
+    tie = np.abs(np.abs(exact - np.floor(exact)) - 0.5) < 1e-4
+    assert not ((got != ref) & ~tie).any() and (np.abs(got - ref) <= 1).all()
