@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
+from luthier.codegen.llvm_backend import assembly
+from luthier.codegen.llvm_printer import print_kernels
 from luthier.codegen.target import parse_target
 from luthier.ir.compute import Compute, axis, pull, sum_
 from luthier.ir.dtypes import f32, from_numpy, i32, u8
@@ -288,3 +291,20 @@ def test_qlinear_matmul(per_column: bool, rng: np.random.Generator) -> None:
     got, ref = m.run({"x": x})["y"].astype(int), np.clip(np.rint(exact) + 90, 0, 255)
     tie = np.abs(np.abs(exact - np.floor(exact)) - 0.5) < 1e-4
     assert not ((got != ref) & ~tie).any() and (np.abs(got - ref) <= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "has", "never"),
+    [
+        ("cpu:x86-64-v2", r"\tpmaddwd\t", r"[yz]mm|\tv[a-z]+\t"), ("cpu:x86-64-v3", r"\tvpmaddwd\t.*ymm", r"zmm|vpdp|%k[1-7]"), ("cpu:alderlake", r"\{vex\}\s+vpdpbusd\t.*ymm", r"zmm|%k[1-7]"),
+        ("cpu:x86-64-v4", r"\tvpmaddwd\t.*zmm", r"vpdp"), ("cpu:x86-64-v4+avx512vnni", r"\tvpdpbusd\t.*zmm", r"vdpbf16|vpermi2b"), ("cpu:znver4", r"\tvpdpbusd\t.*zmm", r"\{vex\}"),
+    ],
+)  # fmt: skip
+def test_machine_code_of_targets(target: str, has: str, never: str, rng: np.random.Generator) -> None:
+    """The inner loops of a quantized convolution have the target's dot product, and nothing that the target lacks."""
+    x, w = bytes_of("u8", (1, 6, 6, 16), rng), bytes_of("i8", (3, 3, 16, 32), rng)
+    t = parse_target(target)
+    k = build(conv(x, w, 5, 0, 1, 1, False), t.caps, {"W": w, "S": np.ones(32, np.float32)}, template="contract_integer")
+    text = assembly(print_kernels([(f"k{i}", f) for i, f in enumerate(k.funcs)], t), t)
+    assert re.search(has, text)
+    assert not (m := re.search(never, text)), m
