@@ -20,11 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.table import Table
 
-from benchmarks import models  # noqa: E402
-from benchmarks.peers_driver import pinned_model  # noqa: E402
+from benchmarks import models
+from benchmarks.peers_driver import pinned_model
 
 BARS = {"minilm": 1.5, "mobilenetv2": 1.5, "resnet50": 2.5}  # seconds
 

@@ -151,6 +151,10 @@ class Code:
         self.b += OPCODE[name]
         self.b.append(lane)
 
+    def simd(self, code: int) -> None:
+        """A vector instruction by its number after the prefix."""
+        self.b += b"\xfd" + uleb(code)
+
     def mem(self, name: str, offset: int, align: int, lane: int | None = None) -> None:
         """A memory access; ``align``: log2 of the promised alignment in bytes; ``offset``: bytes, unsigned."""
         b = self.b
@@ -161,12 +165,11 @@ class Code:
             self.b.append(lane)
 
     def const(self, ty: str, v: int | float) -> None:
-        k = (ty, v)
-        raw = _CONSTS.get(k) if v.__class__ is int else None
+        raw = _CONSTS.get((ty, v)) if isinstance(v, int) else None
         if raw is None:
             raw = _const(ty, v)
-            if v.__class__ is int:
-                _CONSTS[k] = raw
+            if isinstance(v, int):
+                _CONSTS[ty, v] = raw
         self.b += raw
 
     def v128(self, data: bytes) -> None:

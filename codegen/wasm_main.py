@@ -184,7 +184,7 @@ class _Main(_Host):
         for x in n.values():
             self.release("i64", x)
 
-    def place(self, s: Place) -> None:
+    def place(self, s: Place) -> None:  # type: ignore[override]
         c, m = self.c, self.m
 
         def make() -> None:

@@ -14,7 +14,7 @@ Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
 from luthier.passes.plan_memory import byte_size, plan_memory, round_up, touched
+from luthier.passes.split_buffers import split_buffers
 
 Memory = list[Any]
 
@@ -86,6 +87,7 @@ class _Builder:
         self.variants: dict[Any, tuple[int, Shader]] = {}
         self.shader_ids: dict[str, int] = {}
         self.mirror: dict[str, int] = {}
+        self.large: dict[str, int] = {}  # constants larger than a binding: how many weight buffers they fill
         self.calls = 0
 
     # ------------------------------------------------------------ memory
@@ -180,16 +182,23 @@ class _Builder:
                     )
             raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
             size = -(-max(raw.size, 4) // OFFSET_ALIGN) * OFFSET_ALIGN
-            if size > BINDING_BYTES:
-                raise CompilationError(
-                    f"constant {name} has {raw.size} bytes, a WebGPU binding holds {BINDING_BYTES}", hint="quantize it, or use another target"
-                )
+            if size > BINDING_BYTES:  # whole weight buffers of its own, the last one shorter
+                self.place[name] = (("w", len(g.weights)), const(0))
+                self.large[name] = -(-size // BINDING_BYTES)
+                for start in range(0, size, BINDING_BYTES):
+                    g.weights.append([at + start, min(BINDING_BYTES, size - start)])
+                g.weights.append([at + size, 0])
+                parts += [raw, np.zeros(size - raw.size, np.uint8)]
+                at += size
+                continue
             if not g.weights or at + size - g.weights[-1][0] > BINDING_BYTES:
                 g.weights.append([at, 0])
             self.place[name] = (("w", len(g.weights) - 1), const(at - g.weights[-1][0]))
             parts += [raw, np.zeros(size - raw.size, np.uint8)]
             at += size
             g.weights[-1][1] += size
+        if g.weights and not g.weights[-1][1]:
+            g.weights.pop()
         g.blob = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
     def root(self, b: Buffer) -> tuple[str, Expr]:
@@ -372,19 +381,21 @@ class _Builder:
         f = self.p.kernels[s.callee]
         env = {q: a for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Expr)}
         args: list[_Arg] = []
+        pieces: dict[str, tuple[int, int]] = {}
         for q, a in zip(f.params, s.args, strict=True):
             if isinstance(q, Buffer):
                 b, more = (a, const(0)) if isinstance(a, Buffer) else a
                 root, offset = self.root(b)
                 memory, base = self.memory_of(root)
-                size = substitute(byte_size(q.dtype, q.size()), env)
-                args.append(_Arg(q, memory, base, offset + byte_size(b.dtype, more), size, q.name in self.written[s.callee]))
+                n = substitute(byte_size(q.dtype, q.size()), env)
+                args.append(_Arg(q, memory, base, offset + byte_size(b.dtype, more), n, q.name in self.written[s.callee]))
+        f = split_buffers(f, pieces)
         groups, moved = self.groups(args, out)
         args = moved or args
         member = {n for g in groups for n in g}
         shifted = [x for x in args if x.param.name in member or not _multiple(x.offset + x.base, OFFSET_ALIGN)]
         names = tuple(x.param.name for x in shifted)
-        key = (s.callee, groups, names)
+        key = (s.callee, groups, names, tuple(pieces))
         variant = self.variants.get(key)
         if variant is None:
             variant = self.variants[key] = self.pipeline(offset_buffers(f, names), groups)

@@ -85,6 +85,11 @@ def _reduce_model(case: Path, command: str | None, target: str | None, timeout: 
     click.echo(f"{out}: {len(small.graph.node)} of {len(model.graph.node)} nodes: {', '.join(n.op_type for n in small.graph.node)[:300]}")
 
 
+def _write_kernel(f: Any, path: Path) -> None:
+    path.write_text(str(f), encoding="utf-8")
+
+
+
 def _reduce_kernel(case: Path, command: str | None, target: str | None, kernel: str | None, timeout: float, output: Path | None) -> None:
     from luthier.ir.parser import parse_funcs
     from luthier.reduce import command_check, kernel_check, reduce_kernel
@@ -98,7 +103,7 @@ def _reduce_kernel(case: Path, command: str | None, target: str | None, kernel: 
     name = kernel or next(iter(funcs))
     if name not in funcs:
         raise InputError(f"{case} has no kernel {name}", hint=f"it has {', '.join(funcs)[:200]}")
-    check = command_check(command, ".txt", lambda f, p: p.write_text(str(f)), timeout) if command else kernel_check(target or "cpu", timeout)
+    check = command_check(command, ".txt", _write_kernel, timeout) if command else kernel_check(target or "cpu", timeout)
     small = reduce_kernel(funcs[name], check, _progress)
     out = output or case.with_suffix(".reduced.txt")
     out.write_text(str(small), encoding="utf-8")

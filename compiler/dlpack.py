@@ -123,7 +123,7 @@ def _from_capsule(capsule: Any, what: str) -> np.ndarray[Any, Any]:
     extent = dtype.itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if strides is not None else dtype.itemsize * int(np.prod(shape))
     memory = (ctypes.c_uint8 * extent).from_address(t.data + t.offset)
     weakref.finalize(memory, _release, deleter, ptr)
-    out: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory, strides=strides)
+    out: np.ndarray[Any, Any] = np.ndarray(shape, dtype, memory, strides=strides)  # type: ignore[arg-type]
     out.flags.writeable = not read_only
     return out
 

@@ -95,8 +95,9 @@ cache_dir = _declare("LUTHIER_CACHE_DIR", _path, _default_cache(), "Folder of th
 cache_size = _declare("LUTHIER_CACHE_MB", _count, 1024, "Upper limit of the kernel cache in MiB; 0 turns the cache off")
 threads = _declare("LUTHIER_THREADS", _positive, None, "Worker threads of a loaded module; default: the cores this process may use")
 spin_us = _declare("LUTHIER_SPIN_US", _count, 50, "Microseconds that an idle worker spins before it sleeps")
+_NO_MODES: frozenset[str] = frozenset()
 debug = _declare(
-    "LUTHIER_DEBUG", _modes, frozenset(),
+    "LUTHIER_DEBUG", _modes, _NO_MODES,
     "trace (or 1): the command line shows tracebacks, and every pass is followed by the verifier; bounds: compiled modules check every access",
 )  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")

@@ -5,8 +5,9 @@ Conditions and bounds are evaluated, so tails and peeled rounds count once; a bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from luthier.ir.expr import Expr, free_vars
 from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, Store, While, children, exprs_of
@@ -152,9 +153,10 @@ def value(e: Expr, env: Mapping[Expr, int | None]) -> int | None:
         return n[0]
     if op == "not":
         return int(not n[0])
-    f = {
+    table: dict[str, Callable[[Any, Any], Any]] = {
         "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "min": min, "max": max, "lt": lambda x, y: int(x < y),
         "le": lambda x, y: int(x <= y), "eq": lambda x, y: int(x == y), "ne": lambda x, y: int(x != y), "and": lambda x, y: x & y, "or": lambda x, y: x | y,
         "floordiv": lambda x, y: x // y if y else None, "mod": lambda x, y: x % y if y else None,
-    }.get(op)  # fmt: skip
-    return None if f is None or len(n) != 2 else f(*n)  # type: ignore[no-untyped-call, return-value]
+    }  # fmt: skip
+    f = table.get(op)
+    return None if f is None or len(n) != 2 else f(*n)  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ def collecting(what: str) -> Iterator[list[Requirement]]:
         yield mine
     finally:
         _open.reset(token)
-    seen = {}
+    seen: dict[tuple[Expr, Expr], Requirement] = {}
     for r in mine:
         seen.setdefault((r.got, r.want), Requirement(r.got, r.want, f"{what}: {r.what}"))
     mine[:] = seen.values()

@@ -263,10 +263,10 @@ class GemvBuilder:
 
     def product(self) -> Func:
         nb = var("nb", lo=0, hi=self.blocks // self.r - 1)
-        per = self.rows or 4
+        per = self.rows or self.rows_at_once()
         if self.m.op == "const":
             n = self.m.attr
-            parts = []
+            parts: list[Stmt] = []
             if n >= per:
                 mo = var("mo", lo=0, hi=n // per - 1)
                 parts.append(For(mo, const(0), const(n // per), "serial", self.tile(nb, mo * per, per)))
@@ -280,6 +280,13 @@ class GemvBuilder:
                 For(mt, const(0), self.m % per, "serial", self.tile(nb, self.m // per * per + mt, 1)),
             )
         return make_func(self.s.compute.name, For(nb, const(0), const(self.blocks // self.r), "parallel", body), self.s.compute.dims)
+
+    def rows_at_once(self) -> int:
+        """Activation rows whose sums fit the registers beside the unpacked weights (measured: three with 16 registers)."""
+        if self.p.bits <= 2 and self.p.act:
+            return 4
+        most = 3 if self.caps.registers <= 16 else 6
+        return 2 if self.m.op == "const" and self.m.attr in (2, 4) else most
 
     def tile(self, nb: Expr, m0: Expr, rows: int) -> Stmt:
         """``rows`` activation rows from ``m0`` with ``self.r`` row blocks (two at a time when there are several rows)."""
@@ -316,7 +323,7 @@ class GemvBuilder:
     def integer_span(self, b: Body, first: Expr, r: int, m0: Expr, rows: int, g: Expr, span: int, acc: list[list[Buffer]]) -> None:
         """Byte products over ``span`` columns; a flush interval ends in floats."""
         p = self.p
-        wide: dict[tuple[int, int], Expr] = {}
+        wide: dict[tuple[int, ...], Expr] = {}
         pools: dict[tuple[int, int, int], tuple[Expr, int]] = {}
         order = fields(p.bits) if p.bits < 8 else ()
         top = (1 << p.bits) - 1
@@ -340,8 +347,8 @@ class GemvBuilder:
                             sub = (u * UNIT + quad * 4) // self.flush
                             if isinstance(f, int):
                                 t = madd_words(madd_bytes(mags[i], sign_bytes(x, vs[i])), bcast(const(1, i16), 2 * ROWS))
-                                old = wide.get((i, j, sub))  # type: ignore[call-overload]
-                                wide[i, j, sub] = b.let(t if old is None else old + t, "d")  # type: ignore[index]
+                                old = wide.get((i, j, sub))
+                                wide[i, j, sub] = b.let(t if old is None else old + t, "d")
                             else:
                                 self.add16(b, pools, wide, (i, j, sub), f.scale, madd_bytes(vs[i], x), 2 * 127 * (top << f.scale))
             while (done + 1) * self.flush <= (u + 1) * UNIT:

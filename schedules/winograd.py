@@ -114,7 +114,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
     forms = [(m, b) for m in ((2, 4) if tile is None else (tile,)) for b in (blocks(m, n, h, w, conv.c, k, caps) if block is None else (block,))]
     if tile is None:
         forms = [(0, 0), *(x for x in forms if x[0] <= settings.winograd.get())]
-    m, b = min(forms, key=lambda x: cycles(*x, n, h, w, conv.c, k, lanes, caps))
+    m, b = min(forms, key=lambda x: cycles(x[0], x[1], n, h, w, conv.c, k, lanes, caps))
     return None if not m else _schedule(schedule(_rewrite(s.compute, conv, m)), conv, m, b, caps)
 
 

@@ -112,7 +112,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
         forms = [(0, 0), *(x for x in forms if x[0] <= settings.winograd.get())]
     bytewise = any(i.group == 4 for i in usable(caps))
     forms = [x for x in forms if not x[0] or _fits(FORMS[x[0]], conv, constants)]
-    m, b = min(forms, key=lambda x: cycles(*x, n, h, w, conv.c, k, caps, bytewise), default=(0, 0))
+    m, b = min(forms, key=lambda x: cycles(x[0], x[1], n, h, w, conv.c, k, caps, bytewise), default=(0, 0))
     return None if not m else _schedule(schedule(_rewrite(s.compute, conv, FORMS[m])), conv, FORMS[m], b, instr, caps, constants)
 
 
