@@ -52,7 +52,7 @@ Array = np.ndarray[Any, Any]
 LANES = 32  # rows looked up at once
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 3)) -> Any:
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 2)) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: tiles of 32 rows at once; ``widths``: bits for which look-ups are chosen
     (measured, benchmarks/results); ternary weights (three values) count as 3 values, not as 2 bits, and always are."""
     if caps.gpu or caps.vector_bits != 256 or FEATURE not in caps.features:
