@@ -31,7 +31,7 @@ from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 
-TEMPLATES = ("lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "winograd", "contract", "attention", "rowwise", "scan", "elementwise")
+TEMPLATES = ("lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 
