@@ -388,6 +388,15 @@ class _Builder:
                 root, offset = self.root(b)
                 memory, base = self.memory_of(root)
                 n = substitute(byte_size(q.dtype, q.size()), env)
+                if root in self.large:
+                    if not (offset.op == "const" and offset.attr == 0):
+                        raise CompilationError(f"a part of constant {root}, which is larger than a WebGPU binding")
+                    count = self.large[root]
+                    pieces[q.name] = (BINDING_BYTES * 8 // q.dtype.bits, count)
+                    for k in range(count):
+                        part = replace(q, name=f"{q.name}.{k}" if k else q.name)
+                        args.append(_Arg(part, ("w", memory[1] + k), const(0), const(0), const(self.g.weights[memory[1] + k][1]), False))
+                    continue
                 args.append(_Arg(q, memory, base, offset + byte_size(b.dtype, more), n, q.name in self.written[s.callee]))
         f = split_buffers(f, pieces)
         groups, moved = self.groups(args, out)

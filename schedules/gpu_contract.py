@@ -22,7 +22,7 @@ from luthier.schedules.contract import _accumulator, _factors, _split_epilogue
 from luthier.schedules.elementwise import flat, stride
 from luthier.schedules.gpu_elementwise import fuse_all
 from luthier.schedules.rowwise import positions
-from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, inline, pack, reorder, split, stage
+from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, inline, reorder, split, stage
 
 ROWS = 8  # threads of a group in each direction
 FEW_ROWS = 4  # up to so many rows of output the product is one of a matrix and a vector
@@ -271,5 +271,3 @@ def _fill(s: Schedule, name: str, at: str) -> Schedule:
     s = annotate(s, f"{loop}.1.0", "thread.y")
     return annotate(s, f"{loop}.1.1", "thread.x")
 
-
-_ = pack

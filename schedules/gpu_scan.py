@@ -75,7 +75,10 @@ def _group(s: Schedule, name: str) -> Schedule:
         far = max(own, key=lambda x: s.static_extent(next(lp.var for lp in s.stages[n].loops if lp.name == x)) or 0)
         k = s.static_extent(next(lp.var for lp in st.loops if lp.name == far))
         if k is None or k > FOLD_THREADS:
-            s = split(s, far, FOLD_THREADS)
+            size = FOLD_THREADS
+            while n in emits and k is not None and k % size:  # what is stored outside has no room for an overhang
+                size -= 1
+            s = split(s, far, size)
             far = f"{far}.1"
         s = annotate(s, far, "thread.x")
     return s

@@ -264,3 +264,27 @@ def test_shaders_are_accepted_by_dawn() -> None:
     one = const(1)
     shaders = [Shader(f"{name} {k}", s, (), (), (one, one, one), (1, 1, 1)) for name, (m, _, _) in CASES.items() for k, s in enumerate(build(m).shaders)]
     assert dawn.refused(shaders) == {}
+
+
+def test_constant_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bindings of 4 KB: a matrix in three pieces, one of another size beside it."""
+    monkeypatch.setattr("luthier.codegen.webgpu.BINDING_BYTES", 4096)
+    w, b = normal(50, 60), normal(60)
+    m = graph([h.make_node("MatMul", ["x", "w"], ["a"]), h.make_node("Add", ["a", "b"], ["y"])], {"x": (F, [20, 50])}, ["y"], {"w": w, "b": b})
+    g = build(m)
+    assert len(g.host["weights"]) == 4 and all(n <= 4096 for _, n in g.host["weights"])
+    x = normal(20, 50)
+    close(g.run({"x": x})["y"], x @ w + b)
+
+
+def test_recurrent_network_wider_than_a_group() -> None:
+    """Hidden states of 160 numbers: more than a group has threads; one dispatch for all rounds."""
+    n, t, k, d = 160, 5, 2, 24
+    w, r, b = normal(1, 4 * n, d) * 0.2, normal(1, 4 * n, n, seed=1) * 0.1, normal(1, 8 * n, seed=2)
+    m = graph([h.make_node("LSTM", ["x", "w", "r", "b"], ["y", "yh"], hidden_size=n)], {"x": (F, [t, k, d])}, ["y", "yh"], {"w": w, "r": r, "b": b})
+    g = build(m)
+    x = normal(t, k, d, seed=3)
+    out = g.run({"x": x})
+    for got, want in zip(out.values(), peer(m, {"x": x}), strict=True):
+        close(got, want)
+    assert any("var<workgroup>" in s for s in g.shaders)
