@@ -168,7 +168,7 @@ def _transposed(s: Schedule, name: str, lanes: int) -> Schedule | None:
     s = annotate(s, f"{v}.1.1", "vectorize")
     s = split(s, u, 16, "min")
     rest = [lp.name for k, lp in enumerate(st.loops[:-1]) if k != other]
-    s = reorder(s, *rest, f"{u}.0", f"{v}.0", f"{u}.1", f"{v}.1.0", f"{v}.1.1")
+    s = reorder(s, *rest, f"{u}.0", f"{v}.0", f"{v}.1.0", f"{u}.1", f"{v}.1.1")  # the lines of one vector are used up at once
     first = next((n for n in rest if (s.static_extent(_loop_var(s, name, n)) or 2) > 1), f"{u}.0")
     return annotate(s, first, "parallel")
 

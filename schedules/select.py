@@ -30,8 +30,9 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
+from luthier.schedules.split_arg import split_arg
 
-TEMPLATES = ("lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "rowwise", "scan", "elementwise")
+TEMPLATES = ("lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 
@@ -66,7 +67,7 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
 
     ``knobs`` go to the template (``template="name"`` forces one)."""
     consts = constants or {}
-    slim = drop_units(compute)
+    slim = drop_units(compute if caps.gpu else split_arg(compute))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
