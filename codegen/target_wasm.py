@@ -19,8 +19,8 @@ KNOWN = ("wasm", *(f"wasm:{v}" for v in VARIANTS))
 # V8 has 16 vector registers on x86-64 and keeps one of them for itself: the one that schedules leave free. Without relaxed SIMD a
 # product needs a register before it is added, so tiles are smaller.
 CAPS = Capabilities(
-    vector_bits=128, registers=16, features=frozenset({"wasm_simd", "bytes_shuffle", "popcnt"}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
-    issue=5.0,
+    vector_bits=128, registers=16, features=frozenset({"simd128"}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
+    issue=5.0, printer="wasm",
 )  # fmt: skip
 BASELINE = replace(CAPS, registers=15)
 

@@ -17,6 +17,7 @@ from luthier.codegen.sharing import parallel_loop
 from luthier.codegen.wasm_encoder import Function, Module
 from luthier.codegen.wasm_memory import MemoryPrinter, element_bytes
 from luthier.codegen.wasm_scalar import valtype
+from luthier.codegen.wasm_text import runtime_function
 from luthier.codegen.wasm_vector import bits_of, full
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import (
@@ -88,6 +89,9 @@ class KernelPrinter(MemoryPrinter):
         else:
             self.emit(p[1])
         return Function(f"{self.f.name}.range", self.params, ["i32"], self.types, self.prologue() + bytes(self.c.b))
+
+    def helper(self, name: str) -> int:
+        return self.functions[name]
 
     # ------------------------------------------------------------ statements
 
@@ -261,7 +265,7 @@ class KernelPrinter(MemoryPrinter):
         self.release("i32", saved)
 
     def call(self, s: Call) -> None:
-        if s.callee not in self.functions:
+        if s.callee not in self.functions or s.callee == "fmod":
             raise CompilationError(f"call of unknown kernel {s.callee}", op=self.name)
 
         def args() -> None:
@@ -308,7 +312,7 @@ def print_module(funcs: Sequence[Func], relaxed_simd: bool = True, shared_pages:
     ``relaxed_simd``: multiply-adds may become ``relaxed_madd``. ``shared_pages``: the memory is shared and at most this many
     64 KiB pages. Raises CompilationError for what WebAssembly cannot express (a defect of the passes before)."""
     offs, segs, _ = const_data(funcs)
-    index = {f.name: 2 * i for i, f in enumerate(funcs)}
+    index = {f.name: 2 * i for i, f in enumerate(funcs)} | {"fmod": 2 * len(funcs)}
     out: list[Function] = []
     for f in funcs:
         for s in walk_stmts(f.body):
@@ -317,6 +321,7 @@ def print_module(funcs: Sequence[Func], relaxed_simd: bool = True, shared_pages:
         out.append(KernelPrinter(f, index, offs, relaxed_simd).kernel())
         out.append(KernelPrinter(f, index, offs, relaxed_simd).range())
     pages = (1, shared_pages)
+    out.append(runtime_function("fmod"))
     return Module(out, segs, (("sp", "i32", True), ("data", "i32", False)), pages=pages, shared=shared_pages is not None).encode()
 
 

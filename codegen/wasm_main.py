@@ -16,7 +16,7 @@ from luthier.codegen.wasm import KernelPrinter, legalize_wasm
 from luthier.codegen.wasm_encoder import Function, Module
 from luthier.codegen.wasm_layout import EXTENTS, WORDS, Memory, describe, stack_bytes
 from luthier.codegen.wasm_scalar import valtype
-from luthier.codegen.wasm_text import GLOBALS, assemble, source
+from luthier.codegen.wasm_text import GLOBALS, assemble, runtime_function, source
 from luthier.ir.dtypes import i64
 from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars, maximum, minimum
@@ -598,12 +598,13 @@ class ProgramPrinter:
         """``profile``: the module imports ``env.mark(call number)`` and calls it after every kernel; function names are kept."""
         self.relaxed, self.threads, self.hooks = relaxed, threads, profile
         base = int(profile)
-        functions: list[Function] = []
+        functions = [runtime_function("fmod")]
+        helpers = {"fmod": base}
         seen: dict[Any, int] = {}
         sizes: dict[str, int] = {}
         for name, f in self.kernels.items():
             try:
-                g = KernelPrinter(f, {}, self.tables[name], relaxed, fixed=True).kernel()
+                g = KernelPrinter(f, helpers, self.tables[name], relaxed, fixed=True).kernel()
             except LuthierError as e:
                 raise e.at(op=name) from None
             key = (tuple(g.params), tuple(g.locals), g.code)
@@ -612,7 +613,7 @@ class ProgramPrinter:
                 seen[key] = base + len(functions)
                 functions.append(g)
             self.kernel_index[name] = seen[key]
-        runtime = [(n, lines) for n, needs, lines in source() if threads or not needs]
+        runtime = [(n, lines) for n, needs, lines in source() if (threads or not needs) and n not in helpers]
         self.index = {n: base + len(functions) + k for k, (n, _) in enumerate(runtime)}
         for k, n in enumerate(("main", "lt_bind", "lt_run")):
             self.index[n] = base + len(functions) + len(runtime) + k

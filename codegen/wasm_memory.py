@@ -248,6 +248,20 @@ class MemoryPrinter(Vector):
             self.cache[-1][key] = n
         return offset
 
+    def packed(self, e: Expr) -> tuple[Buffer, Expr] | None:
+        """Buffer and first index of neighbouring elements that are read as one number of 32 or 64 bits."""
+        a = e.args[0]
+        if a.op != "load" or a.dtype.lanes * a.dtype.bits != e.dtype.bits or e.dtype.bits not in (32, 64):
+            return None
+        buf, idx, m, _ = load_parts(a)
+        return (buf, idx[0].args[0]) if m is None and len(idx) == 1 and _unit(idx[0]) and buf.dtype.lanes == 1 else None
+
+    def packed_load(self, e: Expr) -> None:
+        found = self.packed(e)
+        if found is None:
+            raise self.fail(e, "bitcast of a vector to a scalar")
+        self.access(*found, f"{valtype(e.dtype)}.load", e.dtype.bits // 8)
+
     def access(self, buf: Buffer, idx: Expr, ins: str, size: int, lane: int | None = None) -> None:
         off = self.address(buf, idx)
         self.c.mem(ins, off, min(size, element_bytes(buf.dtype)).bit_length() - 1, lane)

@@ -97,6 +97,13 @@ class Emitter:
     def load(self, e: Expr) -> None:
         raise NotImplementedError
 
+    def packed_load(self, e: Expr) -> None:
+        raise NotImplementedError
+
+    def helper(self, name: str) -> int:
+        """The index of a function of the runtime."""
+        raise NotImplementedError
+
     def extract(self, e: Expr) -> None:
         raise NotImplementedError
 
@@ -275,6 +282,14 @@ class Emitter:
             self.shift(e)
         elif op in ("div", "rem", "floordiv", "mod") and not d.is_float:
             self.divide(e)
+        elif op == "rem":
+            for x in (a, b):
+                self.emit(x)
+                if t == "f32":
+                    c.op("f64.promote_f32")
+            c.op("call", self.helper("fmod"))
+            if t == "f32":
+                c.op("f32.demote_f64")
         else:
             raise self.fail(e, f"{op} must be expanded first")
 
@@ -479,7 +494,8 @@ class Emitter:
     def bitcast(self, e: Expr) -> None:
         a = e.args[0]
         if a.dtype.lanes > 1:
-            raise self.fail(e, "bitcast of a vector to a scalar")
+            self.packed_load(e)
+            return
         self.emit(a)
         s, d = valtype(a.dtype), valtype(e.dtype)
         if s != d:

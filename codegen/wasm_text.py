@@ -87,3 +87,11 @@ def assemble(lines: tuple[str, ...], functions: Mapping[str, int], addresses: Ma
         except (KeyError, ValueError) as e:
             raise CompilationError(f"runtime function {name}: cannot assemble {line!r}: {e}") from e
     return Function(name, [t for _, t in params], result, [t for _, t in own], bytes(c.b))
+
+
+def runtime_function(name: str) -> Function:
+    """A function of the runtime that calls no other and uses no address. Raises CompilationError when there is none."""
+    lines = next((text for n, _, text in source() if n == name), None)
+    if lines is None:
+        raise CompilationError(f"the runtime has no function {name}")
+    return assemble(lines, {}, {})

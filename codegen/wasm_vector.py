@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from luthier.codegen.wasm_scalar import Emitter, signed, valtype
 from luthier.ir.dtypes import DType
@@ -28,6 +29,7 @@ from luthier.ir.expr import (
     rebuild,
     select,
 )
+from luthier.ir.intrin import DOTS
 
 _ARITH = frozenset(("add", "sub", "mul", "div"))
 _NAMES = {8: "i8x16", 16: "i16x8", 32: "i32x4", 64: "i64x2"}
@@ -182,8 +184,27 @@ class Vector(Emitter):
             return
         if op == "shuffle" and self.shuffle(e):
             return
+        if op == "call" and self.dot(e):
+            return
         if not all(x.dtype.lanes == 1 or full(x.dtype) for x in e.args) or not self.simd(e):
             self.by_lanes(e)
+
+    def dot(self, e: Expr) -> bool:
+        """A dot product that is an instruction; False for any other call."""
+        i = DOTS.get(e.attr[0])
+        code = None if i is None else i.spelling.get("wasm", {}).get(128)
+        if i is None or code is None or e.dtype.lanes * e.dtype.bits != 128:
+            return False
+        acc, a, b = e.args
+        self.vector(a)
+        self.vector(b)
+        if i.adds:
+            self.vector(acc)
+        self.c.simd(int(code, 16))
+        if not i.adds:
+            self.vector(acc)
+            self.c.op(f"{prefix(e.dtype)}.add")
+        return True
 
     def pattern(self, d: DType, values: list[int]) -> None:
         w = width(d)
@@ -201,9 +222,17 @@ class Vector(Emitter):
         if a.op == "load" and a.attr[0].rank and not a.attr[1] and bits_of(d) == w and not d.is_index and not d.is_bool:
             self.access(a.attr[0], a.args[0], f"v128.load{w}_splat", w // 8)
             return
+        if a.op == "bitcast" and a.args[0].dtype.lanes > 1 and bits_of(d) == w:
+            found = self.packed(a)
+            if found is not None:
+                self.access(*found, f"v128.load{w}_splat", w // 8)
+                return
         self.emit(a)
         self.into_lane(d)
         c.op(f"{prefix(d)}.splat")
+
+    def packed(self, e: Expr) -> Any:
+        raise NotImplementedError
 
     def access(self, buf, idx: Expr, ins: str, size: int, lane: int | None = None) -> None:  # type: ignore[no-untyped-def]
         raise NotImplementedError
@@ -370,6 +399,8 @@ class Vector(Emitter):
             c.op(f"{p}.sqrt")
             c.op(f"{p}.div")
             return True
+        if op == "rem":
+            return False
         raise self.fail(e, f"{op} must be expanded first")
 
     def vcast(self, e: Expr) -> bool:

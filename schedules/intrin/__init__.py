@@ -12,7 +12,7 @@ from luthier.schedules.intrin import arm, gpu, wasm, x86
 ALL: tuple[Instruction, ...] = tuple(i for m in (x86, arm, wasm, gpu) for i in vars(m).values() if isinstance(i, Instruction))
 
 
-def usable(caps: Capabilities, printer: str = "llvm") -> list[Instruction]:
+def usable(caps: Capabilities) -> list[Instruction]:
     """Dot products that the target has in its register width, those that do most first."""
-    found = [i for i in ALL if i.feature in caps.features and caps.vector_bits in i.spelling.get(printer, {})]
+    found = [i for i in ALL if i.feature in caps.features and caps.vector_bits in i.spelling.get(caps.printer, {})]
     return sorted(found, key=lambda i: (-i.group, not i.adds))

@@ -10,8 +10,8 @@ import pytest
 from luthier.codegen.wasm import print_module
 from luthier.codegen.wasm_encoder import OPCODE, sleb, uleb
 from luthier.errors import CompilationError
-from luthier.ir.dtypes import DType, boolean, f32, f64, i8, i16, i32, i64, index, u8, u16
-from luthier.ir.expr import bcast, cast, const, extract, load, ramp, select, shuffle, var, vreduce
+from luthier.ir.dtypes import DType, boolean, f32, f64, i8, i16, i32, i64, index, u8, u16, u32
+from luthier.ir.expr import bcast, binary, bitcast, call, cast, const, extract, load, ramp, select, shuffle, var, vreduce
 from luthier.ir.interp import run_func
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Store, While, block
 
@@ -175,3 +175,41 @@ def test_what_passes_should_have_removed_is_named() -> None:
     b = Buffer.of("B", f32, (4,))
     with pytest.raises(CompilationError, match="vectorize"):
         print_module([Func("f", (b,), For(i, const(0), const(4), "vectorize", Store(b, (i,), const(1, f32))))])
+
+
+@pytest.mark.parametrize("d", [f32, f64])
+def test_float_remainder(d: DType) -> None:
+    """Exact for all magnitudes, subnormals, zeros and infinities: numpy's fmod is C's."""
+    tiny = np.finfo(d.numpy).smallest_subnormal
+    special = np.array([0.0, -0.0, 1.0, -1.0, 3.5, np.inf, -np.inf, np.nan, tiny, 7 * tiny, 1e30, -1e30, np.finfo(d.numpy).max, np.finfo(d.numpy).tiny], d.numpy)
+    rng = np.random.default_rng(3)
+    wide = (rng.standard_normal(200) * 10.0 ** rng.integers(-20, 20, 200)).astype(d.numpy)
+    x, y = np.meshgrid(np.concatenate([special, wide[:60]]), np.concatenate([special, wide[60:120]]))
+    n = x.size // 4 * 4
+    a, b, o = (Buffer.of(k, d, (n,), writable=k == "O") for k in "ABO")
+    i = var("i", lo=0, hi=n // 4 - 1)
+    at = ramp(i * 4, 1, 4)
+    f = Func("rem", (a, b, o), For(i, const(0), const(n // 4), "serial", Store(o, (at,), binary("rem", load(a, (at,)), load(b, (at,))))))
+    arrays = {"A": x.reshape(-1)[:n].copy(), "B": y.reshape(-1)[:n].copy(), "O": np.zeros(n, d.numpy)}
+    with np.errstate(all="ignore"):
+        want = np.fmod(arrays["A"], arrays["B"])
+    run_wasm(f, arrays, {})
+    np.testing.assert_array_equal(arrays["O"], want)
+    kept = ~np.isnan(want)
+    np.testing.assert_array_equal(np.signbit(arrays["O"][kept]), np.signbit(want[kept]))
+
+
+def test_dot_product_of_pairs() -> None:
+    """``i32x4.dot_i16x8_s`` with a broadcast pair read as one number, and bytes widened as they are loaded; against numpy."""
+    rng = np.random.default_rng(5)
+    x = rng.integers(-32768, 32767, 2, np.int16)
+    w = rng.integers(-128, 127, 8).astype(np.int8)
+    a, b, o = Buffer.of("X", i16, (2,), writable=False), Buffer.of("W", i8, (8,), writable=False), Buffer.of("O", i32, (4,))
+    pair = bitcast(bcast(bitcast(load(a, (ramp(const(0), 1, 2),)), u32), 4), i16.vec(8))
+    bytes_ = cast(load(b, (ramp(const(0), 1, 8),)), i16.vec(8))
+    lanes = ramp(const(0), 1, 4)
+    f = Func("dot", (a, b, o), Store(o, (lanes,), call("wasm.dot_i16x8", i32.vec(4), load(o, (lanes,)), pair, bytes_)))
+    arrays = {"X": x, "W": w, "O": np.array([7, -7, 2**31 - 1, 0], np.int32)}
+    want = arrays["O"].astype(np.int64) + (w.astype(np.int64).reshape(4, 2) * x.astype(np.int64)).sum(1)
+    run_wasm(f, arrays, {})
+    np.testing.assert_array_equal(arrays["O"], want.astype(np.int32))
