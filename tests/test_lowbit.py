@@ -194,9 +194,9 @@ def test_streams_of_bits_and_trits() -> None:
 
 
 def test_bad_groups_and_scales() -> None:
-    rng = np.random.default_rng(0)
     with pytest.raises(TypeMismatch, match="groups of 48"):
-        product(32, 128, 48, 4, 32, 1, rng)
+        b = GraphBuilder("bad")
+        b.op("luthier::GroupedMatMul", b.input("x", f32, [1, 128]), b.const("w", np.zeros((8, 64), np.uint8)), b.const("s", np.ones((8, 2), np.float32)), K=128, bits=4, group=48, act_group=0)
     with pytest.raises(TypeMismatch, match="weights of 7 bits"):
         b = GraphBuilder("bad")
         b.op("luthier::GroupedMatMul", b.input("x", f32, [1, 32]), b.const("w", np.zeros((8, 28), np.uint8)), b.const("s", np.ones((8, 1), np.float32)), K=32, bits=7, group=32, act_group=0)
