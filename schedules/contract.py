@@ -14,7 +14,22 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.ir.compute import Axis, Pull, axis, reduce_
-from luthier.ir.expr import Expr, bounds, const, free_vars, is_const, load, load_parts, loads, rewrite, substitute, var, walk
+from luthier.ir.expr import (
+    Expr,
+    bounds,
+    const,
+    free_vars,
+    is_const,
+    linear,
+    load,
+    load_parts,
+    loads,
+    prove,
+    rewrite,
+    substitute,
+    var,
+    walk,
+)
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import flat, pointwise, stride
 from luthier.schedules.rowwise import positions
@@ -230,14 +245,12 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
         buf, idx, mask, other = load_parts(x)
         if mask is None or other is None or not is_const(other):
             continue
-        box = [bounds(i) for i in idx]
-        if any(lo is None or hi is None for lo, hi in box):
+        box = [_extremes(st, i) for i in idx]
+        if any(b is None for b in box) or not _is_box(mask, buf, idx):
             continue
-        base = [min(lo, 0) for lo, _ in box]  # type: ignore[type-var]
-        shape = [hi - b + 1 for (_, hi), b in zip(box, base, strict=True)]  # type: ignore[operator]
-        if any(n.op != "const" for n in buf.shape) or not _is_box(mask, buf, idx):
-            continue
-        shape = [max(k, n.attr - b) if b == 0 and k <= n.attr else k for k, n, b in zip(shape, buf.shape, base, strict=True)]
+        base = [min(b[0], 0) for b in box if b is not None]
+        shape = [b[1] - lo + 1 for b, lo in zip(box, base, strict=True) if b is not None]
+        shape = [n if lo == 0 and prove(k <= n) else k for k, n, lo in zip(shape, buf.shape, base, strict=True)]
         ax = [axis(f"x{d}", n) for d, n in enumerate(shape)]
         src = [a.var + b for a, b in zip(ax, base, strict=True)]
         inside = const(0).eq(0)
@@ -254,6 +267,18 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
         s = replace(s, stages=stages, ext=ext, trace=(*s.trace, ("pad", buf.name)))
         st = s.stages[acc]
     return s
+
+
+def _extremes(st: Stage, i: Expr) -> tuple[int, Expr] | None:
+    """The least value of an index over the stage's loops, a number, and the greatest, which may need extents of the run; None for
+    an index that is not monotone in every loop."""
+    low, high = bounds(i)
+    if low is not None and high is not None:
+        return low, const(high)
+    last = {a.var: a.extent - 1 for a in (*st.axes, *(st.reduction.attr[1] if st.reduction is not None else ()))}
+    if low is None or any(c < 0 or (m and (len(m) != 1 or m[0] not in last)) for m, c in linear(i).items() if m):
+        return None
+    return low, substitute(i, last)
 
 
 def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
