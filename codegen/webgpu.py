@@ -13,7 +13,7 @@ Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from luthier.passes.offset_buffers import offset_buffers
 from luthier.passes.plan_memory import byte_size, plan_memory, round_up, touched
 from luthier.passes.split_buffers import split_buffers
 
-Memory = list[Any]
+SMALL = 64 << 10  # bytes up to which a constant counts as small
 
 
 @dataclass(slots=True)
@@ -168,7 +168,8 @@ class _Builder:
         dtypes = {b.name: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
         parts: list[np.ndarray[Any, Any]] = []
         at = 0
-        for name, a in self.p.constants.items():
+        order = sorted(self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL)  # small ones side by side: one binding may hold several
+        for name, a in order:
             d = dtypes.get(name)
             if d is None:
                 continue
@@ -410,9 +411,10 @@ class _Builder:
             variant = self.variants[key] = self.pipeline(offset_buffers(f, names), groups)
         pipeline, shader = variant
         scalars = dict(env)
+        starts = {g: self.start(x for x in args if x.param.name in g) for g in groups}
         for x in shifted:
             v = next(v for v in offset_scalars(f, names) if v.attr[0] == f"{x.param.name}.at")
-            start = x.offset + x.base if x.param.name in member else x.offset
+            start = x.offset + x.base - next(e for g, e in starts.items() if x.param.name in g) if x.param.name in member else x.offset
             scalars[v] = floordiv(start * 8, const(8 * self.bytes_of(x.param.dtype)) if x.param.dtype.bits >= 8 else const(x.param.dtype.bits))
         by_name = {v.attr[0]: e for v, e in scalars.items()}
         first = {g[0]: g for g in groups}
@@ -421,11 +423,10 @@ class _Builder:
             mine = [x for x in args if x.param.name in first.get(b.name, (b.name,))]
             x = mine[0]
             if b.name in first:
-                at: Expr = const(0)
-                size: Expr = const(self.g.weights[x.memory[1]][1]) if x.memory[0] == "w" else const(0)
-                if x.memory[0] != "w":
-                    for y in mine:
-                        size = maximum(size, y.offset + y.base + y.size)
+                at: Expr = starts[first[b.name]]
+                size: Expr = const(0)
+                for y in mine:
+                    size = maximum(size, y.offset + y.base + y.size - at)
             elif b.name in names:
                 at, size = x.base, x.offset + x.size
             else:
@@ -438,6 +439,14 @@ class _Builder:
         grid = [self.expr(substitute(e, {v: by_name[v.attr[0]] for v in free_vars(e)})) for e in shader.grid]
         out.append(["dispatch", pipeline, bound, words, *grid, number])
 
+    @staticmethod
+    def start(members: Iterable[_Arg]) -> Expr:
+        """Where the binding of a group starts: at its first member where all places are known, else at the start of the memory."""
+        places = [x.base + x.offset for x in members]
+        if any(e.op != "const" for e in places):
+            return const(0)
+        return const(min(int(e.attr) for e in places) // OFFSET_ALIGN * OFFSET_ALIGN)
+
     def groups(self, args: list[_Arg], out: list[Any]) -> tuple[tuple[tuple[str, ...], ...], list[_Arg]]:
         """Which parameters share a binding, and the arguments after copies that a kernel with too many buffers needs."""
         by_memory: dict[tuple[str, int], list[_Arg]] = {}
@@ -449,8 +458,9 @@ class _Builder:
             return len(args) - sum(len(g) - 1 for g in groups)
 
         for m, xs in by_memory.items():
-            if count() > STORAGE_BUFFERS and len(xs) > 1 and m[0] == "w":
-                groups.append(tuple(y.param.name for y in xs))
+            if count() > STORAGE_BUFFERS and len(xs) > 1 and m[0] == "w":  # the smallest ones, no more than must be
+                few = sorted(xs, key=lambda y: y.size.attr if y.size.op == "const" else BINDING_BYTES)[: count() - STORAGE_BUFFERS + 1]
+                groups.append(tuple(y.param.name for y in xs if y in few))
         if count() <= STORAGE_BUFFERS:
             return tuple(groups), []
         free = [x for x in args if not x.written and not any(x.param.name in g for g in groups)]
