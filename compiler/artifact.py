@@ -59,7 +59,8 @@ def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
 
 def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
     names = module.write_files(folder, shard_mb)
-    files = {name: _digest(folder / name) for name in names}
+    known = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in module.manifest.get("web", {}).get("shards", ())}
+    files = {name: known.get(name) or _digest(folder / name) for name in names}
     manifest = {**module.manifest, "format": FORMAT, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ class WasmModule(Module):
         """An npm package with ``model.VARIANT.wasm`` for every variant."""
         from luthier.web_package import SHARD_MB, write_package
 
-        files = {f"model.{v}.wasm": self.binary(v) for v in VARIANTS}
+        files = {f"model.{v}.wasm": partial(self.binary, v) for v in VARIANTS}
         return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb)
 
 

@@ -20,7 +20,8 @@ import html
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ _ARRAYS = {
 
 
 def write_package(
-    folder: Path, manifest: dict[str, Any], weights: Array, files: Mapping[str, bytes | str], shard_mb: float = SHARD_MB
+    folder: Path, manifest: dict[str, Any], weights: Array, files: Mapping[str, bytes | str | Callable[[], bytes]], shard_mb: float = SHARD_MB
 ) -> tuple[str, ...]:
     """All files but ``manifest.json`` into the existing ``folder``; returns their names. ``manifest["web"]`` is set in place.
 
-    ``weights``: the blob, flat ``uint8``; ``files``: generated code by name; ``shard_mb``: the most 10**6 bytes of a shard.
+    ``weights``: the blob, flat ``uint8``; ``files``: generated code by name (a function makes it while shards are written); ``shard_mb``: the most
+    10**6 bytes of a shard.
     Raises ArtifactError for a kind of target without an engine or a shard size below 0.1."""
     kind = manifest["target"]["kind"]
     if kind not in ENGINES:
@@ -67,20 +69,20 @@ def write_package(
         path.write_bytes(data.encode() if isinstance(data, str) else data)
         names.append(name)
 
-    mark = hashlib.sha256(json.dumps([manifest["inputs"], manifest["outputs"]]).encode())
-    shards: list[dict[str, Any]] = []
     size = max(256, int(shard_mb * 1e6) // 256 * 256)
-    for k, at in enumerate(range(0, len(weights), size)):
-        part = np.ascontiguousarray(weights[at : at + size]).tobytes()
-        digest = hashlib.sha256(part).hexdigest()
-        mark.update(digest.encode())
-        shards.append({"file": f"weights.{k:03d}.bin", "offset": at, "bytes": len(part), "sha256": digest})
-        put(shards[-1]["file"], part)
-    for name, data in files.items():
+    starts = range(0, len(weights), size)
+    shards: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(2) as pool:  # writing and hashing release the interpreter's lock
+        written = [pool.submit(_shard, folder, k, at, weights[at : at + size]) for k, at in enumerate(starts)]
+        code = {name: data() if callable(data) else data for name, data in files.items()}
+        shards += (w.result() for w in written)
+    names += (s["file"] for s in shards)
+    mark = hashlib.sha256(json.dumps([manifest["inputs"], manifest["outputs"], [s["sha256"] for s in shards]]).encode())
+    for name, data in code.items():
         put(name, data)
         mark.update(data.encode() if isinstance(data, str) else data)
-    code = next((len(d) for n, d in files.items() if n.endswith((".wasm", "shaders.json"))), 0)
-    manifest["web"] = {"id": mark.hexdigest()[:16], "shards": shards, "code_bytes": code}
+    first = next((len(d) for n, d in code.items() if n.endswith((".wasm", "shaders.json"))), 0)
+    manifest["web"] = {"id": mark.hexdigest()[:16], "shards": shards, "code_bytes": first}
     source = importlib.resources.files("luthier.codegen.web_runtime")
     for name in (*_COMMON, *ENGINES[kind]):
         put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
@@ -91,6 +93,14 @@ def write_package(
     put("index.d.ts", _index_d_ts(manifest))
     put("package.json", _package_json(manifest))
     return tuple(names)
+
+
+def _shard(folder: Path, number: int, offset: int, part: Array) -> dict[str, Any]:
+    """Writes one shard; its entry in the manifest."""
+    name = f"weights.{number:03d}.bin"
+    raw = np.ascontiguousarray(part).data
+    (folder / name).write_bytes(raw)
+    return {"file": name, "offset": offset, "bytes": part.size, "sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def read_weights(folder: Path, manifest: Mapping[str, Any]) -> Array:
