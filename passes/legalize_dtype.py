@@ -43,6 +43,7 @@ from luthier.ir.expr import (
     select,
     unary,
     var,
+    vreduce,
 )
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block
 from luthier.passes import float8
@@ -257,6 +258,8 @@ class _Legalizer:
         if all(x is y for x, y in zip(args, e.args, strict=True)):
             return e
         if op == "vreduce" and self.soft(d):
+            if e.attr in _EXACT:
+                return vreduce(e.attr, args[0])
             raise CompilationError(f"a reduction over lanes of {d} must be accumulated in f32", op=self.f.name)
         return rebuild(e, args)
 
