@@ -308,3 +308,18 @@ def test_machine_code_of_targets(target: str, has: str, never: str, rng: np.rand
     text = assembly(print_kernels([(f"k{i}", f) for i, f in enumerate(k.funcs)], t), t)
     assert re.search(has, text)
     assert not (m := re.search(never, text)), m
+
+
+@pytest.mark.parametrize(("c", "m", "k", "pad", "stride", "group"), [(16, 24, 3, 1, 1, 1), (3, 16, 3, 1, 2, 1), (8, 16, 1, 0, 1, 1), (5, 8, 3, 0, 1, 1), (16, 16, 3, 1, 1, 16), (12, 24, 3, 1, 1, 3)])
+def test_runtime_extents(c: int, m: int, k: int, pad: int, stride: int, group: int, rng: np.random.Generator) -> None:
+    """Batch, height and width known at run time only; groups; two threads."""
+    wt = bytes_of("i8", (m, c // group, k, k), rng)
+    node = helper.make_node("ConvInteger", ["x", "w", "zx"], ["y"], pads=[pad] * 4, strides=[stride] * 2, group=group)
+    mod = luthier.compile(model([node], {"x": (TensorProto.UINT8, ["n", c, "h", "w"])}, {"y": TensorProto.INT32}, {"w": wt, "zx": np.uint8(131)}), threads=2)
+    for n, h, w in ((1, 9, 8), (2, 17, 5)):
+        x = bytes_of("u8", (n, c, h, w), rng)
+        parts = [
+            conv_ref(xs.transpose(0, 2, 3, 1), ws.transpose(2, 3, 1, 0), 131, 0, stride, pad, False)
+            for xs, ws in zip(np.split(x, group, 1), np.split(wt, group, 0), strict=True)
+        ]
+        np.testing.assert_array_equal(mod.run({"x": x})["y"], np.concatenate(parts, 3).transpose(0, 3, 1, 2))
