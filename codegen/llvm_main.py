@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ from luthier.passes.plan_memory import byte_size
 ABI_VERSION = 1
 WORDS = 1024  # byte of the context where the program's words start
 TENSOR = 88  # bytes of an lt_tensor
+MAX_BYTES = 1 << 46
+_REAL = {"add": "fadd", "sub": "fsub", "mul": "fmul", "floordiv": "fdiv"}
 
 # processor: number of the futex system call, name and argument types of the intrinsic that pauses, its arguments
 _SYSTEM = {"x86_64": ("202", "llvm.x86.sse2.pause", "", ""), "aarch64": ("98", "llvm.aarch64.hint", "i32", "i32 1")}
@@ -63,6 +66,11 @@ class MainText:
 # ---------------------------------------------------------------- main
 
 
+def _double(v: float) -> str:
+    """A constant as LLVM reads it exactly."""
+    return f"0x{struct.pack('>d', float(v)).hex().upper()}"
+
+
 class _Printer(KernelPrinter):
     """Shared by the three functions: dims and addresses come from the context's table."""
 
@@ -72,6 +80,26 @@ class _Printer(KernelPrinter):
 
     def word(self, k: int) -> str:
         return self.ins(f"getelementptr i8, ptr %ctx, i64 {WORDS + 8 * k}")
+
+    def size(self, e: Expr) -> str:
+        """A number of bytes; what exceeds 64 TiB, or 64 bits on the way there, becomes a number that no allocation gives."""
+        v, high = self.value(e), bounds(e)[1]
+        if high is not None and high < MAX_BYTES:
+            return v
+        ok = self.ins(f"fcmp ole double {self.real(e)}, {_double(MAX_BYTES)}")
+        return self.ins(f"select i1 {ok}, i64 {v}, i64 {1 << 62}")
+
+    def real(self, e: Expr) -> str:
+        """An index expression in double precision, where nothing wraps around."""
+        if e.op == "const":
+            return _double(e.attr)
+        if e.op in _REAL:
+            return self.ins(f"{_REAL[e.op]} double {self.real(e.args[0])}, {self.real(e.args[1])}")
+        if e.op in ("min", "max"):
+            a, b = self.real(e.args[0]), self.real(e.args[1])
+            c = self.ins(f"fcmp {'olt' if e.op == 'min' else 'ogt'} double {a}, {b}")
+            return self.ins(f"select i1 {c}, double {a}, double {b}")
+        return self.ins(f"sitofp i64 {self.value(e)} to double")
 
     def pointer(self, b: Buffer) -> str:
         """Where buffer ``b`` starts."""
@@ -234,9 +262,9 @@ class _Main(_Printer):
 
     def place(self, s: Place) -> None:
         m, table = self.m, self.m.layout.table
-        sizes = {n: self.value(e) for n, e in s.buffers}
+        sizes = {n: self.size(e) for n, e in s.buffers}
         shapes = {j: [self.value(e) for e in b.shape] for j, b in s.outputs}
-        bytes_ = {j: self.value(byte_size(b.dtype, b.size())) for j, b in s.outputs}
+        bytes_ = {j: self.size(byte_size(b.dtype, b.size())) for j, b in s.outputs}
 
         def make() -> None:
             for n, size in sizes.items():
@@ -421,10 +449,10 @@ class _Bind(_Printer):
             self.emit(f"call void @lt.input(ptr %ctx, ptr {self.tensor('%in', j)}, ptr {self.string(b.name)}, ptr {self.word(m.layout.table[b.name])}, i64 {size})")
         for j, b in enumerate(p.outputs):
             if j not in m.layout.dynamic_outputs:
-                size = self.value(byte_size(b.dtype, b.size()))
+                size = self.size(byte_size(b.dtype, b.size()))
                 self.emit(f"call void @lt.output(ptr %ctx, ptr {self.tensor('%out', j)}, ptr {self.string(m.layout.public(b))}, ptr {self.word(m.layout.table[b.name])}, i64 {size})")
         if m.layout.plan.slots:
-            base = self.ins(f"call ptr @lt.arena(ptr %ctx, i64 {self.value(offsets[-1])})")
+            base = self.ins(f"call ptr @lt.arena(ptr %ctx, i64 {self.size(offsets[-1])})")
             starts = [self.ins(f"getelementptr i8, ptr {base}, i64 {self.value(o)}") for o in offsets[:-1]]
             for n, slot in m.layout.plan.slot_of.items():
                 self.emit(f"store ptr {starts[slot]}, ptr {self.word(m.layout.table[n])}")

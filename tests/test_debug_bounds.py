@@ -281,3 +281,28 @@ def test_a_branch_that_is_not_taken_requires_nothing() -> None:
         module.run({"c": np.array(True), "x": x, "z": z})
     np.testing.assert_array_equal(module.run({"c": np.array(True), "x": x, "z": x})["y"], x + x)
     np.testing.assert_array_equal(module.run({"c": np.array(True), "x": x[:1], "z": x})["y"], x)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [
+        ("g (int64[2] s) => (float[A, B] y) { y = ConstantOfShape(s) }", {"s": np.array([2**31, 2**31])}),
+        ("g (int64[2] s) => (float[A, B] y) { y = ConstantOfShape(s) }", {"s": np.array([2**40, 2**40])}),
+        ("g (int64[2] s) => (float[A, B] y) { t = ConstantOfShape(s) u = Expand(t, s) y = Softmax(u) }", {"s": np.array([2**32, 2**32])}),
+        ("g (int64 a, int64 b, int64 c) => (int64[C] y) { y = Range(a, b, c) }", {"a": np.array(0), "b": np.array(2**61), "c": np.array(1)}),
+    ],
+)
+def test_sizes_that_overflow_are_out_of_memory(text: str, given: dict[str, Any], threads: int) -> None:
+    """Extents of a run whose product does not fit 64 bits give no small array that kernels then overrun."""
+    module = luthier.compile(parsed(text), threads=threads)
+    for _ in range(2):
+        with pytest.raises(KernelError, match="out of memory: 4611686018427387904 bytes for "):
+            module.run(given)
+
+
+def test_integer_division_by_zero_is_defined() -> None:
+    x, z = np.array([5, -(2**31), 0, 7], np.int32), np.array([0, -1, 0, 2], np.int32)
+    for op in ("Div", "Mod"):
+        got = luthier.compile(parsed(f"g (int32[N] x, int32[N] z) => (int32[N] y) {{ y = {op}(x, z) }}"), debug="bounds").run({"x": x, "z": z})["y"]
+        assert got[3] == (3 if op == "Div" else 1)
