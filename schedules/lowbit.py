@@ -34,8 +34,6 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Buffer
 
 Array = np.ndarray[Any, Any]
-ROWS = 8  # rows of the weight matrix in one register of 32-bit lanes
-TILE = 32  # rows are padded to a multiple of this
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,16 +328,16 @@ class LowbitPacking:
         return out
 
 
-def pad_rows(a: Array, multiple: int = TILE) -> Array:
+def pad_rows(a: Array, multiple: int) -> Array:
     """Rows padded with zeros to a multiple."""
     extra = -a.shape[0] % multiple
     return a if not extra else np.concatenate([a, np.zeros((extra, *a.shape[1:]), a.dtype)])
 
 
-def group_stream(a: Array) -> Array:
-    """[rows, groups] -> [rows / 8, groups, 8]: the values of one group of eight rows stand together."""
-    p = pad_rows(a)
-    return np.ascontiguousarray(p.reshape(-1, ROWS, p.shape[1]).transpose(0, 2, 1)).reshape(-1)
+def group_stream(a: Array, lanes: int) -> Array:
+    """[rows, groups] -> [rows / lanes, groups, lanes]: the values of one group of a row block stand together."""
+    p = pad_rows(a, 4 * lanes)
+    return np.ascontiguousarray(p.reshape(-1, lanes, p.shape[1]).transpose(0, 2, 1)).reshape(-1)
 
 
 def dim_of(rows: tuple[Axis, ...]) -> Expr:

@@ -1,7 +1,7 @@
 """Where the bits of low-bit weights stand in a kernel's registers.
 
 A 32-bit lane holds one row of the weights; a *unit* is 32 columns, eight quads of four. Byte ``j`` of a lane belongs to column
-``j`` of a quad, so one multiplication of bytes takes four columns of eight rows at once. A unit of ``bits``-wide values takes
+``j`` of a quad, so one multiplication of bytes takes four columns of as many rows as there are lanes. A unit of ``bits``-wide values takes
 ``bits`` words of a lane. Values are stored without their base (``u = q - base``); 8-bit ones are signed.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from luthier.ir.dtypes import u8, u16
 from luthier.ir.expr import Expr, bitcast
-from luthier.schedules.lowbit import ROWS, pad_rows
+from luthier.schedules.lowbit import pad_rows
 
 Array = np.ndarray[Any, Any]
 
@@ -46,14 +46,14 @@ def pieces(bits: int) -> tuple[Piece, ...]:
     raise ValueError(f"no layout for {bits} bits")
 
 
-def pack_words(bits: int) -> Callable[[Array], Array]:
-    """[rows, columns] values to words [rows / 8, columns / 32, bits, 8] (i32), flat."""
+def pack_words(bits: int, lanes: int) -> Callable[[Array], Array]:
+    """[rows, columns] values to words [rows / lanes, columns / 32, bits, lanes] (i32), flat."""
 
     def go(u: Array) -> Array:
-        p = pad_rows(u.astype(np.uint8))
+        p = pad_rows(u.astype(np.uint8), 4 * lanes)
         units = p.shape[1] // 32
-        v = p.reshape(-1, ROWS, units, 8, 4).transpose(0, 2, 3, 1, 4)  # blocks, units, quads, rows, 4
-        out = np.zeros((v.shape[0], units, bits, ROWS, 4), np.uint8)
+        v = p.reshape(-1, lanes, units, 8, 4).transpose(0, 2, 3, 1, 4)  # blocks, units, quads, rows, 4
+        out = np.zeros((v.shape[0], units, bits, lanes, 4), np.uint8)
         for c in pieces(bits):
             out[:, :, c.word] |= ((v[:, :, c.quad] >> c.low) & ((1 << c.count) - 1)) << c.shift
         return np.ascontiguousarray(out).view(np.int32).reshape(-1)

@@ -43,22 +43,20 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes
-from luthier.schedules.lowbit import TILE, LowbitPacking, LowbitProduct, match, pad_rows, row_point
+from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, match, pad_rows, row_point
 from luthier.schedules.make_func import make_func
 from luthier.schedules.quantized_gemv import PREFETCH, Body, GemvBuilder
 from luthier.schedules.schedule import Schedule
 
 Array = np.ndarray[Any, Any]
-LANES = 32  # rows looked up at once
-
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 2)) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: tiles of 32 rows at once; ``widths``: bits for which look-ups are chosen
     (measured, benchmarks/results); ternary weights (three values) count as 3 values, not as 2 bits, and always are."""
-    if caps.gpu or caps.vector_bits != 256 or FEATURE not in caps.features:
+    if caps.gpu or FEATURE not in caps.features or "pmaddwd" not in caps.features:
         return None
     p = match(s.compute, constants)
-    if p is None or not p.act or p.low != 0 or p.outputs < TILE:
+    if p is None or not p.act or p.low != 0 or p.outputs < 32:
         return None
     ternary = p.high == 2
     if not ternary and (p.bits not in widths or p.bits > 3) or p.columns % 32:
@@ -82,13 +80,13 @@ def patterns(ternary: bool) -> Array:
     return np.array(rows + [(0, 0, 0)] * (16 - len(rows)), np.float32)
 
 
-def pack_planes(bits: int) -> Callable[[Array], Array]:
-    """[rows, columns] values to bytes [rows / 32, columns / 8, bits, 32] (two quads a byte), flat, as i32 words."""
+def pack_planes(bits: int, size: int) -> Callable[[Array], Array]:
+    """[rows, columns] values to bytes [rows / size, columns / 8, bits, size] (two quads a byte), flat, as i32 words."""
 
     def go(u: Array) -> Array:
-        p = pad_rows(u.astype(np.uint8))
-        v = p.reshape(-1, LANES, p.shape[1] // 8, 8)
-        out = np.zeros((v.shape[0], v.shape[2], bits, LANES), np.uint8)
+        p = pad_rows(u.astype(np.uint8), size)
+        v = p.reshape(-1, size, p.shape[1] // 8, 8)
+        out = np.zeros((v.shape[0], v.shape[2], bits, size), np.uint8)
         for b in range(bits):
             plane = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
             out[:, :, b] = plane.transpose(0, 2, 1)
@@ -97,8 +95,8 @@ def pack_planes(bits: int) -> Callable[[Array], Array]:
     return go
 
 
-def pack_triples(flush: int) -> Callable[[Array], Array]:
-    """[rows, columns] values 0, 1, 2 to [rows / 32, columns / flush, steps, 32] bytes: for eight triples their signs and
+def pack_triples(flush: int, size: int) -> Callable[[Array], Array]:
+    """[rows, columns] values 0, 1, 2 to [rows / size, columns / flush, steps, size] bytes: for eight triples their signs and
     four bytes of pattern numbers."""
     table = patterns(True)[:14]
     code = np.zeros((3, 3, 3), np.uint8)
@@ -112,7 +110,7 @@ def pack_triples(flush: int) -> Callable[[Array], Array]:
     n, steps, signs = triple_steps(flush)
 
     def go(u: Array) -> Array:
-        p = pad_rows(u.astype(np.uint8))
+        p = pad_rows(u.astype(np.uint8), size)
         rows = p.shape[0]
         v = p.reshape(rows, -1, flush)
         full = np.ones((rows, v.shape[1], n * 3), np.uint8)
@@ -129,7 +127,7 @@ def pack_triples(flush: int) -> Callable[[Array], Array]:
         at = np.arange(steps)
         out[..., at + at // 4 + 1] = low[..., 0::2] | (low[..., 1::2] << 4)
         out[..., np.arange(signs) * 5] = np.packbits(sg, axis=-1, bitorder="little")
-        out = out.reshape(-1, LANES, v.shape[1], steps + signs).transpose(0, 2, 3, 1)
+        out = out.reshape(-1, size, v.shape[1], steps + signs).transpose(0, 2, 3, 1)
         return _lanes(out).view(np.int32).reshape(-1)
 
     return go
@@ -142,9 +140,10 @@ def triple_steps(flush: int) -> tuple[int, int, int]:
 
 
 def _lanes(a: Array) -> Array:
-    """Bytes of 32 rows in the order in which even and odd bytes come out as rows 0..15 and 16..31."""
-    order = np.empty(LANES, np.int64)
-    order[0::2], order[1::2] = np.arange(16), np.arange(16, 32)
+    """Bytes of the rows of a register in the order in which even and odd bytes come out as its first and second half."""
+    n = a.shape[-1]
+    order = np.empty(n, np.int64)
+    order[0::2], order[1::2] = np.arange(n // 2), np.arange(n // 2, n)
     return np.ascontiguousarray(a[..., order])
 
 
@@ -153,6 +152,11 @@ class _Tables(GemvBuilder):
     """Tables instead of rounded activations; scales, offsets and the epilogue are those of the dot-product kernels."""
 
     template = "lut_gemv"
+
+    @property
+    def bytes(self) -> int:
+        """Rows looked up at once."""
+        return 4 * self.lanes
 
     @property
     def ternary(self) -> bool:
@@ -183,11 +187,11 @@ class _Tables(GemvBuilder):
         name, blocks = p.out.name, self.blocks // 4
         if self.ternary:
             _, steps, signs = triple_steps(self.flush)
-            self.step_words = (steps + signs) * (LANES // 4)
-            fn = pack_triples(self.flush)
+            self.step_words = (steps + signs) * self.lanes
+            fn = pack_triples(self.flush, self.bytes)
         else:
-            self.step_words = self.flush // 8 * p.bits * (LANES // 4)
-            fn = pack_planes(p.bits)
+            self.step_words = self.flush // 8 * p.bits * self.lanes
+            fn = pack_planes(p.bits, self.bytes)
         size = blocks * (p.columns // self.flush) * self.step_words
         self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, fn, self.w))
@@ -206,33 +210,33 @@ class _Tables(GemvBuilder):
     # ------------------------------------------------------------ tables
 
     def activations(self) -> Func:
-        p, b = self.p, Body()
+        p, b, f = self.p, Body(), self.lanes
         m = var("m", lo=0, hi=self.m - 1)
         spans = p.columns // self.flush
         g = var("g", lo=0, hi=spans - 1)
         cols = self.tables * self.width
-        tile = Buffer("tile", f32, (const(-(-max(cols, self.flush) // 8) * 8),), "local")
+        tile = Buffer("tile", f32, (const(-(-max(cols, self.flush) // f) * f),), "local")
         sums = Buffer("entries", f32, (const(self.tables * 16),), "local")
-        lane = var("lane", lo=0, hi=7)
+        lane = var("lane", lo=0, hi=f - 1)
         at = row_point(p.rows, m)
-        jv = var("j", lo=0, hi=self.flush // 8 - 1)
-        x = cast(substitute(p.x, {**at, p.k.var: g * self.flush + jv * 8 + lane}), f32)
-        fill: list[Stmt] = [For(jv, const(0), const(self.flush // 8), "serial", For(lane, const(0), const(8), "vectorize", Store(tile, (jv * 8 + lane,), x)))]
+        jv = var("j", lo=0, hi=self.flush // f - 1)
+        x = cast(substitute(p.x, {**at, p.k.var: g * self.flush + jv * f + lane}), f32)
+        fill: list[Stmt] = [For(jv, const(0), const(self.flush // f), "serial", For(lane, const(0), const(f), "vectorize", Store(tile, (jv * f + lane,), x)))]
         fill += [Store(tile, (const(i),), const(0.0, f32)) for i in range(self.flush, cols)]
-        top, total = Buffer("top", f32.vec(8), (), "local"), Buffer("total", f32.vec(8), (), "local")
+        top, total = Buffer("top", f32.vec(f), (), "local"), Buffer("total", f32.vec(f), (), "local")
         t = var("t", lo=0, hi=self.tables - 1)
         rows = patterns(self.ternary)
-        halves = [[shuffle([const(float(c), f32) for c in rows[h * 8 : h * 8 + 8, i]], range(8)) for i in range(self.width)] for h in (0, 1)]
-        xs = [b.let(bcast(load(tile, [t * self.width + i]), 8), "x") for i in range(self.width)]
-        for h in (0, 1):
+        halves = [[shuffle([const(float(c), f32) for c in rows[h * f : h * f + f, i]], range(f)) for i in range(self.width)] for h in range(16 // f)]
+        xs = [b.let(bcast(load(tile, [t * self.width + i]), f), "x") for i in range(self.width)]
+        for h in range(16 // f):
             e = xs[0] * halves[h][0]
             for i in range(1, self.width):
                 e = e + xs[i] * halves[h][i]
             v = b.let(e, "e")
-            b.put(Store(sums, (ramp(t * 16 + h * 8, 1, 8),), v))
+            b.put(Store(sums, (ramp(t * 16 + h * f, 1, f),), v))
             b.put(Store(top, (), maximum(load(top, ()), unary("abs", v))))
         make = For(t, const(0), const(self.tables), "serial", b.take())
-        add = For(jv, const(0), const(self.flush // 8), "serial", Store(total, (), load(total, ()) + load(tile, [ramp(jv * 8, 1, 8)])))
+        add = For(jv, const(0), const(self.flush // f), "serial", Store(total, (), load(total, ()) + load(tile, [ramp(jv * f, 1, f)])))
         amax = b.let(vreduce("max", load(top, ())), "amax")
         step = b.let(amax * const(1 / 127, f32), "step")
         inv = b.let(select(const(0.0, f32) < amax, const(127.0, f32) / amax, const(0.0, f32)), "inv")
@@ -249,12 +253,12 @@ class _Tables(GemvBuilder):
         t2 = var("t2", lo=0, hi=self.tables - 1)
         scale, body = b.take(), Body()
         parts = []
-        for h in (0, 1):
-            e = load(sums, [ramp(t2 * 16 + h * 8, 1, 8)]) * bcast(inv, 8) + bcast(const(self.middle, f32), 8)
-            parts.append(body.let(cast(cast(unary("round", e), i32.vec(8)), i8.vec(8)), "q"))
+        for h in range(16 // f):
+            e = load(sums, [ramp(t2 * 16 + h * f, 1, f)]) * bcast(inv, f) + bcast(const(self.middle, f32), f)
+            parts.append(body.let(cast(cast(unary("round", e), i32.vec(f)), i8.vec(f)), "q"))
         body.put(Store(self.xb, (ramp((where * self.tables + t2) * 4, 1, 4),), bitcast(shuffle(parts, range(16)), i32.vec(4))))
         write = For(t2, const(0), const(self.tables), "serial", body.take())
-        zero = bcast(const(0.0, f32), 8)
+        zero = bcast(const(0.0, f32), f)
         nest: Stmt = block(*fill, Store(top, (), zero), Store(total, (), zero), make, add, scale, write)
         for buf in (total, top, sums, tile):
             nest = Alloc(buf, nest)
@@ -276,7 +280,7 @@ class _Tables(GemvBuilder):
 
     def tiles(self, first: Expr, m: Expr) -> Stmt:
         p, r = self.p, self.r
-        acc = [[Buffer(f"acc{i}_{c}", f32.vec(8), (), "local") for c in range(4)] for i in range(r)]
+        acc = [[Buffer(f"acc{i}_{c}", f32.vec(self.lanes), (), "local") for c in range(4)] for i in range(r)]
         spans = p.columns // self.flush
         g = var("g", lo=0, hi=spans - 1)
         b = Body()
@@ -284,7 +288,7 @@ class _Tables(GemvBuilder):
         (self.look_up_triples if self.ternary else self.look_up_planes)(b, base, r, m, g, acc, first)
         loop = For(g, const(0), const(spans), "serial", b.take())
         flat = [x for row in acc for x in row]
-        start = [Store(x, (), bcast(const(0.0, f32), 8)) for x in flat]
+        start = [Store(x, (), bcast(const(0.0, f32), self.lanes)) for x in flat]
         body = block(*start, loop, self.epilogue(first * 4, r * 4, m, 1, [[x] for x in flat]))
         for x in reversed(flat):
             body = Alloc(x, body)
@@ -292,17 +296,17 @@ class _Tables(GemvBuilder):
 
     def word(self, b: Body, at: Expr, step: int) -> Expr:
         if step % 2 == 0:  # beside the loads, so that requests do not come in bursts
-            b.put(Call("prefetch", ((self.w, at + (step * 8 + PREFETCH // 4)),)))
-        return b.let(bitcast(load(self.w, [ramp(at + step * 8, 1, 8)]), u8.vec(LANES)), "w")
+            b.put(Call("prefetch", ((self.w, at + (step * self.lanes + PREFETCH // 4)),)))
+        return b.let(bitcast(load(self.w, [ramp(at + step * self.lanes, 1, self.lanes)]), u8.vec(self.bytes)), "w")
 
     def table(self, b: Body, m: Expr, g: Expr, t: int) -> Expr:
         spans = self.p.columns // self.flush
         raw = load(self.xb, [ramp(((m * spans + g) * self.tables + t) * 4, 1, 4)])
-        return b.let(bitcast(shuffle([raw], [0, 1, 2, 3] * 2), u8.vec(LANES)), "t")
+        return b.let(bitcast(shuffle([raw], [0, 1, 2, 3] * (self.lanes // 4)), u8.vec(self.bytes)), "t")
 
     def add(self, b: Body, sums: dict[Any, Expr], key: Any, v: Expr) -> None:
         """Bytes into the two running sums of words."""
-        words = bitcast(v, u16.vec(16))
+        words = bitcast(v, u16.vec(2 * self.lanes))
         for which, x in (("A", words), ("B", words >> 8)):
             old = sums.get((which, key))
             sums[which, key] = b.let(x if old is None else old + x, which)
@@ -316,7 +320,7 @@ class _Tables(GemvBuilder):
                 for plane in range(p.bits):
                     w = self.word(b, base[i], s * p.bits + plane)
                     for h in (0, 1):
-                        which = (w if not h else bitcast(bitcast(w, u16.vec(16)) >> 4, u8.vec(LANES))) & 15
+                        which = (w if not h else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
                         self.add(b, sums, (i, plane), b.let(lookup_bytes(ts[h], which), "v"))
         for i in range(r):
             low = high = None
@@ -340,26 +344,26 @@ class _Tables(GemvBuilder):
                 if t % 2 == 0:
                     sign[-1 - i] = self.word(b, base[i], t // 2 + t // 8 + 1)
                 w = sign[-1 - i]
-                which = (w if t % 2 == 0 else bitcast(bitcast(w, u16.vec(16)) >> 4, u8.vec(LANES))) & 15
-                up = bitcast(sign[i], u16.vec(16))
-                moved = bitcast(bitcast(up << (7 - t % 8), i16.vec(16)) if t % 8 < 7 else up, i8.vec(LANES))
-                mask = cast(compare("lt", moved, bcast(const(0, i8), LANES)), i8.vec(LANES))
-                flip = bitcast(unary("neg", mask), u8.vec(LANES))
+                which = (w if t % 2 == 0 else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
+                up = bitcast(sign[i], u16.vec(2 * self.lanes))
+                moved = bitcast(bitcast(up << (7 - t % 8), i16.vec(2 * self.lanes)) if t % 8 < 7 else up, i8.vec(self.bytes))
+                mask = cast(compare("lt", moved, bcast(const(0, i8), self.bytes)), i8.vec(self.bytes))
+                flip = bitcast(unary("neg", mask), u8.vec(self.bytes))
                 self.add(b, sums, i, b.let(lookup_bytes(table, which) ^ flip, "v"))
         for i in range(r):
             hb = sums["B", i]
             self.flush_rows(b, b.let(sums["A", i] - (hb << 8), "lo"), hb, acc[i], first + i, m, g)
 
     def flush_rows(self, b: Body, low: Expr, high: Expr, acc: list[Buffer], tile: Expr, m: Expr, g: Expr) -> None:
-        """32 rows of an interval: sums of table entries to floats, scaled."""
+        """The rows of a register over an interval: sums of table entries to floats, scaled."""
         p = self.p
         where = m * (p.columns // self.flush) + g
-        step, corr = (b.let(bcast(load(x, [where]), 8), "c") for x in (self.sx, self.corr))
-        total = b.let(bcast(load(self.sums, [where]), 8), "xs") if self.zero is not None or self.off is not None else None
+        step, corr = (b.let(bcast(load(x, [where]), self.lanes), "c") for x in (self.sx, self.corr))
+        total = b.let(bcast(load(self.sums, [where]), self.lanes), "xs") if self.zero is not None or self.off is not None else None
         for c in range(4):
             half = low if c < 2 else high
-            part = shuffle([half], range(c % 2 * 8, c % 2 * 8 + 8))
-            v = cast(cast(part, i32.vec(8)), f32.vec(8)) * step + corr
+            part = shuffle([half], range(c % 2 * self.lanes, (c % 2 + 1) * self.lanes))
+            v = cast(cast(part, i32.vec(self.lanes)), f32.vec(self.lanes)) * step + corr
             s, z, o = self.group_values(b, tile * 4 + c, g * self.flush)
             if z is not None:
                 assert total is not None

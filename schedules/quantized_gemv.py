@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import DType, f16, f32, i8, i16, i32, u8
+from luthier.ir.dtypes import DType, f16, f32, i8, i16, i32, u8, u32
 from luthier.ir.expr import (
     Expr,
     bcast,
@@ -39,8 +39,8 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.intrin.byte_vectors import FEATURE, madd_bytes, madd_words, sign_bytes
-from luthier.schedules.lowbit import ROWS, TILE, LowbitPacking, LowbitProduct, dim_of, group_stream, match, row_point
+from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, madd_bytes, madd_words, sign_bytes
+from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, dim_of, group_stream, match, row_point
 from luthier.schedules.lowbit_layout import fields, pack_words, pieces
 from luthier.schedules.make_func import make_func
 from luthier.schedules.schedule import Schedule
@@ -51,15 +51,17 @@ PREFETCH = 4096  # bytes ahead in every stream
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, rows: int | None = None) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: row blocks at once; ``rows``: activation rows at once."""
-    if caps.gpu or caps.vector_bits != 256 or FEATURE not in caps.features:
+    if caps.gpu or FEATURE not in caps.features or "pmaddwd" not in caps.features:
         return None
     p = match(s.compute, constants)
-    if p is None or p.columns % UNIT or p.outputs < ROWS or p.bits not in (1, 2, 3, 4, 5, 6, 8) or p.group % 16:
+    if p is None or p.columns % UNIT or p.outputs < 8 or p.bits not in (1, 2, 3, 4, 5, 6, 8) or p.group % 16:
         return None
     flush = gcd(gcd(p.group, p.act) if p.act else p.group, 64)
     if flush % 16 or (p.act and (p.act % UNIT or p.act > 256)) or (p.offset is not None and _base(p)):
         return None
     if p.act and isinstance(p.zero_const, float):
+        return None
+    if p.act and p.bits == 8 and caps.vector_bits not in SPELLING["bytes.sign"]["llvm"]:
         return None
     return GemvBuilder(s, p, caps, constants, flush, streams, rows).kernels()
 
@@ -104,6 +106,11 @@ class GemvBuilder:
     rows: int | None
     template = "quantized_gemv"
 
+    @property
+    def lanes(self) -> int:
+        """Rows of the weights in a register of 32-bit lanes."""
+        return self.caps.vector_bits // 32
+
     def kernels(self) -> Any:
         from luthier.schedules.select import Kernels, build_kernel
 
@@ -126,8 +133,8 @@ class GemvBuilder:
         cols, b = p.columns, p.bits
         base = _base(p)
         self.prepare_groups(base)
-        self.w = Buffer(f"{p.out.name}.words", i32, (const(self.blocks * (cols // UNIT) * b * ROWS),), "param", False)
-        words = pack_words(b)
+        self.w = Buffer(f"{p.out.name}.words", i32, (const(self.blocks * (cols // UNIT) * b * self.lanes),), "param", False)
+        words = pack_words(b, self.lanes)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, lambda u: words(u.astype(np.int16) - base), self.w))
         r = self.streams or 1
         while self.blocks % r:
@@ -144,7 +151,7 @@ class GemvBuilder:
     def prepare_groups(self, base: int) -> None:
         """Row blocks, and the streams of scales, zero points (less ``base``) and offsets."""
         p = self.p
-        self.blocks = -(-p.outputs // TILE) * TILE // ROWS
+        self.blocks = -(-p.outputs // (4 * self.lanes)) * 4
         self.m = dim_of(p.rows)
         self.groups = p.columns // p.group
         self.off = self.zero = None
@@ -160,10 +167,10 @@ class GemvBuilder:
 
     def stream(self, suffix: str, e: Expr, dtype: DType, base: int) -> Buffer:
         """One value for eight rows of every group, packed in the order in which kernels read it."""
-        buf = Buffer(f"{self.p.out.name}.{suffix}", dtype, (const(self.blocks * self.groups * ROWS),), "param", False)
+        buf = Buffer(f"{self.p.out.name}.{suffix}", dtype, (const(self.blocks * self.groups * self.lanes),), "param", False)
 
         def fn(a: Any) -> Any:
-            return group_stream((a.astype(np.float64) - base if base else a).astype(dtype.numpy))
+            return group_stream((a.astype(np.float64) - base if base else a).astype(dtype.numpy), self.lanes)
 
         self.packs.append(LowbitPacking(self.source(e), e, self.p.n, self.p.k, self.p.group, fn, buf))
         return buf
@@ -187,16 +194,16 @@ class GemvBuilder:
         """Rounds (or re-arranges) the activations once: bytes, scale of a group, sum of a flush interval."""
         p, b = self.p, Body()
         m = var("m", lo=0, hi=self.m - 1)
-        step = p.act or UNIT
+        step, w = p.act or UNIT, self.lanes
         g = var("g", lo=0, hi=p.columns // step - 1)
         tile = Buffer("tile", f32, (const(step),), "local")
-        lane = var("lane", lo=0, hi=ROWS - 1)
+        lane = var("lane", lo=0, hi=self.lanes - 1)
         at = row_point(p.rows, m)
         fill: list[Stmt] = []
-        for j in range(step // 8):
-            e = substitute(p.x, {**at, p.k.var: g * step + j * 8 + lane})
-            fill.append(For(lane, const(0), const(8), "vectorize", Store(tile, (j * 8 + lane,), cast(e, f32))))
-        v = [b.let(load(tile, [ramp(const(j * 8), 1, 8)]), "x") for j in range(step // 8)]
+        for j in range(step // w):
+            e = substitute(p.x, {**at, p.k.var: g * step + j * w + lane})
+            fill.append(For(lane, const(0), const(w), "vectorize", Store(tile, (j * w + lane,), cast(e, f32))))
+        v = [b.let(load(tile, [ramp(const(j * w), 1, w)]), "x") for j in range(step // w)]
         if p.act:
             self.round_group(b, v, m, g)
         else:
@@ -207,21 +214,23 @@ class GemvBuilder:
         return make_func(f"{self.s.compute.name}.act", For(m, const(0), self.m, kind, nest), self.s.compute.dims)
 
     def round_group(self, b: Body, v: list[Expr], m: Expr, g: Expr) -> None:
-        p = self.p
+        p, w = self.p, self.lanes
         top = [unary("abs", x) for x in v]
         while len(top) > 1:
             top = [maximum(top[i], top[i + 1]) if i + 1 < len(top) else top[i] for i in range(0, len(top), 2)]
         amax = b.let(vreduce("max", top[0]), "amax")
         inv = b.let(select(const(0.0, f32) < amax, const(127.0, f32) / amax, const(0.0, f32)), "inv")
         b.put(Store(self.sx, (m * (p.columns // p.act) + g,), amax * const(1 / 127 / (1 << self.shift), f32)))
-        q = [b.let(cast(unary("round", x * bcast(inv, 8)), i32.vec(8)), "q") for x in v]
+        q = [b.let(cast(unary("round", x * bcast(inv, w)), i32.vec(w)), "q") for x in v]
         base = m * (p.columns // 4) + g * (p.act // 4)
         for j in range(0, len(q), 4):
-            whole = shuffle([cast(x, i8.vec(8)) for x in q[j : j + 4]], range(32))
-            b.put(Store(self.xb, (ramp(base + j * 2, 1, 8),), bitcast(whole, i32.vec(8))))
+            some = q[j : j + 4]
+            n = len(some) * w // 4
+            whole = shuffle([cast(x, i8.vec(w)) for x in some], range(4 * n))
+            b.put(Store(self.xb, (ramp(base + j * w // 4, 1, n),), bitcast(whole, i32.vec(n))))
         if not self.summed:
             return
-        n = self.flush // 8
+        n = self.flush // w
         for f in range(p.act // self.flush):
             part = q[f * n]
             for x in q[f * n + 1 : (f + 1) * n]:
@@ -240,14 +249,14 @@ class GemvBuilder:
         p = self.p
         base = m * self.xper + g * (len(pieces(p.bits)) * 4)
         for i, c in enumerate(pieces(p.bits)):
-            lo = c.quad % 2 * 4
-            quad = shuffle([v[c.quad // 2]], range(lo, lo + 4))
+            lo = c.quad * 4 % self.lanes
+            quad = shuffle([v[c.quad * 4 // self.lanes]], range(lo, lo + 4))
             factor = [2.0 ** (c.low - _position(c.shift, j, c.count)) for j in range(4)]
             up = shuffle([const(f, f32) for f in factor], range(4))
             b.put(Store(self.xb, (ramp(base + i * 4, 1, 4),), quad * up))
         if self.summed:
             for f in range(UNIT // min(self.flush, UNIT)):
-                n = min(self.flush, UNIT) // 8
+                n = min(self.flush, UNIT) // self.lanes
                 part = v[f * n]
                 for x in v[f * n + 1 : (f + 1) * n]:
                     part = part + x
@@ -296,20 +305,20 @@ class GemvBuilder:
 
     def blocks_of(self, first: Expr, r: int, m0: Expr, rows: int) -> Stmt:
         p = self.p
-        acc = [[Buffer(f"acc{i}_{j}", f32.vec(ROWS), (), "local") for j in range(rows)] for i in range(r)]
+        acc = [[Buffer(f"acc{i}_{j}", f32.vec(self.lanes), (), "local") for j in range(rows)] for i in range(r)]
         span = max(self.flush, UNIT)
         g = var("g", lo=0, hi=p.columns // span - 1)
         b = Body()
         for i in range(r):
             for u in range(span // UNIT):
-                at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * ROWS)
+                at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * self.lanes)
                 for w in range(0, p.bits, 2):
-                    b.put(Call("prefetch", ((self.w, at + (w * ROWS + PREFETCH // 4)),)))
+                    b.put(Call("prefetch", ((self.w, at + (w * self.lanes + PREFETCH // 4)),)))
         emit = self.integer_span if p.act else self.exact_span
         emit(b, first, r, m0, rows, g, span, acc)
         loop = For(g, const(0), const(p.columns // span), "serial", b.take())
         flat = [x for row in acc for x in row]
-        start = [Store(x, (), bcast(const(0.0, f32), ROWS)) for x in flat]
+        start = [Store(x, (), bcast(const(0.0, f32), self.lanes)) for x in flat]
         body = block(*start, loop, self.epilogue(first, r, m0, rows, acc))
         for x in reversed(flat):
             body = Alloc(x, body)
@@ -317,8 +326,8 @@ class GemvBuilder:
 
     def words_of(self, b: Body, first: Expr, i: int, g: Expr, span: int, u: int, w: int) -> Expr:
         p = self.p
-        at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * ROWS) + w * ROWS
-        return b.let(load(self.w, [ramp(at, 1, ROWS)]), "w")
+        at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * self.lanes) + w * self.lanes
+        return b.let(load(self.w, [ramp(at, 1, self.lanes)]), "w")
 
     def integer_span(self, b: Body, first: Expr, r: int, m0: Expr, rows: int, g: Expr, span: int, acc: list[list[Buffer]]) -> None:
         """Byte products over ``span`` columns; a flush interval ends in floats."""
@@ -332,21 +341,21 @@ class GemvBuilder:
             words: list[list[Expr]] = [[] for _ in range(r)]
             for w in range(p.bits):
                 for i in range(r):
-                    words[i].append(bitcast(self.words_of(b, first, i, g, span, u, w), u8.vec(4 * ROWS)))
+                    words[i].append(bitcast(self.words_of(b, first, i, g, span, u, w), u8.vec(4 * self.lanes)))
                 for f in [f for f in order if f.last == w] if p.bits < 8 else [w]:
                     quad = f if isinstance(f, int) else f.quad
                     if isinstance(f, int):
-                        vs = [b.let(bitcast(x[w], i8.vec(4 * ROWS)), "v") for x in words]
-                        mags = [b.let(bitcast(unary("abs", x), u8.vec(4 * ROWS)), "v") for x in vs]
+                        vs = [b.let(bitcast(x[w], i8.vec(4 * self.lanes)), "v") for x in words]
+                        mags = [b.let(bitcast(unary("abs", x), u8.vec(4 * self.lanes)), "v") for x in vs]
                     else:
                         vs = [b.let(f.fn(x), "v") for x in words]
                     for j in range(rows):
                         at = (m0 + j) * (p.columns // 4) + g * (span // 4) + u * 8 + quad
-                        x = b.let(bitcast(bcast(load(self.xb, [at]), ROWS), i8.vec(4 * ROWS)), "x")
+                        x = b.let(bitcast(bcast(load(self.xb, [at]), self.lanes), i8.vec(4 * self.lanes)), "x")
                         for i in range(r):
                             sub = (u * UNIT + quad * 4) // self.flush
                             if isinstance(f, int):
-                                t = madd_words(madd_bytes(mags[i], sign_bytes(x, vs[i])), bcast(const(1, i16), 2 * ROWS))
+                                t = madd_words(madd_bytes(mags[i], sign_bytes(x, vs[i])), bcast(const(1, i16), 2 * self.lanes))
                                 old = wide.get((i, j, sub))
                                 wide[i, j, sub] = b.let(t if old is None else old + t, "d")
                             else:
@@ -367,7 +376,7 @@ class GemvBuilder:
 
     def widen(self, b: Body, pools: dict[Any, tuple[Expr, int]], wide: dict[Any, Expr], key: tuple[int, int, int], scale: int) -> None:
         v, _ = pools.pop((*key, scale))
-        t = madd_words(v, bcast(const(1 << (self.shift - scale), i16), 2 * ROWS))
+        t = madd_words(v, bcast(const(1 << (self.shift - scale), i16), 2 * self.lanes))
         wide[key] = b.let(wide[key] + t if key in wide else t, "d")
 
     def finish(self, b: Body, pools: dict[Any, tuple[Expr, int]], wide: dict[Any, Expr], sub: int, first: Expr, r: int, m0: Expr, rows: int, g: Expr, span: int, acc: list[list[Buffer]]) -> None:
@@ -380,16 +389,16 @@ class GemvBuilder:
                 for scale in sorted({k[3] for k in pools if k[:3] == key}):
                     self.widen(b, pools, wide, key, scale)
                 dot = wide.pop(key)
-                sx = b.let(bcast(load(self.sx, [(m0 + j) * (p.columns // p.act) + col // p.act]), ROWS), "sx")
+                sx = b.let(bcast(load(self.sx, [(m0 + j) * (p.columns // p.act) + col // p.act]), self.lanes), "sx")
                 where = (m0 + j) * (p.columns // self.flush) + g * (span // self.flush) + sub
-                total = None if self.zc == 0 else b.let(bcast(load(self.sums, [where]), ROWS), "xs")
+                total = None if self.zc == 0 else b.let(bcast(load(self.sums, [where]), self.lanes), "xs")
                 if self.zc is not None:
-                    t = cast(dot if total is None else dot - total, f32.vec(ROWS))
+                    t = cast(dot if total is None else dot - total, f32.vec(self.lanes))
                 elif z is not None:
                     assert total is not None
-                    t = cast(dot, f32.vec(ROWS)) - z * total
+                    t = cast(dot, f32.vec(self.lanes)) - z * total
                 else:
-                    t = cast(dot, f32.vec(ROWS))
+                    t = cast(dot, f32.vec(self.lanes))
                 v = load(acc[i][j], ()) + t * (s * sx)
                 if o is not None:
                     assert total is not None
@@ -399,7 +408,7 @@ class GemvBuilder:
     def group_values(self, b: Body, blk: Expr, col: Expr) -> tuple[Expr, Expr | None, Expr | None]:
         """(scale, zero point, offset) of eight rows at a column, in f32."""
         p = self.p
-        at = ramp((blk * self.groups + col // p.group) * ROWS, 1, ROWS)
+        at = ramp((blk * self.groups + col // p.group) * self.lanes, 1, self.lanes)
 
         def get(buf: Buffer | None) -> Expr | None:
             return None if buf is None else b.let(cast(load(buf, [at]), f32), "s")
@@ -412,12 +421,12 @@ class GemvBuilder:
         p = self.p
         lay = pieces(p.bits)
         sums: dict[tuple[int, int, int, int], Expr] = {}
-        lane = f32.vec(ROWS)
+        lane = f32.vec(self.lanes)
         for u in range(span // UNIT):
             for w in range(p.bits):
                 words = [self.words_of(b, first, i, g, span, u, w) for i in range(r)]
                 if p.bits == 8:
-                    words = [b.let(x ^ bcast(const(-2139062144, i32), ROWS), "w") for x in words]
+                    words = [b.let(x ^ bcast(const(-2139062144, i32), self.lanes), "w") for x in words]
                 for n, c in enumerate(lay):
                     if c.word != w:
                         continue
@@ -425,10 +434,10 @@ class GemvBuilder:
                     for k in range(4):
                         low = 8 * k + c.shift
                         top = low + c.count == 32
-                        fs = [b.let(cast((bitcast(bitcast(x, _U32) >> low, i32.vec(ROWS)) if top else x & bcast(const(((1 << c.count) - 1) << low, i32), ROWS)), lane), "f") for x in words]
+                        fs = [b.let(cast((bitcast(bitcast(x, u32.vec(self.lanes)) >> low, i32.vec(self.lanes)) if top else x & bcast(const(((1 << c.count) - 1) << low, i32), self.lanes)), lane), "f") for x in words]
                         for j in range(rows):
                             at = (m0 + j) * self.xper + (g * (span // UNIT) + u) * (len(lay) * 4) + n * 4 + k
-                            x = b.let(bcast(load(self.xb, [at]), ROWS), "x")
+                            x = b.let(bcast(load(self.xb, [at]), self.lanes), "x")
                             for i in range(r):
                                 key = (i, j, sub, k % 2)
                                 sums[key] = b.let(sums[key] + fs[i] * x if key in sums else fs[i] * x, "a")
@@ -443,15 +452,15 @@ class GemvBuilder:
                     v = load(acc[i][j], ())
                     if self.zc is not None:
                         zc = self.zc + bias
-                        t = dot if zc == 0 else dot - bcast(load(self.sums, [where]) * const(float(zc), f32), ROWS)
+                        t = dot if zc == 0 else dot - bcast(load(self.sums, [where]) * const(float(zc), f32), self.lanes)
                         v = v + t * s
                     else:
-                        total = b.let(bcast(load(self.sums, [where]), ROWS), "xs")
+                        total = b.let(bcast(load(self.sums, [where]), self.lanes), "xs")
                         if z is not None:
-                            v = v + (dot - (z + bcast(const(float(bias), f32), ROWS)) * total) * s
+                            v = v + (dot - (z + bcast(const(float(bias), f32), self.lanes)) * total) * s
                         else:
                             assert o is not None
-                            v = v + (dot if not bias else dot - bcast(const(float(bias), f32), ROWS) * total) * s + o * total
+                            v = v + (dot if not bias else dot - bcast(const(float(bias), f32), self.lanes) * total) * s + o * total
                     b.put(Store(acc[i][j], (), v))
 
     # ------------------------------------------------------------ results
@@ -459,33 +468,32 @@ class GemvBuilder:
     def epilogue(self, first: Expr, r: int, m0: Expr, rows: int, acc: list[list[Buffer]]) -> Stmt:
         """The elementwise rest of the Compute on ``rows`` times ``r * 8`` results, in lanes."""
         p = self.p
-        tile = Buffer("result", f32, (const(rows * r * ROWS),), "local")
+        tile = Buffer("result", f32, (const(rows * r * self.lanes),), "local")
         out = replace(p.out.buf, scope="param")
-        lane = var("lane", lo=0, hi=ROWS - 1)
+        lane = var("lane", lo=0, hi=self.lanes - 1)
         parts: list[Stmt] = []
         for i in range(r):
             for j in range(rows):
-                parts.append(Store(tile, (ramp(const((j * r + i) * ROWS), 1, ROWS),), load(acc[i][j], ())))
+                parts.append(Store(tile, (ramp(const((j * r + i) * self.lanes), 1, self.lanes),), load(acc[i][j], ())))
         for j in range(rows):
             for i in range(r):
-                n = (first + i) * ROWS + lane
+                n = (first + i) * self.lanes + lane
                 if p.out is p.acc:
                     at = [*[row_point(p.rows, m0 + j)[a.var] for a in p.rows], n]
-                    value: Expr = load(tile, [(j * r + i) * ROWS + lane])
+                    value: Expr = load(tile, [(j * r + i) * self.lanes + lane])
                 else:
                     env = {**row_point(p.out.axes[:-1], m0 + j), p.out.axes[-1].var: n}
                     at = [env[a.var] for a in p.out.axes]
-                    value = substitute(rewrite(p.out.expr, _reader(p.acc.name, tile, (j * r + i) * ROWS, p.out.axes[-1].var)), env)
+                    value = substitute(rewrite(p.out.expr, _reader(p.acc.name, tile, (j * r + i) * self.lanes, p.out.axes[-1].var)), env)
                     value = substitute(value, {_LANE: lane})
                 s: Stmt = Store(out, tuple(at), value)
-                if p.outputs % TILE:
+                if p.outputs % (4 * self.lanes):
                     s = If(n < p.outputs, s)
-                parts.append(For(lane, const(0), const(ROWS), "vectorize", s))
+                parts.append(For(lane, const(0), const(self.lanes), "vectorize", s))
         return Alloc(tile, block(*parts))
 
 
-_LANE = var("result.lane", lo=0, hi=ROWS - 1)
-_U32 = DType("u", 32, ROWS)
+_LANE = var("result.lane", lo=0, hi=63)
 
 
 def _reader(acc: str, tile: Buffer, base: int, n: Expr) -> Callable[[Expr], Expr | None]:

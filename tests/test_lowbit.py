@@ -24,7 +24,7 @@ from luthier.schedules.lowbit_layout import pack_words, pieces
 from luthier.schedules.lut_gemv import pack_triples, patterns, triple_steps
 
 Array = np.ndarray[Any, Any]
-BYTES = FEATURE in parse_target("cpu").caps.features and parse_target("cpu").caps.vector_bits == 256
+BYTES = {FEATURE, "pmaddwd"} <= parse_target("cpu").caps.features
 ROUNDED, EXACT = 5e-4, 1e-10  # NMSE that the templates state
 
 
@@ -72,6 +72,19 @@ def test_every_width(bits: int, act: int) -> None:
     x = rng.standard_normal((1, 192)).astype(np.float32)
     (y,) = compile_graph(graph, threads=1)(x)
     assert nmse(y, x.astype(np.float64) @ w.T) < (ROUNDED if act else EXACT)
+
+
+@pytest.mark.parametrize("target", ["cpu:x86-64-v2", "cpu:x86-64-v4"])
+@pytest.mark.parametrize(("bits", "act"), [(0, 32), (1, 32), (2, 32), (3, 32), (4, 32), (8, 32), (4, 0), (8, 0)])
+def test_other_vector_widths(target: str, bits: int, act: int) -> None:
+    rng = np.random.default_rng(bits)
+    graph, w = product(72, 192, 64, bits, act, 3, rng)
+    module = compile_graph(graph, target, threads=1)
+    assert templates(module).count("groupedmatmul") >= 2
+    if parse_target(target).missing_here():
+        return  # compiled, cannot run here
+    x = rng.standard_normal((3, 192)).astype(np.float32)
+    assert nmse(module(x)[0], x.astype(np.float64) @ w.T) < (ROUNDED if act else EXACT)
 
 
 @pytest.mark.parametrize("form", ["symmetric", "zeros", "offsets"])
@@ -143,7 +156,7 @@ def test_matmul_nbits_beside_onnxruntime(bits: int, block: int, level: int) -> N
     assert nmse(ours, exact) < (ROUNDED if level == 4 else EXACT)
 
 
-@pytest.mark.skipif(not BYTES, reason="the templates need 256-bit byte instructions")
+@pytest.mark.skipif(not BYTES, reason="the templates need byte instructions")
 def test_the_templates_take_them() -> None:
     rng = np.random.default_rng(0)
     for bits, want in ((4, "_act"), (1, "_tables"), (0, "_tables"), (3, "_act")):
@@ -155,7 +168,7 @@ def test_words_hold_every_bit_once() -> None:
     rng = np.random.default_rng(0)
     for bits in (1, 2, 3, 4, 5, 6, 8):
         u = rng.integers(0, 1 << bits, (32, 64)).astype(np.uint8)
-        words = pack_words(bits)(u).view(np.uint8).reshape(4, 2, bits, 8, 4)
+        words = pack_words(bits, 8)(u).view(np.uint8).reshape(4, 2, bits, 8, 4)
         back = np.zeros((4, 2, 8, 8, 4), np.uint8)
         for c in pieces(bits):
             back[:, :, c.quad] |= ((words[:, :, c.word] >> c.shift) & ((1 << c.count) - 1)) << c.low
@@ -166,7 +179,7 @@ def test_ternary_triples_hold_every_value() -> None:
     rng = np.random.default_rng(0)
     u = rng.integers(0, 3, (32, 64)).astype(np.uint8)
     n, steps, signs = triple_steps(64)
-    raw = pack_triples(64)(u).view(np.uint8).reshape(steps + signs, 32)
+    raw = pack_triples(64, 32)(u).view(np.uint8).reshape(steps + signs, 32)
     order = np.empty(32, int)
     order[0::2], order[1::2] = np.arange(16), np.arange(16, 32)
     table = patterns(True)
