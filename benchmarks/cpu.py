@@ -256,9 +256,9 @@ def main() -> int:
     if args.profile:
         for threads in (int(t) for t in args.threads.split(",")):
             for model in models:
-                report = profile(model, threads)
-                console.print(roofline_table(report, 40))
-                console.print(roofline_summary(report), highlight=False)
+                kernels = profile(model, threads)
+                console.print(roofline_table(kernels, 40))
+                console.print(roofline_summary(kernels), highlight=False)
         return 0
     if args.report:
         saved = merged([args.report])
