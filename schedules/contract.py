@@ -90,7 +90,7 @@ def product(
     s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
     for n, x in s.stages.items():
         if n.endswith(".pad") and x.at is None:
-            s = pointwise(s, n, caps)
+            s = pointwise(_flat_rows(s, n), n, caps)
     return s
 
 
@@ -279,6 +279,28 @@ def _extremes(st: Stage, i: Expr) -> tuple[int, Expr] | None:
     if low is None or any(c < 0 or (m and (len(m) != 1 or m[0] not in last)) for m, c in linear(i).items() if m):
         return None
     return low, substitute(i, last)
+
+
+def _flat_rows(s: Schedule, name: str) -> Schedule:
+    """A padded copy whose innermost axis (channels) is not padded walks it together with the axis around it, so that few channels fill
+    lanes as well. Before ``t[h, w < W, c < C] = x[h - 1, w - 1, c]``, after ``t[h, f < W * C] = x[h - 1, f - C]``."""
+    st = s.stages[name]
+    if st.expr.op != "load" or len(st.axes) < 2:
+        return s
+    src, idx, mask, other = load_parts(st.expr)
+    *lead, w, c = st.axes
+    by = idx[-2] - w.var
+    if mask is None or idx[-1] is not c.var or c.extent is not src.shape[-1] or by.op != "const" or any({w.var, c.var} & free_vars(i) for i in idx[:-2]):
+        return s
+    f = axis(f"{w.name}{c.name}", w.extent * c.extent)
+    wide = replace(src, shape=(*src.shape[:-2], src.shape[-2] * src.shape[-1]))
+    at = (*idx[:-2], f.var + by * c.extent)
+    inside = const(0).eq(0)
+    for i, n in zip(at, wide.shape, strict=True):
+        inside = inside & (const(0) <= i) & (i < n)
+    ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != name}
+    buf = replace(st.buf, shape=(*st.buf.shape[:-2], f.extent))
+    return replace(s, stages={**s.stages, name: _pull_stage(Pull(buf, (*lead, f), load(wide, at, inside, other)), ext)}, ext=ext, trace=(*s.trace, ("rows", name)))
 
 
 def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:

@@ -17,7 +17,8 @@ Error, relative to the largest output of a layer, normal data with 256 channels,
 (with the usual points 0, +-1, +-2: 6.4e-6); the direct sum has 2.5e-7. ``LUTHIER_WINOGRAD=0`` keeps the direct sum, ``2``
 allows only m = 2. A model whose values leave +-1e35 may overflow in the transforms where the direct sum does not.
 
-Which form: the one with the least estimated cycles (:func:`cycles`), for static shapes on targets with vectors.
+Which form: the one with the least estimated cycles (:func:`cycles`), for static heights and widths (the batch may be known at run time
+only and counts as 1) on targets with vectors.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
     if conv is None:
         return None
     lanes = caps.lanes(32)
-    n, h, w = (1 if a is None else a.extent.attr for a in (conv.batch, conv.h, conv.wd))
+    n = conv.batch.extent.attr if conv.batch is not None and conv.batch.extent.op == "const" else 1
+    h, w = conv.h.extent.attr, conv.wd.extent.attr
     k = conv.k.extent.attr
     if lanes < 4 or conv.c % lanes or k % lanes:
         return None
@@ -147,7 +149,7 @@ def cycles(m: int, block: int, n: int, h: int, w: int, c: int, k: int, lanes: in
 def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     """The convolution of a Compute with nothing but elementwise work behind it."""
     lets = [x for x in c.lets if isinstance(x, Pull)]
-    if len(lets) != len(c.lets) or len(c.outs) != 1 or lets[-1].name != c.outs[0] or c.dims:
+    if len(lets) != len(c.lets) or len(c.outs) != 1 or lets[-1].name != c.outs[0]:
         return None
     reds = [x for x in lets if x.expr.op == "reduce"]
     if len(reds) != 1 or len(reds[0].axes) not in (3, 4):
@@ -167,9 +169,11 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     *lead, h, wd, k = acc.axes
     if any(i not in red for i in wi[:3]) or len(set(wi[:3])) != 3 or wi[3] is not k.var or xi[3] is not wi[2]:
         return None
-    if any(not is_const(s, 3) for s in w.shape[:2]) or any(s.op != "const" for s in (*w.shape, *x.shape)):
+    if any(not is_const(s, 3) for s in w.shape[:2]) or any(s.op != "const" for s in (*w.shape, *x.shape[1:])):
         return None
     if any(not is_const(red[i].extent, s.attr) for i, s in zip(wi[:3], w.shape[:3], strict=True)):
+        return None
+    if any(a.extent.op != "const" for a in (h, wd, k)):
         return None
     batch = lead[0] if lead else None
     if not (xi[0] is batch.var if batch is not None else xi[0].op == "const" and is_const(x.shape[0], 1)):
@@ -202,7 +206,7 @@ def _rewrite(c: Compute, conv: Conv, m: int) -> Compute:
     n = m + 2
     a_mat, _, b_mat = matrices(m)
     ny, nx = -(-conv.h.extent.attr // m), -(-conv.wd.extent.attr // m)
-    tiles = (1 if conv.batch is None else conv.batch.extent.attr) * ny * nx
+    tiles = (const(1) if conv.batch is None else conv.batch.extent) * (ny * nx)
     a, b, j, i, f = axis("a", n), axis("b", n), axis("j", n), axis("i", m), axis("f", n * n)
     r, ch, k = axis("r", tiles), axis("c", conv.c), axis("k", conv.k.extent)
     top, left = r.var // nx % ny * m - conv.lo[0], r.var % nx * m + j.var - conv.lo[1]

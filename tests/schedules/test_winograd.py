@@ -105,3 +105,14 @@ def test_no_winograd_on_targets_without_vectors() -> None:
     assert parse_target("cpu").caps.lanes(32) >= 4
     c, arrays, _ = cases.conv(16, 16, 16, 3, 1, 1, np.random.default_rng(0))
     assert winograd.apply(schedule(c), Capabilities(gpu=True), {"W": arrays["W"]}, tile=4) is None
+
+
+@pytest.mark.parametrize(("shape", "kernels"), [((1, 64, 14, 14, 32), 3), ((1, 32, 90, 120, 32), 1)], ids=str)
+def test_a_batch_known_at_run_time(shape: tuple[int, ...], kernels: int, rng: np.random.Generator) -> None:
+    for n in (1, 3):
+        proto, feeds, ref = model(n, *shape[1:], (1, 1, 1, 1), rng)
+        for v in (*proto.graph.input, *proto.graph.output):
+            v.type.tensor_type.shape.dim[0].dim_param = "N"
+        m = luthier.compile(proto, threads=2)
+        assert sum(q.startswith("conv") for q in m.manifest["kernels"]) == kernels
+        assert np.abs(m.run(feeds)["y"] - ref).max() / np.abs(ref).max() < 5e-6
