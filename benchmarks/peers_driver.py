@@ -219,13 +219,6 @@ class Peer:
         with np.load(path) as file:
             return [file[str(i)] for i in range(len(file.files))]
 
-    def profile(self) -> list[dict[str, Any]]:
-        """The runtime's own rows of time by kernel. Raises PeerError when it has none."""
-        self.process.send_signal(signal.SIGCONT)
-        rows = list(self._ask({"cmd": "profile"})["rows"])
-        self.stop()
-        return rows
-
     def close(self) -> None:
         """Ends the process."""
         if self.process.poll() is None:

@@ -30,7 +30,7 @@ def load(job: Job) -> Bind:
             out = {name: np.empty_like(array) for name, array in module.run(inputs).items()}
             calls.append(lambda inputs=inputs, out=out: module.run(inputs, out=out))
         version = str(getattr(luthier, "__version__", "?"))
-        return Loaded(version, calls, lambda: list(calls[0]().values()), lambda: list(module.profile(sets[0])))
+        return Loaded(version, calls, lambda: list(calls[0]().values()))
 
     return bind
 

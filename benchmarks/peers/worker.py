@@ -4,7 +4,6 @@
         -> {"ok": true, "load_s", "version", "rss_mb", "kept_s"}
     {"cmd": "run", "count", "warm"} -> {"ok": true, "ms": [one per call]}
     {"cmd": "outputs", "path"}      -> {"ok": true}     writes the outputs for the first set of inputs
-    {"cmd": "profile"}              -> {"ok": true, "rows": [...]}
     {"cmd": "quit"}
 A failure answers {"ok": false, "error"}. Whatever a runtime prints goes to standard error. Times are of the call
 alone: inputs and outputs are bound beforehand, and each call takes the next of several sets of inputs.
@@ -50,7 +49,6 @@ class Loaded:
     version: str
     calls: list[Callable[[], Any]]
     outputs: Callable[[], list[NDArray[Any]]]
-    profile: Callable[[], list[dict[str, Any]]] | None = None
     kept_s: float = 0.0  # what an earlier run spent on a result that this one took from the cache
 
 
@@ -114,10 +112,6 @@ def serve(load: Callable[[Job], Bind]) -> None:
                 arrays = {str(i): np.asarray(a) for i, a in enumerate(loaded.outputs())}
                 np.savez(request["path"], **arrays)  # type: ignore[arg-type]
                 answer = {}
-            elif request["cmd"] == "profile":
-                if loaded.profile is None:
-                    raise RuntimeError("this runtime has no profile here")
-                answer = {"rows": loaded.profile()}
             else:
                 raise RuntimeError(f"no command {request['cmd']!r}")
             channel.write(json.dumps({"ok": True, **answer}) + "\n")
