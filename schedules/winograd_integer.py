@@ -72,12 +72,25 @@ class IntegerWinogradPacking:
     def apply(self, w: Array) -> Array:
         """i16 [(m + 2)^2, ...] of i8 or u8 taps."""
         p = self.panels.apply(w.reshape(9, *w.shape[2:]))
-        g = FORMS[self.m].g.astype(np.float32)
-        both, flat = np.kron(g, g), p.reshape(9, -1)
-        out = np.empty((len(both), flat.shape[1]), np.int16)
-        for k in range(0, flat.shape[1], 8192):  # pieces that stay in cache; whole numbers below 2**24 are exact in f32
-            out[:, k : k + 8192] = both @ flat[:, k : k + 8192].astype(np.float32)
+        g, flat = FORMS[self.m].g, p.reshape(9, -1)
+        n = len(g)
+        out = np.empty((n * n, flat.shape[1]), np.int16)
+        for k in range(0, flat.shape[1], 16384):  # pieces that stay in cache; everything fits 16 bits (see _fits)
+            x = flat[:, k : k + 16384].astype(np.int16)
+            half = [_times(g, x[j::3]) for j in range(3)]  # half[j][a] = sum_i g[a, i] x[i, j]
+            for a in range(n):
+                for b, y in enumerate(_times(g, [half[j][a] for j in range(3)])):
+                    out[a * n + b, k : k + 16384] = y
         return out.reshape(-1, *p.shape[1:])
+
+
+def _times(g: Array, xs: Any) -> list[Array]:
+    """``g @ xs`` for a matrix of small whole numbers and i16 rows."""
+    out = []
+    for row in g:
+        terms = [x if q == 1 else x * np.int16(q) for q, x in zip(row, xs, strict=True) if q]
+        out.append(sum(terms[1:], terms[0]))
+    return out
 
 
 @dataclass(frozen=True, slots=True)
