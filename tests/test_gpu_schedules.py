@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Make, dict[str, Array], Array, str]] = {
             [h.make_node("Transpose", ["k"], ["t"], perm=[0, 1, 3, 2]), h.make_node("MatMul", ["q", "t"], ["s"]), h.make_node("Softmax", ["s"], ["p"]), h.make_node("MatMul", ["p", "v"], ["y"])],
             {n: (1, 2, 9, 8) for n in "qkv"},
         ),
-        dict(zip("qkv", Q, strict=True)), softmax(Q[0] @ Q[1].transpose(0, 1, 3, 2)) @ Q[2], "gpu_contract",
+        dict(zip("qkv", Q, strict=True)), softmax(Q[0] @ Q[1].transpose(0, 1, 3, 2)) @ Q[2], "gpu_attention",
     ),
     "points": (program([h.make_node("Abs", ["x"], ["y"])], {"x": (5, 33)}), {"x": normal(5, 33)}, np.abs(normal(5, 33)), "gpu_elementwise"),
 }  # fmt: skip

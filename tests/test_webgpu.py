@@ -118,6 +118,22 @@ def test_against_onnxruntime(name: str) -> None:
         assert c["submits"] == 1 and c["crossings"] == 0 and c["dispatches"] <= dispatches
 
 
+@pytest.mark.parametrize("queries,keys,dim", [(50, 50, 32), (1, 77, 24), (37, 130, 40), (16, 900, 16)])
+def test_attention_of_known_lengths(queries: int, keys: int, dim: int) -> None:
+    """One kernel where the scores of a tile fit shared memory (not for 900 keys), with a mask; tails in every direction."""
+    nodes = [
+        h.make_node("Transpose", ["k"], ["t"], perm=[0, 1, 3, 2]), h.make_node("MatMul", ["q", "t"], ["s"]), h.make_node("Mul", ["s", "c"], ["r"]), h.make_node("Add", ["r", "m"], ["b"]),
+        h.make_node("Softmax", ["b"], ["p"]), h.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    shapes = {"q": (2, 3, queries, dim), "k": (2, 3, keys, dim), "v": (2, 3, keys, dim), "m": (2, 1, queries, keys)}
+    m = graph(nodes, {n: (F, s) for n, s in shapes.items()}, ["y"], {"c": np.float32(0.17).reshape(())})
+    g = build(m)
+    feeds = {n: normal(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
+    feeds["m"] = np.where(feeds["m"] > 1, np.float32(-1e9), 0).astype(np.float32)
+    close(g.run(feeds)["y"], peer(m, feeds)[0])
+    assert g.counters()["dispatches"] == (3 if keys == 900 else 1)
+
+
 def test_shapes_change_between_runs() -> None:
     m, _, _ = CASES["softmax"]
     g = build(m)
