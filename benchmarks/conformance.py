@@ -8,7 +8,7 @@ tolerances. Workers take many tests each; a crash or a timeout costs only the te
 
 Statuses: ``pass``; ``wrong`` (an output differs); ``refused`` (a luthier error from compile or save, the message is recorded);
 ``error`` (any other exception, or a luthier error at run time); ``crash`` (the process died); ``timeout``.
-Writes ``build/conformance.csv``; ``--update`` rewrites ``tests/conformance/passing.txt``. Exits 1 if a test crashed.
+Writes ``build/conformance.csv``; ``--update`` rewrites the target's list in ``tests/conformance``. Exits 1 if a test crashed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import onnx_suite  # noqa: E402
 
 ROOT = HERE.parent
 WORK = ROOT / "build" / "conformance"
-PASSING = ROOT / "tests" / "conformance" / "passing.txt"
+PASSING = ROOT / "tests" / "conformance" / "passing.txt"  # of the default target; others have passing-KIND.txt beside it
 BLOCKED = ("onnx", "onnxruntime", "luthier.ir")
 RECYCLE = 250
 STATUSES = ("pass", "wrong", "refused", "error", "crash", "timeout")
@@ -292,13 +292,19 @@ def write_csv(results: list[Result], path: Path) -> None:
         writer.writerows(asdict(r) for r in results)
 
 
-def update_passing(results: list[Result]) -> None:
+def passing_file(target: str) -> Path:
+    """The list of tests that pass on a target."""
+    kind = target.partition(":")[0]
+    return PASSING if kind == "cpu" else PASSING.with_name(f"passing-{kind}.txt")
+
+
+def update_passing(results: list[Result], path: Path) -> None:
     """Tests that ran now replace what the list says about them; the others keep their line."""
-    known = set(PASSING.read_text().split()) if PASSING.exists() else set()
+    known = set(path.read_text().split()) if path.exists() else set()
     known -= {r.test for r in results}
     known |= {r.test for r in results if r.status == "pass"}
-    PASSING.write_text("".join(f"{name}\n" for name in sorted(known)))
-    print(f"{PASSING.relative_to(ROOT)}: {len(known)} tests")
+    path.write_text("".join(f"{name}\n" for name in sorted(known)))
+    print(f"{path.relative_to(ROOT)}: {len(known)} tests")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -312,7 +318,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one phase of one test")
     parser.add_argument("--csv", type=Path, default=ROOT / "build" / "conformance.csv")
-    parser.add_argument("--update", action="store_true", help="rewrite tests/conformance/passing.txt")
+    parser.add_argument("--update", action="store_true", help="rewrite the target's list in tests/conformance")
     parser.add_argument("--keep", action="store_true", help="keep the artifacts in build/conformance/artifacts-TARGET")
     parser.add_argument("--verbose", "-v", action="store_true", help="print every test")
     parser.add_argument("--worker", choices=("compile", "run"), help=argparse.SUPPRESS)
@@ -349,7 +355,7 @@ def main() -> int:
     print_report(results, time.monotonic() - start)
     write_csv(results, options.csv)
     if options.update:
-        update_passing(results)
+        update_passing(results, passing_file(options.target))
     return 1 if any(r.status == "crash" for r in results) else 0
 
 
