@@ -295,8 +295,9 @@ class _Tables(GemvBuilder):
         return body
 
     def word(self, b: Body, at: Expr, step: int) -> Expr:
-        if step % 2 == 0:  # beside the loads, so that requests do not come in bursts
-            b.put(Call("prefetch", ((self.w, at + (step * self.lanes + PREFETCH // 4)),)))
+        if step % 2 == 0:  # beside the loads, so that requests do not come in bursts; the distance is measured
+            ahead = 3 * PREFETCH if self.ternary else PREFETCH
+            b.put(Call("prefetch", ((self.w, at + (step * self.lanes + ahead // 4)),)))
         return b.let(bitcast(load(self.w, [ramp(at + step * self.lanes, 1, self.lanes)]), u8.vec(self.bytes)), "w")
 
     def table(self, b: Body, m: Expr, g: Expr, t: int) -> Expr:
