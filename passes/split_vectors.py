@@ -41,7 +41,6 @@ from luthier.ir.loop import (
     exprs_of,
     map_children,
     map_own_exprs,
-    nodes_of,
     walk_stmts,
 )
 
@@ -50,12 +49,24 @@ _FIXED = ("shuffle", "call")
 
 def split_vectors(f: Func, bits: int = 128) -> Func:
     """``bits``: width of a register."""
-    nodes = nodes_of(f.body)
     widest: dict[int, int] = {}
-    for e in nodes:
-        if e.dtype.lanes > 1:
-            widest[e.dtype.lanes] = max(widest.get(e.dtype.lanes, 1), _width(e))
+    nodes: set[Expr] = set()
+
+    def look(e: Expr) -> None:
+        if e in nodes or (e.dtype.lanes == 1 and e.dtype.is_index):  # most of a kernel is index arithmetic
+            return
+        nodes.add(e)
+        n = e.dtype.lanes
+        if n > 1:
+            w = _width(e)
+            if w > widest.get(n, 0):
+                widest[n] = w
+        for a in e.args:
+            look(a)
+
     for s in walk_stmts(f.body):
+        for e in exprs_of(s):
+            look(e)
         if isinstance(s, (Alloc, Store)) and s.buf.dtype.lanes > 1:
             widest[s.buf.dtype.lanes] = max(widest.get(s.buf.dtype.lanes, 1), s.buf.dtype.bits)
     size = {n: max(bits // w, 2) for n, w in widest.items() if n * w > bits}
