@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from wasm_chromium import measure  # noqa: E402
+from wasm_chromium import measure
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "wasm-speed"
