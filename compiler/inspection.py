@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,17 +21,9 @@ def stages(model: Path, target: str, shapes: Mapping[str, Any], threads: int | N
     Raises what ``luthier.compile`` raises."""
     import luthier
 
-    name = settings.dump.name
-    before = os.environ.get(name)
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as folder:
-        os.environ[name] = folder
-        try:
+        with settings.dump.temporarily(folder):
             luthier.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
         files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
         return [(str(p.relative_to(folder).with_suffix("")), p.read_text(encoding="utf-8", errors="replace")) for p in files]
 

@@ -124,8 +124,8 @@ def model_check(options: dict[str, Any], timeout: float = 60.0) -> Check[Any]:
         pins = {k: v for k, v in shapes.items() if k in names}
 
         def attempt() -> None:
-            os.environ[settings.repro_dir.name] = os.devnull  # no bundle of every attempt
-            luthier.compile(model, target=options.get("target") or "cpu", shapes=pins or None, threads=options.get("threads"), debug=options.get("debug"))
+            with settings.repro_dir.temporarily(os.devnull):  # no bundle of every attempt
+                luthier.compile(model, target=options.get("target") or "cpu", shapes=pins or None, threads=options.get("threads"), debug=options.get("debug"))
 
         return outcome(attempt, timeout)
 

@@ -89,7 +89,7 @@ def _write(error: BaseException, model: Any, options: Mapping[str, Any], again: 
         facts = {
             "error": type(error).__name__, "message": str(error), "signature": signature(error),
             "traceback": traceback.format_exception(type(error), error, error.__traceback__), "options": {k: _plain(v) for k, v in options.items()},
-            "settings": {s.name: os.environ[s.name] for s in settings.all_settings() if s.is_set()}, "versions": _versions(), "elided": elided,
+            "settings": {s.name: s.text() for s in settings.all_settings() if s.is_set()}, "versions": _versions(), "elided": elided,
         }  # fmt: skip
         (work / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         _fill_ir(work / "ir", again)
@@ -118,18 +118,11 @@ def _versions() -> dict[str, str]:
 def _fill_ir(folder: Path, again: Callable[[], Any]) -> None:
     """The dump of a second attempt, which fails as well."""
     folder.mkdir()
-    name = settings.dump.name
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
     try:
-        again()
+        with settings.dump.temporarily(str(folder)):
+            again()
     except Exception as e:
         (folder / "failed.txt").write_text(f"{type(e).__name__}: {e}\n", encoding="utf-8")
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def signature(error: BaseException) -> str:

@@ -7,7 +7,8 @@ A leaf module like ``luthier.errors``: it imports nothing else of luthier, so ev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -42,7 +43,24 @@ class Setting(Generic[T]):
             raise SettingError(f"{self.name}={text!r} is not valid: {error}", hint=self.help) from error
 
     def is_set(self) -> bool:
-        return bool(os.environ.get(self.name, "").strip())
+        return bool(self.text())
+
+    def text(self) -> str:
+        """The text that is set, empty for none."""
+        return os.environ.get(self.name, "").strip()
+
+    @contextmanager
+    def temporarily(self, text: str) -> Iterator[None]:
+        """Set for this process while the block runs."""
+        before = os.environ.get(self.name)
+        os.environ[self.name] = text
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[self.name]
+            else:
+                os.environ[self.name] = before
 
 
 def _declare(name: str, parse: Callable[[str], T], default: T, help: str) -> Setting[T]:
@@ -81,6 +99,11 @@ def _path(text: str) -> Path:
 def _default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
     return (Path(base) if base else Path("~/.cache").expanduser()) / "luthier"
+
+
+def provide(name: str, text: str) -> None:
+    """A variable that another library needs, unless the user has set it."""
+    os.environ.setdefault(name, text)
 
 
 def all_settings() -> list[Setting[object]]:

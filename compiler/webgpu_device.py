@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier import settings
 from luthier.errors import CompilationError, InputError, KernelError, TargetError
 
 CHUNK = 1 << 16
@@ -33,7 +33,7 @@ def device() -> Any:
         import wgpu
     except ImportError as e:
         raise TargetError("running WebGPU modules needs the package wgpu", hint="pip install wgpu") from e
-    os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
+    settings.provide("XDG_RUNTIME_DIR", "/tmp")
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
         return adapter.request_device_sync()
