@@ -22,14 +22,12 @@ from luthier.ir.expr import (
     const,
     free_vars,
     is_const,
-    load,
     load_parts,
     loads,
     rewrite,
     select,
     substitute,
     var,
-    walk,
 )
 from luthier.ir.loop import Buffer
 
@@ -357,6 +355,3 @@ def row_point(rows: tuple[Axis, ...], m: Expr) -> dict[Expr, Expr]:
         env[a.var] = const(0) if is_const(a.extent, 1) else at if i == 0 else at % a.extent
         inner = inner * a.extent
     return env
-
-
-_ = (load, walk)

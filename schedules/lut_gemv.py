@@ -15,14 +15,14 @@ activation that outweighs all others of its interval, ternary products reach 2e-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product as combinations
 from math import gcd
 from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import f16, f32, i8, i16, i32, u8, u16
+from luthier.ir.dtypes import f32, i8, i16, i32, u8, u16
 from luthier.ir.expr import (
     Expr,
     bcast,
@@ -374,6 +374,3 @@ class _Tables(GemvBuilder):
                 assert total is not None
                 v = v + o * total
             b.put(Store(acc[c], (), v))
-
-
-_ = (f16, replace)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import f32, i64, index
-from luthier.ir.expr import Expr, bcast, cast, const, load, maximum, minimum, ramp, select, unary, var, vreduce
+from luthier.ir.dtypes import f32, index
+from luthier.ir.expr import Expr, bcast, cast, const, load, maximum, minimum, ramp, unary, var, vreduce
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Alloc, Buffer, If, Let, Stmt, Store, block
 from luthier.ir.op import Kernel, Op, op
@@ -209,6 +209,3 @@ class CachedAttention(Op):
             p = np.exp(x - x.max(-1, keepdims=True))
             out[s] = np.einsum("ht,htd->hd", p / p.sum(-1, keepdims=True), v[:, :t])
         return [out.reshape(len(q), -1).astype(np.float32)]
-
-
-_ = (i64, select)
