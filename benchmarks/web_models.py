@@ -203,14 +203,14 @@ def table(rows: list[Row], version: str) -> str:
     """The table as Markdown."""
     lines = [
         f"Chromium {version}, against onnxruntime's CPU provider; error: largest difference over the largest magnitude, bar {BAR:g}.", "",
-        "| model | target | error | what was run | code, gzip KB | compile + save s | load ms | code loaded |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | target | error | what was run | code, gzip KB | code loaded |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
         shown = "-" if r["error"] is None else f"{r['error']:.1e}"
         mark = "" if r["ok"] else " FAILS"
         cells = [r["model"], r["target"], shown + mark, r["what"].replace("|", "/")[:160]]
-        cells += [f"{r[k]:.{d}f}" if k in r else "-" for k, d in (("code_kb", 0), ("compile_s", 2), ("load_ms", 0))] + [r.get("variant", "-")]
+        cells += [f"{r[k]:.{d}f}" if k in r else "-" for k, d in (("code_kb", 0),)] + [r.get("variant", "-")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{sum(r['ok'] for r in rows)} of {len(rows)} within the bar.", ""])
 
