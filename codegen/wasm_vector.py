@@ -225,7 +225,7 @@ class Vector(Emitter):
         if a.op == "bitcast" and a.args[0].dtype.lanes > 1 and bits_of(d) == w:
             found = self.packed(a)
             if found is not None:
-                self.access(*found, f"v128.load{w}_splat", w // 8)
+                self.access(found[0], found[1], f"v128.load{w}_splat", w // 8)
                 return
         self.emit(a)
         self.into_lane(d)

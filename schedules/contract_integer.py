@@ -490,5 +490,7 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     lanes = caps.lanes(32)
     n = st.axes[-1].extent
     wide = n.op == "const" and n.attr % (2 * lanes) == 0  # two vectors of bytes fill more of each line that is fetched
-    return contract.product(s, acc, out, caps, constants, **({"mu": 6, "nv": 2 * lanes} if wide and caps.registers >= 16 else {}))
+    if wide and caps.registers >= 16:
+        return contract.product(s, acc, out, caps, constants, mu=6, nv=2 * lanes)
+    return contract.product(s, acc, out, caps, constants)
 
