@@ -58,7 +58,7 @@ def section(report: Roofline, row: tuple[str, int, float, str, float] | None) ->
     run, ideal, prof = report.run_ms, report.ideal_ms, report.profile_ms
     small = [r for r in report.rows if r.ideal_ms < 1e-3]
     lines += [
-        f"This session: {run:.3f} ms a run; {len(report.rows)} kernel calls take {prof:.3f} ms, at the ceilings they would take {ideal:.3f} ms: "
+        f"Measured for this report: {run:.3f} ms a run; {len(report.rows)} kernel calls take {prof:.3f} ms, at the ceilings they would take {ideal:.3f} ms: "
         f"**{100 * ideal / run:.0f} % of the roofline**. {len(small)} calls with less than a microsecond of work take {sum(r.ms for r in small):.3f} ms.",
         "", "| lost ms | ms | ideal | of ceiling | Mop | MB | op/byte | GFLOP/s | bound | calls | kernel | first nodes |", "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
