@@ -1,0 +1,210 @@
+"""Measuring kernels in a process of its own: LLVM may refuse a candidate, die on it, or the candidate may never end.
+
+    with Measurer(parse_target("cpu")) as m:
+        for knobs in ({"mu": 4, "nv": 24}, {"mu": 6, "nv": 16}):
+            print(knobs, m.measure(build(compute, target.caps, **knobs)))
+
+The parent schedules; the worker gets loop IR as text, compiles it, makes inputs and runs it alone on one thread. A worker that dies
+or exceeds its time is replaced, and the candidate gets an error instead of a time. What a time is good for is a comparison:
+candidates of one comparison should alternate (:func:`compare`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.codegen.llvm_backend import Library, compile_text, kernel_text
+from luthier.codegen.sharing import parallel_loop
+from luthier.codegen.target import Target, parse_target
+from luthier.errors import LuthierError, TuningError
+from luthier.ir.expr import Expr
+from luthier.ir.interp import evaluate_expr
+from luthier.ir.loop import Buffer, Func
+from luthier.ir.parser import parse_funcs
+from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.schedules.select import Kernels
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """``seconds``: of one run, several times; empty when there is an ``error``."""
+
+    seconds: tuple[float, ...] = ()
+    error: str = ""
+
+    @property
+    def median(self) -> float:
+        """Infinite for a candidate that failed."""
+        return statistics.median(self.seconds) if self.seconds else float("inf")
+
+
+class Measurer:
+    """``timeout``: seconds for compiling and running one candidate. ``repeats``: times taken, each over at least ``least`` seconds.
+
+    Raises TuningError when the target's code cannot run on this machine."""
+
+    def __init__(self, target: Target, timeout: float = 30.0, repeats: int = 5, least: float = 0.01) -> None:
+        if target.missing_here():
+            raise TuningError(f"code for {target.name} does not run on this machine", hint="measure on a machine that has it")
+        self.target, self.timeout, self.repeats, self.least = target, timeout, repeats, least
+        self.worker: subprocess.Popen[str] | None = None
+        self.folder = tempfile.TemporaryDirectory(prefix="luthier-measure-")
+        self.count = 0
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stop()
+        self.folder.cleanup()
+
+    def measure(self, kernels: Kernels, constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None) -> Measurement:
+        """All kernels of a Compute, one after another. ``constants``: contents of parameters (others are random); ``dims``: values of the
+        kernels' scalars by name."""
+        self.count += 1
+        base = Path(self.folder.name) / str(self.count)
+        base.with_suffix(".txt").write_text("\n".join(str(f) for f in kernels.funcs), encoding="utf-8")
+        np.savez(base.with_suffix(".npz"), **{**(constants or {}), **kernels.packed})  # type: ignore[arg-type]
+        job = {"base": str(base), "dims": dict(dims or {}), "target": self.target.name, "repeats": self.repeats, "least": self.least}
+        if any(f.data for f in kernels.funcs):
+            return Measurement(error="kernels with constant tables cannot be measured")
+        answer = self._ask(json.dumps(job))
+        return Measurement(tuple(answer.get("seconds", ())), answer.get("error", ""))
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        w = self.worker
+        if w is None:
+            w = self.worker = subprocess.Popen(
+                [sys.executable, "-c", "from luthier.tuner.measure import serve; serve()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True, bufsize=1,
+            )  # fmt: skip
+        assert w.stdin is not None and w.stdout is not None
+        try:
+            w.stdin.write(line + "\n")
+            w.stdin.flush()
+            ready, _, _ = select.select([w.stdout], [], [], self.timeout)
+            text = w.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            ready, text = [w.stdout], ""
+        if text:
+            answer: dict[str, Any] = json.loads(text)
+            return answer
+        self._stop()
+        return {"error": f"the worker died (status {w.returncode})" if ready else f"not done after {self.timeout} s"}
+
+    def _stop(self) -> None:
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.wait()
+            for stream in (self.worker.stdin, self.worker.stdout):
+                if stream is not None:
+                    stream.close()
+            self.worker = None
+
+
+def compare(measurer: Measurer, candidates: Sequence[Kernels], constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None, rounds: int = 3) -> list[Measurement]:
+    """Every candidate in every round, in turns; the times of all rounds together. A candidate that fails is not tried again."""
+    times: list[list[float]] = [[] for _ in candidates]
+    errors = [""] * len(candidates)
+    for _ in range(rounds):
+        for k, c in enumerate(candidates):
+            if not errors[k]:
+                m = measurer.measure(c, constants, dims)
+                times[k] += m.seconds
+                errors[k] = m.error
+    return [Measurement(() if e else tuple(t), e) for t, e in zip(times, errors, strict=True)]
+
+
+# ---------------------------------------------------------------- the worker
+
+
+def serve() -> None:
+    """Jobs from standard input, one JSON object a line; an answer for each."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer: dict[str, Any] = {"seconds": _run(job)}
+        except (LuthierError, TypeError, ValueError) as e:
+            answer = {"error": str(e)}
+        out.write(json.dumps(answer) + "\n")
+
+
+def _run(job: Mapping[str, Any]) -> list[float]:
+    base = Path(job["base"])
+    target = parse_target(job["target"])
+    funcs = parse_funcs(base.with_suffix(".txt").read_text(encoding="utf-8"))
+    with np.load(base.with_suffix(".npz")) as given:
+        memory = {n: _aligned(given[n]) for n in given.files}
+    calls = []
+    for f in funcs.values():
+        symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
+        lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
+        env = {v: job["dims"][v.attr[0]] for v in f.scalars}
+        calls.append((lib, *_call(lib.address(symbol), f, env, memory)))
+
+    def once(n: int) -> float:
+        t = time.perf_counter()
+        for _ in range(n):
+            for _, fn, args in calls:
+                fn(*args)
+        return time.perf_counter() - t
+
+    once(1)
+    n = max(1, int(job["least"] / max(once(1), 1e-7)))
+    return [once(n) / n for _ in range(job["repeats"])]
+
+
+def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Array]) -> tuple[Any, list[Any]]:
+    types: list[Any] = []
+    args: list[Any] = []
+    for p in f.params:
+        if isinstance(p, Buffer):
+            if p.name not in memory:
+                n = int(evaluate_expr(p.size(), env))
+                memory[p.name] = _aligned(_random(n * max(1, p.dtype.lanes), p))
+            types.append(ctypes.c_void_p)
+            args.append(memory[p.name].ctypes.data)
+        else:
+            types.append(ctypes.c_double if p.dtype.is_float and p.dtype.bits == 64 else ctypes.c_float if p.dtype.is_float else ctypes.c_int64)
+            args.append(env[p])
+    loop = parallel_loop(f)
+    return ctypes.CFUNCTYPE(None, *types, ctypes.c_int64, ctypes.c_int64)(address), [*args, 0, int(evaluate_expr(loop[1], env)) if loop else 0]
+
+
+def _random(n: int, b: Buffer) -> Array:
+    d = b.dtype.scalar
+    if d.bits < 8:
+        return np.random.default_rng(0).integers(0, 256, -(-n * d.bits // 8), np.uint8)
+    if d.is_float and d.bits in (32, 64):
+        return np.random.default_rng(0).standard_normal(n).astype(d.numpy)
+    return np.zeros(n, d.numpy)
+
+
+def _aligned(a: Array) -> Array:
+    """A copy whose memory starts at a multiple of 64 bytes, with 64 bytes to spare."""
+    raw = np.empty(a.nbytes + 128, np.uint8)
+    at = -raw.ctypes.data % 64
+    out = raw[at : at + a.nbytes].view(a.dtype).reshape(a.shape)
+    out[...] = a
+    return out
