@@ -27,6 +27,7 @@ from luthier.passes.quantize_integer import quantize_integer
 from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
 from luthier.passes.recognise_norms import recognise_norms
+from luthier.passes.recognise_rotary import recognise_rotary
 from luthier.passes.recognise_softmax import recognise_softmax
 from luthier.passes.split_transposed_conv import split_transposed_conv
 
@@ -45,6 +46,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     recognise_activations,
     recognise_norms,
     recognise_softmax,
+    recognise_rotary,
     recognise_attention,
     fold_batch_norm,
     split_transposed_conv,

@@ -28,6 +28,7 @@ from luthier.passes.quantize_integer import quantize_integer
 from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
 from luthier.passes.recognise_norms import recognise_norms
+from luthier.passes.recognise_rotary import recognise_rotary
 from luthier.passes.recognise_softmax import recognise_softmax
 
 Pass = Callable[[Graph], bool]
@@ -252,6 +253,41 @@ def test_softmax_spelled_out() -> None:
     g = graph("g (float[N, 8] x) => (float[N, 8] y) { a = Constant<value_ints = [-1]>()  m = ReduceMax(x, a)  d = Sub(x, m)  e = Exp(d)  s = ReduceSum(e, a)  y = Div(e, s) }")
     apply(g, recognise_softmax, N=3)
     assert ops(g) == {"Softmax": 1}
+
+
+HALVES = {
+    "slices": """z = Constant<value_ints = [0]>()  h = Constant<value_ints = [32]>()  e = Constant<value_ints = [9223372036854775807]>()
+                 ax = Constant<value_ints = [3]>()  a = Slice(x, z, h, ax)  b = Slice(x, h, e, ax)""",
+    "negative": """z = Constant<value_ints = [0]>()  h = Constant<value_ints = [-32]>()  e = Constant<value_ints = [64]>()
+                   ax = Constant<value_ints = [-1]>()  a = Slice(x, z, h, ax)  b = Slice(x, h, e, ax)""",
+    "split": "l = Constant<value_ints = [32, 32]>()  a, b = Split<axis = 3>(x, l)",
+}
+
+
+@pytest.mark.parametrize("spelling", HALVES)
+def test_rotary_spelled_out_is_one_kernel(spelling: str) -> None:
+    needs("luthier::RotateHalf", "Slice", "Split", "Concat", "Neg")
+    g = graph(
+        f"""g (float[1, 3, S, 64] x, float[1, 1, S, 64] c, float[1, 1, S, 64] s) => (float[1, 3, S, 64] y) {{
+          {HALVES[spelling]}  nb = Neg(b)  r = Concat<axis = -1>(nb, a)  p = Mul(x, c)  q = Mul(r, s)  y = Add(p, q) }}"""
+    )
+    apply(g, recognise_rotary, S=5)
+    assert ops(g) == {"luthier::RotateHalf": 1, "Mul": 2, "Add": 1}
+    assert len(fuse_operators(g)) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "l = Constant<value_ints = [24, 40]>()  a, b = Split<axis = 3>(x, l)  nb = Neg(b)  y = Concat<axis = -1>(nb, a)",
+        "l = Constant<value_ints = [32, 32]>()  a, b = Split<axis = 3>(x, l)  na = Neg(a)  y = Concat<axis = -1>(na, b)",
+        "l = Constant<value_ints = [32, 32]>()  a, b = Split<axis = 3>(x, l)  nb = Neg(b)  y = Concat<axis = 2>(nb, a)",
+    ],
+)
+def test_what_is_no_rotation_stays(body: str) -> None:
+    g = graph(f"g (float[1, 3, 5, 64] x) => (float[1, 3, N, M] y) {{ {body} }}")
+    before = ops(g)
+    assert not recognise_rotary(g) and ops(g) == before
 
 
 @pytest.mark.parametrize("masked", [False, True])

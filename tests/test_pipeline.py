@@ -193,3 +193,19 @@ def test_a_branch_that_does_not_fit_the_shapes_is_left_out_and_checked() -> None
     program = check(body, {"c": np.array(True), "x": f32(4)})
     with pytest.raises(KernelError, match="condition"):
         run_program(program, {"c": np.array(False), "x": f32(4)})
+
+
+@pytest.mark.parametrize("size", [6, 64])
+def test_a_rotary_embedding_is_rotated_right_by_the_compiled_module(size: int) -> None:
+    h = size // 2
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[2, 3, S, {size}] x, float[S, {size}] c, float[S, {size}] s) => (float[2, 3, S, {size}] y) {{
+      l = Constant<value_ints = [{h}, {h}]>()  a, b = Split<axis = -1>(x, l)  nb = Neg(b)  r = Concat<axis = -1>(nb, a)
+      p = Mul(x, c)  q = Mul(r, s)  y = Add(p, q) }}"""
+    import luthier
+
+    rng = np.random.default_rng(5)
+    x, c, s = (rng.standard_normal(d).astype(np.float32) for d in ((2, 3, 7, size), (7, size), (7, size)))
+    module = luthier.compile(onnx.parser.parse_model(text))
+    assert len(module.manifest["calls"]) == 1
+    want = x * c + np.concatenate([-x[..., h:], x[..., :h]], axis=-1) * s
+    np.testing.assert_allclose(module.run({"x": x, "c": c, "s": s})["y"], want, rtol=1e-5, atol=1e-6)

@@ -138,3 +138,34 @@ class MicrosoftRotaryEmbedding(Rotary):
     order = (0, 2, 3, 1)
 
 
+
+
+@op("luthier::RotateHalf")
+class RotateHalf(Op):
+    """``y = concat(-x[..., h:], x[..., :h])`` with h half of the last dimension (static, even): what ``recognise_rotary`` makes of the
+    spelled-out form, so that a rotary embedding is one expression over x, cos and sin."""
+
+    kind = "injective"
+
+    def half(self, node: Node) -> int:
+        n = static(node, need(node, 0).shape[-1], "the last dimension")
+        if n % 2:
+            raise shape_error(node, f"the last dimension, {n}, must be even")
+        return n // 2
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        self.half(node)
+        return [need(node, 0).type]
+
+    def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
+        h, x = self.half(node), must(ins, 0)
+        axes = axes_of(outs[0].shape)
+        *lead, d = [a.var for a in axes]
+        low = d < h
+        e = select(low, -load(x, [*lead, d + h], low), load(x, [*lead, d - h], ~low))
+        return make(node, ins, outs, [define(outs[0], axes, e)])
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
+        x = arrays[0]
+        h = x.shape[-1] // 2
+        return [np.concatenate([-x[..., h:], x[..., :h]], axis=-1)]
