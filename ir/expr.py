@@ -54,6 +54,7 @@ from luthier.ir.index_algebra import (
     linear,
     poly_const,
     prove,
+    rejoin,
 )
 from luthier.ir.node import (
     BINARY,
@@ -84,6 +85,6 @@ __all__ = [
     "BINARY", "Bounds", "COMPARE", "Expr", "Number", "Poly", "UNARY", "add_const", "affine_parts", "as_expr", "bcast",
     "binary", "bitcast", "bounds", "call", "cast", "collect", "compare", "const", "extract", "floordiv", "free_vars",
     "from_linear", "is_const", "land", "linear", "lnot", "load", "load_parts", "loads", "lor", "make_node", "maximum",
-    "minimum", "mod", "poly_const", "proj", "prove", "ramp", "rebuild", "rewrite", "rewrite_loads", "select",
+    "minimum", "mod", "poly_const", "proj", "prove", "ramp", "rebuild", "rejoin", "rewrite", "rewrite_loads", "select",
     "shuffle", "substitute", "unary", "var", "vreduce", "walk",
 ]  # fmt: skip

@@ -118,6 +118,23 @@ def affine_parts(x: Expr, vs: frozenset[Expr]) -> tuple[Expr, int, list[tuple[Ex
     return from_linear(rest), c0, coefs
 
 
+def rejoin(e: Expr) -> Expr:
+    """``x // d * d + x % d`` is ``x`` (an index of fused loops that is taken apart and put together again), times any factor."""
+    terms = linear(e)
+    for m, c in terms.items():
+        for a in m:
+            if a.op != "mod":
+                continue
+            x, d = a.args
+            rest = list(m)
+            rest.remove(a)
+            factor = {tuple(rest): c}
+            whole = mul_linear(linear(x // d * d), factor)
+            if whole and all(terms.get(k) == v for k, v in whole.items()):
+                return rejoin(from_linear(add_linear(add_linear(add_linear(terms, whole, -1), {m: c}, -1), mul_linear(linear(x), factor), 1)))
+    return e
+
+
 def add_const(base: Expr, c: int) -> Expr:
     """An index expression without a constant term plus ``c``."""
     if not c:
@@ -249,6 +266,10 @@ def index_binary(op: str, a: Expr, b: Expr) -> Expr:
         if (hi is not None and hi <= 0) or (lo is not None and lo >= 0):
             a_small = hi is not None and hi <= 0
             return a if a_small == (op == "min") else b
+        if part_below(a, b + 1):
+            return a if op == "min" else b
+        if part_below(b, a + 1):
+            return b if op == "min" else a
         if a.key > b.key:
             a, b = b, a
     return make_node(op, index, (a, b))
@@ -327,8 +348,24 @@ def divide(op: str, a: Expr, b: Expr) -> Expr:
     return make_node(op, index, (a, b))
 
 
+def part_below(r: Expr, n: Expr) -> bool:
+    """0 <= r < n for a part of an index of fused loops: ``x // d < n`` follows from ``x < n * d``, ``x % d < d`` from ``x < k * d`` for
+    any k (x >= 0, so that d is positive)."""
+    if r.op not in ("floordiv", "mod") or r.args[1].op == "const":
+        return False
+    x, d = r.args
+    if r.op == "floordiv":
+        return is_below(x, n * d)
+    if n is not d or x.op != "var" or not isinstance(x.attr[2], Expr) or x.attr[1] is None or x.attr[1] < 0:
+        return False
+    below = linear(x.attr[2] + 1)
+    return all(any(set(k) <= set(m) for k in linear(d)) for m in below) and len(linear(d)) == 1
+
+
 def is_below(r: Expr, n: Expr) -> bool:
     """0 <= r < n, replacing variables by their upper bounds one after another, those with bounds over other variables first."""
+    if part_below(r, n):
+        return True
     lo, _ = bounds(r)
     if lo is None or lo < 0:
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, as_expr, bcast, const, load, load_parts, rewrite_loads
+from luthier.ir.expr import Expr, as_expr, bcast, const, load, load_parts, ramp, rejoin, rewrite_loads
 from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, map_children, map_exprs
 
 
@@ -26,7 +26,7 @@ def flat_index(b: Buffer, idx: tuple[Expr, ...]) -> tuple[Expr, ...]:
     out = as_expr(0)
     for n, i in zip(b.shape, idx, strict=True):
         out = (out * n if lanes == 1 or out.dtype.lanes == 1 else out * bcast(n, lanes)) + i
-    return (out,)
+    return (ramp(rejoin(out.args[0]), out.attr[0], lanes) if out.op == "ramp" else rejoin(out) if lanes == 1 else out,)
 
 
 def flatten(f: Func) -> Func:

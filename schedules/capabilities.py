@@ -11,7 +11,8 @@ class Capabilities:
     that instructions in ``schedules/intrin`` ask for (``fma``, ``vnni``, ``vbmi``, ``bf16dot``, ``masked_store``, ``gather``,
     ``relaxed_simd``, ``dp4a``, ``subgroups``, ``f16`` ...). ``native``: transcendental operators the target has (with its ULP
     error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
-    limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
+    limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. ``whole_registers``: no vector
+    may be wider than ``vector_bits`` when a kernel is printed. Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
 
     vector_bits: int = 256
     registers: int = 16
@@ -26,6 +27,7 @@ class Capabilities:
     index_bits: int = 64
     issue: float = 0.0
     printer: str = "llvm"
+    whole_registers: bool = False
 
     def lanes(self, bits: int) -> int:
         """SIMD lanes for elements of ``bits``; 1 where the target has no vectors."""

@@ -20,6 +20,7 @@ from luthier.ir.expr import (
     minimum,
     prove,
     ramp,
+    rejoin,
     substitute,
     var,
 )
@@ -38,7 +39,7 @@ def box_of(e: Expr, unbound: Env) -> tuple[Expr, Expr] | None:
     """(lowest value, number of values) of an index over the unbound variables; None where it is not affine in them."""
     base = {}
     extent = const(1)
-    for m, c in linear(_rejoin(e)).items():
+    for m, c in linear(rejoin(e)).items():
         hit = [a for a in m if free_vars(a) & unbound.keys()]
         if not hit:
             base[m] = c
@@ -51,17 +52,6 @@ def box_of(e: Expr, unbound: Env) -> tuple[Expr, Expr] | None:
             for mm, cc in linear((n - 1) * c).items():
                 base[mm] = base.get(mm, 0) + cc
     return from_linear({m: c for m, c in base.items() if c}), extent
-
-
-def _rejoin(e: Expr) -> Expr:
-    """``x // d * d + x % d`` is ``x`` (an index of fused loops that is taken apart and put together again)."""
-    terms = linear(e)
-    for m, c in terms.items():
-        if len(m) == 1 and m[0].op == "mod" and m[0].args[1].op == "const":
-            x, d = m[0].args
-            if terms.get((x // d,)) == c * d.attr:
-                return _rejoin(e - m[0] * c - x // d * (c * d.attr) + x * c)
-    return e
 
 
 def union_of(a: tuple[Expr, Expr], b: tuple[Expr, Expr]) -> tuple[Expr, Expr] | None:

@@ -24,6 +24,7 @@ from luthier.passes.place_barriers import place_barriers
 from luthier.passes.place_lets import place_lets
 from luthier.passes.privatize_threads import privatize_threads
 from luthier.passes.promote_locals import promote_locals
+from luthier.passes.split_vectors import split_vectors
 from luthier.passes.unroll import unroll
 from luthier.passes.vectorize import vectorize
 from luthier.schedules.capabilities import Capabilities
@@ -52,7 +53,8 @@ class Kernels:
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
     group = [privatize_threads, place_barriers] if caps.gpu else []
-    return [*group, flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), place_lets]
+    narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
+    return [*group, flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:
