@@ -20,7 +20,7 @@ KNOWN = ("wasm", *(f"wasm:{v}" for v in VARIANTS))
 # product needs a register before it is added, so tiles are smaller.
 CAPS = Capabilities(
     vector_bits=128, registers=16, features=frozenset({"simd128"}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
-    issue=5.0, printer="wasm", whole_registers=True,
+    issue=5.0, printer="wasm", whole_registers=True, streams=4,
 )  # fmt: skip
 BASELINE = replace(CAPS, registers=15)
 

@@ -12,7 +12,8 @@ class Capabilities:
     ``relaxed_simd``, ``dp4a``, ``subgroups``, ``f16`` ...). ``native``: transcendental operators the target has (with its ULP
     error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
     limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. ``whole_registers``: no vector
-    may be wider than ``vector_bits`` when a kernel is printed. Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
+    may be wider than ``vector_bits`` when a kernel is printed. ``streams``: places of memory that a loop without reuse walks at once (targets
+    without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
 
     vector_bits: int = 256
     registers: int = 16
@@ -28,6 +29,7 @@ class Capabilities:
     issue: float = 0.0
     printer: str = "llvm"
     whole_registers: bool = False
+    streams: int = 1
 
     def lanes(self, bits: int) -> int:
         """SIMD lanes for elements of ``bits``; 1 where the target has no vectors."""

@@ -81,13 +81,14 @@ def product(
     m_ext = us[-1].extent if us else const(1)
     packs = not depthwise and _packable(s, p, v, constants)
     mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise, issue=caps.issue)
-    mu, nv = mu or mu_, nv or nr * lanes
+    panel = _stream_panel(m_ext, n_ext, lanes, packs and not (mu or nv), caps)
+    mu, nv = mu or mu_, nv or panel * caps.streams or nr * lanes
     packs = packs or (not depthwise and _wastes_lines(s, p, v, m_ext, nv, caps))
     padded = False
     if packs:
-        s, padded = _pack_panel(s, acc, p, v, nv)
+        s, padded = _pack_panel(s, acc, p, v, panel or nv)
     s = _merge_reduce(s, acc)
-    s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order)
+    s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order, panel)
     for n, x in s.stages.items():
         if n.endswith(".pad") and x.at is None:
             s = pointwise(_flat_rows(s, n), n, caps)
@@ -488,6 +489,13 @@ def _wastes_lines(s: Schedule, p: Expr, v: Expr, m: Expr, nv: int, caps: Capabil
     return nv * bytes_ < LINE and size.op == "const" and size.attr * bytes_ > caps.l1
 
 
+def _stream_panel(m: Expr, n: Expr, lanes: int, packs: bool, caps: Capabilities) -> int:
+    """Columns of a panel when a single row walks ``caps.streams`` panels of a constant factor at once, 0 when it walks one."""
+    if caps.streams < 2 or not packs or not is_const(m, 1) or n.op != "const":
+        return 0
+    return next((w for w in (2 * lanes, lanes) if n.attr % (w * caps.streams) == 0 and w // lanes * caps.streams + 2 < caps.registers), 0)
+
+
 def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Schedule, bool]:
     x = next(x for x in loads(p) if v in free_vars(x))
     buf, idx, _, _ = load_parts(x)
@@ -503,8 +511,9 @@ def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Sched
 
 def _tile(
     s: Schedule, acc: str, out: str, v_axis: Expr, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
-    mblock: int | None, order: str | None,
+    mblock: int | None, order: str | None, panel: int = 0,
 ) -> Schedule:
+    """``panel``: columns that stand together in memory where they are fewer than ``nv`` (0: ``nv``)."""
     o = s.stages[out]
     names = [lp.name for lp in o.loops]
     upos = [i for i, a in enumerate(s.stages[acc].axes) if a.var in {u.var for u in us}]
@@ -552,7 +561,7 @@ def _tile(
         par = [f, *par[2:]]
     if par:
         s = annotate(s, par[0], "parallel")
-    s = _lanes(s, f"{out}.vi", nv, lanes)
+    s = _lanes(s, f"{out}.vi", nv, lanes, panel)
     if padding is not None:
         s = stage(s, padding, at=par[0])
         s = _lanes(s, s.stages[padding].loops[-1].name, nv, lanes)
@@ -562,7 +571,7 @@ def _tile(
     vl = a.loops[vpos].name
     ul = [lp.name for lp in a.loops[: len(a.axes)]]
     s = reorder(s, *[x for i, x in enumerate(ul) if i not in upos[-1:] and i != vpos], *reds, *[x for i, x in enumerate(ul) if i in upos[-1:]], vl)
-    s = _lanes(s, vl, nv, lanes)
+    s = _lanes(s, vl, nv, lanes, panel)
     if upos:
         s = annotate(s, ul[upos[-1]], "unroll")
     small = 1
@@ -579,8 +588,12 @@ def _tile(
     return s
 
 
-def _lanes(s: Schedule, loop: str, width: int, lanes: int) -> Schedule:
-    """A loop over ``width`` columns becomes unrolled vectors of ``lanes``."""
+def _lanes(s: Schedule, loop: str, width: int, lanes: int, panel: int = 0) -> Schedule:
+    """A loop over ``width`` columns becomes unrolled vectors of ``lanes``, by panels of ``panel`` columns when that is not 0."""
+    if panel and panel < width:
+        s = split(s, loop, panel)
+        s = annotate(s, f"{loop}.0", "unroll")
+        loop, width = f"{loop}.1", panel
     if width > lanes:
         s = split(s, loop, lanes)
         s = annotate(s, f"{loop}.0", "unroll")
