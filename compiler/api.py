@@ -15,7 +15,7 @@ def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
     debug: str | None = None,
 ) -> Module:
-    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``) for ``target``.
+    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`) for ``target``.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
@@ -30,6 +30,10 @@ def compile(
     from luthier.pipeline import compile_program, lower_graph
     from luthier.targets import builder
 
+    if str(model).endswith(".gguf"):
+        from luthier.llm import compile_gguf
+
+        return compile_gguf(model, target, shapes, threads, debug)
     chosen = parse_target(target)
     make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))

@@ -59,9 +59,12 @@ def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
 
 def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
     names = module.write_files(folder, shard_mb)
+    for name, make in module.files.items():
+        (folder / name).write_bytes(make())
+    names = (*names, *module.files)
     known = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in module.manifest.get("web", {}).get("shards", ())}
     files = {name: known.get(name) or _digest(folder / name) for name in names}
-    manifest = {**module.manifest, "format": FORMAT, "files": files}
+    manifest = {**module.manifest, "format": FORMAT, "files": files, "extra": list(module.files)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -103,6 +106,9 @@ def load(path: Path, threads: int | None = None) -> Module:
     if missing:
         raise ArtifactError(f"{path / 'manifest.json'} lacks {', '.join(sorted(missing))}")
     module: Module = loader(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
+    extra = manifest.get("extra", ())
+    check_files(path, manifest, extra)
+    module.files = {name: (path / name).read_bytes for name in extra}
     return module
 
 

@@ -1,4 +1,4 @@
-"""Language models: a GGUF file compiled to one function over a key-value cache, sampling, streamed text.
+"""Language models: a GGUF file compiled to one function over a key-value cache (machine code or wasm), sampling, streamed text.
 
 >>> from luthier import llm
 >>> model = llm.load("SmolLM2-135M-Instruct.Q4_1.gguf")                    # doctest: +SKIP
@@ -20,11 +20,11 @@ import numpy as np
 from luthier.errors import InputError, InvalidModel
 
 if TYPE_CHECKING:
-    from luthier.importers.gguf import GGUF
-    from luthier.importers.gguf_llama import LlamaConfig
     from luthier.module import Module
 
-__all__ = ["LanguageModel", "Sampling", "load"]
+__all__ = ["LanguageModel", "Sampling", "compile_gguf", "compile_model", "load"]
+
+TOKENIZER = "tokenizer.json"
 
 Array = np.ndarray[Any, Any]
 
@@ -63,12 +63,17 @@ class Sampling:
 
 
 class LanguageModel:
-    """A compiled model and one sequence: the cache holds the first ``length`` tokens. ``capacity``: positions of the cache."""
+    """A compiled language model and one sequence: the cache holds the first ``length`` of at most ``capacity`` tokens.
 
-    def __init__(self, module: Module, config: LlamaConfig, capacity: int, file: GGUF, chunk: int) -> None:
-        self.module, self.config, self.capacity, self.file, self.chunk = module, config, capacity, file, chunk
-        shape = (2, config.kv_heads, capacity, config.head)
-        self.caches = [np.zeros(shape, np.float16) for _ in range(config.layers)]
+    ``module``: what :func:`compile_model` made, or the artifact of it; ``about``: its description (``module.manifest["language"]``)."""
+
+    def __init__(self, module: Module) -> None:
+        if "language" not in module.manifest:
+            raise InvalidModel(f"{module.manifest['name']} is no language model", hint="make one from a GGUF file with luthier compile")
+        self.module = module
+        self.about: dict[str, Any] = module.manifest["language"]
+        self.capacity, self.chunk, self.vocabulary = (int(self.about[k]) for k in ("capacity", "chunk", "vocabulary"))
+        self.step = module.keep(self.about["state"])
         self.length = 0
         self._tokenizer: Any = None
 
@@ -76,18 +81,20 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the file. Raises LuthierError without the ``tokenizers`` package, InvalidModel for an unknown kind."""
+        """A ``tokenizers.Tokenizer``. Raises LuthierError without that package, InvalidModel where the model came without one."""
         if self._tokenizer is None:
-            from luthier.importers.gguf_tokenizer import make_tokenizer
+            from luthier.importers.gguf_tokenizer import read_tokenizer
 
-            self._tokenizer = make_tokenizer(self.file)
+            make = self.module.files.get(TOKENIZER)
+            if make is None:
+                raise InvalidModel(f"{self.module.manifest['name']} came without a tokenizer", hint="use decode_tokens(), or compile the GGUF file with the package tokenizers installed")
+            self._tokenizer = read_tokenizer(make())
         return self._tokenizer
 
     @property
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end a text."""
-        keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-        return frozenset(int(self.file.metadata[k]) for k in (f"tokenizer.ggml.{n}" for n in keys) if k in self.file.metadata)
+        return frozenset(self.about["end"])
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -99,23 +106,23 @@ class LanguageModel:
         ids = np.asarray(tokens, np.int64).reshape(-1)
         if not ids.size:
             raise InputError("no tokens to feed", hint="give at least one")
-        if ids.min() < 0 or ids.max() >= self.config.vocabulary:
-            bad = int(ids[(ids < 0) | (ids >= self.config.vocabulary)][0])
-            raise InputError(f"token {bad} is outside of the vocabulary of {self.config.vocabulary}")
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            bad = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
+            raise InputError(f"token {bad} is outside of the vocabulary of {self.vocabulary}")
         if self.length + ids.size > self.capacity:
             raise InputError(
                 f"the cache holds {self.capacity} positions; {self.length} are used and {ids.size} more were given",
                 hint="load the model with a larger capacity, or reset() it",
             )
         parts = []
-        every = len(self.module.inputs) == len(self.caches) + 2
+        every = bool(self.about["all_logits"])
         for lo in range(0, ids.size, self.chunk):
             part = ids[lo : lo + self.chunk]
-            head = (part, np.array([self.length], np.int64))
-            last = () if every else (np.array([part.size - 1], np.int64),)
-            (out,) = self.module(*head, *last, *self.caches)
+            given = {"tokens": part, "pos": np.array([self.length], np.int64)}
+            if not every:
+                given["last"] = np.array([part.size - 1], np.int64)
+            parts.append(self.step(given)["logits"])
             self.length += part.size
-            parts.append(out)
         return np.concatenate(parts) if every else np.asarray(parts[-1][0])
 
     def decode_tokens(self, prompt: Sequence[int], max_tokens: int = 128, sampling: Sampling | None = None) -> Iterator[int]:
@@ -137,8 +144,8 @@ class LanguageModel:
         when the prompt does not fit the cache."""
         text = self.chat_prompt(prompt) if chat else prompt
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.file.metadata.get("tokenizer.ggml.add_bos_token") and "tokenizer.ggml.bos_token_id" in self.file.metadata:
-            ids = [int(self.file.metadata["tokenizer.ggml.bos_token_id"]), *ids]
+        if self.about["begin"] is not None:
+            ids = [self.about["begin"], *ids]
         yield from self.stream_text(self.decode_tokens(ids, max_tokens, sampling))
 
     def stream_text(self, tokens: Iterable[int]) -> Iterator[str]:
@@ -157,19 +164,19 @@ class LanguageModel:
 
     def chat_prompt(self, message: str) -> str:
         """A user's message between the marks of the ChatML format. Raises InvalidModel for a model of another format."""
-        template = str(self.file.metadata.get("tokenizer.chat_template", ""))
-        if "<|im_start|>" not in template:
-            raise InvalidModel(f"{self.file.path} has no ChatML template; only that chat format is supported", hint="give the whole prompt instead")
+        if self.about["chat"] != "chatml":
+            raise InvalidModel(f"{self.module.manifest['name']} has no ChatML template; only that chat format is supported", hint="give the whole prompt instead")
         return f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def load(
+def compile_model(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
     all_logits: bool = False,
-) -> LanguageModel:
-    """Compile a GGUF file of the Llama architecture. ``capacity``: positions of the cache (default: the model's context, at most 2048);
-    ``chunk``: prompt tokens of one call; ``exact``: f32 activations instead of 8 bits in groups of 32; ``all_logits``: :meth:`feed`
-    gives the logits of every token. Raises InvalidModel, InputError, TargetError."""
+) -> Module:
+    """A GGUF file of the Llama architecture as a Module that :class:`LanguageModel` runs and ``save`` writes.
+
+    ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
+    activations instead of 8 bits in groups of 32; ``all_logits``: the logits of every token. Raises InvalidModel, InputError, TargetError."""
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf
     from luthier.importers.gguf_llama import config, llama_graph
@@ -181,5 +188,45 @@ def load(
         raise InputError(f"a capacity of {n} positions is outside of 1 to {c.context}, the model's context")
     if chunk < 1:
         raise InputError(f"a chunk of {chunk} tokens is too short")
-    module = compile_graph(llama_graph(file, n, exact, all_logits), target, threads)
-    return LanguageModel(module, c, n, file, min(chunk, n))
+    graph = llama_graph(file, n, exact, all_logits)
+    module = compile_graph(graph, target, threads)
+    ends = (file.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
+    begin = file.metadata.get("tokenizer.ggml.bos_token_id") if file.metadata.get("tokenizer.ggml.add_bos_token") else None
+    module.manifest["name"] = str(file.metadata.get("general.name", Path(path).stem))
+    module.manifest["language"] = {
+        "vocabulary": c.vocabulary, "capacity": n, "chunk": min(chunk, n), "all_logits": all_logits,
+        "state": [s.name for s in module.inputs if s.name.startswith("cache.")],
+        "end": sorted({int(e) for e in ends if e is not None}), "begin": None if begin is None else int(begin),
+        "chat": "chatml" if "<|im_start|>" in str(file.metadata.get("tokenizer.chat_template", "")) else None,
+    }  # fmt: skip
+    if "tokenizer.ggml.model" in file.metadata:
+        from luthier.importers.gguf_tokenizer import tokenizer_json
+
+        module.files[TOKENIZER] = lambda: tokenizer_json(file)
+    return module
+
+
+def compile_gguf(path: str | Path, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:
+    """What ``luthier.compile`` does for a GGUF file: :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
+    and ``tokens`` (of one call). Raises its errors, InputError for other names."""
+    given = {k: tuple(v) for k, v in (shapes or {}).items()}
+    bad = [k for k, v in given.items() if k not in ("cache", "tokens") or len(v) != 1 or not isinstance(v[0], int)]
+    if bad:
+        raise InputError(f"a language model has no shape {bad[0]} to pin", hint="cache=POSITIONS and tokens=N (of one call) may be given")
+    if debug:
+        raise InputError("language models have no bounds checks", hint="leave debug out")
+    more = {name: given[k][0] for k, name in (("cache", "capacity"), ("tokens", "chunk")) if k in given}
+    return compile_model(path, target, threads, **more)
+
+
+def load(
+    path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
+    all_logits: bool = False,
+) -> LanguageModel:
+    """A GGUF file compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
+    ArtifactError."""
+    if Path(path).is_dir():
+        from luthier.artifact import load as load_artifact
+
+        return LanguageModel(load_artifact(Path(path), threads))
+    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits))

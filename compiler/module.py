@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class Module:
     """``inputs``, ``outputs``: what a call takes and gives. ``manifest``: all that is known about the module, as plain data.
 
     A module may be called from several threads at once; each concurrent call has its own context. ``threads``: workers of a
-    call (None: the setting LUTHIER_THREADS, else the cores that this process may use)."""
+    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
 
     def __init__(
         self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
@@ -70,6 +70,7 @@ class Module:
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._out_names = {p.name for p in self._outs}
+        self.files: dict[str, Callable[[], bytes]] = {}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
 
@@ -84,6 +85,17 @@ class Module:
         return module
 
     # ------------------------------------------------------------ calls
+
+    def keep(self, state: Sequence[str]) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
+        """A function like :meth:`run` for the inputs but ``state``, which are updated in place and belong to it: zeros at first. Raises
+        InputError for a name that is no input or an extent that is not fixed."""
+        own: dict[str, Array] = {}
+        for name in state:
+            p = next((p for p in self._ins if p.name == name), None)
+            if p is None or not all(isinstance(e, int) for e in p.shape):
+                raise InputError(f"{name} is no input of fixed extents", hint=f"the inputs are {self._describe()}")
+            own[name] = np.zeros(p.shape, p.dtype)  # type: ignore[arg-type]
+        return lambda inputs: self.run({**inputs, **own})
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""

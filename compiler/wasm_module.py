@@ -199,15 +199,36 @@ class WasmModule(Module):
         self._pool.append(inst)
         return result
 
+    def keep(self, state: Sequence[str]) -> Callable[[Mapping[str, Any]], dict[str, Array]]:
+        """As :meth:`Module.keep`; the state never leaves the memory of an instance. Its inputs must be the module's first ones: then their
+        addresses do not depend on the others' extents."""
+        n = len(state)
+        if [p.name for p in self._ins[:n]] != list(state) or not all(isinstance(e, int) for p in self._ins[:n] for e in p.shape):
+            raise InputError("state must be the first inputs, of fixed extents", hint=f"the inputs are {self._describe()}")
+        inst: list[_Instance] = []
+        rest = self._ins[n:]
+
+        def run(inputs: Mapping[str, Any]) -> dict[str, Array]:
+            if inputs.keys() != {p.name for p in rest}:
+                raise InputError(f"got the inputs {', '.join(sorted(inputs))}, expected {', '.join(p.name for p in rest)}")
+            if not inst:
+                inst.append(_Instance(self, self._threads()))
+            return self._call(inst[0], [*[None] * n, *(inputs[p.name] for p in rest)], None)
+
+        return run
+
     def _call(self, inst: _Instance, arrays: Sequence[Any], out: Mapping[str, Array] | None) -> dict[str, Array]:
         io = inst.spec["io"]
-        keep: list[Array] = []
+        keep: list[Array | None] = []
         for p, a in zip(self._ins, arrays, strict=True):
+            if a is None:  # state: it lies in the memory
+                keep.append(None)
+                continue
             a = _convert(a, p)
             if a.ndim != p.rank:
                 raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
             keep.append(a)
-        key = tuple(a.shape for a in keep)
+        key = tuple(p.shape if a is None else a.shape for p, a in zip(self._ins, keep, strict=True))
         if inst.key != key:
             inst.key = None
             view = inst.view()
@@ -220,6 +241,8 @@ class WasmModule(Module):
             inst.key = key
         view = inst.view()
         for j, (p, a) in enumerate(zip(self._ins, keep, strict=True)):
+            if a is None:
+                continue
             at, n = struct.unpack_from("<2I", view.data, io + RECORD * j)
             raw = (pack_bits(a, p.bits) if p.bits < 8 else a).reshape(-1).view(np.uint8)
             view[at : at + raw.size] = raw

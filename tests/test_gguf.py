@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import luthier
 from luthier import llm
 from luthier.errors import InputError, InvalidModel
 from luthier.importers.gguf import read_gguf
@@ -229,6 +230,27 @@ def test_a_small_llama(small: Path) -> None:
         assert np.abs(y - want[last]).max() < 0.06 * np.abs(want).max()
     rounded.reset()
     assert np.abs(rounded.feed(tokens) - want[-1]).max() < 0.06 * np.abs(want).max()
+
+
+def test_on_wasm(small: Path, tmp_path: Path) -> None:
+    """The cache lives in the module's memory, at an address that does not depend on the number of tokens of a call."""
+    pytest.importorskip("wasmtime")
+    tokens = [5, 17, 93, 0, 41, 41, 8, 60, 2, 77, 12]
+    want = forward(small, tokens)
+    made = llm.load(small, "wasm", capacity=32, exact=True)
+    made.module.save(tmp_path / "package")
+    for m in (made, llm.load(tmp_path / "package")):
+        m.feed([9, 9])
+        m.reset()
+        for part, last in (([5, 17, 93], 2), ([0], 3), ([41, 41, 8, 60], 7), ([2], 8), ([77, 12], 10)):
+            assert np.abs(m.feed(part) - want[last]).max() < 2e-3 * np.abs(want).max()
+    with pytest.raises(InputError, match="the cache holds 32 positions"):
+        made.feed([1] * 22)
+    with pytest.raises(InputError, match="expected tokens, pos, last"):
+        made.step({"tokens": np.array([1])})
+    with pytest.raises(InputError, match="no shape batch"):
+        luthier.compile(small, target="wasm", shapes={"batch": [3]})
+    assert luthier.compile(small, target="cpu", shapes={"cache": [16]}).manifest["language"]["capacity"] == 16
 
 
 def test_sequences_and_their_limits(small: Path) -> None:

@@ -1,7 +1,7 @@
 """The Llama architecture of a GGUF file as a graph: one function for prompts and for single steps, over a cache that the caller keeps.
 
-Inputs: ``tokens`` i64 [S], ``pos`` i64 [1] (position of the first of them), ``last`` i64 [1] (the row whose logits are wanted) and
-``cache`` f16 [layers, 2, kv_heads, capacity, head], which is changed in place. Output: ``logits`` f32 [1, vocabulary] (or [S, vocabulary]).
+Inputs: ``cache.N`` f16 [2, kv_heads, capacity, head] of every layer, which are changed in place and come first, ``tokens`` i64 [S], ``pos``
+i64 [1] (position of the first of them) and ``last`` i64 [1] (the row whose logits are wanted). Output: ``logits`` f32 [1, vocabulary] (or [S, vocabulary]).
 
 Weights stay in the bits of the file; their scales are kept in half precision (those of the K forms are products of two stored
 numbers and are rounded to it). Rows of queries and keys are re-ordered once so that rotation works on halves of a head.
@@ -149,9 +149,9 @@ class _Llama:
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
         rows = var("S", lo=1)
+        caches = [b.input(f"cache.{i}", f16, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
-        caches = [b.input(f"cache.{i}", f16, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
         angles = np.arange(self.capacity)[:, None] / c.rope_base ** (np.arange(c.head // 2) * 2 / c.head)
         if "rope_freqs.weight" in g.tensors:
             angles = angles / g.tensor("rope_freqs.weight").numpy()

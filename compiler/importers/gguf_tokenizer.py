@@ -44,3 +44,20 @@ def make_tokenizer(g: GGUF) -> Any:
         t.add_special_tokens([AddedToken(tokens[i], special=True) for i, k in enumerate(types) if k == _CONTROL])
         t.add_tokens([AddedToken(tokens[i]) for i, k in enumerate(types) if k == _USER])
     return t
+
+
+def tokenizer_json(g: GGUF) -> bytes:
+    """The tokenizer as the file ``tokenizer.json`` that the ``tokenizers`` libraries of Python and JavaScript read. Raises as :func:`make_tokenizer`."""
+    return str(make_tokenizer(g).to_str()).encode()
+
+
+def read_tokenizer(data: bytes) -> Any:
+    """A ``tokenizers.Tokenizer`` of such a file. Raises LuthierError when the package is missing, InvalidModel for other contents."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise LuthierError("text needs the package tokenizers", hint="pip install luthier[llm]") from None
+    try:
+        return Tokenizer.from_str(data.decode())
+    except Exception as e:  # the library raises nothing more special
+        raise InvalidModel(f"tokenizer.json describes no tokenizer: {e}") from None
