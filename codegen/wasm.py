@@ -8,7 +8,7 @@ stack in linear memory (global ``env.sp``, which grows downward). Constant parts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,6 @@ from luthier.ir.loop import (
     Stmt,
     Store,
     While,
-    stmts_of,
     walk_stmts,
 )
 from luthier.passes.legalize_dtype import legalize_dtype
@@ -96,51 +95,51 @@ class KernelPrinter(MemoryPrinter):
     # ------------------------------------------------------------ statements
 
     def stmt(self, s: Stmt) -> None:
-        c = self.c
-        if isinstance(s, Block):
-            for x in stmts_of(s):
-                self.stmt(x)
-        elif isinstance(s, Let):
-            self.bind(s.var, s.value)
-        elif isinstance(s, Store):
-            self.store(s)
-        elif isinstance(s, For):
-            self.loop(s)
-        elif isinstance(s, If):
-            self.emit(s.cond)
-            c.start("if")
-            self.scope(s.then)
-            if s.orelse is not None:
-                c.op("else")
-                self.scope(s.orelse)
-            c.op("end")
-        elif isinstance(s, While):
-            c.start("block")
-            c.start("loop")
-            self.depth += 1
-            self.cache.append({})
-            self.emit(s.cond)
-            c.op("i32.eqz")
-            c.op("br_if", 1)
-            self.stmt(s.body)
-            self.cache.pop()
-            self.depth -= 1
-            c.op("br", 0)
-            c.op("end")
-            c.op("end")
-        elif isinstance(s, Alloc):
-            self.alloc(s)
-        elif isinstance(s, Call):
-            self.call(s)
-        elif isinstance(s, Barrier):
-            raise CompilationError("WebAssembly kernels have no barriers", op=self.name)
-        else:
+        print_it = _PRINT.get(type(s))
+        if print_it is None:
             raise TypeError(s)
+        print_it(self, s)
+
+    def block(self, s: Block) -> None:
+        for x in s.stmts:
+            _PRINT[type(x)](self, x)
+
+    def let(self, s: Let) -> None:
+        self.bind(s.var, s.value)
+
+    def branch_on(self, s: If) -> None:
+        c = self.c
+        self.emit(s.cond)
+        c.start("if")
+        self.scope(s.then)
+        if s.orelse is not None:
+            c.op("else")
+            self.scope(s.orelse)
+        c.op("end")
+
+    def repeat_while(self, s: While) -> None:
+        c = self.c
+        c.start("block")
+        c.start("loop")
+        self.depth += 1
+        self.enter()
+        self.emit(s.cond)
+        c.op("i32.eqz")
+        c.op("br_if", 1)
+        self.stmt(s.body)
+        self.leave_scope()
+        self.depth -= 1
+        c.op("br", 0)
+        c.op("end")
+        c.op("end")
+
+    def barrier(self, s: Barrier) -> None:
+        raise CompilationError("WebAssembly kernels have no barriers", op=self.name)
 
     def scope(self, s: Stmt) -> None:
-        self.cache.append({})
+        self.enter()
         self.stmt(s)
-        self.cache.pop()
+        self.leave_scope()
 
     def bind(self, v: Expr, value: Expr) -> None:
         if v in self.skip:
@@ -283,6 +282,12 @@ class KernelPrinter(MemoryPrinter):
         args()
         self.c.op("call", self.functions[s.callee] + 1)
         self.c.op("call", self.functions[s.callee])
+
+
+_PRINT: dict[type, Callable[[Any, Any], None]] = {
+    Block: KernelPrinter.block, Let: KernelPrinter.let, Store: KernelPrinter.store, For: KernelPrinter.loop, If: KernelPrinter.branch_on,
+    While: KernelPrinter.repeat_while, Alloc: KernelPrinter.alloc, Call: KernelPrinter.call, Barrier: KernelPrinter.barrier,
+}  # fmt: skip
 
 
 def const_data(funcs: Sequence[Func]) -> tuple[dict[str, int], list[tuple[int, bytes]], int]:

@@ -110,9 +110,9 @@ class _Main(_Host):
 
     def steps(self, body: Sequence[Step]) -> None:
         for s in body:
-            self.cache.append({})
+            self.enter()
             _PRINT[type(s)](self, s)
-            self.cache.pop()
+            self.leave_scope()
 
     def inside(self, body: Sequence[Step]) -> None:
         before = dict(self.vars)
@@ -143,9 +143,9 @@ class _Main(_Host):
         c.op("global.get", GLOBALS.index("tid"))
         c.op("i32.eqz")
         c.start("if")
-        self.cache.append({})
+        self.enter()
         emit()
-        self.cache.pop()
+        self.leave_scope()
         c.const("i32", 1)
         self.call_to("finish")
         c.op("end")
@@ -248,9 +248,9 @@ class _Main(_Host):
             c.const("i32", 0)
             c.op("i32.gt_s")
             c.start("if")
-            self.cache.append({})
+            self.enter()
             whole()
-            self.cache.pop()
+            self.leave_scope()
             c.op("end")
 
         if s.shared and m.threads:
@@ -358,9 +358,9 @@ class _Main(_Host):
         c.start("block")
         c.start("loop")
         self.meet()
-        self.cache.append({})
+        self.enter()
         self.emit(s.cond)
-        self.cache.pop()
+        self.leave_scope()
         c.op("i32.eqz")
         c.op("br_if", 1)
         self.inside(s.body)

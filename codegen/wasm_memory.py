@@ -33,7 +33,8 @@ class MemoryPrinter(Vector):
         self.consts, self.fixed = consts, fixed
         self.regs: dict[str, int | list[int]] = {}
         self.ptrs: dict[str, int] = {}
-        self.cache: list[dict[tuple[str, Expr], int]] = [{}]
+        self.known: dict[tuple[str, Expr], int] = {}  # addresses in locals, of all scopes around what is being emitted
+        self.scopes: list[list[tuple[str, Expr]]] = [[]]  # which of them each scope made
         self.inner: set[Expr] = set()  # what the innermost loop defines
         self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
         self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
@@ -41,6 +42,14 @@ class MemoryPrinter(Vector):
         self.skip: set[Expr] = set()  # those of the innermost loop that nothing needs
         self.bodies: dict[int, list[Stmt]] = {}  # statements of every innermost loop
         self.resolved: dict[Any, tuple[Expr, Expr | None, Expr | None, int, bool]] = {}
+
+    def enter(self) -> None:
+        """A scope begins: code that may not run, or runs again."""
+        self.scopes.append([])
+
+    def leave_scope(self) -> None:
+        for key in self.scopes.pop():
+            del self.known[key]
 
     def place(self, a: Expr) -> int | list[int] | None:
         if a.op == "var":
@@ -94,7 +103,7 @@ class MemoryPrinter(Vector):
             if i is not None and (b.rank or b.scope != "local") and b.name in self.ptrs and i.dtype.lanes == 1:
                 key = tuple([x for x in linear(i).items() if x[0]])
                 if key not in taken:
-                    taken[key] = self.split(substitute(i, self.affine))
+                    taken[key] = self.split(self.expand(i))
                 inv, rest = taken[key]
                 if inv is not None and rest is not None and ((b.name, inv) in found or len(found) < 8):
                     found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
@@ -107,9 +116,11 @@ class MemoryPrinter(Vector):
             if e in seen:
                 return
             seen.add(e)
-            if e.op == "var":
-                needed.add(e)
+            if not e.loading:
+                needed.update(free_vars(e))
             elif e.op == "load":
+                if not e.args:  # a register
+                    return
                 b, idx, m, o = load_parts(e)
                 place(b, idx)
                 for x in (m, o):
@@ -128,7 +139,8 @@ class MemoryPrinter(Vector):
                         continue
                 scan(x.value)
             elif isinstance(x, Store):
-                place(x.buf, x.idx)
+                if x.idx:
+                    place(x.buf, x.idx)
                 scan(x.value)
                 if x.mask is not None:
                     scan(x.mask)
@@ -152,9 +164,14 @@ class MemoryPrinter(Vector):
         self.bases = bases
         self.resolved = {}
 
+    def expand(self, e: Expr) -> Expr:
+        """An index with the Lets in it replaced by what they stand for."""
+        mine = free_vars(e) & self.affine.keys()
+        return substitute(e, {v: self.affine[v] for v in mine}) if mine else e
+
     def note_affine(self, v: Expr, value: Expr) -> None:
         if value.op in ("add", "sub", "mul"):
-            e = substitute(value, self.affine)
+            e = self.expand(value)
             if not loads(e):
                 self.affine[v] = e
                 return
@@ -181,7 +198,7 @@ class MemoryPrinter(Vector):
             dyn = from_linear(dict(key)) if key else const(0)
             inv, rest, extra = None, None, 0
             if self.bases:
-                whole = substitute(dyn, self.affine)
+                whole = self.expand(dyn)
                 inv, rest = self.split(whole)
                 extra = linear(whole).get((), 0)
             lo = 0 if self.fixed or not key else bounds(dyn)[0]
@@ -206,7 +223,7 @@ class MemoryPrinter(Vector):
             name, dyn, k = f"{b.name}@{base}", rest, whole_k
         else:
             if self.skip and free_vars(dyn) & self.skip:
-                dyn, k, positive = substitute(idx, self.affine), 0, False
+                dyn, k, positive = self.expand(idx), 0, False
             elif not self.foldable(k * size, positive or dyn.op == "const"):
                 dyn, k = idx, 0
             name = b.name
@@ -222,11 +239,10 @@ class MemoryPrinter(Vector):
             name += "-"
             offset += GUARD
         key = (name, dyn)
-        for m in reversed(self.cache):
-            n = m.get(key)
-            if n is not None:
-                c.get(n)
-                return offset
+        n = self.known.get(key)
+        if n is not None:
+            c.get(n)
+            return offset
         if base is not None:
             c.get(base)
         else:
@@ -245,7 +261,8 @@ class MemoryPrinter(Vector):
         if base is not None or not loads(dyn):
             n = self.own_local("i32")  # valid until its scope ends
             c.op("local.tee", n)
-            self.cache[-1][key] = n
+            self.known[key] = n
+            self.scopes[-1].append(key)
         return offset
 
     def packed(self, e: Expr) -> tuple[Buffer, Expr] | None:
@@ -286,9 +303,9 @@ class MemoryPrinter(Vector):
         if scalar is not None:
             self.emit(scalar)
             self.c.start("if", valtype(d))
-            self.cache.append({})
+            self.enter()
             self.plain_load(buf, idx[0], load(buf, idx))
-            self.cache.pop()
+            self.leave_scope()
             c.op("else")
             self.emit(o)
             c.op("end")
@@ -300,21 +317,21 @@ class MemoryPrinter(Vector):
         if mono:
             self.emit(self.lane(m, d.lanes - 1))
             c.start("if")
-            self.cache.append({})
+            self.enter()
             self.plain_load(buf, idx[0], load(buf, idx))
-            self.cache.pop()
+            self.leave_scope()
             c.op("local.set", n)
             c.op("else")
         for k in range(d.lanes):
             self.emit(self.lane(m, k))
             c.start("if")
-            self.cache.append({})
+            self.enter()
             c.get(n)
             self.emit(self.lane(load(buf, idx), k))
             self.into_lane(d)
             c.lane(f"{prefix(d)}.replace_lane", k)
             c.op("local.set", n)
-            self.cache.pop()
+            self.leave_scope()
             c.op("end")
         if mono:
             c.op("end")
@@ -375,9 +392,9 @@ class MemoryPrinter(Vector):
             if scalar is not None or mono:
                 self.emit(scalar if scalar is not None else self.lane(m, m.dtype.lanes - 1))
                 c.start("if")
-                self.cache.append({})
+                self.enter()
                 self.store(Store(b, s.idx, s.value))
-                self.cache.pop()
+                self.leave_scope()
                 if mono and scalar is None:
                     c.op("else")
                     self.store_lanes(b, idx, s.value, m)
@@ -440,7 +457,7 @@ class MemoryPrinter(Vector):
             if m is not None:
                 self.emit(self.lane(m, k))
                 c.start("if")
-                self.cache.append({})
+                self.enter()
             off = self.address(b if b.dtype.lanes == 1 else _scalars(b), self.lane(idx, k) if b.dtype.lanes == 1 else idx * b.dtype.lanes + k)
             if n >= 0:
                 c.get(n)
@@ -449,7 +466,7 @@ class MemoryPrinter(Vector):
                 self.emit(self.lane(value, k))
             self.store_scalar(b, off)
             if m is not None:
-                self.cache.pop()
+                self.leave_scope()
                 c.op("end")
         if n >= 0:
             self.release("v128", n)
@@ -462,7 +479,7 @@ class MemoryPrinter(Vector):
         if s.mask is not None:
             self.emit(s.mask)
             c.start("if")
-            self.cache.append({})
+            self.enter()
         if isinstance(n, int):
             self.emit(s.value)
             c.op("local.set", n)
@@ -472,7 +489,7 @@ class MemoryPrinter(Vector):
             for x in reversed(n):
                 c.op("local.set", x)
         if s.mask is not None:
-            self.cache.pop()
+            self.leave_scope()
             c.op("end")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from luthier.codegen.ranges import value_range
-from luthier.codegen.wasm_encoder import Code
+from luthier.codegen.wasm_encoder import OPCODE, Code
 from luthier.ir.dtypes import DType, f32, f64, i32, index, u32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, is_const
@@ -113,42 +114,43 @@ class Emitter:
     # scalars -----------------------------------------------------
 
     def scalar(self, e: Expr) -> None:
-        op = e.op
-        if op == "var":
-            n = self.vars.get(e)
-            if not isinstance(n, int):
-                raise self.fail(e, "variable without a value")
-            self.c.get(n)
-        elif op == "const":
-            self.c.const(valtype(e.dtype), e.attr)
-        elif op in _ARITH and e.dtype.is_index:
-            self.emit(e.args[0])
-            self.emit(e.args[1])
-            self.c.op(f"i32.{op}")
-        elif op == "load":
-            self.load(e)
-        elif op in COMPARE:
-            self.compare(e)
-        elif op == "select":
-            self.emit(e.args[1])
-            self.emit(e.args[2])
-            self.emit(e.args[0])
-            self.c.op("select")
-        elif op == "cast":
-            self.emit(e.args[0])
-            self.convert(e.args[0].dtype, e.dtype)
-        elif op == "bitcast":
-            self.bitcast(e)
-        elif op == "extract":
-            self.extract(e)
-        elif op == "vreduce":
-            self.vreduce(e)
+        f = _SCALAR.get(e.op)
+        if f is not None:
+            f(self, e)
         elif len(e.args) == 1:
             self.unary(e)
-        elif len(e.args) == 2 and op != "call":
+        elif len(e.args) == 2 and e.op != "call":
             self.binary(e)
         else:
-            raise self.fail(e, f"no instruction for {e.attr[0] if op == 'call' else op}")
+            raise self.fail(e, f"no instruction for {e.attr[0] if e.op == 'call' else e.op}")
+
+    def variable(self, e: Expr) -> None:
+        n = self.vars.get(e)
+        if n.__class__ is not int:
+            raise self.fail(e, "variable without a value")
+        self.c.get(n)  # type: ignore[arg-type]
+
+    def constant_value(self, e: Expr) -> None:
+        self.c.const(valtype(e.dtype), e.attr)
+
+    def arithmetic(self, e: Expr) -> None:
+        if not e.dtype.is_index:
+            self.binary(e)
+            return
+        a, b = e.args
+        self.scalar(a)
+        self.scalar(b)
+        self.c.b += _INDEX[e.op]
+
+    def choose(self, e: Expr) -> None:
+        self.emit(e.args[1])
+        self.emit(e.args[2])
+        self.emit(e.args[0])
+        self.c.op("select")
+
+    def cast(self, e: Expr) -> None:
+        self.emit(e.args[0])
+        self.convert(e.args[0].dtype, e.dtype)
 
     def normalize(self, d: DType) -> None:
         """After arithmetic in 32 bits: back into the range of a narrower integer."""
@@ -503,5 +505,12 @@ class Emitter:
         if d == "i32" and a.dtype.is_int:
             self.normalize(e.dtype)
 
+
+_INDEX = {op: OPCODE[f"i32.{op}"] for op in _ARITH}
+_SCALAR: dict[str, Callable[[Any, Expr], None]] = {
+    "var": lambda p, e: p.variable(e), "const": lambda p, e: p.constant_value(e), "load": lambda p, e: p.load(e), "select": lambda p, e: p.choose(e),
+    "cast": lambda p, e: p.cast(e), "bitcast": lambda p, e: p.bitcast(e), "extract": lambda p, e: p.extract(e),
+    "vreduce": lambda p, e: p.vreduce(e), **{op: lambda p, e: p.arithmetic(e) for op in _ARITH}, **{op: lambda p, e: p.compare(e) for op in COMPARE},
+}  # fmt: skip
 
 __all__ = ["Emitter", "valtype", "signed", "index"]

@@ -159,20 +159,21 @@ class Vector(Emitter):
         if not full(e.dtype):
             raise self.fail(e, f"vectors of type {e.dtype} do not fit 128 bits")
         op, d, c = e.op, e.dtype, self.c
-        if op == "var":
+        if op in _ARITH:
+            if d.is_float:
+                self.arith(e)
+                return
+        elif op == "load":
+            self.load(e)
+            return
+        elif op == "var":
             n = self.vars.get(e)
-            if isinstance(n, int):
-                c.get(n)
+            if n.__class__ is int:
+                c.get(n)  # type: ignore[arg-type]
                 return
             if n is None:
                 raise self.fail(e, "variable without a value")
-        if op == "load":
-            self.load(e)
-            return
-        if op in _ARITH and d.is_float:
-            self.arith(e)
-            return
-        if op == "bcast":
+        elif op == "bcast":
             self.broadcast(e)
             return
         if op == "ramp":

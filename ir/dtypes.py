@@ -26,12 +26,18 @@ _F8 = ("f8e4m3fn", "f8e4m3fnuz", "f8e5m2", "f8e5m2fnuz", "f8e8m0")
 class DType:
     """An interned data type: two equal types are the same object. ``bits`` is per lane."""
 
-    __slots__ = ("kind", "bits", "lanes", "name")
+    __slots__ = ("kind", "bits", "lanes", "name", "is_float", "is_int", "is_signed", "is_index", "is_bool", "scalar")
     _table: dict[tuple[str, int, int], DType] = {}
     kind: str
     bits: int
     lanes: int
     name: str
+    is_float: bool
+    is_int: bool  # integers proper: ``i`` and ``u`` (not index, not bool)
+    is_signed: bool
+    is_index: bool
+    is_bool: bool
+    scalar: DType
 
     def __new__(cls, kind: str, bits: int, lanes: int = 1) -> DType:
         key = (kind, bits, lanes)
@@ -42,6 +48,9 @@ class DType:
         self.kind, self.bits, self.lanes = kind, bits, lanes
         base = {"b": "bool", "x": "index", "s": "str"}.get(kind) or (kind if kind.startswith("f8") else f"{kind}{bits}")
         self.name = base if lanes == 1 else f"{base}x{lanes}"
+        self.is_float = kind[0] == "f" or kind == "bf"
+        self.is_int, self.is_signed, self.is_index, self.is_bool = kind in "iu", kind in "ix", kind == "x", kind == "b"
+        self.scalar = self if lanes == 1 else DType(kind, bits)
         cls._table[key] = self
         return self
 
@@ -52,37 +61,12 @@ class DType:
         return (DType, (self.kind, self.bits, self.lanes))
 
     @property
-    def is_float(self) -> bool:
-        return self.kind[0] == "f" or self.kind == "bf"
-
-    @property
-    def is_int(self) -> bool:
-        """Integers proper: ``i`` and ``u`` (not index, not bool)."""
-        return self.kind in "iu"
-
-    @property
-    def is_signed(self) -> bool:
-        return self.kind in "ix"
-
-    @property
-    def is_index(self) -> bool:
-        return self.kind == "x"
-
-    @property
-    def is_bool(self) -> bool:
-        return self.kind == "b"
-
-    @property
     def itemsize(self) -> float:
         """Bytes of one lane in memory; fractional below 8 bits (rows are padded to whole bytes by layouts)."""
         return self.bits / 8
 
     def vec(self, lanes: int) -> DType:
         return DType(self.kind, self.bits, lanes)
-
-    @property
-    def scalar(self) -> DType:
-        return self if self.lanes == 1 else DType(self.kind, self.bits)
 
     @property
     def numpy(self) -> np.dtype[Any]:

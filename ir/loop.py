@@ -239,18 +239,51 @@ def loads_of(s: Stmt) -> set[Expr]:
     return out
 
 
-def nodes_of(s: Stmt) -> set[Expr]:
-    """Every distinct expression node that a statement and its children evaluate."""
-    seen: set[Expr] = set()
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a statement and its children hold: every distinct expression node (of index arithmetic without loads only the root), what is
+    allocated, whether anything is called."""
+
+    nodes: frozenset[Expr] | set[Expr]
+    dtypes: frozenset[DType]
+    allocated: tuple[Buffer, ...]
+    calls: bool
+
+
+_contents: tuple[Stmt, Contents] | None = None  # passes that change nothing ask about one statement in turn
+
+
+def contents_of(s: Stmt) -> Contents:
+    global _contents
+    if _contents is not None and _contents[0] is s:
+        return _contents[1]
+    allocated: list[Buffer] = []
+    calls = False
     stack: list[Expr] = []
     for x in walk_stmts(s):
-        stack.extend(exprs_of(x))
+        t = type(x)
+        if t is Store:
+            stack.extend(x.idx)  # type: ignore[union-attr]
+            stack.append(x.value)  # type: ignore[union-attr]
+            if x.mask is not None:  # type: ignore[union-attr]
+                stack.append(x.mask)  # type: ignore[union-attr]
+        elif t is Let:
+            stack.append(x.value)  # type: ignore[union-attr]
+        elif t is Alloc:
+            allocated.append(x.buf)  # type: ignore[union-attr]
+        elif t is not Block:
+            calls = calls or t is Call
+            stack.extend(exprs_of(x))
+    seen: set[Expr] = set()
     while stack:
         e = stack.pop()
         if e not in seen:
             seen.add(e)
-            stack.extend(e.args)
-    return seen
+            if e.loading or not e.dtype.is_index or e.dtype.lanes > 1:
+                stack.extend(e.args)
+    out = Contents(seen, frozenset({e.dtype for e in seen}), tuple(allocated), calls)
+    _contents = s, out
+    return out
 
 
 def map_children(s: Stmt, fn: Callable[[Stmt], Stmt | None]) -> Stmt:

@@ -45,7 +45,7 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
-from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of
 from luthier.passes import float8
 
 
@@ -181,18 +181,14 @@ class _Legalizer:
         return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
 
     def needed(self) -> bool:
-        from luthier.ir.loop import nodes_of, walk_stmts
-
         def bad(d: DType) -> bool:
             s = d.scalar
             return self.soft(s) or self.narrow(s) or (s is f64 and not self.r.float64) or (s.is_int and s.bits == 64 and not self.r.int64)
 
         if any(bad(b.dtype) or self.words(b.dtype) != 1 for b in self.f.buffers):
             return True
-        for s in walk_stmts(self.f.body):
-            if isinstance(s, Alloc) and (bad(s.buf.dtype) or self.words(s.buf.dtype) != 1):
-                return True
-        return any(bad(d) for d in {x.dtype for x in nodes_of(self.f.body)})
+        inside = contents_of(self.f.body)
+        return any(bad(b.dtype) or self.words(b.dtype) != 1 for b in inside.allocated) or any(bad(d) for d in inside.dtypes)
 
     def buffer(self, b: Buffer) -> Buffer:
         nb = self.bufs.get(b)

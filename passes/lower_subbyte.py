@@ -17,7 +17,7 @@ import numpy as np
 from luthier.ir.dtypes import DType, i8, u8
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, as_expr, bcast, binary, cast, const, linear, load, load_parts, ramp, rewrite, shuffle
-from luthier.ir.loop import Alloc, Buffer, For, Func, Stmt, Store, map_children, map_exprs
+from luthier.ir.loop import Alloc, Buffer, For, Func, Stmt, Store, contents_of, map_children, map_exprs
 
 
 def is_subbyte(d: DType) -> bool:
@@ -58,7 +58,7 @@ def _aligned(idx: Expr, per: int) -> Expr | None:
 
 def lower_subbyte(f: Func) -> Func:
     """Raises CompilationError for a store that may share its byte with another thread."""
-    if not any(is_subbyte(b.dtype) for b in f.buffers) and not _allocs(f.body):
+    if not any(is_subbyte(b.dtype) for b in f.buffers) and not any(is_subbyte(b.dtype) for b in contents_of(f.body).allocated):
         return f
     exact: set[Expr] = set()
     memo: dict[Expr, Expr] = {}
@@ -159,11 +159,3 @@ def _dtype_of(f: Func, name: str) -> Any:
                 if x.attr[0].name == name:
                     return x.attr[0].dtype if is_subbyte(x.attr[0].dtype) else None
     return None
-
-
-def _allocs(s: Stmt) -> bool:
-    from luthier.ir.loop import walk_stmts
-
-    return any(isinstance(x, Alloc) and is_subbyte(x.buf.dtype) for x in walk_stmts(s))
-
-

@@ -1,7 +1,8 @@
 """promote_locals: local buffers whose every access has a constant index become register variables.
 
 Before: ``alloc acc: f32[32] local`` with ``acc[ramp(16, 1, 16)]``. After: ``alloc acc.16: f32x16[] local`` with ``acc.16[]``.
-Accesses must cut the buffer into disjoint pieces (same base and lanes wherever they overlap).
+Accesses must cut the buffer into disjoint pieces (same base and lanes wherever they overlap). A register variable whose only purpose
+is to be copied into another (an accumulator into the tile that an epilogue reads) becomes that other one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from luthier.ir.expr import Expr, load, load_parts, rewrite_loads
-from luthier.ir.loop import Alloc, Buffer, Func, Stmt, Store, loads_of, map_children, map_exprs, walk_stmts
+from luthier.ir.loop import (
+    Alloc,
+    Buffer,
+    Func,
+    Stmt,
+    Store,
+    block,
+    children,
+    loads_of,
+    map_children,
+    map_exprs,
+    stmts_of,
+    walk_stmts,
+)
 
 MAX_PIECES = 256
 
@@ -32,8 +46,10 @@ def promote_locals(f: Func) -> Func:
             pieces.setdefault(s.buf, set())
     if not pieces:
         return f
+    stores: dict[Buffer, int] = {}
     for s in walk_stmts(f.body):
         if isinstance(s, Store) and s.buf in pieces:
+            stores[s.buf] = stores.get(s.buf, 0) + 1
             _note(pieces, s.buf, _piece(s.idx))
     for x in loads_of(f.body):
         if x.attr[0] in pieces:
@@ -48,6 +64,10 @@ def promote_locals(f: Func) -> Func:
         env[b] = {p: Buffer(f"{b.name}.{p[0]}", b.dtype if p[1] == 1 else b.dtype.vec(p[1]), (), "local") for p in sorted(ps)}
     if not env:
         return f
+    copied = _copied(f.body, env, stores)
+    for a, b in copied.items():
+        env[b] = env[a]
+    gone = frozenset(copied.values())
 
     def fix(e: Expr) -> Expr | None:
         if e.op == "load" and e.attr[0] in env:
@@ -62,12 +82,16 @@ def promote_locals(f: Func) -> Func:
     def st(s: Stmt) -> Stmt:
         if isinstance(s, Alloc) and s.buf in env:
             body = st(s.body)
+            if s.buf in gone:
+                return body
             for nb in reversed(env[s.buf].values()):
                 body = Alloc(nb, body)
             return body
         if isinstance(s, Store) and s.buf in env:
             p = _piece(s.idx)
             assert p is not None
+            if s.buf in copied and _source(s) in gone:
+                return block()
             m = s.mask
             nb = env[s.buf][p]
             if m is not None:
@@ -78,6 +102,58 @@ def promote_locals(f: Func) -> Func:
         return map_children(s, st)
 
     return replace(f, body=map_exprs(st(f.body), lambda e: rewrite_loads(e, fix, memo)))
+
+
+def _source(s: Stmt) -> Buffer | None:
+    """The buffer that a statement copies from, element by element."""
+    if not isinstance(s, Store) or s.mask is not None or s.value.op != "load":
+        return None
+    b, idx, m, _ = load_parts(s.value)
+    return b if m is None and idx == s.idx and b.dtype == s.buf.dtype else None
+
+
+def _copied(body: Stmt, env: dict[Buffer, dict[tuple[int, int], Buffer]], stores: dict[Buffer, int]) -> dict[Buffer, Buffer]:
+    """{a: b} where ``b``, in scope inside the scope of ``a``, ends with copies of all its pieces into ``a``, which nothing else writes
+    and nothing reads before."""
+    found: dict[Buffer, Buffer] = {}
+
+    def peel(s: Stmt) -> tuple[list[Buffer], tuple[Stmt, ...]]:
+        bufs: list[Buffer] = []
+        while isinstance(s, Alloc):
+            bufs.append(s.buf)
+            s = s.body
+        return bufs, tuple(stmts_of(s))
+
+    def visit(s: Stmt) -> None:
+        if isinstance(s, Alloc):
+            outer, stmts = peel(s)
+            for i, x in enumerate(stmts):
+                if isinstance(x, Alloc) and env.keys() & set(outer):
+                    pairs(set(outer), stmts[:i], x)
+                visit(x)
+        else:
+            for c in children(s):
+                visit(c)
+
+    def pairs(outer: set[Buffer], before: tuple[Stmt, ...], x: Alloc) -> None:
+        inner, stmts = peel(x)
+        copies: dict[tuple[Buffer, Buffer], set[tuple[int, int] | None]] = {}
+        for s in reversed(stmts):
+            b = _source(s)
+            if b is None or not isinstance(s, Store) or b not in inner or s.buf not in outer:
+                break
+            copies.setdefault((s.buf, b), set()).add(_piece(s.idx))
+        read: set[Buffer] | None = None
+        for (a, b), ps in copies.items():
+            if a not in env or b not in env or not ps == env[a].keys() == env[b].keys() or stores[a] != len(ps) or b in found.values():
+                continue
+            if read is None:
+                read = {e.attr[0] for s in (*before, x) for e in loads_of(s)}
+            if a not in read:
+                found[a] = b
+
+    visit(body)
+    return found
 
 
 def _note(pieces: dict[Buffer, set[tuple[int, int]] | None], b: Buffer, p: tuple[int, int] | None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from luthier.ir.dtypes import DType
 from luthier.ir.expr import (
     Expr,
     bcast,
@@ -32,16 +33,15 @@ from luthier.ir.loop import (
     Alloc,
     Block,
     Buffer,
-    Call,
     Func,
     Let,
     Stmt,
     Store,
     block,
+    contents_of,
     exprs_of,
     map_children,
     map_own_exprs,
-    walk_stmts,
 )
 
 _FIXED = ("shuffle", "call")
@@ -49,42 +49,25 @@ _FIXED = ("shuffle", "call")
 
 def split_vectors(f: Func, bits: int = 128) -> Func:
     """``bits``: width of a register."""
+    inside = contents_of(f.body)
     widest: dict[int, int] = {}
-    nodes: set[Expr] = set()
-
-    def look(e: Expr) -> None:
-        if e in nodes or (e.dtype.lanes == 1 and e.dtype.is_index):  # most of a kernel is index arithmetic
-            return
-        nodes.add(e)
-        n = e.dtype.lanes
-        if n > 1:
-            w = _width(e)
-            if w > widest.get(n, 0):
-                widest[n] = w
-        for a in e.args:
-            look(a)
-
-    for s in walk_stmts(f.body):
-        for e in exprs_of(s):
-            look(e)
-        if isinstance(s, (Alloc, Store)) and s.buf.dtype.lanes > 1:
-            widest[s.buf.dtype.lanes] = max(widest.get(s.buf.dtype.lanes, 1), s.buf.dtype.bits)
+    for d in (*inside.dtypes, *(b.dtype for b in inside.allocated)):
+        if d.lanes > 1:
+            widest[d.lanes] = max(widest.get(d.lanes, 1), _width(d))
     size = {n: max(bits // w, 2) for n, w in widest.items() if n * w > bits}
-    if not size:
+    if not size or inside.calls:
         return f
-    for e in nodes:
+    for e in inside.nodes:
         lanes = [x.dtype.lanes for x in (e, *e.args) if x.dtype.lanes in size]
         if lanes and (e.op in _FIXED or (e.op == "bitcast" and e.args[0].dtype.lanes != e.dtype.lanes)):
             return f
     if any(n % k or n & (n - 1) for n, k in size.items()) or any(b.dtype.lanes > 1 for b in f.buffers):
         return f
-    if any(isinstance(s, Call) for s in walk_stmts(f.body)):
-        return f
     return f.with_body(_Split(size).stmt(f.body))
 
 
-def _width(e: Expr) -> int:
-    return 32 if e.dtype.is_index else 1 if e.dtype.is_bool else e.dtype.bits
+def _width(d: DType) -> int:
+    return 32 if d.is_index else 1 if d.is_bool else d.bits
 
 
 class _Split:

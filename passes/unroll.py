@@ -1,6 +1,7 @@
 """unroll: loops of kind ``unroll`` with a constant number of rounds become straight code; others become serial.
 
-Before: ``for i in 0..3 unroll: A[i] = i``. After: ``A[0] = 0; A[1] = 1; A[2] = 2``.
+Before: ``for i in 0..3 unroll: A[i] = i``. After: ``A[0] = 0; A[1] = 1; A[2] = 2``. A condition that a round decides is gone, and
+neighbouring rounds under one condition share it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from luthier.ir.dtypes import index
 from luthier.ir.expr import Expr, add_const, affine_parts, const, free_vars, rebuild, substitute, var
-from luthier.ir.loop import Block, For, Func, Let, Stmt, block, map_children, map_own_exprs, walk_stmts
+from luthier.ir.loop import Block, For, Func, If, Let, Stmt, block, map_children, map_own_exprs, walk_stmts
 
 LIMIT = 512
 
@@ -79,12 +80,29 @@ class _Unroller:
                     out.append(Let(v, value))
                 else:
                     out.append(self.stmt(c, r))
-            return block(*out)
+            return block(*_join(out))
         if isinstance(s, For):
             lo, hi = r.value(s.lo), r.value(s.hi)
             if s.kind == "unroll":
                 n = hi - lo
                 if n.op == "const" and lo.op == "const" and n.attr <= LIMIT:
-                    return block(*[self.stmt(s.body, _Round(r.env, {s.var: const(lo.attr + k)}, r.parts)) for k in range(n.attr)])
+                    return block(*_join([self.stmt(s.body, _Round(r.env, {s.var: const(lo.attr + k)}, r.parts)) for k in range(n.attr)]))
             return replace(s, lo=lo, hi=hi, kind="serial" if s.kind == "unroll" else s.kind, body=self.stmt(s.body, r))
+        if isinstance(s, If):
+            cond = r.value(s.cond)
+            if cond.op == "const":
+                taken = s.then if cond.attr else s.orelse
+                return block() if taken is None else self.stmt(taken, r)
         return map_children(map_own_exprs(s, r.value), lambda c: self.stmt(c, r))
+
+
+def _join(stmts: list[Stmt]) -> list[Stmt]:
+    """Neighbours under the same condition become one; a condition that reads memory may change between them."""
+    out: list[Stmt] = []
+    for s in stmts:
+        last = out[-1] if out else None
+        if isinstance(s, If) and isinstance(last, If) and s.cond is last.cond and not s.cond.loading and s.orelse is None and last.orelse is None:
+            out[-1] = If(s.cond, block(last.then, s.then))
+        else:
+            out.append(s)
+    return out
