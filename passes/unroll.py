@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier.ir.dtypes import index
 from luthier.ir.expr import Expr, add_const, affine_parts, const, free_vars, rebuild, substitute, var
-from luthier.ir.loop import Block, For, Func, If, Let, Stmt, block, map_children, map_own_exprs, walk_stmts
+from luthier.ir.loop import Block, For, Func, If, Let, Stmt, block, map_children, map_own_exprs, stmts_of, walk_stmts
 
 LIMIT = 512
 
@@ -99,7 +99,7 @@ class _Unroller:
 def _join(stmts: list[Stmt]) -> list[Stmt]:
     """Neighbours under the same condition become one; a condition that reads memory may change between them."""
     out: list[Stmt] = []
-    for s in stmts:
+    for s in [x for b in stmts for x in stmts_of(b)]:
         last = out[-1] if out else None
         if isinstance(s, If) and isinstance(last, If) and s.cond is last.cond and not s.cond.loading and s.orelse is None and last.orelse is None:
             out[-1] = If(s.cond, block(last.then, s.then))
