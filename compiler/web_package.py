@@ -33,12 +33,14 @@ from luthier.native import DTYPES
 __all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
+TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
 Array = np.ndarray[Any, Any]
 
 # what a package carries of the runtime, by the kind of its target
 _COMMON = (
     "demo.css", "demo.js", "engine.js", "errors.js", "files.js", "model.js", "platform.js", "sha256.js", "tensors.js", "worker.js",
 )  # fmt: skip
+_LANGUAGE = ("language.js", "language_demo.js", "sampling.js")  # of a language model
 ENGINES: dict[str, tuple[str, ...]] = {"wasm": ("engine_wasm.js", "thread.js"), "webgpu": ("engine_webgpu.js", "gpu_recorder.js")}
 
 _ARRAYS = {
@@ -84,12 +86,13 @@ def write_package(
     first = next((len(d) for n, d in code.items() if n.endswith((".wasm", "shaders.json"))), 0)
     manifest["web"] = {"id": mark.hexdigest()[:16], "shards": shards, "code_bytes": first}
     source = importlib.resources.files("luthier.codegen.web_runtime")
-    for name in (*_COMMON, *ENGINES[kind]):
+    language = manifest.get("language")
+    for name in (*_COMMON, *ENGINES[kind], *(_LANGUAGE if language else ())):
         put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
     put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
-    page = source.joinpath("index.html").read_text(encoding="utf-8")
+    page = source.joinpath("language.html" if language else "index.html").read_text(encoding="utf-8")
     put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
-    put("index.js", _index_js(manifest["web"]["id"]))
+    put("index.js", _index_js(manifest["web"]["id"], bool(language)))
     put("index.d.ts", _index_d_ts(manifest))
     put("package.json", _package_json(manifest))
     return tuple(names)
@@ -120,13 +123,14 @@ def read_weights(folder: Path, manifest: Mapping[str, Any]) -> Array:
     return out
 
 
-def _index_js(mark: str) -> str:
+def _index_js(mark: str, language: bool) -> str:
+    kind, file = ("LanguageModel", "language") if language else ("Model", "model")
     return f"""// Generated: the model's entry point. Everything else is in runtime/ and manifest.json.
 
-import {{ loadModel }} from "./runtime/model.js";
+import {{ load{kind} }} from "./runtime/{file}.js";
 
 export * from "./runtime/errors.js";
-export {{ Model }} from "./runtime/model.js";
+export {{ {kind} }} from "./runtime/{file}.js";
 
 const here = new URL("./", import.meta.url);
 
@@ -139,7 +143,7 @@ function folder(url) {{
 
 /** Loads the model from the folder `url` (default: the one of this file). */
 export function load(url, options) {{
-  return loadModel(folder(url), "{mark}", options);
+  return load{kind}(folder(url), "{mark}", options);
 }}
 """
 
@@ -151,10 +155,76 @@ def _package_json(manifest: Mapping[str, Any]) -> str:
             "name": name, "version": "1.0.0", "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
-            "sideEffects": False, "engines": {"node": ">=20"},
+            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TOKENIZERS} if "language" in manifest else {}),
         },
         indent=2,
     ) + "\n"  # fmt: skip
+
+
+_MODEL_D_TS = """export class Model {
+  readonly name: string;
+  readonly inputs: readonly TensorSpec[];
+  readonly outputs: readonly TensorSpec[];
+  readonly info: Info;
+  run(inputs: Inputs): Promise<Outputs>;
+  run<Name extends keyof Outputs>(inputs: Inputs, options: { outputs: Name[] }): Promise<Pick<Outputs, Name>>;
+  close(): Promise<void>;
+}
+
+/** Loads the model from the folder `url` (default: the one of this file). */
+export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
+"""
+
+_LANGUAGE_D_TS = """export interface Tokenizer {
+  encode(text: string): number[];
+  decode(tokens: number[]): string;
+}
+
+export interface SamplingOptions {
+  /** 0 (default): the most likely token. */
+  temperature?: number;
+  /** Only the k most likely tokens (default 40; 0: all). */
+  topK?: number;
+  /** Only the most likely tokens that have this probability together (default 0.95). */
+  topP?: number;
+  seed?: number;
+  /** Default 128. */
+  maxTokens?: number;
+  /** Tokens that end the text beside the model's own. */
+  stop?: number[];
+  signal?: AbortSignal;
+}
+
+export interface Message {
+  role: string;
+  content: string;
+}
+
+/** One sequence over a cache of `capacity` tokens. */
+export class LanguageModel {
+  readonly name: string;
+  readonly capacity: number;
+  readonly vocabulary: number;
+  /** Tokens of a prompt that one call takes. */
+  readonly chunk: number;
+  readonly endTokens: readonly number[];
+  readonly info: Info;
+  readonly hasTokenizer: boolean;
+  /** Tokens of the sequence so far. */
+  length: number;
+  encode(text: string): number[];
+  decode(tokens: Iterable<number>): string;
+  reset(length?: number): void;
+  /** Logits after the last token. */
+  feed(tokens: Iterable<number>, options?: { signal?: AbortSignal }): Promise<Float32Array>;
+  generateTokens(prompt: Iterable<number>, options?: SamplingOptions): AsyncGenerator<number, void>;
+  generate(prompt: string | Message[], options?: SamplingOptions): AsyncGenerator<string, void>;
+  close(): Promise<void>;
+}
+
+/** Loads the model from the folder `url` (default: the one of this file). */
+export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null }): Promise<LanguageModel>;
+"""
 
 
 def _array(code: int) -> str:
@@ -175,7 +245,8 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
         return f"  /** {text.replace('*/', '* /')} */"
 
     inputs, outputs = [], []
-    for p in manifest["inputs"]:
+    state = manifest.get("language", {}).get("state", ())
+    for p in (p for p in manifest["inputs"] if p["name"] not in state):
         array = _array(p["code"])
         bare = f"{array} | " if _bare(p["shape"]) else ""
         inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>;"]
@@ -242,19 +313,7 @@ export interface LoadOptions {{
   worker?: boolean;
 }}
 
-export class Model {{
-  readonly name: string;
-  readonly inputs: readonly TensorSpec[];
-  readonly outputs: readonly TensorSpec[];
-  readonly info: Info;
-  run(inputs: Inputs): Promise<Outputs>;
-  run<Name extends keyof Outputs>(inputs: Inputs, options: {{ outputs: Name[] }}): Promise<Pick<Outputs, Name>>;
-  close(): Promise<void>;
-}}
-
-/** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
-
+{_LANGUAGE_D_TS if 'language' in manifest else _MODEL_D_TS}
 export class LuthierError extends Error {{
   /** Stable, such as "WRONG_SHAPE". */
   readonly code: string;

@@ -3,6 +3,13 @@
 import { Files } from "./files.js";
 import { Engine } from "./target.js";
 
+/** What a Model tells of its manifest. */
+export function describe({ inputs, outputs, name, language, files }) {
+  if (!language) return { inputs, outputs, name };
+  const given = inputs.filter((p) => !language.state.includes(p.name));
+  return { inputs: given, outputs, name, language: { ...language, tokenizer: files["tokenizer.json"] } };
+}
+
 /**
  * An engine with run(inputs, outputs), close() and info. `onProgress({loaded, total})` counts bytes.
  * Options: threads, requireThreads, variant (wasm), stall (milliseconds), signal.

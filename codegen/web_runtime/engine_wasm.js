@@ -180,9 +180,10 @@ export class Engine {
   async run(inputs, outputs) {
     const { manifest } = this;
     const wanted = chooseOutputs(manifest.outputs, outputs);
-    const ins = checkInputs(manifest.inputs, inputs);
+    const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state);
     this.bind(ins);
     ins.forEach((t, k) => {
+      if (t.data === null) return; // it lies in the memory, at an address that does not depend on the other inputs
       const bytes = toBytes(manifest.inputs[k].code, t.data);
       const address = this.record(k).getUint32(0, true);
       new Uint8Array(this.memory.buffer, address, bytes.length).set(bytes);

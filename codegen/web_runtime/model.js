@@ -8,12 +8,12 @@ const WORKER_START = 20000; // milliseconds
 
 class Inline {
   static async open(base, id, options, onProgress) {
-    const { openEngine } = await import("./engine.js"); // a page whose engine is in a worker does without
+    const { describe, openEngine } = await import("./engine.js"); // a page whose engine is in a worker does without
     const backend = new Inline();
     const { engine, manifest } = await openEngine(base, id, options, onProgress);
     backend.engine = engine;
     backend.queue = Promise.resolve();
-    backend.described = { inputs: manifest.inputs, outputs: manifest.outputs, name: manifest.name, info: engine.info };
+    backend.described = { ...describe(manifest), info: engine.info };
     return backend;
   }
 
@@ -134,9 +134,10 @@ export class Model {
 
   constructor(backend) {
     this.#backend = backend;
-    const { inputs, outputs, name } = backend.described;
+    const { inputs, outputs, name, language } = backend.described;
     const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]) });
     this.name = name;
+    if (language) this.language = language; // what language.js needs to know
     this.inputs = Object.freeze(inputs.map(spec));
     this.outputs = Object.freeze(outputs.map(spec));
   }

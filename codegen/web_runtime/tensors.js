@@ -41,10 +41,12 @@ export const product = (shape) => shape.reduce((a, b) => a * b, 1);
 const describe = (port) => `${port.name}: ${dtypeName(port.code)}[${port.shape.join(", ")}]`;
 
 /**
- * The inputs of a call in the manifest's order: [{data, shape}], data a typed array of `count` elements.
+ * The inputs of a call in the manifest's order: [{data, shape}], data a typed array of `count` elements. Those named in `state` belong to
+ * the model and are not given: data null.
  * Raises InputError naming the input. Extents that occur in several places are compared by the generated code.
  */
-export function checkInputs(ports, inputs) {
+export function checkInputs(allPorts, inputs, state = []) {
+  const ports = allPorts.filter((p) => !state.includes(p.name));
   if (inputs === null || typeof inputs !== "object" || ArrayBuffer.isView(inputs)) {
     throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name", `pass {${ports.map((p) => p.name).join(", ")}}`);
   }
@@ -52,7 +54,8 @@ export function checkInputs(ports, inputs) {
   for (const name of Object.keys(inputs)) {
     if (!ports.some((p) => p.name === name)) throw new InputError("UNKNOWN_INPUT", `the model has no input "${name}"`, list, { name });
   }
-  return ports.map((port) => {
+  return allPorts.map((port) => {
+    if (state.includes(port.name)) return { data: null, shape: port.shape };
     const value = inputs[port.name];
     if (value === undefined || value === null) throw new InputError("MISSING_INPUT", `input "${port.name}" is missing`, list, { name: port.name });
     const data = ArrayBuffer.isView(value) ? value : value.data;

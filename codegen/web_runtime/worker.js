@@ -1,6 +1,6 @@
 // The worker in which a page's inference lives: messages in, messages out.
 
-import { openEngine } from "./engine.js";
+import { describe, openEngine } from "./engine.js";
 import { pack } from "./errors.js";
 import { parentPort } from "./platform.js";
 
@@ -17,8 +17,7 @@ const operations = {
       port.post({ progress });
     });
     engine = opened.engine;
-    const { inputs, outputs, name } = opened.manifest;
-    return { inputs, outputs, name, info: engine.info };
+    return { ...describe(opened.manifest), info: engine.info };
   },
   async run({ inputs, outputs }) {
     return engine.run(inputs, outputs);

@@ -1,0 +1,145 @@
+"""Packages of language models: their JavaScript under Node against the same model in numpy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from luthier import llm
+from tests.test_gguf import forward, tiny
+
+NODE = shutil.which("node")
+pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
+PROMPT = [5, 17, 93, 0, 41, 41, 8, 60, 2, 77, 12]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package next to the file that it was made of."""
+    folder = tmp_path_factory.mktemp("language")
+    llm.compile_model(tiny(folder / "tiny.gguf"), "wasm", capacity=32, chunk=4, exact=True).save(folder / "package", 0.1)
+    return folder
+
+
+def javascript(folder: Path, text: str, *argv: str) -> Any:
+    """What the module ``text`` prints last, as JSON; ``load`` is the package's."""
+    file = folder / "run.mjs"
+    file.write_text('import { load } from "./package/index.js";\n' + text)
+    done = subprocess.run([str(NODE), str(file), *argv], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_logits_and_greedy_tokens(small: Path) -> None:
+    text = """
+    const prompt = JSON.parse(process.argv[2]);
+    const out = {};
+    for (const variant of ["simd", "simd-threads"]) {
+      const m = await load(undefined, { variant, threads: 2, worker: variant === "simd" });
+      const rows = [await m.feed(prompt.slice(0, 3)), await m.feed(prompt.slice(3, 4)), await m.feed(prompt.slice(4))];
+      const tokens = [];
+      m.reset(3);
+      for await (const t of m.generateTokens(prompt.slice(3), { maxTokens: 5 })) tokens.push(t);
+      out[variant] = { rows: rows.map((r) => Array.from(r)), tokens, length: m.length };
+      await m.close();
+    }
+    console.log(JSON.stringify(out));
+    """
+    out = javascript(small, text, json.dumps(PROMPT))
+    want = forward(small / "tiny.gguf", PROMPT)
+    greedy = list(PROMPT)
+    for _ in range(5):
+        greedy.append(int(np.argmax(forward(small / "tiny.gguf", greedy)[-1])))
+    for variant, got in out.items():
+        for row, at in zip(got["rows"], (2, 3, 10), strict=True):
+            assert np.abs(np.array(row) - want[at]).max() < 2e-3 * np.abs(want).max(), variant
+        assert got["tokens"] == greedy[len(PROMPT) :], variant
+        assert got["length"] == len(PROMPT) + 4
+
+
+def test_bad_calls(small: Path) -> None:
+    text = """
+    const m = await load(undefined, { threads: 1 });
+    const codes = [];
+    const fails = async (f) => {
+      try { await f(); codes.push("nothing"); } catch (e) { codes.push(`${e.name} ${e.code}`); }
+    };
+    const all = async (x) => { for await (const y of x) void y; };
+    await fails(() => m.feed([]));
+    await fails(() => m.feed([96]));
+    await fails(() => m.feed([1.5]));
+    await fails(() => m.feed(Array(33).fill(1)));
+    await fails(() => m.reset(1));
+    await fails(() => all(m.generate("text")));
+    await fails(() => all(m.generate([{ role: "user", content: "text" }])));
+    await fails(() => all(m.generateTokens([1], { temperature: -1 })));
+    await fails(() => all(m.generateTokens([1], { topP: 0 })));
+    await fails(() => all(m.generateTokens([1], { top_p: 0.5 })));
+    await fails(async () => { for (const r of await Promise.allSettled([m.feed([1]), m.feed([1])])) if (r.reason) throw r.reason; });
+    await fails(() => all(m.generateTokens([1], { signal: AbortSignal.abort() })));
+    m.reset();
+    let n = 0;
+    for await (const t of m.generateTokens(Array(30).fill(1), { maxTokens: 50 })) n += 1;
+    m.reset();
+    await m.close();
+    await fails(() => m.feed([1]));
+    console.log(JSON.stringify([codes, n]));
+    """
+    codes, n = javascript(small, text)
+    assert codes == [
+        "InputError NO_TOKENS", "InputError UNKNOWN_TOKEN", "InputError UNKNOWN_TOKEN", "InputError CACHE_FULL", "InputError OUT_OF_RANGE",
+        "UnsupportedError NO_TOKENIZER", "UnsupportedError NO_CHAT_FORMAT", "InputError OUT_OF_RANGE", "InputError OUT_OF_RANGE",
+        "InputError UNKNOWN_OPTION", "InputError BUSY", "ClosedError ABORTED", "ClosedError CLOSED",
+    ]  # fmt: skip
+    assert n == 3
+
+
+def test_text_by_a_given_tokenizer(small: Path) -> None:
+    text = """
+    const given = {
+      encode: (text) => Array.from(text, (c) => c.charCodeAt(0) - 32),
+      decode: (tokens) => new TextDecoder().decode(Uint8Array.from(tokens, (t) => (t % 3 === 0 ? 0xe2 : 0x41 + (t % 26)))),
+    };
+    const m = await load(undefined, { threads: 1, tokenizer: given });
+    const tokens = [], pieces = [];
+    for await (const t of m.generateTokens(m.encode("Hello"), { maxTokens: 6, temperature: 1, seed: 5 })) tokens.push(t);
+    m.reset();
+    for await (const p of m.generate("Hello", { maxTokens: 6, temperature: 1, seed: 5 })) pieces.push(p);
+    console.log(JSON.stringify([pieces.join(""), given.decode(tokens)]));
+    """
+    streamed, whole = javascript(small, text)
+    assert streamed.replace("\ufffd", "") == whole.replace("\ufffd", "")
+
+
+def test_sampler(small: Path) -> None:
+    text = """
+    import { Sampler } from "./package/runtime/sampling.js";
+    const logits = Float32Array.from([0.05, 0.5, 0.15, 0.3], Math.log);
+    const count = (options, n = 4000) => {
+      const s = new Sampler({ seed: 1, ...options });
+      const out = [0, 0, 0, 0];
+      for (let k = 0; k < n; k++) out[s.pick(logits)] += 1 / n;
+      return out;
+    };
+    const all = { temperature: 1, topK: 0, topP: 1 };
+    console.log(JSON.stringify([count({}), count({ ...all, topK: 2 }), count({ ...all, topP: 0.6 }), count(all), count({ ...all, topK: 3 })]));
+    """
+    greedy, two, nucleus, whole, three = map(np.array, javascript(small, text))
+    assert greedy[1] > 0.999
+    assert np.allclose(two, [0, 0.625, 0, 0.375], atol=0.03)
+    assert np.allclose(nucleus, [0, 0.625, 0, 0.375], atol=0.03)
+    assert np.allclose(whole, [0.05, 0.5, 0.15, 0.3], atol=0.03)
+    assert np.allclose(three, np.array([0, 0.5, 0.15, 0.3]) / 0.95, atol=0.03)
+
+
+def test_types_of_the_package(small: Path) -> None:
+    types = (small / "package" / "index.d.ts").read_text()
+    assert "export class LanguageModel" in types and "cache.0" not in types and "Promise<LanguageModel>" in types
+    package = json.loads((small / "package" / "package.json").read_text())
+    assert list(package["dependencies"]) == ["@huggingface/tokenizers"]
