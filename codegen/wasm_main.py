@@ -576,6 +576,17 @@ class ProgramPrinter:
         self.index: dict[str, int] = {}
         self.kernel_index: dict[str, int] = {}
         self.relaxed = self.threads = self.hooks = False
+        self.printed: dict[tuple[str, bool, int], Function] = {}
+
+    def function(self, name: str, base: int) -> Function:
+        """One kernel as it is in this kind of variant; ``base``: the number of imported functions."""
+        key = (name, self.relaxed, base)
+        if key not in self.printed:
+            p = KernelPrinter(self.kernels[name], {"fmod": base}, self.tables[name], self.relaxed, fixed=True)
+            self.printed[key] = p.kernel()
+            if not p.relies:
+                self.printed[name, not self.relaxed, base] = self.printed[key]
+        return self.printed[key]
 
     @staticmethod
     def check(f: Func) -> None:
@@ -602,9 +613,9 @@ class ProgramPrinter:
         helpers = {"fmod": base}
         seen: dict[Any, int] = {}
         sizes: dict[str, int] = {}
-        for name, f in self.kernels.items():
+        for name in self.kernels:
             try:
-                g = KernelPrinter(f, helpers, self.tables[name], relaxed, fixed=True).kernel()
+                g = self.function(name, base)
             except LuthierError as e:
                 raise e.at(op=name) from None
             key = (tuple(g.params), tuple(g.locals), g.code)

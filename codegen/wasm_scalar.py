@@ -37,7 +37,8 @@ class Emitter:
     """State of one function: its code, its locals and where variables live. ``_Vector`` and ``_Func`` build on it."""
 
     def __init__(self, name: str, relaxed: bool) -> None:
-        self.name, self.relaxed = name, relaxed
+        self.name, self._relaxed = name, relaxed
+        self.relies = False  # whether the code is another one without relaxed SIMD
         self.c = Code()
         self.types: list[str] = []
         self.nparams = 0
@@ -45,6 +46,12 @@ class Emitter:
         self.vars: dict[Expr, int | list[int]] = {}
         self.depth = 0  # loops around what is being emitted
         self.pool: dict[tuple[str, bytes], int] = {}  # constants that loops use, by value: locals set at the start of the function
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether relaxed SIMD may be used; asked only where that decides something."""
+        self.relies = True
+        return self._relaxed
 
     # locals ------------------------------------------------------
 

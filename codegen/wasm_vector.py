@@ -369,8 +369,8 @@ class Vector(Emitter):
     def arith(self, e: Expr) -> None:
         """Add, sub, mul, div of floats; a product that is added becomes a relaxed multiply-add."""
         op, (x, y), p = e.op, e.args, prefix(e.dtype)
-        if self.relaxed and (op == "add" or op == "sub"):
-            if op == "add" and x.op != "mul" and y.op == "mul":
+        if (op == "add" or op == "sub") and (y.op == "mul" or (op == "add" and x.op == "mul")) and self.relaxed:
+            if op == "add" and x.op != "mul":
                 x, y = y, x
             mul, add = (x, y) if op == "add" else (y, x)
             if mul.op == "mul":

@@ -8,7 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from luthier.ir.graph import Graph
+    from luthier.ir.program import Program
     from luthier.module import Module
+    from luthier.schedules.capabilities import Capabilities
+    from luthier.schedules.select import Earlier
 
 
 def compile(
@@ -27,7 +31,7 @@ def compile(
     from luthier.codegen.target import parse_target
     from luthier.errors import TargetError
     from luthier.importers.onnx import import_onnx
-    from luthier.pipeline import compile_program, lower_graph
+    from luthier.pipeline import compile_program
     from luthier.targets import builder
 
     if str(model).endswith(".gguf"):
@@ -43,10 +47,14 @@ def compile(
         with collection_paused():
             if checked or not hasattr(make, "Ahead"):
                 graph = import_onnx(model, shapes)
-                program = compile_program(graph, chosen.caps)
+                earlier = None
+                if getattr(make, "RELOWERS", False):
+                    from luthier.schedules.select import Earlier
+
+                    earlier = Earlier()
+                program = compile_program(graph, chosen.caps, earlier=earlier)
                 program.checked = checked
-                again = {"again": lambda caps: lower_graph(graph, caps)} if getattr(make, "RELOWERS", False) else {}
-                module: Module = make.build_module(program, chosen, threads, **again)
+                module: Module = make.build_module(program, chosen, threads, **({} if earlier is None else {"again": lambda caps: relower(graph, caps, earlier)}))
                 return module
             with make.Ahead(chosen) as ahead:
                 program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)
@@ -60,6 +68,14 @@ def compile(
         if not isinstance(error, USER_ERRORS):  # a defect of this package
             record(error, model, {"target": target, "shapes": shapes, "threads": threads, "debug": debug}, build)
         raise
+
+
+def relower(graph: Graph, caps: Capabilities, earlier: Earlier) -> Program:
+    """The program of an optimised graph for another number of registers."""
+    from luthier.pipeline import lower_graph
+
+    earlier.at = 0
+    return lower_graph(graph, caps, earlier=earlier)
 
 
 @contextlib.contextmanager

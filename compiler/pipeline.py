@@ -33,6 +33,7 @@ from luthier.passes.split_transposed_conv import split_transposed_conv
 
 if TYPE_CHECKING:
     from luthier.schedules.capabilities import Capabilities
+    from luthier.schedules.select import Earlier
 
 GraphPass = Callable[[Graph], bool]
 
@@ -90,11 +91,14 @@ def run_graph_passes(graph: Graph, dump: Dump | None = None, passes: tuple[Graph
     return graph
 
 
-def lower_graph(graph: Graph, caps: Capabilities, dump: Dump | None = None, on_kernel: Callable[[Func], None] | None = None) -> Program:
-    """Groups, schedules and kernels for an already optimised graph. ``on_kernel`` is called with every kernel when it is made."""
+def lower_graph(
+    graph: Graph, caps: Capabilities, dump: Dump | None = None, on_kernel: Callable[[Func], None] | None = None, earlier: Earlier | None = None,
+) -> Program:
+    """Groups, schedules and kernels for an already optimised graph. ``on_kernel`` is called with every kernel when it is made;
+    ``earlier``: notes the kernels, or has them from a lowering for other numbers of registers."""
     from luthier.schedules.select import build, build_kernel
 
-    program = build_program(graph, lambda c, consts: build(c, caps, consts), lambda f: build_kernel(f, caps), on_kernel)
+    program = build_program(graph, lambda c, consts: build(c, caps, consts, earlier), lambda f: build_kernel(f, caps), on_kernel)
     override_kernels(program)
     dump = dump or Dump()
     dump.write("program", lambda: str(program))
@@ -103,7 +107,9 @@ def lower_graph(graph: Graph, caps: Capabilities, dump: Dump | None = None, on_k
     return program
 
 
-def compile_program(graph: Graph, caps: Capabilities, on_kernel: Callable[[Func], None] | None = None) -> Program:
+def compile_program(
+    graph: Graph, caps: Capabilities, on_kernel: Callable[[Func], None] | None = None, earlier: Earlier | None = None,
+) -> Program:
     """All of it: graph passes, then lowering."""
     dump = Dump()
-    return lower_graph(run_graph_passes(graph, dump), caps, dump, on_kernel)
+    return lower_graph(run_graph_passes(graph, dump), caps, dump, on_kernel, earlier)

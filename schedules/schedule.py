@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,9 @@ def hash_var(v: Expr) -> Expr:
     return var(v.attr[0] + "#", lo=0)
 
 
+_packed: dict[Any, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Packing:
     """A re-laid-out copy of ``param``: dimensions in ``order`` (tiled ones in blocks), then the tiles; ``job`` computes it."""
@@ -97,7 +101,20 @@ class Packing:
     buf: Buffer
 
     def apply(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The packed copy of an array, zero padded; raises ValueError when the rank does not fit."""
+        """The packed copy of an array, zero padded; raises ValueError when the rank does not fit. Nobody writes to it: while one is
+        alive, the same packing of the same array is the same copy."""
+        key = (id(a), self.order, self.tile)
+        hit = _packed.get(key)
+        if hit is not None:
+            source, copy = hit[0](), hit[1]()
+            if source is a and copy is not None:
+                return copy
+        out = self.copy(a)
+        out.setflags(write=False)
+        _packed[key] = weakref.ref(a, lambda _: _packed.pop(key, None)), weakref.ref(out)
+        return out
+
+    def copy(self, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if a.ndim != len(self.order):
             raise ValueError(f"{self.param} has {a.ndim} dimensions, its packing {len(self.order)}")
         tile = dict(self.tile)

@@ -33,7 +33,7 @@ from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
 
-TEMPLATES = ("lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
+TEMPLATES = ("sparse_gemv", "lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 
@@ -48,6 +48,7 @@ class Kernels:
     template: str = ""
     trace: tuple[tuple[Any, ...], ...] = ()
     packings: dict[str, Any] = field(default_factory=dict)  # {name in packed: the Packing that made it}, to repack other weights
+    reusable: bool = True  # whether an equal Compute with other constants may have the same kernels
 
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
@@ -64,11 +65,43 @@ def build_kernel(f: Func, caps: Capabilities) -> Func:
     return f
 
 
-def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarray[Any, Any]] | None = None, **knobs: Any) -> Kernels:
+# Templates whose tiles depend on the number of registers.
+TILED = frozenset({"lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention"})
+
+
+@dataclass
+class Earlier:
+    """Kernels in the order in which a lowering asked for them, for another lowering of the same graph to capabilities that differ in
+    registers alone: what no register tile decides is taken over."""
+
+    made: list[tuple[str, Kernels]] = field(default_factory=list)
+    at: int | None = None  # None: the first lowering, which is noted
+
+    def take(self, name: str) -> Kernels | None:
+        if self.at is None or self.at == len(self.made) or self.made[self.at][0] != name:
+            return None
+        self.at += 1
+        k = self.made[self.at - 1][1]
+        return None if k.template in TILED or not k.template else k
+
+    def note(self, name: str, k: Kernels) -> Kernels:
+        if self.at is None:
+            self.made.append((name, k))
+        return k
+
+
+def build(
+    compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarray[Any, Any]] | None = None, earlier: Earlier | None = None,
+    **knobs: Any,
+) -> Kernels:
     """Schedules, lowers and prepares ``compute`` for printing. ``constants``: contents of parameters known now.
 
     ``knobs`` go to the template (``template="name"`` forces one)."""
     consts = constants or {}
+    earlier = earlier or Earlier()
+    known = earlier.take(compute.name)
+    if known is not None:
+        return known
     slim = drop_units(compute if caps.gpu else split_arg(compute))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
@@ -78,13 +111,13 @@ def build(compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarr
         if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
-            return s
+            return earlier.note(compute.name, s)
         if s is not None:
-            return finish(s, caps, consts, name)
+            return earlier.note(compute.name, finish(s, caps, consts, name))
         if name in ("rowwise", "gpu_rowwise"):
             parts = partition(s0.compute)
             if len(parts) > 1:
-                return join_kernels([build(p, caps, consts) for p in parts], compute)
+                return join_kernels([build(p, caps, consts, earlier) for p in parts], compute)
     if forced:
         raise ScheduleError(f"{compute.name} is no pattern of template {forced}")
     raise AssertionError("the elementwise template fits everything")
