@@ -356,8 +356,10 @@ class _Builder:
         key += ",".join(sorted(consts))
         k = self.cache.get(key)
         if k is None:
-            k = self.cache[key] = self.schedule(compute, consts)
+            k = self.schedule(compute, consts)
             packed = k.packed
+            if getattr(k, "reusable", True):
+                self.cache[key] = k
         elif k.packed:
             packed = self._repack(k, compute, consts)
         else:

@@ -193,6 +193,8 @@ def _reads_once(x: LetStmt, name: str) -> bool:
         return _size_ratio_one(x, name)
     red = x.expr if x.expr.op == "reduce" else x.expr.args[0]
     axes = {a.var for a in x.axes} | {a.var for a in red.attr[1]}
+    if any(i.loading for e in reads(x)[name] for i in load_parts(e)[1]):  # an index from memory may repeat
+        return False
     return all(axes <= {v for i in load_parts(e)[1] for v in free_vars(i)} | _unit(x.axes, red.attr[1]) for e in reads(x)[name])
 
 

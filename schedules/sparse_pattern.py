@@ -1,0 +1,241 @@
+"""The pattern of products with group-sparse weights, and how their blocks become one stream.
+
+``acc[.., n] = sum(i, j) where i < ptr[n + 1] - ptr[n]: xq[.., cols[b] * block + j] * ((q[b, j] - z[b]) * s[b])`` with ``b = ptr[n] + i``; all but
+``xq`` (activations rounded to integers) reads constants (:mod:`luthier.ir.ops.sparse_matmul` states it). As for dense low-bit
+weights, how the graph stores the bits is not looked at: they are evaluated when the blocks are packed.
+
+The stream is a list of *units* of 16-bit words, each the blocks of four registers: ``[column offsets][scales][zero points][values]``. Rows
+are padded to whole units with blocks of scale 0. *Tasks* cut the stream by work, not by rows (:func:`split_tasks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.ir.compute import Axis, Compute, Pull
+from luthier.ir.expr import Expr, free_vars, load_parts, loads, rewrite, substitute, var, walk
+from luthier.ir.interp import evaluate_expr
+from luthier.ir.ops.sparse_matmul import MAX_LEVELS
+from luthier.schedules.lowbit import value_range
+
+Array = np.ndarray[Any, Any]
+SLOTS = 4  # registers of values in a unit
+STEP = 4  # elements that a column offset counts: block offsets up to 2**18 columns fit 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class SparseProduct:
+    """A matched Compute. ``xq``: the rounded activations, read at ``rows`` and a column; ``block``: columns of a block; ``kept``: number of
+    stored blocks; ``ptr``: {name of the row pointers}; ``col``, ``q``, ``zero``, ``scale``: expressions over ``b`` (and ``j``)."""
+
+    acc: Pull
+    rows: tuple[Axis, ...]
+    n: Axis
+    xq: Any
+    block: int
+    bits: int
+    ptr: str
+    b: Expr
+    j: Expr
+    col: Expr
+    q: Expr
+    zero: Expr | None
+    scale: Expr
+
+    @property
+    def outputs(self) -> int:
+        return int(self.n.extent.attr)
+
+
+def match(c: Compute, constants: Mapping[str, Any]) -> SparseProduct | None:
+    """The group-sparse product inside ``c``, or None."""
+    found = [x for x in c.lets if isinstance(x, Pull) and x.expr.op == "reduce" and x.expr.attr[0] == "sum" and len(x.expr.args) == 2 and len(x.expr.attr[1]) == 2]
+    if len(found) != 1 or not found[0].axes:
+        return None
+    acc = found[0]
+    (i, j), (value, where) = acc.expr.attr[1], acc.expr.args
+    n = acc.axes[-1]
+    if where.op != "lt" or where.args[0] is not i.var or n.extent.op != "const" or j.extent.op != "const":
+        return None
+    tables = {ld.attr[0].name for ld in loads(where)}
+    if len(tables) != 1 or not tables <= set(constants):
+        return None
+    blocks = {e for ld in loads(value) for x in load_parts(ld)[1] for e in walk(x) if e.op == "min" and i.var in free_vars(e)}
+    if len(blocks) != 1:
+        return None
+    at = next(iter(blocks))
+    b = var("block", lo=0, hi=at.args[1].attr if at.args[1].op == "const" else None)
+    value = rewrite(value, lambda e: b if e is at else None)
+    if {i.var, n.var} & free_vars(value) or value.op != "mul":
+        return None
+    for xf, wf in (value.args, value.args[::-1]):
+        parts = _factors(xf, wf, acc, b, j, constants)
+        if parts is not None:
+            xq, col, q, zero, scale = parts
+            span = value_range(q)
+            if span is None or span[0] < 0 or span[1] > 255 or not _rounded(c, xq.name):
+                return None
+            return SparseProduct(acc, acc.axes[:-1], n, xq, int(j.extent.attr), 4 if span[1] <= 15 else 8, next(iter(tables)), b, j.var, col, q, zero, scale)
+    return None
+
+
+def _factors(xf: Expr, wf: Expr, acc: Pull, b: Expr, j: Axis, constants: Mapping[str, Any]) -> tuple[Any, Expr, Expr, Expr | None, Expr] | None:
+    x = xf.args[0] if xf.op == "cast" else xf
+    if x.op != "load" or x.dtype.name != "i16" or wf.op != "mul" or any(ld.attr[0].name not in constants for ld in loads(wf)):
+        return None
+    buf, idx, mask, _ = load_parts(x)
+    rows = tuple(a.var for a in acc.axes[:-1])
+    column = substitute(idx[-1], {j.var: 0 * j.var})
+    if mask is not None or idx[:-1] != rows or idx[-1] is not column + j.var or any(ld.attr[0].name not in constants for ld in loads(column)):
+        return None
+    for qf, sf in (wf.args, wf.args[::-1]):
+        if j.var not in free_vars(qf) or j.var in free_vars(sf) or qf.op != "cast" or not loads(sf):
+            continue
+        q, zero = qf.args[0], None
+        if q.op in ("sub", "add") and j.var not in free_vars(q.args[1]):
+            zero = q.args[1] if q.op == "sub" else None
+            if zero is None:
+                if q.args[1].op != "const":
+                    return None
+                zero = -q.args[1]
+            q = q.args[0]
+        return buf, column // int(j.extent.attr), q, zero, sf
+    return None
+
+
+def _rounded(c: Compute, name: str) -> bool:
+    """The activations are divided by their largest magnitude and multiplied by at most MAX_LEVELS."""
+    for x in c.lets:
+        if isinstance(x, Pull) and x.name == name:
+            return any(e.op == "div" and e.args[0].op == "const" and 0 < e.args[0].attr <= MAX_LEVELS for e in walk(x.expr))
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Evaluated weights: ``ptr`` i64 [rows + 1], ``col`` [kept], ``q`` [kept, block] and ``zero`` i16 [kept] (None: ``q`` is signed and
+    fits ``bits``), ``scale`` f16 or f32 [kept]."""
+
+    ptr: Array
+    col: Array
+    q: Array
+    zero: Array | None
+    scale: Array
+
+
+def evaluate_blocks(p: SparseProduct, constants: Mapping[str, Any]) -> Blocks:
+    """The constants of a product, one row a block."""
+    ptr = np.asarray(constants[p.ptr]).astype(np.int64)
+    kept = int(ptr[-1])
+    env: dict[Any, Any] = {ld.attr[0].name: np.asarray(constants[ld.attr[0].name]) for e in (p.col, p.q, p.scale, *([p.zero] if p.zero is not None else [])) for ld in loads(e)}
+    b, j = np.arange(kept, dtype=np.int64)[:, None], np.arange(p.block, dtype=np.int64)[None, :]
+    env |= {p.b: b, p.j: j}
+    col = np.broadcast_to(evaluate_expr(p.col, env), (kept, 1))[:, 0].astype(np.int64)
+    q = np.broadcast_to(evaluate_expr(p.q, env), (kept, p.block)).astype(np.int16)
+    s = np.broadcast_to(evaluate_expr(p.scale, env), (kept, 1))[:, 0]
+    half = np.array_equal(s, s.astype(np.float16)) and all(ld.dtype.name == "f16" for ld in loads(p.scale))
+    s = s.astype(np.float16 if half else np.float32)
+    if p.zero is None:
+        zero: Array | None = np.zeros(kept, np.int16)
+    else:
+        zero = np.broadcast_to(evaluate_expr(p.zero, env), (kept, 1))[:, 0].astype(np.int16)
+    signed = q - zero[:, None]
+    half_range = 1 << (p.bits - 1)
+    if not kept or (signed.min() >= -half_range and signed.max() < half_range):
+        q, zero = signed, None
+    return Blocks(ptr, col, q, zero, s)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayout:
+    """Places in a unit, in 16-bit words, for registers of ``words`` 16-bit lanes. ``per``: blocks of a unit."""
+
+    words: int
+    block: int
+    bits: int
+    wide_scales: bool
+    zeros: bool
+
+    @property
+    def per(self) -> int:
+        return SLOTS * self.words // self.block
+
+    @property
+    def scales(self) -> int:
+        return self.per
+
+    @property
+    def zero_points(self) -> int:
+        return self.scales + self.per * (2 if self.wide_scales else 1)
+
+    @property
+    def values(self) -> int:
+        return self.zero_points + (self.per if self.zeros else 0)
+
+    @property
+    def size(self) -> int:
+        return self.values + SLOTS * self.words * self.bits // 16
+
+
+def pack_units(b: Blocks, lay: UnitLayout, offset_of: int) -> tuple[Array, Array]:
+    """(units u16 [units, size], first unit of every row i64 [rows + 1]). ``offset_of``: elements from one column block to the next."""
+    per, block, rows = lay.per, lay.block, len(b.ptr) - 1
+    count = np.diff(b.ptr)
+    units = np.concatenate([[0], np.cumsum(-(-count // per))])
+    total = int(units[-1])
+    place = np.arange(len(b.col)) - np.repeat(b.ptr[:-1], count) + np.repeat(units[:-1], count) * per
+
+    def spread(a: Array) -> Array:
+        out = np.zeros((total * per, *a.shape[1:]), a.dtype)
+        out[place] = a
+        return out
+
+    stream = np.zeros((total, lay.size), np.uint16)
+    stream[:, :per] = spread((b.col * offset_of // STEP).astype(np.uint16)).reshape(total, per)
+    stream[:, lay.scales : lay.zero_points] = spread(b.scale).view(np.uint16).reshape(total, -1)
+    if lay.zeros:
+        assert b.zero is not None
+        stream[:, lay.zero_points : lay.values] = spread(b.zero).view(np.uint16).reshape(total, per)
+    v = spread(b.q).reshape(total, SLOTS, lay.words)
+    if lay.bits == 4:
+        nibbles = (v & 15).astype(np.uint16)
+        stream[:, lay.values :] = sum(nibbles[:, s] << (4 * s) for s in range(SLOTS))
+    else:
+        stream[:, lay.values :] = v.astype(np.uint8).reshape(total, -1).view(np.uint16)
+    assert len(units) == rows + 1 and block * per == SLOTS * lay.words
+    return stream, units
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """``starts`` [tasks + 1]: units; ``first``, ``last`` [tasks]: rows that a task works on; ``continued`` [tasks]: the row whose beginning
+    belongs to an earlier task (its sum goes to a place of the task's own and is added afterwards), or -1."""
+
+    starts: Array
+    first: Array
+    last: Array
+    continued: Array
+
+
+ROW_WORK = 3  # units' worth of time that a row costs besides its units
+
+
+def split_tasks(units: Array, tasks: int) -> Tasks:
+    """Equal work for every task: units and rows are merged in order, the merged path is cut evenly. ``units`` i64 [rows + 1]."""
+    rows = len(units) - 1
+    work = units + ROW_WORK * np.arange(rows + 1)  # at the start of row r
+    cut = np.arange(tasks + 1) * int(work[-1]) // tasks
+    row = np.clip(np.searchsorted(work, cut, side="right") - 1, 0, rows)
+    inside = np.where(row < rows, np.minimum(cut - work[row], np.diff(units, append=units[-1])[row]), 0)
+    starts = units[row] + inside
+    whole = inside == np.diff(units, append=units[-1])[row]  # the cut falls behind the last unit of its row
+    row = np.where(whole & (inside > 0), row + 1, row)
+    inside = np.where(whole, 0, inside)
+    row[0], row[-1], starts[0], starts[-1], inside[0], inside[-1] = 0, rows, 0, units[-1], 0, 0
+    continued = np.where(inside[:-1] > 0, row[:-1], -1)
+    last = row[1:] + (inside[1:] > 0)
+    return Tasks(starts, row[:-1], last, continued)
