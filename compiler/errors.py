@@ -15,7 +15,7 @@ from typing import ClassVar
 
 __all__ = [
     "LuthierError", "InvalidModel", "UnsupportedOperator", "ShapeError", "TypeMismatch", "InputError", "ArtifactError",
-    "TargetError", "ScheduleError", "VerificationError", "CompilationError", "KernelError", "TuningError", "SettingError",
+    "QuantizationError", "TargetError", "ScheduleError", "VerificationError", "CompilationError", "KernelError", "TuningError", "SettingError",
 ]  # fmt: skip
 
 Shapes = Mapping[str, object] | Iterable[object] | str
@@ -123,6 +123,10 @@ class TypeMismatch(LuthierError):
 
 class InputError(LuthierError):
     """A call's inputs differ from what the module declares: a name, a dtype, a rank, an extent."""
+
+
+class QuantizationError(LuthierError):
+    """A quantization that cannot be done as asked: an unknown precision, a group that does not fit, parameters that are no numbers."""
 
 
 class ArtifactError(LuthierError):
