@@ -33,7 +33,7 @@ from benchmarks.browser import NODE_MODULES, Browser, BrowserError  # noqa: E402
 from benchmarks.web_models import PACKAGES, Site, code_size  # noqa: E402
 from benchmarks.web_rows import FOLDER, RowSpec, rows  # noqa: E402
 
-ROWS = "matmul-512 matmul-1024 gemv-4096 softmax layernorm minilm mobilenetv2 gemv-4096-q4".split()
+ROWS = "matmul-512 matmul-1024 gemv-4096 softmax layernorm minilm mobilenetv2 gemv-4096-q8 gemv-4096-q4 gemv-4096-q2 gemv-4096-q8a8 gemv-4096-q4a8 gemv-4096-q2a8".split()
 GPU_ROWS = "matmul-512 softmax minilm mobilenetv2".split()
 JSON = ROOT / "build" / "web" / "results.json"
 RESULTS = ROOT / "benchmarks" / "results"

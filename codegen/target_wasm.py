@@ -12,6 +12,7 @@ from dataclasses import replace
 from luthier.codegen.target import Target
 from luthier.errors import TargetError
 from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.intrin.byte_vectors import FEATURE
 
 VARIANTS = ("simd", "relaxed", "simd-threads", "relaxed-threads")
 KNOWN = ("wasm", *(f"wasm:{v}" for v in VARIANTS))
@@ -19,7 +20,7 @@ KNOWN = ("wasm", *(f"wasm:{v}" for v in VARIANTS))
 # V8 has 16 vector registers on x86-64 and keeps one of them for itself: the one that schedules leave free. Without relaxed SIMD a
 # product needs a register before it is added, so tiles are smaller.
 CAPS = Capabilities(
-    vector_bits=128, registers=16, features=frozenset({"simd128"}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
+    vector_bits=128, registers=16, features=frozenset({"simd128", FEATURE}), l1=32 << 10, l2=512 << 10, l3=8 << 20, index_bits=32,
     issue=5.0, printer="wasm", whole_registers=True, streams=4,
 )  # fmt: skip
 BASELINE = replace(CAPS, registers=15)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from luthier.codegen.wasm_bytes import ByteVectors
 from luthier.codegen.wasm_scalar import signed, valtype
-from luthier.codegen.wasm_vector import Vector, full, prefix, width
+from luthier.codegen.wasm_vector import full, prefix, width
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, loads, substitute
@@ -25,7 +26,7 @@ def element_bytes(d: DType) -> int:
     return d.bits // 8
 
 
-class MemoryPrinter(Vector):
+class MemoryPrinter(ByteVectors):
     """``consts``: places of const buffers, counted from global 1, or addresses when ``fixed``."""
 
     def __init__(self, name: str, relaxed: bool, consts: dict[str, int], fixed: bool) -> None:

@@ -53,7 +53,7 @@ Array = np.ndarray[Any, Any]
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 2)) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: tiles of 32 rows at once; ``widths``: bits for which look-ups are chosen
     (measured, benchmarks/results); ternary weights (three values) count as 3 values, not as 2 bits, and always are."""
-    if caps.gpu or FEATURE not in caps.features or "pmaddwd" not in caps.features:
+    if caps.gpu or FEATURE not in caps.features:
         return None
     p = match(s.compute, constants)
     if p is None or not p.act or p.low != 0 or p.outputs < 32:
@@ -195,7 +195,7 @@ class _Tables(GemvBuilder):
         size = blocks * (p.columns // self.flush) * self.step_words
         self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, fn, self.w))
-        r = self.streams or 1
+        r = self.streams or self.caps.streams
         while blocks % r:
             r //= 2
         self.r = r
@@ -295,7 +295,7 @@ class _Tables(GemvBuilder):
         return body
 
     def word(self, b: Body, at: Expr, step: int) -> Expr:
-        if step % 2 == 0:  # beside the loads, so that requests do not come in bursts; the distance is measured
+        if step % 2 == 0 and self.caps.streams == 1:  # beside the loads, so that requests do not come in bursts; the distance is measured
             ahead = 3 * PREFETCH if self.ternary else PREFETCH
             b.put(Call("prefetch", ((self.w, at + (step * self.lanes + ahead // 4)),)))
         return b.let(bitcast(load(self.w, [ramp(at + step * self.lanes, 1, self.lanes)]), u8.vec(self.bytes)), "w")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import DType, f16, f32, i8, i16, i32, u8, u32
+from luthier.ir.dtypes import DType, f16, f32, i8, i16, i32, i64, u8, u32
 from luthier.ir.expr import (
     Expr,
     bcast,
@@ -39,7 +39,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, madd_bytes, madd_words, sign_bytes
+from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, madd_bytes, madd_small, madd_words, sign_bytes
 from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, dim_of, group_stream, match, row_point
 from luthier.schedules.lowbit_layout import fields, pack_words, pieces
 from luthier.schedules.make_func import make_func
@@ -51,7 +51,7 @@ PREFETCH = 4096  # bytes ahead in every stream
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, rows: int | None = None) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: row blocks at once; ``rows``: activation rows at once."""
-    if caps.gpu or FEATURE not in caps.features or "pmaddwd" not in caps.features:
+    if caps.gpu or FEATURE not in caps.features:
         return None
     p = match(s.compute, constants)
     if p is None or p.columns % UNIT or p.outputs < 8 or p.bits not in (1, 2, 3, 4, 5, 6, 8) or p.group % 16:
@@ -61,7 +61,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
         return None
     if p.act and isinstance(p.zero_const, float):
         return None
-    if p.act and p.bits == 8 and caps.vector_bits not in SPELLING["bytes.sign"]["llvm"]:
+    if p.act and p.bits == 8 and caps.vector_bits > 256:
         return None
     return GemvBuilder(s, p, caps, constants, flush, streams, rows).kernels()
 
@@ -111,6 +111,12 @@ class GemvBuilder:
         """Rows of the weights in a register of 32-bit lanes."""
         return self.caps.vector_bits // 32
 
+    @property
+    def words(self) -> bool:
+        """8-bit weights and activations are multiplied as 16-bit numbers, where no instruction gives a byte the sign of another."""
+        p = self.p
+        return bool(p.act) and p.bits == 8 and self.caps.vector_bits not in SPELLING["bytes.sign"].get(self.caps.printer, {})
+
     def kernels(self) -> Any:
         from luthier.schedules.select import Kernels, build_kernel
 
@@ -136,13 +142,13 @@ class GemvBuilder:
         self.w = Buffer(f"{p.out.name}.words", i32, (const(self.blocks * (cols // UNIT) * b * self.lanes),), "param", False)
         words = pack_words(b, self.lanes)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, lambda u: words(u.astype(np.int16) - base), self.w))
-        r = self.streams or 1
+        r = self.streams or self.caps.streams
         while self.blocks % r:
             r //= 2
         self.r = r
-        self.xper = len(pieces(b)) * 4 * (cols // UNIT) if not p.act else cols // 4
+        self.xper = len(pieces(b)) * 4 * (cols // UNIT) if not p.act else cols if self.words else cols // 4
         name = p.out.name
-        self.xb = Buffer(f"{name}.x", i32 if p.act else f32, (self.m * self.xper,), "param", True)
+        self.xb = Buffer(f"{name}.x", i16 if self.words else i32 if p.act else f32, (self.m * self.xper,), "param", True)
         self.sx = Buffer(f"{name}.xscale", f32, (self.m * (cols // max(p.act, UNIT)),), "param", True)
         self.sums = Buffer(f"{name}.xsum", i32 if p.act and self.zc is not None else f32, (self.m * (cols // self.flush),), "param", True)
         self.summed = self.zc != 0 or (not p.act and b == 8)
@@ -223,7 +229,10 @@ class GemvBuilder:
         b.put(Store(self.sx, (m * (p.columns // p.act) + g,), amax * const(1 / 127 / (1 << self.shift), f32)))
         q = [b.let(cast(unary("round", x * bcast(inv, w)), i32.vec(w)), "q") for x in v]
         base = m * (p.columns // 4) + g * (p.act // 4)
-        for j in range(0, len(q), 4):
+        for j in range(0, len(q), 2) if self.words else ():
+            whole = shuffle([cast(x, i16.vec(w)) for x in q[j : j + 2]], range(2 * w))
+            b.put(Store(self.xb, (ramp(base * 4 + j * w, 1, 2 * w),), whole))
+        for j in range(0, len(q), 4) if not self.words else ():
             some = q[j : j + 4]
             n = len(some) * w // 4
             whole = shuffle([cast(x, i8.vec(w)) for x in some], range(4 * n))
@@ -309,7 +318,7 @@ class GemvBuilder:
         span = max(self.flush, UNIT)
         g = var("g", lo=0, hi=p.columns // span - 1)
         b = Body()
-        for i in range(r):
+        for i in range(r if self.caps.streams == 1 else 0):  # one stream runs ahead of the hardware's prefetch, several do not
             for u in range(span // UNIT):
                 at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * self.lanes)
                 for w in range(0, p.bits, 2):
@@ -344,6 +353,9 @@ class GemvBuilder:
                     words[i].append(bitcast(self.words_of(b, first, i, g, span, u, w), u8.vec(4 * self.lanes)))
                 for f in [f for f in order if f.last == w] if p.bits < 8 else [w]:
                     quad = f if isinstance(f, int) else f.quad
+                    if self.words:
+                        self.add_words(b, wide, [x[w] for x in words], m0, rows, g * span + u * UNIT + w * 4, (u * UNIT + w * 4) // self.flush)
+                        continue
                     if isinstance(f, int):
                         vs = [b.let(bitcast(x[w], i8.vec(4 * self.lanes)), "v") for x in words]
                         mags = [b.let(bitcast(unary("abs", x), u8.vec(4 * self.lanes)), "v") for x in vs]
@@ -359,11 +371,23 @@ class GemvBuilder:
                                 old = wide.get((i, j, sub))
                                 wide[i, j, sub] = b.let(t if old is None else old + t, "d")
                             else:
-                                self.add16(b, pools, wide, (i, j, sub), f.scale, madd_bytes(vs[i], x), 2 * 127 * (top << f.scale))
+                                self.add16(b, pools, wide, (i, j, sub), f.scale, madd_small(vs[i], x), 2 * 127 * (top << f.scale))
             while (done + 1) * self.flush <= (u + 1) * UNIT:
                 if p.bits != 3 or self.flush >= UNIT or (u + 1) * UNIT >= (done + 1) * self.flush:
                     self.finish(b, pools, wide, done, first, r, m0, rows, g, span, acc)
                 done += 1
+
+    def add_words(self, b: Body, wide: dict[Any, Expr], words: list[Expr], m0: Expr, rows: int, col: Expr, sub: int) -> None:
+        """One quad of 8-bit weights as 16-bit products: the pair sums of the lower and of the upper half of the rows."""
+        n = self.lanes
+        halves = [[b.let(cast(shuffle([bitcast(x, i8.vec(4 * n))], range(h * 2 * n, (h + 1) * 2 * n)), i16.vec(2 * n)), "v") for h in (0, 1)] for x in words]
+        for j in range(rows):
+            quad = bitcast(load(self.xb, [ramp((m0 + j) * self.xper + col, 1, 4)]), i64)
+            x = b.let(bitcast(bcast(quad, n // 2), i16.vec(2 * n)), "x")
+            for i, hs in enumerate(halves):
+                for h, v in enumerate(hs):
+                    t, key = madd_words(v, x), (i, j, sub, h)
+                    wide[key] = b.let(wide[key] + t if key in wide else t, "d")
 
     def add16(self, b: Body, pools: dict[Any, tuple[Expr, int]], wide: dict[Any, Expr], key: tuple[int, int, int], scale: int, t: Expr, bound: int) -> None:
         """16-bit sums, moved to 32 bits before they can overflow."""
@@ -388,7 +412,11 @@ class GemvBuilder:
                 key = (i, j, sub)
                 for scale in sorted({k[3] for k in pools if k[:3] == key}):
                     self.widen(b, pools, wide, key, scale)
-                dot = wide.pop(key)
+                if self.words:
+                    n, (lo, hi) = self.lanes, (wide.pop((*key, h)) for h in (0, 1))
+                    dot = b.let(shuffle([lo, hi], range(0, 2 * n, 2)) + shuffle([lo, hi], range(1, 2 * n, 2)), "d")
+                else:
+                    dot = wide.pop(key)
                 sx = b.let(bcast(load(self.sx, [(m0 + j) * (p.columns // p.act) + col // p.act]), self.lanes), "sx")
                 where = (m0 + j) * (p.columns // self.flush) + g * (span // self.flush) + sub
                 total = None if self.zc == 0 else b.let(bcast(load(self.sums, [where]), self.lanes), "xs")

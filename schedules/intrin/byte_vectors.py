@@ -1,7 +1,7 @@
 """Byte operations in lanes that low-bit kernels are built from: pair sums of byte products, look-ups in 16-byte tables, signs.
 
 Each is a pure intrinsic whose meaning is registered here in numpy; ``SPELLING`` is {intrinsic: {printer: {bits of the register:
-what the printer writes}}}. ``bytes.madd`` saturates: whoever uses it keeps its sums below 2**15 (the low-bit templates do, by
+what the printer writes}}}; the WebAssembly printer knows them by name. ``bytes.madd`` saturates: whoever uses it keeps its sums below 2**15 (the low-bit templates do, by
 the ranges of their operands).
 """
 
@@ -20,6 +20,7 @@ FEATURE = "bytes_shuffle"  # the capability that all of them need
 
 SPELLING: Mapping[str, Mapping[str, Mapping[int, str]]] = {
     "bytes.madd": {"llvm": {128: "llvm.x86.ssse3.pmadd.ub.sw.128", 256: "llvm.x86.avx2.pmadd.ub.sw", 512: "llvm.x86.avx512.pmaddubs.w.512"}},
+    "bytes.madd7": {"llvm": {128: "llvm.x86.ssse3.pmadd.ub.sw.128", 256: "llvm.x86.avx2.pmadd.ub.sw", 512: "llvm.x86.avx512.pmaddubs.w.512"}},
     "words.madd": {"llvm": {128: "llvm.x86.sse2.pmadd.wd", 256: "llvm.x86.avx2.pmadd.wd", 512: "llvm.x86.avx512.pmaddw.d.512"}},
     "bytes.lookup": {"llvm": {128: "llvm.x86.ssse3.pshuf.b.128", 256: "llvm.x86.avx2.pshuf.b", 512: "llvm.x86.avx512.pshuf.b.512"}},
     "bytes.sign": {"llvm": {128: "llvm.x86.ssse3.psign.b.128", 256: "llvm.x86.avx2.psign.b"}},
@@ -49,6 +50,7 @@ def _bytes_sign(dtype: Any, attr: Any, a: Any, s: Any) -> Any:
 
 
 register("bytes.madd", _bytes_madd, "i16 sums, saturating, of adjacent products u8 * i8")
+register("bytes.madd7", _bytes_madd, "bytes.madd where every u8 is below 128")
 register("words.madd", _words_madd, "i32 sums of adjacent products i16 * i16")
 register("bytes.lookup", _bytes_lookup, "table[which & 15] in each 16-byte lane, 0 where bit 7 of which is set")
 register("bytes.sign", _bytes_sign, "a, 0 or -a by the sign of s")
@@ -57,6 +59,11 @@ register("bytes.sign", _bytes_sign, "a, 0 or -a by the sign of s")
 def madd_bytes(a: Expr, b: Expr) -> Expr:
     """``r[j] = a[2j] * b[2j] + a[2j + 1] * b[2j + 1]`` of u8 and i8 in i16."""
     return call("bytes.madd", i16.vec(a.dtype.lanes // 2), a, b)
+
+
+def madd_small(a: Expr, b: Expr) -> Expr:
+    """:func:`madd_bytes` of an ``a`` that stays below 128, which more targets have."""
+    return call("bytes.madd7", i16.vec(a.dtype.lanes // 2), a, b)
 
 
 def madd_words(a: Expr, b: Expr) -> Expr:
