@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from luthier.collection import collection_paused
+
 if TYPE_CHECKING:
+    from luthier.codegen.target import Target
     from luthier.ir.graph import Graph
-    from luthier.ir.program import Program
     from luthier.module import Module
-    from luthier.schedules.capabilities import Capabilities
-    from luthier.schedules.select import Earlier
 
 
 def compile(
@@ -31,7 +29,6 @@ def compile(
     from luthier.codegen.target import parse_target
     from luthier.errors import TargetError
     from luthier.importers.onnx import import_onnx
-    from luthier.pipeline import compile_program
     from luthier.targets import builder
 
     if str(model).endswith(".gguf"):
@@ -44,21 +41,7 @@ def compile(
     if checked and not getattr(make, "CHECKS_BOUNDS", False):
         raise TargetError(f"modules for {target} have no bounds checks", hint="compile for cpu with debug='bounds'")
     def build() -> Module:
-        with collection_paused():
-            if checked or not hasattr(make, "Ahead"):
-                graph = import_onnx(model, shapes)
-                earlier = None
-                if getattr(make, "RELOWERS", False):
-                    from luthier.schedules.select import Earlier
-
-                    earlier = Earlier()
-                program = compile_program(graph, chosen.caps, earlier=earlier)
-                program.checked = checked
-                module: Module = make.build_module(program, chosen, threads, **({} if earlier is None else {"again": lambda caps: relower(graph, caps, earlier)}))
-                return module
-            with make.Ahead(chosen) as ahead:
-                program = compile_program(import_onnx(model, shapes), chosen.caps, ahead.kernel)
-                return make.build_module(program, chosen, threads, ahead)  # type: ignore[no-any-return]
+        return build_graph(lambda: import_onnx(model, shapes), chosen, threads, checked)
 
     try:
         return build()
@@ -70,21 +53,21 @@ def compile(
         raise
 
 
-def relower(graph: Graph, caps: Capabilities, earlier: Earlier) -> Program:
-    """The program of an optimised graph for another number of registers."""
-    from luthier.pipeline import lower_graph
+def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False) -> Module:
+    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks."""
+    from luthier.pipeline import compile_program
+    from luthier.schedules.select import Record
+    from luthier.targets import builder
 
-    earlier.at = 0
-    return lower_graph(graph, caps, earlier=earlier)
-
-
-@contextlib.contextmanager
-def collection_paused() -> Iterator[None]:
-    """No garbage collection: expressions make no cycles, and looking for some costs a tenth of a compilation."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
+    make = builder(target.kind)
+    module: Module
+    with collection_paused():
+        if hasattr(make, "Ahead") and not checked:
+            with make.Ahead(target) as ahead:
+                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel), target, threads, ahead)
+            return module
+        record = Record() if getattr(make, "RETILES", False) else None
+        program = compile_program(graph(), target.caps, record=record)
+        program.checked = checked
+        module = make.build_module(program, target, threads, **({} if record is None else {"record": record}))
+    return module

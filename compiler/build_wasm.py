@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,27 @@ from luthier.codegen.target import Target
 from luthier.codegen.target_wasm import BASELINE, CAPS
 from luthier.codegen.wasm_encoder import Function, Module
 from luthier.codegen.wasm_main import Binary, ProgramPrinter
+from luthier.collection import collection_paused
 from luthier.errors import LuthierError
 from luthier.ir.loop import Call, walk_stmts
 from luthier.ir.program import Program
 from luthier.native import aligned
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.select import Record
 from luthier.wasm_module import WasmModule
 
 __all__ = ["build_module", "probes"]
 
 
-RELOWERS = True  # build_module takes ``again``
+RETILES = True  # build_module takes ``record``
 
 
 def build_module(
-    program: Program, target: Target, threads: int | None = None, again: Callable[[Capabilities], Program] | None = None,
+    program: Program, target: Target, threads: int | None = None, record: Record | None = None
 ) -> WasmModule:
     """Prints the variant that the target names; the others are printed when they are asked for.
 
-    ``again``: the program once more, scheduled for other capabilities: variants with and without relaxed SIMD like different register
-    tiles. Where that would change the weights or their places, one program serves all variants.
+    ``record``: variants with and without relaxed SIMD like different register tiles, and this makes the others. Kernels whose weights
+    or temporaries that would change are the same in all variants.
     Raises CompilationError naming the nodes of the kernel at fault, TargetError."""
     variant = target.name.partition(":")[2] or "relaxed"
     try:
@@ -54,8 +55,12 @@ def build_module(
     def other(v: str) -> bytes:
         relaxed = "relaxed" in v
         if relaxed not in printers:
-            second = None if again is None else ProgramPrinter(again(CAPS if relaxed else BASELINE))
-            printers[relaxed] = second if second is not None and _fits(second, printer, v, first.names) else printer
+            printers[relaxed] = printer
+            if record is not None:
+                with collection_paused():
+                    second = ProgramPrinter(replace(program, kernels=record.retile(program.kernels, CAPS if relaxed else BASELINE)))
+                    if _fits(second, printer, v, first.names):
+                        printers[relaxed] = second
         return _print(printers[relaxed], v).code
 
     return WasmModule(m, {variant: first.code}, weights, threads, other)

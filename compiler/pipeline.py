@@ -33,7 +33,7 @@ from luthier.passes.split_transposed_conv import split_transposed_conv
 
 if TYPE_CHECKING:
     from luthier.schedules.capabilities import Capabilities
-    from luthier.schedules.select import Earlier
+    from luthier.schedules.select import Record
 
 GraphPass = Callable[[Graph], bool]
 
@@ -92,13 +92,13 @@ def run_graph_passes(graph: Graph, dump: Dump | None = None, passes: tuple[Graph
 
 
 def lower_graph(
-    graph: Graph, caps: Capabilities, dump: Dump | None = None, on_kernel: Callable[[Func], None] | None = None, earlier: Earlier | None = None,
+    graph: Graph, caps: Capabilities, dump: Dump | None = None, on_kernel: Callable[[Func], None] | None = None, record: Record | None = None,
 ) -> Program:
     """Groups, schedules and kernels for an already optimised graph. ``on_kernel`` is called with every kernel when it is made;
-    ``earlier``: notes the kernels, or has them from a lowering for other numbers of registers."""
+    ``record``: notes what register tiles decide."""
     from luthier.schedules.select import build, build_kernel
 
-    program = build_program(graph, lambda c, consts: build(c, caps, consts, earlier), lambda f: build_kernel(f, caps), on_kernel)
+    program = build_program(graph, lambda c, consts: build(c, caps, consts, record), lambda f: build_kernel(f, caps), on_kernel)
     override_kernels(program)
     dump = dump or Dump()
     dump.write("program", lambda: str(program))
@@ -108,8 +108,8 @@ def lower_graph(
 
 
 def compile_program(
-    graph: Graph, caps: Capabilities, on_kernel: Callable[[Func], None] | None = None, earlier: Earlier | None = None,
+    graph: Graph, caps: Capabilities, on_kernel: Callable[[Func], None] | None = None, record: Record | None = None,
 ) -> Program:
     """All of it: graph passes, then lowering."""
     dump = Dump()
-    return lower_graph(run_graph_passes(graph, dump), caps, dump, on_kernel, earlier)
+    return lower_graph(run_graph_passes(graph, dump), caps, dump, on_kernel, record)

@@ -65,43 +65,49 @@ def build_kernel(f: Func, caps: Capabilities) -> Func:
     return f
 
 
-# Templates whose tiles depend on the number of registers.
+# Templates whose tiles depend on the number of registers
 TILED = frozenset({"lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention"})
 
 
+Constants = Mapping[str, np.ndarray[Any, Any]]
+
+
 @dataclass
-class Earlier:
-    """Kernels in the order in which a lowering asked for them, for another lowering of the same graph to capabilities that differ in
-    registers alone: what no register tile decides is taken over."""
+class Record:
+    """The Computes whose tiles depend on the number of registers, with the constants and what was made of them."""
 
-    made: list[tuple[str, Kernels]] = field(default_factory=list)
-    at: int | None = None  # None: the first lowering, which is noted
+    made: list[tuple[Compute, Constants, Kernels]] = field(default_factory=list)
 
-    def take(self, name: str) -> Kernels | None:
-        if self.at is None or self.at == len(self.made) or self.made[self.at][0] != name:
-            return None
-        self.at += 1
-        k = self.made[self.at - 1][1]
-        return None if k.template in TILED or not k.template else k
-
-    def note(self, name: str, k: Kernels) -> Kernels:
-        if self.at is None:
-            self.made.append((name, k))
+    def note(self, compute: Compute, constants: Constants, k: Kernels) -> Kernels:
+        if k.template in TILED:
+            self.made.append((compute, constants, k))
         return k
+
+    def retile(self, kernels: Mapping[str, Func], caps: Capabilities) -> dict[str, Func]:
+        """The kernels of a program for another number of registers. Where new tiles would change parameters, temporaries or the layout
+        of packed weights, the old kernel stays."""
+        other: dict[int, Func] = {}
+        for compute, constants, old in self.made:
+            new = build(compute, caps, constants, template=old.template)
+            if _interface(new) == _interface(old):
+                other |= {id(f.body): g for f, g in zip(old.funcs, new.funcs, strict=True)}
+        return {n: replace(other[id(f.body)], name=n) if id(f.body) in other else f for n, f in kernels.items()}
+
+
+def _interface(k: Kernels) -> Any:
+    packings = {n: (p.param, p.order, p.tile) for n, p in k.packings.items()}
+    return [f.params for f in k.funcs], k.temps, k.packed.keys(), packings
 
 
 def build(
-    compute: Compute, caps: Capabilities, constants: Mapping[str, np.ndarray[Any, Any]] | None = None, earlier: Earlier | None = None,
-    **knobs: Any,
+    compute: Compute, caps: Capabilities, constants: Constants | None = None, record: Record | None = None, **knobs: Any
 ) -> Kernels:
-    """Schedules, lowers and prepares ``compute`` for printing. ``constants``: contents of parameters known now.
+    """Schedules, lowers and prepares ``compute`` for printing. ``constants``: contents of parameters known now; ``record``: notes what
+    register tiles decide.
 
     ``knobs`` go to the template (``template="name"`` forces one)."""
     consts = constants or {}
-    earlier = earlier or Earlier()
-    known = earlier.take(compute.name)
-    if known is not None:
-        return known
+    record = record or Record()
     slim = drop_units(compute if caps.gpu else split_arg(compute))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
@@ -111,13 +117,13 @@ def build(
         if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
-            return earlier.note(compute.name, s)
+            return record.note(compute, consts, s)
         if s is not None:
-            return earlier.note(compute.name, finish(s, caps, consts, name))
+            return record.note(compute, consts, finish(s, caps, consts, name))
         if name in ("rowwise", "gpu_rowwise"):
             parts = partition(s0.compute)
             if len(parts) > 1:
-                return join_kernels([build(p, caps, consts, earlier) for p in parts], compute)
+                return join_kernels([build(p, caps, consts, record) for p in parts], compute)
     if forced:
         raise ScheduleError(f"{compute.name} is no pattern of template {forced}")
     raise AssertionError("the elementwise template fits everything")

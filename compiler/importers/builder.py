@@ -58,19 +58,9 @@ class GraphBuilder:
 
 def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None) -> Module:
     """A graph to a module, as :func:`luthier.compile` does for a model. Raises its errors."""
-    from luthier.api import collection_paused
+    from luthier.api import build_graph
     from luthier.codegen.target import parse_target
-    from luthier.pipeline import compile_program, lower_graph
-    from luthier.targets import builder
 
-    chosen = parse_target(target)
-    make = builder(chosen.kind)
-    with collection_paused():
-        if not hasattr(make, "Ahead"):
-            program = compile_program(graph, chosen.caps)
-            again = {"again": lambda caps: lower_graph(graph, caps)} if getattr(make, "RELOWERS", False) else {}
-            return make.build_module(program, chosen, threads, **again)  # type: ignore[no-any-return]
-        with make.Ahead(chosen) as ahead:
-            return make.build_module(compile_program(graph, chosen.caps, ahead.kernel), chosen, threads, ahead)  # type: ignore[no-any-return]
+    return build_graph(lambda: graph, parse_target(target), threads)
 
 
