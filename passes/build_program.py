@@ -360,6 +360,9 @@ class _Builder:
             packed = k.packed
             if getattr(k, "reusable", True):
                 self.cache[key] = k
+        elif not self._fits(k, consts):
+            k = self.schedule(compute, consts)
+            packed = k.packed
         elif k.packed:
             packed = self._repack(k, compute, consts)
         else:
@@ -375,6 +378,11 @@ class _Builder:
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
             self._call(f, args, scalars, stmts, names)
+
+    def _fits(self, k: Scheduled, consts: Mapping[str, Array]) -> bool:
+        """Whether kernels made for one layer's weights have room for those of another."""
+        packings = getattr(k, "packings", None) or {}
+        return all(p.fits(consts[p.param]) for p in packings.values() if p.param in consts and hasattr(p, "fits"))
 
     def _repack(self, k: Scheduled, compute: Compute, consts: Mapping[str, Array]) -> dict[str, Array]:
         """The packed constants of an equal Compute with other weights."""

@@ -33,7 +33,7 @@ from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
 
-TEMPLATES = ("sparse_gemv", "lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
+TEMPLATES = ("sparse_gemv", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 
@@ -66,7 +66,7 @@ def build_kernel(f: Func, caps: Capabilities) -> Func:
 
 
 # Templates whose tiles depend on the number of registers
-TILED = frozenset({"lut_gemv", "quantized_gemv", "winograd_integer", "contract_integer", "contract_half", "winograd", "contract", "attention"})
+TILED = frozenset({"winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention"})
 
 
 Constants = Mapping[str, np.ndarray[Any, Any]]
@@ -95,8 +95,7 @@ class Record:
 
 
 def _interface(k: Kernels) -> Any:
-    packings = {n: (p.param, p.order, p.tile) for n, p in k.packings.items()}
-    return [f.params for f in k.funcs], k.temps, k.packed.keys(), packings
+    return [f.params for f in k.funcs], k.temps, k.packed.keys(), k.packings
 
 
 def build(
