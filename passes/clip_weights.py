@@ -23,7 +23,7 @@ def clip_weights(w: Array, grid: Grid, weight: Array | None = None, steps: int =
     scale = np.ones_like(best)
     zero = np.zeros_like(best)
     for shrink in np.linspace(1.0, lowest, steps, dtype=np.float32):
-        for sign in (1, -1) if grid.symmetric and grid.bits > 1 else (1,):
+        for sign in (1, -1) if grid.symmetric and grid.bits > 1 and not grid.narrow else (1,):
             s, z = minmax(w, grid, shrink)
             _keep(w, s * np.float32(sign), z, grid, weight, best, scale, zero)
     for _ in range(rounds):

@@ -93,7 +93,7 @@ def fit_group(columns: int, group: int, least: int = 16) -> int | None:
 
 def quantize(
     weight: Array, bits: int, group: int = 64, symmetric: bool = False, method: str = "rtn", hessian: Array | None = None, scale_dtype: str = "f16",
-    importance: Array | None = None,
+    importance: Array | None = None, narrow: bool = False,
 ) -> QuantizedWeight:
     """Quantize ``weight`` f32 [N, K].
 
@@ -101,7 +101,8 @@ def quantize(
     ``symmetric``: the middle code means 0 in every group. ``method``: ``rtn`` (nearest code in the group's whole range), ``mse`` (range of
     least squared error), ``hqq`` (half-quadratic, robust against outliers, zero points keep a fraction), ``gptq`` (error compensation;
     needs ``hessian``, ``X.T X`` [K, K] of the layer's inputs or any multiple). ``scale_dtype``: f16, bf16 or f32. ``importance``: weight of
-    each column's squared error [K], for ``mse``. Raises QuantizationError."""
+    each column's squared error [K], for ``mse``. ``narrow``: symmetric with the zero point in the middle of ``2**bits - 1`` codes and scales
+    above 0, as QuantizeLinear wants weights (2 bits and more). Raises QuantizationError."""
     w = np.asarray(weight, np.float32)
     if w.ndim != 2 or not w.size:
         raise QuantizationError(f"weights must be a matrix, not of shape {list(w.shape)}")
@@ -116,7 +117,8 @@ def quantize(
     n, k = w.shape
     group = check_group(k, group)
     symmetric = symmetric or bits == 0 or (bits == 1 and method != "hqq")  # two codes, one of them 0, would be half a grid
-    grid = Grid(bits, symmetric, floats(scale_dtype), method == "hqq" and not symmetric)
+    grid = Grid(bits, symmetric or narrow, floats(scale_dtype), method == "hqq" and not symmetric, narrow and bits > 1)
+    symmetric = grid.symmetric
     cut = w.reshape(n, k // group, group)
     wide = None if importance is None else np.asarray(importance, np.float32).reshape(1, k // group, group)
     if method == "gptq":

@@ -34,21 +34,23 @@ def floats(dtype: str) -> np.dtype[Any]:
 @dataclass(frozen=True, slots=True)
 class Grid:
     """``bits``: 1 to 6, 8, or 0 for ternary; ``symmetric``: one zero point for all groups, the middle; ``scale_dtype``: of :func:`floats`;
-    ``float_zeros``: zero points keep a fraction (asymmetric only)."""
+    ``float_zeros``: zero points keep a fraction (asymmetric only); ``narrow``: as many codes above the middle as below, and scales above 0
+    (what QuantizeLinear's weights have; symmetric, 2 bits and more)."""
 
     bits: int
     symmetric: bool
     scale_dtype: np.dtype[Any]
     float_zeros: bool = False
+    narrow: bool = False
 
     @property
     def levels(self) -> int:
-        return 1 << self.bits if self.bits else 3
+        return (1 << self.bits) - self.narrow if self.bits else 3
 
     @property
     def middle(self) -> float:
         """Zero point of a symmetric grid: one of the codes, but for 1 bit, whose two weights are ``-scale / 2`` and ``scale / 2``."""
-        return 0.5 if self.bits == 1 else 1.0 if self.bits == 0 else float(1 << (self.bits - 1))
+        return 0.5 if self.bits == 1 else 1.0 if self.bits == 0 else float((1 << (self.bits - 1)) - self.narrow)
 
     def stored_scale(self, scale: Array) -> Array:
         """f32 of ``scale`` as it will be stored: never 0, which a group of zeros would give. Raises QuantizationError when it does not fit."""
@@ -93,7 +95,9 @@ def minmax(w: Array, grid: Grid, shrink: float | Array = 1.0) -> tuple[Array, Ar
     Symmetric: the value of largest magnitude gets the code 0, which has one more step than the other end, so the scale's sign follows it.
     1 bit and ternary: the scale comes from the mean magnitude, since covering the range makes most weights wrong."""
     if grid.symmetric:
-        if grid.bits == 1:
+        if grid.narrow:
+            scale = np.abs(w).max(-1, keepdims=True) * (shrink / grid.middle)
+        elif grid.bits == 1:
             scale = 2 * np.abs(w).mean(-1, keepdims=True) * shrink
         elif grid.bits == 0:
             scale = np.abs(w).mean(-1, keepdims=True) * shrink
