@@ -6,6 +6,7 @@ from luthier.codegen.llvm_ops import (
     binary_value,
     cast_value,
     compare_value,
+    saturated,
     splat,
     unary_value,
 )
@@ -154,7 +155,10 @@ class ExprPrinter:
         if op == "cast":
             if d.is_int and d.bits == 32 and d.is_signed and _clamped(e.args[0]):
                 return self.ins(f"fptosi {reg_type(e.args[0].dtype)} {self.value(e.args[0])} to {reg_type(d)}")
-            return cast_value(self, self.value(e.args[0]), e.args[0].dtype, d)
+            x = e.args[0]
+            if x.op == "round" and x.dtype.bits == 32 and d.is_int and d.bits == 8 and d.lanes > 1:  # clamped first, the conversion rounds
+                return saturated(self, self.value(x.args[0]), x.dtype, d, nearest=True)
+            return cast_value(self, self.value(x), x.dtype, d)
         if op == "bitcast":
             s, t = reg_type(e.args[0].dtype), reg_type(d)
             a = self.value(e.args[0])

@@ -155,7 +155,7 @@ def cast_value(p: Emitter, a: str, src: DType, dst: DType) -> str:
     if src.is_float and dst.is_float:
         return p.ins(f"{'fpext' if dst.bits > src.bits else 'fptrunc'} {st} {a} to {dt}")
     if src.is_float and (dst.bits <= 16 or dst.bits == 32 and dst.is_signed and dst.lanes > 1):
-        return _saturated(p, a, src, dst)
+        return saturated(p, a, src, dst)
     if src.is_float:
         return intrinsic(p, "fptosi.sat" if dst.is_signed else "fptoui.sat", st, a, ret=dt)
     if dst.is_float:
@@ -167,9 +167,9 @@ def cast_value(p: Emitter, a: str, src: DType, dst: DType) -> str:
     return p.ins(f"{'sext' if src.is_signed else 'zext'} {st} {a} to {dt}")
 
 
-def _saturated(p: Emitter, a: str, src: DType, dst: DType) -> str:
-    """Float to an integer of at most 16 bits, or to i32: clamped, truncated to i32, narrowed (LLVM's own saturating conversion of
-    a vector goes lane by lane)."""
+def saturated(p: Emitter, a: str, src: DType, dst: DType, nearest: bool = False) -> str:
+    """Float to an integer of at most 16 bits, or to i32: clamped, truncated (``nearest``: rounded half to even) to i32, narrowed (LLVM's own
+    saturating conversion of a vector goes lane by lane)."""
     t, w = reg_type(src), _ity(dst, 32)
     c = "i1" if dst.lanes == 1 else f"<{dst.lanes} x i1>"
     low, high = dst.scalar.limits()
@@ -177,11 +177,13 @@ def _saturated(p: Emitter, a: str, src: DType, dst: DType) -> str:
     lo, hi = (splat(float_text(x, src.bits), src, "float" if src.bits == 32 else "double") for x in (float(low), top))
     x = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {lo}')}, {t} {a}, {t} {lo}")
     x = p.ins(f"select {c} {p.ins(f'fcmp olt {t} {x}, {hi}')}, {t} {x}, {t} {hi}")
-    r = p.ins(f"fptosi {t} {x} to {w}")
+    r = intrinsic(p, "lrint", t, x, ret=w) if nearest else p.ins(f"fptosi {t} {x} to {w}")
     if top != high:
         r = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {hi}')}, {w} {_k(dst, 32, high)}, {w} {r}")
     if dst.is_signed:  # NaN gives 0, not the lowest value
         r = p.ins(f"select {c} {p.ins(f'fcmp ord {t} {a}, {a}')}, {w} {r}, {w} {_k(dst, 32, 0)}")
+    if dst.bits == 8 and dst.lanes > 1 and not dst.is_signed:  # LLVM cannot see the bounds; with them it narrows with saturating packs
+        r = intrinsic(p, "smin", w, intrinsic(p, "smax", w, r, _k(dst, 32, 0)), _k(dst, 32, high))
     return r if dst.bits == 32 else p.ins(f"trunc {w} {r} to {reg_type(dst)}")
 
 
