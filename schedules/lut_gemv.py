@@ -5,7 +5,8 @@ four columns (every three of ternary weights): the sums of the activations for e
 one step for a flush interval. The second looks up 32 rows with one byte shuffle, a bit plane of the weights at a time. A ternary triple
 is one of 13 patterns up to its sign: four bits and a sign bit, 5/3 bits a weight.
 
-Bytes are summed in 16 bits without unpacking: ``A`` sums words, ``B`` their high bytes, so the low bytes' sum is ``A - 256 B``.
+Two bits: both planes of a row stand in neighbouring bytes, so a byte product with (1, 2) sums their look-ups, signed, in 16 bits.
+Otherwise bytes are summed in 16 bits without unpacking: ``A`` sums words, ``B`` their high bytes, so the low bytes' sum is ``A - 256 B``.
 Complementing a byte negates an entry of a ternary table, because those are stored around 127.5.
 
 NMSE against f64 on normally distributed activations: at most 5e-4 (about 4e-5 at 64 columns a flush, 1.2e-4 for ternary at 256). With one
@@ -42,7 +43,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes
+from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes, madd_small
 from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, match, pad_rows, row_point
 from luthier.schedules.make_func import make_func
 from luthier.schedules.quantized_gemv import PREFETCH, Body, GemvBuilder
@@ -91,6 +92,22 @@ def pack_planes(bits: int, size: int) -> Callable[[Array], Array]:
             plane = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
             out[:, :, b] = plane.transpose(0, 2, 1)
         return _lanes(out).view(np.int32).reshape(-1)
+
+    return go
+
+
+def pack_pairs(size: int) -> Callable[[Array], Array]:
+    """[rows, columns] values of two bits to bytes [rows / (size / 2), columns / 8, size] (two quads a byte, the planes of a row side by
+    side), flat, as i32 words."""
+
+    def go(u: Array) -> Array:
+        p = pad_rows(u.astype(np.uint8), size)
+        v = p.reshape(-1, size // 2, p.shape[1] // 8, 8)
+        out = np.empty((v.shape[0], v.shape[2], size), np.uint8)
+        for b in range(2):
+            plane = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+            out[:, :, b::2] = plane.transpose(0, 2, 1)
+        return out.view(np.int32).reshape(-1)
 
     return go
 
@@ -163,14 +180,24 @@ class _Tables(GemvBuilder):
         return self.p.high == 2
 
     @property
+    def paired(self) -> bool:
+        """The planes of a row stand side by side: half as many rows in a register."""
+        return self.p.bits == 2 and not self.ternary
+
+    @property
+    def parts(self) -> int:
+        """Registers of 32-bit lanes that the rows looked up at once take."""
+        return 2 if self.paired else 4
+
+    @property
     def width(self) -> int:
         """Columns of a table."""
         return 3 if self.ternary else 4
 
     @property
     def middle(self) -> float:
-        """The byte of an entry of zero. A complement negates around 127.5; where nothing is negated zero is exact."""
-        return 127.5 if self.ternary else 128.0
+        """The byte of an entry of zero. A complement negates around 127.5; where nothing is negated zero is exact. Pairs are signed."""
+        return 127.5 if self.ternary else 0.0 if self.paired else 128.0
 
     @property
     def tables(self) -> int:
@@ -184,18 +211,21 @@ class _Tables(GemvBuilder):
     def prepare(self) -> None:
         p: LowbitProduct = self.p
         self.prepare_groups(self.base)
-        name, blocks = p.out.name, self.blocks // 4
+        name, blocks = p.out.name, self.blocks // self.parts
         if self.ternary:
             _, steps, signs = triple_steps(self.flush)
             self.step_words = (steps + signs) * self.lanes
             fn = pack_triples(self.flush, self.bytes)
+        elif self.paired:
+            self.step_words = self.flush // 8 * self.lanes
+            fn = pack_pairs(self.bytes)
         else:
             self.step_words = self.flush // 8 * p.bits * self.lanes
             fn = pack_planes(p.bits, self.bytes)
         size = blocks * (p.columns // self.flush) * self.step_words
         self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, fn, self.w))
-        r = self.streams or self.caps.streams
+        r = self.streams or (self.caps.streams if self.paired or self.ternary else max(1, self.caps.streams // p.bits))  # sums stay in registers
         while blocks % r:
             r //= 2
         self.r = r
@@ -244,7 +274,7 @@ class _Tables(GemvBuilder):
         where = m * spans + g
         b.put(Store(self.sx, (where,), step))
         weight = 1 if self.ternary else (1 << p.bits) - 1
-        part = step * const(-self.middle * self.tables * weight, f32)
+        part = step * const(-self.middle * self.tables * weight, f32) if self.middle else const(0.0, f32)
         mean = 0.0 if self.ternary else weight / 2
         const_zero = mean - (self.zc or 0)
         b.put(Store(self.corr, (where,), part + whole * const(const_zero, f32) if const_zero else part))
@@ -254,7 +284,9 @@ class _Tables(GemvBuilder):
         scale, body = b.take(), Body()
         parts = []
         for h in range(16 // f):
-            e = load(sums, [ramp(t2 * 16 + h * f, 1, f)]) * bcast(inv, f) + bcast(const(self.middle, f32), f)
+            e = load(sums, [ramp(t2 * 16 + h * f, 1, f)]) * bcast(inv, f)
+            if self.middle:
+                e = e + bcast(const(self.middle, f32), f)
             parts.append(body.let(cast(cast(unary("round", e), i32.vec(f)), i8.vec(f)), "q"))
         body.put(Store(self.xb, (ramp((where * self.tables + t2) * 4, 1, 4),), bitcast(shuffle(parts, range(16)), i32.vec(4))))
         write = For(t2, const(0), const(self.tables), "serial", body.take())
@@ -269,27 +301,28 @@ class _Tables(GemvBuilder):
     # ------------------------------------------------------------ product
 
     def product(self) -> Func:
-        nb = var("nb", lo=0, hi=self.blocks // 4 // self.r - 1)
+        nb = var("nb", lo=0, hi=self.blocks // self.parts // self.r - 1)
         mv = var("m", lo=0, hi=self.m - 1)
         one = self.m.op == "const" and self.m.attr == 1
         m: Expr = const(0) if one else mv
         body = self.tiles(nb * self.r, m)
         if not one:
             body = For(mv, const(0), self.m, "serial", body)
-        return make_func(self.s.compute.name, For(nb, const(0), const(self.blocks // 4 // self.r), "parallel", body), self.s.compute.dims)
+        return make_func(self.s.compute.name, For(nb, const(0), const(self.blocks // self.parts // self.r), "parallel", body), self.s.compute.dims)
 
     def tiles(self, first: Expr, m: Expr) -> Stmt:
         p, r = self.p, self.r
-        acc = [[Buffer(f"acc{i}_{c}", f32.vec(self.lanes), (), "local") for c in range(4)] for i in range(r)]
+        acc = [[Buffer(f"acc{i}_{c}", f32.vec(self.lanes), (), "local") for c in range(self.parts)] for i in range(r)]
         spans = p.columns // self.flush
         g = var("g", lo=0, hi=spans - 1)
         b = Body()
         base = [b.let(((first + i) * spans + g) * self.step_words, "at") for i in range(r)]
-        (self.look_up_triples if self.ternary else self.look_up_planes)(b, base, r, m, g, acc, first)
+        look_up = self.look_up_triples if self.ternary else self.look_up_pairs if self.paired else self.look_up_planes
+        look_up(b, base, r, m, g, acc, first)
         loop = For(g, const(0), const(spans), "serial", b.take())
         flat = [x for row in acc for x in row]
         start = [Store(x, (), bcast(const(0.0, f32), self.lanes)) for x in flat]
-        body = block(*start, loop, self.epilogue(first * 4, r * 4, m, 1, [[x] for x in flat]))
+        body = block(*start, loop, self.epilogue(first * self.parts, r * self.parts, m, 1, [[x] for x in flat]))
         for x in reversed(flat):
             body = Alloc(x, body)
         return body
@@ -331,7 +364,21 @@ class _Tables(GemvBuilder):
                 low = lb if low is None else low + (lb << plane)
                 high = hb if high is None else high + (hb << plane)
             assert low is not None and high is not None
-            self.flush_rows(b, b.let(low, "lo"), b.let(high, "hi"), acc[i], first + i, m, g)
+            self.flush_rows(b, [b.let(low, "lo"), b.let(high, "hi")], acc[i], first + i, m, g)
+
+    def look_up_pairs(self, b: Body, base: list[Expr], r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+        weights = shuffle([const(1, u8), const(2, u8)] * (self.bytes // 2), range(self.bytes))
+        sums: dict[int, Expr] = {}
+        for s in range(self.flush // 8):
+            ts = [bitcast(self.table(b, m, g, 2 * s + h), i8.vec(self.bytes)) for h in (0, 1)]
+            for i in range(r):
+                w = self.word(b, base[i], s)
+                for h in (0, 1):
+                    which = (w if not h else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
+                    v = madd_small(weights, b.let(lookup_bytes(ts[h], which), "v"))
+                    sums[i] = b.let(sums[i] + v if i in sums else v, "s")
+        for i in range(r):
+            self.flush_rows(b, [sums[i]], acc[i], first + i, m, g)
 
     def look_up_triples(self, b: Body, base: list[Expr], r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
         n, *_ = triple_steps(self.flush)
@@ -353,19 +400,18 @@ class _Tables(GemvBuilder):
                 self.add(b, sums, i, b.let(lookup_bytes(table, which) ^ flip, "v"))
         for i in range(r):
             hb = sums["B", i]
-            self.flush_rows(b, b.let(sums["A", i] - (hb << 8), "lo"), hb, acc[i], first + i, m, g)
+            self.flush_rows(b, [b.let(sums["A", i] - (hb << 8), "lo"), hb], acc[i], first + i, m, g)
 
-    def flush_rows(self, b: Body, low: Expr, high: Expr, acc: list[Buffer], tile: Expr, m: Expr, g: Expr) -> None:
+    def flush_rows(self, b: Body, halves: list[Expr], acc: list[Buffer], tile: Expr, m: Expr, g: Expr) -> None:
         """The rows of a register over an interval: sums of table entries to floats, scaled."""
         p = self.p
         where = m * (p.columns // self.flush) + g
         step, corr = (b.let(bcast(load(x, [where]), self.lanes), "c") for x in (self.sx, self.corr))
         total = b.let(bcast(load(self.sums, [where]), self.lanes), "xs") if self.zero is not None or self.off is not None else None
-        for c in range(4):
-            half = low if c < 2 else high
-            part = shuffle([half], range(c % 2 * self.lanes, (c % 2 + 1) * self.lanes))
+        for c in range(self.parts):
+            part = shuffle([halves[c // 2]], range(c % 2 * self.lanes, (c % 2 + 1) * self.lanes))
             v = cast(cast(part, i32.vec(self.lanes)), f32.vec(self.lanes)) * step + corr
-            s, z, o = self.group_values(b, tile * 4 + c, g * self.flush)
+            s, z, o = self.group_values(b, tile * self.parts + c, g * self.flush)
             if z is not None:
                 assert total is not None
                 v = v - z * total
