@@ -34,8 +34,8 @@ class MemoryPrinter(ByteVectors):
         self.consts, self.fixed = consts, fixed
         self.regs: dict[str, int | list[int]] = {}
         self.ptrs: dict[str, int] = {}
-        self.known: dict[tuple[str, Expr], int] = {}  # addresses in locals, of all scopes around what is being emitted
-        self.scopes: list[list[tuple[str, Expr]]] = [[]]  # which of them each scope made
+        self.known: dict[Any, int] = {}  # addresses in locals, of all scopes around what is being emitted
+        self.scopes: list[list[Any]] = [[]]  # which of them each scope made
         self.inner: set[Expr] = set()  # what the innermost loop defines
         self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
         self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
@@ -102,9 +102,9 @@ class MemoryPrinter(ByteVectors):
         def place(b: Buffer, idx: tuple[Expr, ...]) -> None:
             i = idx[0].args[0] if len(idx) == 1 and idx[0].op == "ramp" else idx[0] if len(idx) == 1 else None
             if i is not None and (b.rank or b.scope != "local") and b.name in self.ptrs and i.dtype.lanes == 1:
-                key = tuple([x for x in linear(i).items() if x[0]])
+                key = _without_constant(i)[0]
                 if key not in taken:
-                    taken[key] = self.split(self.expand(i))
+                    taken[key] = self.split(self.expand(key))
                 inv, rest = taken[key]
                 if inv is not None and rest is not None and ((b.name, inv) in found or len(found) < 8):
                     found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
@@ -191,19 +191,16 @@ class MemoryPrinter(ByteVectors):
         """An index taken apart for the current loop: what it adds to a constant, of that the parts which the loop leaves alone and
         changes, the constant with and without the Lets expanded, whether the rest cannot be negative. Remembered by all but the
         constant, which unrolled code varies."""
-        terms = linear(idx)
-        k = terms.get((), 0)
-        key = tuple([x for x in terms.items() if x[0]])
-        r = self.resolved.get(key)
+        dyn, k = _without_constant(idx)
+        r = self.resolved.get(dyn)
         if r is None:
-            dyn = from_linear(dict(key)) if key else const(0)
             inv, rest, extra = None, None, 0
             if self.bases:
                 whole = self.expand(dyn)
                 inv, rest = self.split(whole)
                 extra = linear(whole).get((), 0)
-            lo = 0 if self.fixed or not key else bounds(dyn)[0]
-            r = self.resolved[key] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
+            lo = 0 if self.fixed or dyn.op == "const" else bounds(dyn)[0]
+            r = self.resolved[dyn] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
         return r[0], r[1], r[2], k, k + r[3], r[4]
 
     def foldable(self, k: int, positive: bool) -> bool:
@@ -221,13 +218,12 @@ class MemoryPrinter(ByteVectors):
         if base is not None and rest is not None:
             if not self.foldable(whole_k * size, positive):
                 rest, whole_k = rest + whole_k, 0
-            name, dyn, k = f"{b.name}@{base}", rest, whole_k
+            dyn, k = rest, whole_k
         else:
             if self.skip and free_vars(dyn) & self.skip:
                 dyn, k, positive = self.expand(idx), 0, False
             elif not self.foldable(k * size, positive or dyn.op == "const"):
                 dyn, k = idx, 0
-            name = b.name
             if dyn.op == "const":
                 self.pointer(b)
                 away = dyn.attr * size + min(k * size, 0)  # below 0 only where a mask is never true
@@ -236,10 +232,9 @@ class MemoryPrinter(ByteVectors):
                     c.op("i32.add")
                 return max(k * size, 0)
         offset = k * size
+        key = (b.name, base, dyn, offset < 0)
         if offset < 0:
-            name += "-"
             offset += GUARD
-        key = (name, dyn)
         n = self.known.get(key)
         if n is not None:
             c.get(n)
@@ -492,6 +487,13 @@ class MemoryPrinter(ByteVectors):
         if s.mask is not None:
             self.leave_scope()
             c.op("end")
+
+
+def _without_constant(i: Expr) -> tuple[Expr, int]:
+    """An index without the constant that stands last in a normalized sum, and the constant."""
+    if i.op == "add" and i.args[1].op == "const":
+        return i.args[0], i.args[1].attr
+    return (const(0), i.attr) if i.op == "const" else (i, 0)
 
 
 def _scalars(b: Buffer) -> Buffer:

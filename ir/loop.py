@@ -260,20 +260,26 @@ def contents_of(s: Stmt) -> Contents:
     allocated: list[Buffer] = []
     calls = False
     stack: list[Expr] = []
-    for x in walk_stmts(s):
+    todo: list[Any] = [s]
+    while todo:
+        x = todo.pop()
         t = type(x)
-        if t is Store:
-            stack.extend(x.idx)  # type: ignore[union-attr]
-            stack.append(x.value)  # type: ignore[union-attr]
-            if x.mask is not None:  # type: ignore[union-attr]
-                stack.append(x.mask)  # type: ignore[union-attr]
+        if t is Block:
+            todo.extend(x.stmts)
+        elif t is Store:
+            stack.extend(x.idx)
+            stack.append(x.value)
+            if x.mask is not None:
+                stack.append(x.mask)
         elif t is Let:
-            stack.append(x.value)  # type: ignore[union-attr]
+            stack.append(x.value)
         elif t is Alloc:
-            allocated.append(x.buf)  # type: ignore[union-attr]
-        elif t is not Block:
+            allocated.append(x.buf)
+            todo.append(x.body)
+        else:
             calls = calls or t is Call
             stack.extend(exprs_of(x))
+            todo.extend(children(x))
     seen: set[Expr] = set()
     while stack:
         e = stack.pop()
