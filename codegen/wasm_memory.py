@@ -32,7 +32,6 @@ class MemoryPrinter(ByteVectors):
     def __init__(self, name: str, relaxed: bool, consts: dict[str, int], fixed: bool) -> None:
         super().__init__(name, relaxed)
         self.consts, self.fixed = consts, fixed
-        self.regs: dict[str, int | list[int]] = {}
         self.ptrs: dict[str, int] = {}
         self.known: dict[Any, int] = {}  # addresses in locals, of all scopes around what is being emitted
         self.scopes: list[list[Any]] = [[]]  # which of them each scope made

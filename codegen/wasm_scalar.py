@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 from luthier.codegen.ranges import value_range
 from luthier.codegen.wasm_encoder import OPCODE, Code
 from luthier.ir.dtypes import DType, f32, f64, i32, index, u32
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import COMPARE, Expr, bounds, is_const
+from luthier.ir.expr import Expr, bounds, is_const
 
 _UNARY_F = {"neg": "neg", "abs": "abs", "floor": "floor", "ceil": "ceil", "round": "nearest", "trunc": "trunc", "sqrt": "sqrt"}
 _ARITH = {"add", "sub", "mul"}
@@ -38,6 +37,12 @@ class Emitter:
 
     def __init__(self, name: str, relaxed: bool) -> None:
         self.name, self._relaxed = name, relaxed
+        self.regs: dict[str, int | list[int]] = {}  # register variables
+        self.by_operator: dict[str, Callable[[Expr], None]] = {
+            "var": self.variable, "const": self.constant_value, "load": self.load, "select": self.choose, "cast": self.cast, "bitcast": self.bitcast,
+            "extract": self.extract, "vreduce": self.vreduce, "add": self.arithmetic, "sub": self.arithmetic, "mul": self.arithmetic,
+            "lt": self.compare, "le": self.compare, "eq": self.compare, "ne": self.compare,
+        }  # fmt: skip
         self.relies = False  # whether the code is another one without relaxed SIMD
         self.c = Code()
         self.types: list[str] = []
@@ -121,9 +126,9 @@ class Emitter:
     # scalars -----------------------------------------------------
 
     def scalar(self, e: Expr) -> None:
-        f = _SCALAR.get(e.op)
+        f = self.by_operator.get(e.op)
         if f is not None:
-            f(self, e)
+            f(e)
         elif len(e.args) == 1:
             self.unary(e)
         elif len(e.args) == 2 and e.op != "call":
@@ -514,10 +519,4 @@ class Emitter:
 
 
 _INDEX = {op: OPCODE[f"i32.{op}"] for op in _ARITH}
-_SCALAR: dict[str, Callable[[Any, Expr], None]] = {
-    "var": lambda p, e: p.variable(e), "const": lambda p, e: p.constant_value(e), "load": lambda p, e: p.load(e), "select": lambda p, e: p.choose(e),
-    "cast": lambda p, e: p.cast(e), "bitcast": lambda p, e: p.bitcast(e), "extract": lambda p, e: p.extract(e),
-    "vreduce": lambda p, e: p.vreduce(e), **{op: lambda p, e: p.arithmetic(e) for op in _ARITH}, **{op: lambda p, e: p.compare(e) for op in COMPARE},
-}  # fmt: skip
-
 __all__ = ["Emitter", "valtype", "signed", "index"]

@@ -164,7 +164,11 @@ class Vector(Emitter):
                 self.arith(e)
                 return
         elif op == "load":
-            self.load(e)
+            n = None if e.args else self.regs.get(e.attr[0].name)
+            if n.__class__ is int:
+                c.get(n)  # type: ignore[arg-type]
+            else:
+                self.load(e)
             return
         elif op == "var":
             n = self.vars.get(e)
