@@ -155,7 +155,7 @@ class ExprPrinter:
         if op == "cast":
             if d.is_int and d.bits == 32 and d.is_signed and _clamped(e.args[0]):
                 return self.ins(f"fptosi {reg_type(e.args[0].dtype)} {self.value(e.args[0])} to {reg_type(d)}")
-            x = e.args[0]
+            x = _byte_source(e.args[0]) if d.lanes > 1 and d.scalar.name == "u8" else e.args[0]
             if x.op == "round" and x.dtype.bits == 32 and d.is_int and d.bits == 8 and d.lanes > 1:  # clamped first, the conversion rounds
                 return saturated(self, self.value(x.args[0]), x.dtype, d, nearest=True)
             return cast_value(self, self.value(x), x.dtype, d)
@@ -268,6 +268,16 @@ def _clamped(e: Expr) -> bool:
         return False
     ends = (e.args[0].args[1], e.args[1])
     return all(is_const(x) and abs((x.args[0] if x.op == "bcast" else x).attr) < 2**31 - 128 for x in ends)
+
+
+def _byte_source(e: Expr) -> Expr:
+    """What a conversion to u8, which saturates, may read in place of ``i32(min(max(x, 0), 255))``."""
+    if e.op == "cast" and e.dtype.scalar.name == "i32" and _clamped(e.args[0]):
+        inner = e.args[0].args[0]
+        low, high = (x.args[0] if x.op == "bcast" else x for x in (inner.args[1], e.args[0].args[1]))
+        if low.attr == 0 and high.attr == 255:
+            return inner.args[0]
+    return e
 
 
 __all__ = ["ExprPrinter", "const_text", "float_text"]
