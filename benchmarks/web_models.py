@@ -4,11 +4,11 @@
 
 Each model is compiled and saved as it would be published, served with the headers of `luthier serve`, and loaded by a page whose
 inference lives in a worker. The error is the largest difference of an output over the output's largest magnitude, against
-onnxruntime's CPU provider on the same inputs; the bar is 1e-3. On processors without VNNI onnxruntime saturates 8-bit products, and its
-rewrites round quantized graphs elsewhere, so that its results are no single ones: quantized models are held against the nearer one of
-its exact mode (`session.x64quantprecision`) and of itself without rewrites. Models with a state run several steps, each side on its own state;
-flan-t5's decoder makes tokens greedily and must make the same ones; how many steps have logits within the bar is told (where a value
-lies between two steps of its dynamic quantization, a last bit decides). Times mean little here: WebGPU is a software adapter.
+onnxruntime's CPU provider on the same inputs; the bar is 1e-3. Quantized models (`check` other than "f64") are judged step by step
+(`step_by_step.py`): what every piece between two quantizations makes of equal inputs, the outputs of the model included. How far
+its output ends from the nearer one of onnxruntime's two exact modes from the inputs alone, and how far these are from each other,
+is printed as well. Models with a state run several steps, each side on its own state; flan-t5's decoder makes tokens greedily and
+must make the same ones, too. Times mean little here: WebGPU is a software adapter.
 Exit code 1 when a model fails. Rows are added to the JSON file; `--save` writes benchmarks/results/web_models.md from all of them.
 """
 
@@ -23,6 +23,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
 from benchmarks.browser import Browser, Page  # noqa: E402
 from benchmarks.compare_models import Outputs, Runner, error, ort_runner  # noqa: E402
 from benchmarks.models import ModelCase, get  # noqa: E402
+from benchmarks.step_by_step import Steps, in_steps, run_onnxruntime  # noqa: E402
 from luthier.errors import LuthierError  # noqa: E402
 
 MODELS = (
@@ -120,25 +123,28 @@ class WebModel:
 
 def exact_runner(path: Path) -> Runner:
     """onnxruntime with 8-bit products that do not saturate."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    results = [entry.name for entry in session.get_outputs()]
-    return lambda inputs: dict(zip(results, session.run(None, inputs), strict=True))
+    return lambda inputs: run_onnxruntime(path, inputs, rewrites=True)
 
 
 def errors(case: ModelCase, run: Runner, steps: int) -> tuple[float, str, bool]:
-    """The worst error of the model, what was run, whether it passes."""
-    if case.check != "f64":
-        exact = errors_against(case, run, exact_runner(case.path), steps)
-        if exact[2]:
-            return exact[0], f"{exact[1]}, exact mode", True
-        plain = errors_against(case, run, ort_runner(case.path, 1, False), steps)
-        return min(exact, (plain[0], f"{plain[1]}, without rewrites", plain[2]))
+    """The worst error of the model from its inputs alone, what was run, whether it is within the bar."""
     return errors_against(case, run, ort_runner(case.path, 1), steps)
+
+
+def quantized_errors(case: ModelCase, run: Runner, in_pieces: Callable[[Steps], Outputs], steps: int) -> tuple[float, str, bool]:
+    """The same for a quantized model, step by step; ``in_pieces`` runs :class:`Steps`."""
+    exact, plain = exact_runner(case.path), ort_runner(case.path, 1, False)
+    inputs = case.make_inputs(0)
+    ours, a, b = run(inputs), exact(inputs), plain(inputs)
+    told = f"end to end {min(error(ours, a), error(ours, b)):.1e}, onnxruntime's two modes {error(a, b):.1e} apart"
+    good = True
+    if case.name == "flan-t5-decoder":
+        _, what, good = translate(case, run, exact, steps)
+        told = f"{told}; {what}"
+    with tempfile.TemporaryDirectory() as folder:
+        pieces = in_steps(case.path, inputs, Path(folder))
+        judged = pieces.judge(in_pieces(pieces))
+    return judged.error, f"step by step ({pieces.mode}): {judged}; {told}", good and judged.ok(BAR)
 
 
 def errors_against(case: ModelCase, run: Runner, peer: Runner, steps: int) -> tuple[float, str, bool]:
@@ -178,6 +184,20 @@ def translate(case: ModelCase, run: Runner, peer: Runner, steps: int) -> tuple[f
     return worst, f"{steps} tokens, equal; logits within the bar in {near} steps", True
 
 
+def run_in_pieces(name: str, target: str, browser: Browser, site: Site, pieces: Steps) -> Outputs:
+    """The outputs of ``pieces`` as a package of its own, in a page of its own."""
+    import luthier
+
+    folder = PACKAGES / f"steps-{name}-{target.replace(':', '-')}"
+    luthier.compile(pieces.path, target=target).save(folder)
+    page = browser.open(site.server.url)
+    try:
+        return WebModel(page, site, folder)(pieces.inputs)
+    finally:
+        page.close()
+        shutil.rmtree(folder)
+
+
 def check(name: str, target: str, browser: Browser, site: Site, steps: int) -> Row:
     """One row of the table."""
     row: Row = {"model": name, "target": target, "error": None, "ok": False, "what": ""}
@@ -189,7 +209,11 @@ def check(name: str, target: str, browser: Browser, site: Site, steps: int) -> R
         try:
             model = WebModel(page, site, folder)
             row["load_ms"] = model.load_ms
-            row["error"], row["what"], row["ok"] = errors(case, model, steps)
+            if case.check == "f64":
+                row["error"], row["what"], row["ok"] = errors(case, model, steps)
+            else:
+                pieces = partial(run_in_pieces, name, target, browser, site)
+                row["error"], row["what"], row["ok"] = quantized_errors(case, model, pieces, steps)
             row["run_ms"] = float(np.median(model.ms))
             row["variant"] = model.info.get("variant") or f"{model.info.get('dispatches')} dispatches"
         finally:
@@ -209,7 +233,7 @@ def table(rows: list[Row], version: str) -> str:
     for r in rows:
         shown = "-" if r["error"] is None else f"{r['error']:.1e}"
         mark = "" if r["ok"] else " FAILS"
-        cells = [r["model"], r["target"], shown + mark, r["what"].replace("|", "/")[:160]]
+        cells = [r["model"], r["target"], shown + mark, r["what"].replace("|", "/")[:300]]
         cells += [f"{r[k]:.{d}f}" if k in r else "-" for k, d in (("code_kb", 0),)] + [r.get("variant", "-")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"{sum(r['ok'] for r in rows)} of {len(rows)} within the bar.", ""])
