@@ -23,7 +23,7 @@ from luthier.errors import InputError
 from luthier.ir.graph import Graph, Node, Value
 from luthier.observers import Histogram
 
-__all__ = ["Layer", "Statistics", "collect", "collect_outputs", "load_graph", "product_rows", "read_data", "run_batches", "weight_layers"]
+__all__ = ["Layer", "Statistics", "collect", "collect_outputs", "load_graph", "product_rows", "read_data", "run_batches", "tap", "weight_layers"]
 
 Array = np.ndarray[Any, Any]
 Feed = dict[str, Array]
@@ -261,21 +261,31 @@ def run_batches(
 ) -> None:
     """Compile a copy of ``graph`` with ``values`` as additional outputs and run every batch; ``visit(number, {value name: array})`` sees the
     values and, by their own names, the graph's outputs. The graph is not changed. Raises what compiling and running raise."""
+    run = tap(graph, values)
+    for number, feed in enumerate(_tracked(data, title, progress)):
+        visit(number, run(feed))
+
+
+def tap(graph: Graph, values: Sequence[Value] = ()) -> Callable[[Feed], dict[str, Array]]:
+    """A function from inputs to outputs and ``values``, by name (an output has its name for callers). The graph is not changed; values
+    that an equal name of an output hides are left out. Raises what compiling raises."""
     from luthier.importers.builder import compile_graph
     from luthier.passes.copy_graph import copy_graph
 
     copy, own = copy_graph(graph)
     names = [name for name, _ in copy.results()]
-    outputs = len(names)
-    wanted = list(dict.fromkeys(v for v in values if v.data is None))
+    wanted = list(dict.fromkeys(v for v in values if v.data is None and v in own))
     copy.outputs = [*copy.outputs, *(own[v] for v in wanted)]
     copy.output_names = (*names, *(f"tap.{i}" for i in range(len(wanted))))
     module = compile_graph(copy)
-    for number, feed in enumerate(_tracked(data, title, progress)):
+
+    def run(feed: Feed) -> dict[str, Array]:
         result = module.run(feed)
-        arrays = {name: result[name] for name in names[:outputs]}
-        arrays.update({v.name: result[f"tap.{i}"] for i, v in enumerate(wanted)})
-        visit(number, arrays)
+        arrays = {v.name: result[f"tap.{i}"] for i, v in enumerate(wanted)}
+        arrays.update({name: result[name] for name in names})
+        return arrays
+
+    return run
 
 
 def _tracked(items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
