@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -100,3 +100,47 @@ def test_ceilings_are_of_this_world() -> None:
 
     assert 1 < fma_peak(tries=1) < 2000
     assert 0.5 < bandwidth(16 << 10, tries=1) < 5000
+
+
+def quantized_layers() -> Any:
+    """x -> quantize -> dequantize -> MatMul -> quantize -> dequantize -> y, 8 bits."""
+    w = np.random.default_rng(2).standard_normal((64, 48)).astype(np.float32)
+    scale = {"s1": np.float32(0.03), "s2": np.float32(0.2), "z": np.uint8(128)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s1", "z"], ["xq"]), helper.make_node("DequantizeLinear", ["xq", "s1", "z"], ["xd"]),
+        helper.make_node("MatMul", ["xd", "w"], ["a"]), helper.make_node("QuantizeLinear", ["a", "s2", "z"], ["aq"]),
+        helper.make_node("DequantizeLinear", ["aq", "s2", "z"], ["y"]),
+    ]  # fmt: skip
+    value = helper.make_tensor_value_info
+    constants = [numpy_helper.from_array(np.asarray(v), k) for k, v in (scale | {"w": w}).items()]
+    graph = helper.make_graph(
+        nodes, "g", [value("x", TensorProto.FLOAT, ["n", 64])], [value("y", TensorProto.FLOAT, ["n", 48])], constants
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_step_by_step_sees_every_piece(tmp_path: Path) -> None:
+    """The model in pieces equals itself; a piece that truncates, one that is a hundredth off, and a missing tensor fail."""
+    import onnx
+
+    from benchmarks.step_by_step import in_steps, run_onnxruntime
+
+    onnx.save(quantized_layers(), str(tmp_path / "m.onnx"))
+    x = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    pieces = in_steps(tmp_path / "m.onnx", {"x": x}, tmp_path)
+    assert set(pieces.inputs) == {"x", "xq", "aq"}
+    got = run_onnxruntime(pieces.path, pieces.inputs, rewrites=False)
+    assert pieces.judge(got).ok(1e-3) and pieces.judge(got).total == 200 * (64 + 48)
+    one = got | {"aq.made": got["aq.made"].copy()}
+    one["aq.made"][3, 4] += 1
+    assert pieces.judge(one).ok(1e-3) and pieces.judge(one).flipped == 1  # a tie
+    one["aq.made"][3, 4] += 1
+    assert not pieces.judge(one).ok(1e-3)
+    xd = (pieces.reference["xq"].astype(np.float32) - 128) * np.float32(0.03)
+    w = next(numpy_helper.to_array(t) for t in quantized_layers().graph.initializer if t.name == "w")
+    a = xd @ w / np.float32(0.2)
+    assert pieces.judge(got | {"aq.made": (np.rint(a) + 128).clip(0, 255).astype(np.uint8)}).ok(1e-3)
+    assert not pieces.judge(got | {"aq.made": (np.floor(a) + 128).clip(0, 255).astype(np.uint8)}).ok(1e-3)
+    assert not pieces.judge(got | {"aq.made": (np.rint(a * 1.01) + 128).clip(0, 255).astype(np.uint8)}).ok(1e-3)
+    assert not pieces.judge(got | {"y": got["y"] * np.float32(1.01)}).ok(1e-3)
+    assert not pieces.judge({n: v for n, v in got.items() if n != "xq.made"}).ok(1e-3)
