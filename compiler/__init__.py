@@ -21,6 +21,7 @@ from luthier.errors import (
     InputError,
     InvalidModel,
     LuthierError,
+    QuantizationError,
     ShapeError,
     TargetError,
     TypeMismatch,
@@ -32,15 +33,16 @@ if TYPE_CHECKING:
     from luthier.custom import op as op
     from luthier.module import Module as Module
     from luthier.module import load as load
+    from luthier.quantization import quantize as quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "compile", "load", "op", "Module", "LuthierError", "ArtifactError", "InputError", "InvalidModel", "ShapeError", "TargetError",
+    "compile", "load", "op", "quantize", "Module", "LuthierError", "ArtifactError", "InputError", "InvalidModel", "QuantizationError", "ShapeError", "TargetError",
     "TypeMismatch", "UnsupportedOperator", "__version__",
 ]  # fmt: skip
 
-_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module", "op": "luthier.custom"}
+_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module", "op": "luthier.custom", "quantize": "luthier.quantization"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,8 @@ def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
     debug: str | None = None,
 ) -> Module:
-    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`) for ``target``.
+    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`; a Graph,
+    such as ``luthier.quantize`` gives) for ``target``.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
@@ -31,7 +32,7 @@ def compile(
     from luthier.importers.onnx import import_onnx
     from luthier.targets import builder
 
-    if str(model).endswith(".gguf"):
+    if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
         from luthier.llm import compile_gguf
 
         return compile_gguf(model, target, shapes, threads, debug)
@@ -40,8 +41,15 @@ def compile(
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
     if checked and not getattr(make, "CHECKS_BOUNDS", False):
         raise TargetError(f"modules for {target} have no bounds checks", hint="compile for cpu with debug='bounds'")
+
+    def imported() -> Graph:
+        from luthier.ir.graph import Graph
+        from luthier.passes.copy_graph import copy_graph
+
+        return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes)
+
     def build() -> Module:
-        return build_graph(lambda: import_onnx(model, shapes), chosen, threads, checked)
+        return build_graph(imported, chosen, threads, checked)
 
     try:
         return build()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from luthier import settings
+from luthier.cli_quantize import quantize_options
 from luthier.cli_tools import COMMANDS, ShapeParam
 from luthier.errors import ArtifactError, InputError, LuthierError
 
@@ -121,16 +122,23 @@ def luthier() -> None:
 @_model
 @_compile_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
+@click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
+@quantize_options
 @_debug
 def compile_command(
-    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, debug: str | None
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, debug: str | None, **quantization: Any
 ) -> None:
     """Compile an ONNX MODEL into an artifact: a folder that runs without Python."""
     import luthier as package
 
     out = output or Path(f"{_existing(model).stem}.luthier")
+    source: Any = model
+    if precision is not None:
+        from luthier.cli_quantize import quantize_file
+
+        source, shapes = quantize_file(model, precision, dict(shapes) or None, threads, quantization).graph, ()
     start = time.perf_counter()
-    module = package.compile(model, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
+    module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

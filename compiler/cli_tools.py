@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from luthier.cli_llm import generate
+from luthier.cli_quantize import quantize
 from luthier.errors import InputError, LuthierError
 
 if TYPE_CHECKING:
@@ -183,4 +184,4 @@ def summary(report: Roofline) -> str:
     )
 
 
-COMMANDS: tuple[click.Command, ...] = (reduce, generate, roofline)
+COMMANDS: tuple[click.Command, ...] = (reduce, generate, roofline, quantize)

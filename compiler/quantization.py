@@ -88,11 +88,11 @@ class Quantized:
     graph: Graph
     report: Report
 
-    def compile(self, target: str = "cpu", threads: int | None = None) -> Module:
+    def compile(self, target: str = "cpu", threads: int | None = None, debug: str | None = None) -> Module:
         """As ``luthier.compile``; the graph stays as it is. Raises its errors."""
-        from luthier.importers.builder import compile_graph
+        from luthier.api import compile
 
-        return compile_graph(copy_graph(self.graph)[0], target, threads)
+        return compile(self.graph, target, None, threads, debug)
 
     def model(self, form: str = "portable") -> Any:
         """An ``onnx.ModelProto``; see :mod:`luthier.export_onnx` for the forms."""
