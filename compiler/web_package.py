@@ -166,10 +166,16 @@ _MODEL_D_TS = """export class Model {
   readonly inputs: readonly TensorSpec[];
   readonly outputs: readonly TensorSpec[];
   readonly info: Info;
-  run(inputs: Inputs): Promise<Outputs>;
-  run<Name extends keyof Outputs>(inputs: Inputs, options: { outputs: Name[] }): Promise<Pick<Outputs, Name>>;
+  /** `into`: arrays that take the data of outputs, in place of new ones. */
+  run(inputs: Inputs, options?: { into?: Arrays }): Promise<Outputs>;
+  run<Name extends keyof Outputs>(inputs: Inputs, options: { outputs: Name[]; into?: Arrays }): Promise<Pick<Outputs, Name>>;
+  /** wasm without a worker: arrays over the model's own memory, which run() does not copy. `shapes`: of inputs with open extents. */
+  views(shapes?: { [Name in keyof Inputs]?: number[] }): Promise<Views>;
   close(): Promise<void>;
 }
+
+export type Arrays = { [Name in keyof Outputs]?: Outputs[Name]["data"] };
+export type Views = { [Name in keyof Inputs]: Extract<Inputs[Name], { data: unknown }>["data"] };
 
 /** Loads the model from the folder `url` (default: the one of this file). */
 export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;

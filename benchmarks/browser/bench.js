@@ -14,12 +14,19 @@ function script(src) {
   });
 }
 
-async function luthier(row, { target, ...options }) {
+async function luthier(row, { target, resident, ...options }) {
   const url = row.packages[target];
   const { load } = await import(`${url}index.js`);
   const model = await load(url, { worker: false, ...options });
   const inputs = {};
   for (const [name, t] of Object.entries(row.inputs)) inputs[name] = { data: await fetched(t), shape: t.shape };
+  if (resident) {
+    const views = await model.views(Object.fromEntries(Object.entries(inputs).map(([name, t]) => [name, t.shape])));
+    for (const [name, t] of Object.entries(inputs)) {
+      views[name].set(t.data);
+      t.data = views[name];
+    }
+  }
   return { call: async () => (await model.run(inputs))[row.output].data, close: () => model.close(), info: model.info };
 }
 

@@ -2,7 +2,7 @@
 
 import { IsolationError, InputError, KernelError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { canShare, cores, mayWait, openWorker } from "./platform.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+import { byteSize, checkInputs, chooseOutputs, fromBytes, knownShapes, product, toBytes, viewOf } from "./tensors.js";
 
 const RECORD = 48; // bytes of one tensor's record in the io table
 const THREAD_START = 10000; // milliseconds that a helper thread may take to start
@@ -177,15 +177,26 @@ export class Engine {
     throw new InputError("WRONG_SHAPE", text || `the run failed with status ${status}, kind ${kind}`, "change the inputs", { name, axis, got, want });
   }
 
-  async run(inputs, outputs) {
+  /** {name: typed array over the input's own memory} for inputs of these extents: given to run() as they are, nothing is copied. */
+  async views(shapes) {
+    const { inputs, language } = this.manifest;
+    if (language) throw new UnsupportedError("NO_VIEWS", "a language model keeps its state in its inputs", "call run() with arrays");
+    const ins = knownShapes(inputs, shapes);
+    this.bind(ins);
+    const views = inputs.map((port, k) => [port.name, viewOf(port.code, this.memory.buffer, this.record(k).getUint32(0, true), product(ins[k].shape))]);
+    return Object.fromEntries(views.filter(([, view]) => view));
+  }
+
+  async run(inputs, outputs, into = {}) {
     const { manifest } = this;
     const wanted = chooseOutputs(manifest.outputs, outputs);
     const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state);
     this.bind(ins);
     ins.forEach((t, k) => {
       if (t.data === null) return; // it lies in the memory, at an address that does not depend on the other inputs
-      const bytes = toBytes(manifest.inputs[k].code, t.data);
       const address = this.record(k).getUint32(0, true);
+      if (t.data.buffer === this.memory.buffer && t.data.byteOffset === address) return; // a view: it is there
+      const bytes = toBytes(manifest.inputs[k].code, t.data);
       new Uint8Array(this.memory.buffer, address, bytes.length).set(bytes);
     });
     this.check(this.call(() => this.exports.lt_run(this.count, mayWait() ? 1 : 0)));
@@ -196,7 +207,7 @@ export class Engine {
         const shape = port.shape.map((_, axis) => r.getInt32(16 + 4 * axis, true));
         const size = byteSize(port.code, product(shape));
         const bytes = new Uint8Array(this.memory.buffer, r.getUint32(0, true), size);
-        return [port.name, fromBytes(port.code, shape, bytes)];
+        return [port.name, fromBytes(port.code, shape, bytes, into[port.name])];
       }),
     );
   }

@@ -1,6 +1,6 @@
 // What index.js hands out: `load` and the Model. In a page the engine lives in a worker, elsewhere on the caller's thread.
 
-import { asLuthierError, ClosedError, InputError, KernelError, unpack } from "./errors.js";
+import { asLuthierError, ClosedError, InputError, KernelError, UnsupportedError, unpack } from "./errors.js";
 import { isPage, openWorker } from "./platform.js";
 import { dtypeName } from "./tensors.js";
 
@@ -21,10 +21,18 @@ class Inline {
     return this.engine.info;
   }
 
-  run(inputs, outputs) {
-    const result = this.queue.then(() => this.engine.run(inputs, outputs));
+  next(action) {
+    const result = this.queue.then(action);
     this.queue = result.catch(() => undefined);
     return result;
+  }
+
+  run(inputs, outputs, into) {
+    return this.next(() => this.engine.run(inputs, outputs, into));
+  }
+
+  views(shapes) {
+    return this.engine.views ? this.next(() => this.engine.views(shapes)) : noViews("inputs of this target are not in memory of the page's own", "call run() with arrays");
   }
 
   async close() {
@@ -35,6 +43,10 @@ class Inline {
   debug(action) {
     return this.engine.debug(action);
   }
+}
+
+function noViews(why, hint) {
+  throw new UnsupportedError("NO_VIEWS", `there are no views of the inputs: ${why}`, hint);
 }
 
 class Remote {
@@ -117,6 +129,10 @@ class Remote {
     return this.ask("run", { inputs, outputs });
   }
 
+  views() {
+    return noViews("the model lives in a worker", "load it with {worker: false} in a worker of the page's own");
+  }
+
   async close() {
     await this.ask("close", {});
     this.fail(new ClosedError("CLOSED", "the model was closed", "load it again"));
@@ -125,6 +141,16 @@ class Remote {
   debug(action) {
     return this.ask("debug", { action });
   }
+}
+
+/** The data of an output in an array of the caller's, unless it is there already. Raises InputError. */
+function put(tensor, array, name) {
+  if (!tensor) throw new InputError("UNKNOWN_OUTPUT", `into: there is no output "${name}" in this call`, "name outputs that the call returns", { name });
+  if (tensor.data === array) return;
+  if (!array || array.constructor !== tensor.data.constructor) throw new InputError("WRONG_DTYPE", `into: output "${name}" is ${tensor.dtype}`, `pass a ${tensor.data.constructor.name}`, { name });
+  if (array.length !== tensor.data.length) throw new InputError("WRONG_SHAPE", `into: output "${name}" has ${tensor.data.length} elements, the array ${array.length}`, "", { name });
+  array.set(tensor.data);
+  tensor.data = array;
 }
 
 /** A loaded model. Calls are queued: one runs at a time. */
@@ -147,12 +173,30 @@ export class Model {
     return this.#backend.info;
   }
 
-  /** {input name: typed array, or {data, shape}} to {output name: {data, shape, dtype}}; `options.outputs`: names of those wanted. */
+  /**
+   * {input name: typed array, or {data, shape}} to {output name: {data, shape, dtype}}; `options.outputs`: names of those wanted;
+   * `options.into`: {output name: typed array} that takes the data in place of a new array.
+   */
   async run(inputs, options = {}) {
     if (this.#closed) throw new ClosedError("CLOSED", "the model was closed", "load it again");
     if (inputs === null || typeof inputs !== "object") throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name");
     try {
-      return await this.#backend.run(inputs, options.outputs);
+      const results = await this.#backend.run(inputs, options.outputs, options.into);
+      for (const [name, array] of Object.entries(options.into || {})) put(results[name], array, name);
+      return results;
+    } catch (error) {
+      throw asLuthierError(error);
+    }
+  }
+
+  /**
+   * wasm without a worker: {input name: typed array over the model's own memory}. Filled and given to run(), they are not copied. `shapes`:
+   * {name: [...]} of inputs with open extents. They end when the model runs with other extents, or with an output whose size only the run knows.
+   */
+  async views(shapes = {}) {
+    if (this.#closed) throw new ClosedError("CLOSED", "the model was closed", "load it again");
+    try {
+      return await this.#backend.views(shapes);
     } catch (error) {
       throw asLuthierError(error);
     }

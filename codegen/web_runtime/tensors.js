@@ -108,10 +108,30 @@ export function toBytes(code, data) {
   return out;
 }
 
-/** A tensor {dtype, shape, data} from bytes in memory; the data is a copy of its own. */
-export function fromBytes(code, shape, bytes) {
+/** A typed array over `count` elements of an input in `buffer`; null for types below eight bits, which are packed there. */
+export const viewOf = (code, buffer, address, count) => (bitsOf(code) < 8 ? null : new DTYPES[code][2](buffer, address, count));
+
+/** The extents of every input of a call to come: those of the model, or of `shapes` by name. Raises InputError. */
+export function knownShapes(ports, shapes) {
+  const unknown = Object.keys(shapes).find((name) => !ports.some((p) => p.name === name));
+  if (unknown !== undefined) throw new InputError("UNKNOWN_INPUT", `the model has no input "${unknown}"`, `the inputs are ${ports.map(describe).join("; ")}`, { name: unknown });
+  return ports.map((port) => {
+    if (!shapes[port.name] && !port.shape.every(isStatic)) {
+      throw new InputError("SHAPE_NEEDED", `input "${port.name}" has open extents: [${port.shape.join(", ")}]`, `pass {${port.name}: [...]}`, { name: port.name });
+    }
+    const shape = Array.from(shapes[port.name] || port.shape, Number);
+    return { shape: checkShape(port, shape, product(shape)) };
+  });
+}
+
+/** A tensor {dtype, shape, data} from bytes in memory; the data is a copy of its own, or is put `into` an array that fits. */
+export function fromBytes(code, shape, bytes, into) {
   const [dtype, bits, Type] = DTYPES[code];
   const count = product(shape);
+  if (bits >= 8 && into instanceof Type && into.length === count) {
+    into.set(new Type(bytes.buffer, bytes.byteOffset, count));
+    return { dtype, shape, data: into };
+  }
   const own = bytes.slice(0, byteSize(code, count)); // never shared, even where the memory is
   if (bits >= 8) return { dtype, shape, data: new Type(own.buffer, 0, count) };
   const per = 8 / bits;
