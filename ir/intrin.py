@@ -98,3 +98,6 @@ def lookup_effect(name: str) -> Intrinsic:
     if name not in EFFECT:
         raise VerificationError(f"{name!r} is neither a kernel of this module nor a registered intrinsic")
     return EFFECT[name]
+
+
+register("prefetch", lambda *place: None, "asks the memory system for the cache line of a place in a buffer, which may lie behind its end", effect=True)

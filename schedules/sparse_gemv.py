@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.compute import Compute, Pull, let_exprs
-from luthier.ir.dtypes import f16, f32, i8, i16, i32, index, u16
+from luthier.ir.dtypes import f16, f32, i16, i32, index, u16
 from luthier.ir.expr import (
     Expr,
     bcast,
@@ -39,7 +39,7 @@ from luthier.ir.expr import (
     vreduce,
 )
 from luthier.ir.intrin import Instruction
-from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block
+from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.intrin import usable
 from luthier.schedules.lowbit import dim_of
@@ -47,9 +47,9 @@ from luthier.schedules.make_func import make_func
 from luthier.schedules.quantized_gemv import Body
 from luthier.schedules.schedule import Schedule
 from luthier.schedules.sparse_pattern import (
+    BUNDLE,
     SLOTS,
     STEP,
-    Blocks,
     SparseProduct,
     UnitLayout,
     evaluate_blocks,
@@ -59,7 +59,7 @@ from luthier.schedules.sparse_pattern import (
 )
 
 PREFETCH = 4096  # bytes ahead in the stream
-TASK_UNITS = 256  # a task is worth handing out from here on
+TASK_STEPS = 64  # a task is worth handing out from here on
 MAX_TASKS = 64
 ROUND_UNITS = 256  # stored lengths are rounded up, so that layers of about the same density share kernels
 
@@ -119,29 +119,29 @@ class SparseBuilder:
         p, blocks = self.p, evaluate_blocks(self.p, self.constants)
         self.words = self.caps.vector_bits // 16
         self.lay = UnitLayout(self.words, p.block, p.bits, blocks.scale.dtype == np.float32, blocks.zero is not None)
-        stream, units = self.stream(blocks)
-        total = int(units[-1])
-        self.count = self.tasks or max(1, min(MAX_TASKS, total // TASK_UNITS))
-        t = split_tasks(units, self.count)
+        st = pack_units(blocks, self.lay)
+        self.count = self.tasks or max(1, min(MAX_TASKS, int(st.steps[-1]) // TASK_STEPS))
+        t = split_tasks(st.steps, self.count)
         self.split = bool((t.continued >= 0).any())
+        self.whole = p.outputs % BUNDLE == 0
         name = p.acc.name
-        self.packed = {
-            f"{name}.units": stream.reshape(-1), f"{name}.rows": units.astype(np.int32), f"{name}.starts": t.starts.astype(np.int32),
-            f"{name}.first": t.first.astype(np.int32), f"{name}.last": t.last.astype(np.int32), f"{name}.continued": t.continued.astype(np.int32),
-        }  # fmt: skip
+        tables = {"steps": st.steps, "rows": st.rows, "starts": t.starts, "first": t.first, "last": t.last, "continued": t.continued}
+        self.packed = {f"{name}.units": self.rounded(st.units).reshape(-1), **{f"{name}.{k}": v.astype(np.int32) for k, v in tables.items()}}
         bufs = {n.rpartition(".")[2]: Buffer(n, u16 if a.dtype == np.uint16 else i32, (const(len(a)),), "param", False) for n, a in self.packed.items()}
-        self.units, self.row_units, self.starts = bufs["units"], bufs["rows"], bufs["starts"]
+        self.units, self.steps, self.row_of, self.starts = bufs["units"], bufs["steps"], bufs["rows"], bufs["starts"]
         self.first, self.last, self.continued = bufs["first"], bufs["last"], bufs["continued"]
+        self.bundles = len(st.steps) - 1
         self.m = dim_of(p.rows)
         self.width = int(p.xq.shape[-1].attr)
         self.xq = Buffer(p.xq.name, i16, (self.m * self.width,), "param", False)
         self.out = Buffer(name, f32, (self.m * p.outputs,), "param", True)
-        self.parts = Buffer(f"{name}.parts", f32, (self.m * self.count,), "param", True)
+        self.parts = Buffer(f"{name}.parts", f32, (self.m * (self.count * BUNDLE),), "param", True)
 
-    def stream(self, blocks: Blocks) -> tuple[Any, Any]:
-        stream, units = pack_units(blocks, self.lay, self.p.block)
-        extra = -len(stream) % ROUND_UNITS if len(stream) > ROUND_UNITS else max(1, len(stream)) - len(stream)
-        return np.concatenate([stream, np.zeros((extra, self.lay.size), np.uint16)]), units
+    def rounded(self, units: Any) -> Any:
+        """Layers of about the same density share kernels when their streams have the same declared length."""
+        n = len(units)
+        extra = -n % ROUND_UNITS if n > ROUND_UNITS else max(1, n) - n
+        return np.concatenate([units, np.zeros((extra, self.lay.size), np.uint16)])
 
     def int_at(self, b: Body, buf: Buffer, at: Expr, name: str) -> Expr:
         return b.let(cast(load(buf, [at]), index), name)
@@ -170,78 +170,132 @@ class SparseBuilder:
         return make_func(f"{self.c.name}.blocks", For(t, const(0), const(self.count), "parallel", body), self.c.dims)
 
     def tile(self, t: Expr, m0: Expr, rows: int) -> Stmt:
-        """All rows of a task for ``rows`` activation rows from ``m0``."""
-        p, b = self.p, Body()
+        """All bundles of a task for ``rows`` activation rows from ``m0``."""
+        b = Body()
         u0, u1 = self.int_at(b, self.starts, t, "u0"), self.int_at(b, self.starts, t + 1, "u1")
         r0, r1 = self.int_at(b, self.first, t, "r0"), self.int_at(b, self.last, t, "r1")
         head = b.take()
-        r = var("r", lo=0, hi=p.outputs - 1)
-        start, end = self.int_at(b, self.row_units, r, "start"), self.int_at(b, self.row_units, r + 1, "end")
+        r = var("bundle", lo=0, hi=self.bundles - 1)
+        start, end = self.int_at(b, self.steps, r, "start"), self.int_at(b, self.steps, r + 1, "end")
         lo, hi = b.let(maximum(start, u0), "lo"), b.let(minimum(end, u1), "hi")
-        products = self.lay.per * p.block // max(p.block, self.words)  # sums that a unit adds
-        chains = max(1, min(products, 4 // rows))
-        acc = [[Buffer(f"acc{j}_{i}", f32.vec(self.words // 2), (), "local") for i in range(chains)] for j in range(rows)]
-        flat = [x for row in acc for x in row]
-        bounds = b.take()
+        b.put(self.together(t, m0, r, lo, hi, start < u0) if rows == 1 else self.apart(t, m0, rows, r, lo, hi, start < u0))
+        return block(head, For(r, r0, r1, "serial", b.take()))
+
+    def together(self, t: Expr, m: Expr, r: Expr, lo: Expr, hi: Expr, later: Expr) -> Stmt:
+        """One activation row: the rows of a bundle in step."""
+        b, lanes = Body(), self.words // 2
+        acc = [Buffer(f"acc{q}", f32.vec(lanes), (), "local") for q in range(BUNDLE)]
         u = var("u", lo=0)
-        self.unit(b, u, m0, rows, acc)
+        for q in range(BUNDLE):
+            self.unit(b, u, q, m, 1, [[acc[q]]])
         loop = For(u, lo, hi, "serial", b.take())
-        for j in range(rows):
-            total = [load(x, ()) for x in acc[j]]
-            while len(total) > 1:
-                total = [total[i] + total[i + 1] if i + 1 < len(total) else total[i] for i in range(0, len(total), 2)]
-            v = b.let(vreduce("add", total[0]) * const(self.unscale, f32), "sum")
-            own = Store(self.out, ((m0 + j) * p.outputs + r,), v)
-            b.put(If(start < u0, Store(self.parts, ((m0 + j) * self.count + t,), v), own) if self.split else own)
-        start_at = [Store(x, (), bcast(const(0.0, f32), self.words // 2)) for x in flat]
-        body = block(bounds, *start_at, loop, b.take())
-        for x in reversed(flat):
-            body = Alloc(x, body)
-        return block(head, For(r, r0, r1, "serial", body))
+        v = self.transposed(b, [load(x, ()) for x in acc])
+        while v.dtype.lanes > 4:
+            n = v.dtype.lanes // 2
+            v = b.let(shuffle([v], range(n)) + shuffle([v], range(n, 2 * n)), "v")
+        v = b.let(v * bcast(const(self.unscale, f32), 4), "sums")
+        own = block(*(self.result(r, q, m, extract(v, q)) for q in range(BUNDLE)))
+        b.put(If(later, Store(self.parts, (ramp((m * self.count + t) * BUNDLE, 1, BUNDLE),), v), own) if self.split else own)
+        return _with(acc, lanes, loop, b.take())
+
+    def apart(self, t: Expr, m0: Expr, rows: int, r: Expr, lo: Expr, hi: Expr, later: Expr) -> Stmt:
+        """Several activation rows: one row of a bundle after the other, its sums in registers."""
+        parts, lanes = [], self.words // 2
+        for q in range(BUNDLE):
+            b, u = Body(), var("u", lo=0)
+            acc = [[Buffer(f"acc{j}_{i}", f32.vec(lanes), (), "local") for i in range(2 if rows < 4 else 1)] for j in range(rows)]
+            self.unit(b, u, q, m0, rows, acc)
+            loop = For(u, lo, hi, "serial", b.take())
+            for j in range(rows):
+                total = load(acc[j][0], ())
+                for x in acc[j][1:]:
+                    total = total + load(x, ())
+                v = b.let(vreduce("add", total) * const(self.unscale, f32), "sum")
+                own = self.result(r, q, m0 + j, v)
+                b.put(If(later, Store(self.parts, (((m0 + j) * self.count + t) * BUNDLE + q,), v), own) if self.split else own)
+            parts.append(_with([x for row in acc for x in row], lanes, loop, b.take()))
+        return block(*parts)
+
+    def result(self, r: Expr, q: int, m: Expr, v: Expr) -> Stmt:
+        at = load(self.row_of, [r * BUNDLE + q])
+        s = Store(self.out, (m * self.p.outputs + cast(at, index),), v)
+        return s if self.whole else If(const(0, i32) <= at, s)
 
     @property
     def unscale(self) -> float:
         """4-bit values stand in the topmost bits of a word unless zero points are subtracted."""
         return 2.0**-12 if self.p.bits == 4 and not self.lay.zeros else 1.0
 
-    def unit(self, b: Body, u: Expr, m0: Expr, rows: int, acc: list[list[Buffer]]) -> None:
-        """One unit of the stream into the sums of ``rows`` activation rows."""
+    def unit(self, b: Body, u: Expr, q: int, m0: Expr, rows: int, acc: list[list[Buffer]]) -> None:
+        """Unit ``q`` of step ``u`` into the sums of ``rows`` activation rows."""
         lay, p, w = self.lay, self.p, self.words
-        base = u * lay.size
+        base = (u * BUNDLE + q) * lay.size
         if self.caps.streams == 1:
-            for line in range(0, lay.size, 32):
-                b.put(Call("prefetch", ((self.units, base + (PREFETCH // 2 + line)),)))
+            lines = -(-BUNDLE * lay.size // 32)
+            share = range(q * lines // BUNDLE, (q + 1) * lines // BUNDLE) if rows == 1 else range(lines if q == 0 else 0)
+            for line in share:  # of the step, beside the loads
+                b.put(Call("prefetch", ((self.units, u * (BUNDLE * lay.size) + (PREFETCH // 2 + 32 * line)),)))
         at = [b.let(cast(load(self.units, [base + i]), index) * STEP, "at") for i in range(lay.per)]
-        kind = f32 if lay.wide_scales else f16
-        raw = load(self.units, [ramp(base + lay.scales, 1, lay.zero_points - lay.scales)])
-        scales = b.let(cast(bitcast(raw, kind.vec(lay.per)), f32.vec(lay.per)), "scales") if lay.zero_points - lay.scales > 1 else b.let(cast(bitcast(raw, f16), f32), "scale")
-        per_register, per_block = max(1, w // p.block), max(1, p.block // w)
-        zero = [b.let(bitcast(load(self.units, [base + (lay.zero_points + i)]), i16), "zero") for i in range(lay.per)] if lay.zeros else []
         values = self.values(b, base)
-        done = 0
-        for first in range(0, SLOTS, per_block):
-            blocks = range(first * w // p.block, first * w // p.block + per_register)
-            parts = []
-            for s in range(first, first + per_block):
-                v = values[s]
-                if zero:
-                    v = b.let(v - self.spread([zero[i] for i in blocks], w), "q")
-                parts.append(v)
-            scale = b.let(self.spread([extract(scales, i) if lay.per > 1 else scales for i in blocks], w // 2), "scale")
+        if lay.zeros:
+            z = [b.let(bitcast(load(self.units, [base + (lay.zero_points + i)]), i16), "zero") for i in range(lay.per)]
+            values = [b.let(v - self.spread([z[i] for i in self.blocks_of(s)], w), "q") for s, v in enumerate(values)]
+
+        def product(j: int, s: int, start: Expr) -> Expr:
+            """Pair sums of register ``s`` and its columns of activation row ``j``."""
+            parts = [load(self.xq, [ramp((m0 + j) * self.width + at[i] + s * w % p.block, 1, min(w, p.block))]) for i in self.blocks_of(s)]
+            return call(self.dot.name, i32.vec(w // 2), start, values[s], parts[0] if len(parts) == 1 else shuffle(parts, range(w)))
+
+        none = bcast(const(0, i32), w // 2)
+        if rows == 1:
+            sums = [b.let(product(0, s, none), "d") for s in range(SLOTS)]
+            self.add(b, acc[0][0], self.transposed(b, sums), self.scales(b, base, lay.lane_blocks()))
+            return
+        each = max(1, p.block // w)
+        scales = [self.scales(b, base, [i for i in self.blocks_of(s) for _ in range(w // 2 // len(self.blocks_of(s)))]) for s in range(0, SLOTS, each)]
+        for k, scale in enumerate(scales):
             for j in range(rows):
-                d: Expr = bcast(const(0, i32), w // 2)
-                for n, v in enumerate(parts):
-                    xs = [load(self.xq, [ramp((m0 + j) * self.width + at[i] + n * w, 1, min(w, p.block))]) for i in blocks]
-                    x = xs[0] if len(xs) == 1 else shuffle(xs, range(w))
-                    d = call(self.dot.name, i32.vec(w // 2), d, v, x)
-                sum_ = acc[j][done % len(acc[j])]
-                b.put(Store(sum_, (), load(sum_, ()) + cast(d, f32.vec(w // 2)) * scale))
-            done += 1
+                d = none
+                for s in range(k * each, (k + 1) * each):
+                    d = product(j, s, d)
+                self.add(b, acc[j][k % len(acc[j])], d, scale)
+
+    def add(self, b: Body, acc: Buffer, d: Expr, scale: Expr) -> None:
+        b.put(Store(acc, (), load(acc, ()) + cast(d, f32.vec(self.words // 2)) * scale))
+
+    def blocks_of(self, s: int) -> range:
+        """Blocks of a unit that register ``s`` holds."""
+        first = s * self.words // self.p.block
+        return range(first, first + max(1, self.words // self.p.block))
+
+    def scales(self, b: Body, base: Expr, which: list[int]) -> Expr:
+        """Scales of blocks in lanes."""
+        lay = self.lay
+        n = lay.zero_points - lay.scales
+        raw = load(self.units, [ramp(base + lay.scales, 1, n)])
+        order = lay.scale_order()
+        lanes = [order.index(i) for i in which]
+        if lay.wide_scales:
+            return b.let(shuffle([bitcast(raw, f32.vec(lay.per))], lanes), "scale")
+        if n == 1:
+            return b.let(bcast(cast(bitcast(raw, f16), f32), len(lanes)), "scale")
+        return b.let(cast(bitcast(shuffle([raw], lanes), f16.vec(len(lanes))), f32), "scale")
+
+    def transposed(self, b: Body, r: list[Expr]) -> Expr:
+        """Lane ``j`` of every four: the sum over the four lanes of register ``j`` in the same place."""
+        n = self.words // 2
+
+        def pick(x: Expr, y: Expr, lanes: tuple[int, ...]) -> Expr:
+            return shuffle([x, y], [h + i if i < 4 else n + h + i - 4 for h in range(0, n, 4) for i in lanes])
+
+        def add(x: Expr, y: Expr, first: tuple[int, ...], second: tuple[int, ...]) -> Expr:
+            return b.let(pick(x, y, first) + pick(x, y, second), "h")
+
+        low, high = (add(x, y, (0, 1, 6, 7), (2, 3, 4, 5)) for x, y in ((r[0], r[1]), (r[2], r[3])))
+        return add(low, high, (0, 2, 4, 6), (1, 3, 5, 7))
 
     def spread(self, values: list[Expr], lanes: int) -> Expr:
         """Each value in its share of the lanes."""
-        if len(values) == 1:
-            return bcast(values[0], lanes)
         each = [bcast(v, lanes // len(values)) for v in values]
         while len(each) > 1:
             each = [shuffle(each[i : i + 2], range(2 * each[i].dtype.lanes)) for i in range(0, len(each), 2)]
@@ -252,10 +306,12 @@ class SparseBuilder:
         lay, w = self.lay, self.words
         if lay.bits == 8:
             out = []
-            for s in range(SLOTS):
-                raw = bitcast(load(self.units, [ramp(base + (lay.values + s * w // 2), 1, w // 2)]), i8.vec(w))
-                v = cast(raw, i16.vec(w))
-                out.append(b.let(v if not lay.zeros else v & bcast(const(255, i16), w), "v"))
+            for s in range(0, SLOTS, 2):  # two bytes a word
+                raw = b.let(load(self.units, [ramp(base + (lay.values + s * w // 2), 1, w)]), "raw")
+                if lay.zeros:
+                    out += [b.let(bitcast(v, i16.vec(w)), "v") for v in (raw & 255, raw >> 8)]
+                else:
+                    out += [b.let(bitcast(v, i16.vec(w)) >> 8, "v") for v in (raw << 8, raw)]
             return out
         raw = b.let(load(self.units, [ramp(base + lay.values, 1, w)]), "raw")
         if lay.zeros:
@@ -266,14 +322,22 @@ class SparseBuilder:
     # ------------------------------------------------------------ fix-up
 
     def fix_up(self) -> Func:
-        """Adds the parts of divided rows, in the order of the tasks."""
-        t, m = var("task", lo=0, hi=self.count - 1), var("m", lo=0, hi=self.m - 1)
-        row = var("row", lo=0, hi=self.p.outputs - 1)
-        at = (m * self.p.outputs + row,)
-        add = Store(self.out, at, load(self.out, at) + load(self.parts, [m * self.count + t]))
-        some = const(0, i32) <= load(self.continued, [t])
-        body = For(t, const(0), const(self.count), "serial", If(some, block(Let(row, cast(load(self.continued, [t]), index)), add)))
+        """Adds the parts of divided bundles, in the order of the tasks."""
+        t, m, q = var("task", lo=0, hi=self.count - 1), var("m", lo=0, hi=self.m - 1), var("q", lo=0, hi=BUNDLE - 1)
+        part, row = load(self.parts, [(m * self.count + t) * BUNDLE + q]), load(self.row_of, [cast(load(self.continued, [t]), index) * BUNDLE + q])
+        at = (m * self.p.outputs + cast(row, index),)
+        add: Stmt = Store(self.out, at, load(self.out, at) + part)
+        each = For(q, const(0), const(BUNDLE), "serial", If(const(0, i32) <= row, add))
+        body = For(t, const(0), const(self.count), "serial", If(const(0, i32) <= load(self.continued, [t]), each))
         return make_func(f"{self.c.name}.fixup", For(m, const(0), self.m, "serial", body), self.c.dims)
+
+
+def _with(acc: list[Buffer], lanes: int, *body: Stmt) -> Stmt:
+    """Statements with registers that start at zero."""
+    s = block(*(Store(x, (), bcast(const(0.0, f32), lanes)) for x in acc), *body)
+    for x in reversed(acc):
+        s = Alloc(x, s)
+    return s
 
 
 __all__ = ["SparseBuilder", "apply"]

@@ -5,7 +5,8 @@
 weights, how the graph stores the bits is not looked at: they are evaluated when the blocks are packed.
 
 The stream is a list of *units* of 16-bit words, each the blocks of four registers: ``[column offsets][scales][zero points][values]``. Rows
-are padded to whole units with blocks of scale 0. *Tasks* cut the stream by work, not by rows (:func:`split_tasks`).
+are padded to whole units with blocks of scale 0. Four rows of about the same length make a *bundle*, their units interleaved: a *step* is one
+unit of each. *Tasks* cut the stream by work, not by rows (:func:`split_tasks`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from luthier.schedules.lowbit import value_range
 
 Array = np.ndarray[Any, Any]
 SLOTS = 4  # registers of values in a unit
+BUNDLE = 4  # rows that are walked in step
 STEP = 4  # elements that a column offset counts: block offsets up to 2**18 columns fit 16 bits
 
 
@@ -164,6 +166,14 @@ class UnitLayout:
     def per(self) -> int:
         return SLOTS * self.words // self.block
 
+    def lane_blocks(self) -> list[int]:
+        """The block that each 32-bit lane belongs to once the four registers are summed: lane ``j`` of every four is register ``j``."""
+        return [(j * self.words + h * 8) // self.block for h in range(self.words // 8) for j in range(SLOTS)]
+
+    def scale_order(self) -> list[int]:
+        """Blocks in the order in which their scales are stored: that of the lanes that need them."""
+        return list(dict.fromkeys(self.lane_blocks()))
+
     @property
     def scales(self) -> int:
         return self.per
@@ -181,13 +191,33 @@ class UnitLayout:
         return self.values + SLOTS * self.words * self.bits // 16
 
 
-def pack_units(b: Blocks, lay: UnitLayout, offset_of: int) -> tuple[Array, Array]:
-    """(units u16 [units, size], first unit of every row i64 [rows + 1]). ``offset_of``: elements from one column block to the next."""
-    per, block, rows = lay.per, lay.block, len(b.ptr) - 1
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """``units`` u16 [steps * BUNDLE, size]; ``steps`` i64 [bundles + 1]: first step of every bundle; ``rows`` [bundles * BUNDLE]: the row of
+    each place in a bundle, -1 where there is none."""
+
+    units: Array
+    steps: Array
+    rows: Array
+
+
+def pack_units(b: Blocks, lay: UnitLayout) -> Stream:
+    """Blocks to units. Rows are sorted by their number of units, so that those of a bundle are about equally long: what is
+    padded to the longest of four is at most three times the longest row in all."""
+    per, rows = lay.per, len(b.ptr) - 1
     count = np.diff(b.ptr)
-    units = np.concatenate([[0], np.cumsum(-(-count // per))])
-    total = int(units[-1])
-    place = np.arange(len(b.col)) - np.repeat(b.ptr[:-1], count) + np.repeat(units[:-1], count) * per
+    own = -(-count // per)
+    order = np.argsort(-own, kind="stable")
+    bundles = -(-rows // BUNDLE)
+    padded = np.zeros(bundles * BUNDLE, np.int64)
+    padded[:rows] = own[order]
+    steps = np.concatenate([[0], np.cumsum(padded.reshape(bundles, BUNDLE).max(1))])
+    total = int(steps[-1]) * BUNDLE
+    position = np.empty(rows, np.int64)  # of a row among the sorted
+    position[order] = np.arange(rows)
+    nth = np.arange(len(b.col)) - np.repeat(b.ptr[:-1], count)  # of a block in its row
+    at = np.repeat(position, count)
+    place = ((steps[at // BUNDLE] + nth // per) * BUNDLE + at % BUNDLE) * per + nth % per
 
     def spread(a: Array) -> Array:
         out = np.zeros((total * per, *a.shape[1:]), a.dtype)
@@ -195,8 +225,8 @@ def pack_units(b: Blocks, lay: UnitLayout, offset_of: int) -> tuple[Array, Array
         return out
 
     stream = np.zeros((total, lay.size), np.uint16)
-    stream[:, :per] = spread((b.col * offset_of // STEP).astype(np.uint16)).reshape(total, per)
-    stream[:, lay.scales : lay.zero_points] = spread(b.scale).view(np.uint16).reshape(total, -1)
+    stream[:, :per] = spread((b.col * lay.block // STEP).astype(np.uint16)).reshape(total, per)
+    stream[:, lay.scales : lay.zero_points] = np.ascontiguousarray(spread(b.scale).reshape(total, per)[:, lay.scale_order()]).view(np.uint16)
     if lay.zeros:
         assert b.zero is not None
         stream[:, lay.zero_points : lay.values] = spread(b.zero).view(np.uint16).reshape(total, per)
@@ -205,15 +235,15 @@ def pack_units(b: Blocks, lay: UnitLayout, offset_of: int) -> tuple[Array, Array
         nibbles = (v & 15).astype(np.uint16)
         stream[:, lay.values :] = sum(nibbles[:, s] << (4 * s) for s in range(SLOTS))
     else:
-        stream[:, lay.values :] = v.astype(np.uint8).reshape(total, -1).view(np.uint16)
-    assert len(units) == rows + 1 and block * per == SLOTS * lay.words
-    return stream, units
+        low = (v & 255).astype(np.uint16)
+        stream[:, lay.values :] = (low[:, 0::2] | low[:, 1::2] << 8).reshape(total, -1)
+    return Stream(stream, steps, np.where(np.arange(bundles * BUNDLE) < rows, np.pad(order, (0, bundles * BUNDLE - rows)), -1))
 
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """``starts`` [tasks + 1]: units; ``first``, ``last`` [tasks]: rows that a task works on; ``continued`` [tasks]: the row whose beginning
-    belongs to an earlier task (its sum goes to a place of the task's own and is added afterwards), or -1."""
+    """``starts`` [tasks + 1]: steps; ``first``, ``last`` [tasks]: bundles that a task works on; ``continued`` [tasks]: the bundle whose beginning
+    belongs to an earlier task (its sums go to a place of the task's own and are added afterwards), or -1."""
 
     starts: Array
     first: Array
@@ -221,21 +251,17 @@ class Tasks:
     continued: Array
 
 
-ROW_WORK = 3  # units' worth of time that a row costs besides its units
+BUNDLE_WORK = 1  # steps' worth of time that a bundle costs besides its steps
 
 
-def split_tasks(units: Array, tasks: int) -> Tasks:
-    """Equal work for every task: units and rows are merged in order, the merged path is cut evenly. ``units`` i64 [rows + 1]."""
-    rows = len(units) - 1
-    work = units + ROW_WORK * np.arange(rows + 1)  # at the start of row r
+def split_tasks(steps: Array, tasks: int) -> Tasks:
+    """Equal work for every task: steps and bundles are merged in order, the merged path is cut evenly. ``steps`` i64 [bundles + 1]."""
+    bundles, own = len(steps) - 1, np.diff(steps, append=steps[-1])
+    work = steps + BUNDLE_WORK * np.arange(bundles + 1)  # at the start of a bundle
     cut = np.arange(tasks + 1) * int(work[-1]) // tasks
-    row = np.clip(np.searchsorted(work, cut, side="right") - 1, 0, rows)
-    inside = np.where(row < rows, np.minimum(cut - work[row], np.diff(units, append=units[-1])[row]), 0)
-    starts = units[row] + inside
-    whole = inside == np.diff(units, append=units[-1])[row]  # the cut falls behind the last unit of its row
-    row = np.where(whole & (inside > 0), row + 1, row)
-    inside = np.where(whole, 0, inside)
-    row[0], row[-1], starts[0], starts[-1], inside[0], inside[-1] = 0, rows, 0, units[-1], 0, 0
-    continued = np.where(inside[:-1] > 0, row[:-1], -1)
-    last = row[1:] + (inside[1:] > 0)
-    return Tasks(starts, row[:-1], last, continued)
+    at = np.clip(np.searchsorted(work, cut, side="right") - 1, 0, bundles)
+    inside = np.minimum(cut - work[at], own[at])
+    behind = (inside == own[at]) & (inside > 0)  # the cut falls behind the last step of its bundle
+    at, inside = np.where(behind, at + 1, at), np.where(behind, 0, inside)
+    at[0], inside[0], at[-1], inside[-1] = 0, 0, bundles, 0
+    return Tasks(steps[at] + inside, at[:-1], at[1:] + (inside[1:] > 0), np.where(inside[:-1] > 0, at[:-1], -1))
