@@ -268,6 +268,66 @@ def test_no_webgpu(browser: Browser, site: str) -> None:
     page.close()
 
 
+NO_ADAPTER = "if (navigator.gpu) navigator.gpu.requestAdapter = async () => null;"
+
+
+def test_no_adapter(browser: Browser, site: str) -> None:
+    """WebGPU is there, a GPU is not."""
+    page = browser.open(site, (NO_ADAPTER,))
+    reply = load(page, "webgpu", worker=False)
+    assert (reply["error"], reply["code"]) == ("UnsupportedError", "NO_ADAPTER")
+    assert "wasm" in reply["hint"]
+    assert "key" in load(page, "wasm")
+    page.close()
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_gpu_too_small(page: Page, root: Path, worker: bool) -> None:
+    """A package that needs more than the adapter has."""
+    small = shutil.copytree(root / "webgpu", root / f"too-small-{worker}")
+    text = (small / "program.js").read_text()
+    head, needs, rest = text.partition("export const needs = ")
+    assert needs
+    asked = 'export const needs = {features: ["no-such-feature"], limits: {maxStorageBuffersPerShaderStage: 100000}};'
+    (small / "program.js").write_text(head + asked + rest[rest.index("\n") :])
+    reply = load(page, small.name, worker=worker)
+    assert (reply["error"], reply["code"]) == ("UnsupportedError", "GPU_TOO_SMALL"), reply
+    assert "no-such-feature" in reply["message"] and "maxStorageBuffersPerShaderStage 100000" in reply["message"]
+    assert "wasm" in reply["hint"]
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_lost_device_during_a_run(page: Page, worker: bool) -> None:
+    """The device goes away while calls are under way: all of them answer, and rightly."""
+    key = load(page, "webgpu", worker=worker)["key"]
+    check(run(page, key, 5), 5)
+    given = [{"x": {"dtype": "float32", "shape": [n, 96], "file": f"/x{n}.bin"}} for n in (33, 5, 1)]
+    replies = page.call("/page.js", "runAndLose", {"key": key, "inputs": given})
+    for reply, n in zip(replies, (33, 5, 1), strict=True):
+        check(reply, n)
+    assert replies[-1]["info"]["restarts"] == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("worker", [True, False])
+def test_strict_policy(page: Page, plain_site: str, browser: Browser, target: str, worker: bool) -> None:
+    """A policy that refuses evaluated text is in force, and the package neither needs nor tries it."""
+    assert page.call("/page.js", "evaluates") is False
+    check(run(page, load(page, target, worker=worker)["key"], 5), 5)
+    assert page.log() == []
+    free = browser.open(plain_site)
+    assert free.call("/page.js", "evaluates") is True
+    free.close()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_server_out_of_reach(page: Page, target: str) -> None:
+    """No one answers at the package's address."""
+    reply = page.call("/page.js", "loadFrom", {"code": f"/{target}/", "url": "http://localhost:9/"})
+    assert (reply["error"], reply["code"]) == ("PackageError", "FILE_UNREACHABLE"), reply
+    assert reply["hint"]
+
+
 def test_another_build(page: Page, root: Path) -> None:
     """Code and weights of different builds do not run together."""
     mixed = shutil.copytree(root / "wasm", root / "mixed")

@@ -56,6 +56,33 @@ export async function close({ key }) {
   models.delete(key);
 }
 
+/** Runs a model several times at once and loses its device meanwhile. */
+export async function runAndLose({ key, inputs }) {
+  const replies = inputs.map((given) => run({ key, inputs: given }));
+  await new Promise((resolve) => setTimeout(resolve, 0));
+  await models.get(key).debug("lose");
+  return Promise.all(replies);
+}
+
+/** Whether this page may evaluate text. */
+export function evaluates() {
+  try {
+    return new Function("return true")();
+  } catch {
+    return false;
+  }
+}
+
+/** Loads weights and manifest from another address than the code. */
+export async function loadFrom({ code, url }) {
+  const { load: open } = await import(`${code}index.js`);
+  try {
+    return { key: Boolean(await open(url, {})) };
+  } catch (error) {
+    return plain(error);
+  }
+}
+
 export const debug = ({ key, action }) => models.get(key).debug(action);
 
 export const isolated = () => globalThis.crossOriginIsolated;
