@@ -13,7 +13,7 @@ from luthier.codegen.wasm_scalar import signed, valtype
 from luthier.codegen.wasm_vector import full, prefix, width
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, loads, substitute
+from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, substitute
 from luthier.ir.loop import Buffer, For, Let, Stmt, Store, While, children, exprs_of, walk_stmts
 
 GUARD = 1 << 18  # bytes before the first buffer of a program
@@ -172,7 +172,7 @@ class MemoryPrinter(ByteVectors):
     def note_affine(self, v: Expr, value: Expr) -> None:
         if value.op in ("add", "sub", "mul"):
             e = self.expand(value)
-            if not loads(e):
+            if not e.loading:
                 self.affine[v] = e
                 return
         self.affine.pop(v, None)
@@ -181,9 +181,14 @@ class MemoryPrinter(ByteVectors):
         """The variable parts of an index that the innermost loop leaves alone and that it changes; None for nothing."""
         same: dict[tuple[Expr, ...], int] = {}
         rest: dict[tuple[Expr, ...], int] = {}
+        inner = self.inner
         for m, k in linear(e).items():
             if m:
-                (rest if any(x in self.inner if x.op == "var" else x.op == "load" or loads(x) or free_vars(x) & self.inner for x in m) else same)[m] = k
+                changes = False
+                for x in m:
+                    if x in inner if x.op == "var" else x.loading or not inner.isdisjoint(free_vars(x)):
+                        changes = True
+                (rest if changes else same)[m] = k
         return from_linear(same) if same else None, from_linear(rest) if rest else None
 
     def resolve(self, idx: Expr) -> tuple[Expr, Expr | None, Expr | None, int, int, bool]:
@@ -253,7 +258,7 @@ class MemoryPrinter(ByteVectors):
         if k < 0:
             c.const("i32", -GUARD)
             c.op("i32.add")
-        if base is not None or not loads(dyn):
+        if base is not None or not dyn.loading:
             n = self.own_local("i32")  # valid until its scope ends
             c.op("local.tee", n)
             self.known[key] = n
