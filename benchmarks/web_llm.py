@@ -1,9 +1,9 @@
 """A GGUF language model in one headless Chromium: Luthier's wasm package beside wllama (llama.cpp for browsers), in turns.
 
-    python -m benchmarks.web_llm MODEL.gguf [--threads 1] [--rounds 5] [--tokens 48] [--markdown FILE] [--variant relaxed] [--no-peer]
+    python -m benchmarks.web_llm MODEL.gguf [--threads 1] [--rounds 5] [--tokens 48] [--markdown FILE] [--variant relaxed] [--no-peer] [--package DIR]
 
 Both read the same file (compiled, for Luthier), have a page and a worker of their own and take the same texts; greedy. Decoding: the
-mean time of the tokens after the first; prefill: the time to the first token of a prompt of about 180 tokens. Shown are medians of all
+mean time of the tokens after the first; prefill: the time to the first token of a prompt of some fifty tokens. Shown are medians of all
 rounds. The peer and the tokenizer: `npm install @wllama/wllama@3.8.1 @huggingface/tokenizers@0.2.0` in `build/web`.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -24,14 +23,14 @@ PROMPT = "The history of computing began long before the first electronic machin
 LONG = (
     "The compiler reads a model, looks for patterns that it knows, and writes one function for the whole of it. Every weight keeps the bits "
     "that the file gave it, and every product of a matrix and a vector walks over these bits once. "
-) * 4
+)
 CAPACITY, CHUNK = 512, 256
 
 
 class Site:
     """The folder that the pages are served from. ``with Site(model, target) as s``."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, package: Path | None = None) -> None:
         from luthier import llm
         from luthier.serve import make_server
 
@@ -40,7 +39,10 @@ class Site:
         (self.root / "bench.js").symlink_to(ROOT / "benchmarks" / "browser" / "language_bench.js")
         (self.root / "node_modules").symlink_to(NODE_MODULES)
         (self.root / "model.gguf").symlink_to(model.resolve())
-        llm.compile_model(model, "wasm", capacity=CAPACITY, chunk=CHUNK).save(self.root / "package")
+        if package is None:
+            llm.compile_model(model, "wasm", capacity=CAPACITY, chunk=CHUNK).save(self.root / "package")
+        else:
+            (self.root / "package").symlink_to(package.resolve())
         self.server = make_server(self.root, policy=None)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -52,13 +54,10 @@ class Site:
         shutil.rmtree(self.root)
 
 
-def compare(model: Path, threads: int, rounds: int, tokens: int, variant: str | None = None, peer: bool = True, wait: bool = False) -> dict[str, Any]:
+def compare(model: Path, threads: int, rounds: int, tokens: int, variant: str | None = None, peer: bool = True, package: Path | None = None) -> dict[str, Any]:
     """{runtime: {"decode", "prefill": medians in tokens a second, "load_ms", "text", "info"}}. Raises BrowserError."""
     out: dict[str, Any] = {}
-    with Site(model) as site, Browser() as browser:
-        if wait:
-            print("ready", flush=True)
-            sys.stdin.readline()
+    with Site(model, package) as site, Browser() as browser:
         sides = {"luthier": ("/package/", {"threads": threads, **({"variant": variant} if variant else {})})}
         if peer:
             sides["wllama"] = ("/model.gguf", {"threads": threads, "capacity": CAPACITY, "chunk": CHUNK})
@@ -106,9 +105,9 @@ def main() -> None:
     ap.add_argument("--variant")
     ap.add_argument("--no-peer", action="store_true")
     ap.add_argument("--markdown", type=Path)
-    ap.add_argument("--wait", action="store_true", help="read a line from standard input before the browser measures")
+    ap.add_argument("--package", type=Path, help="what luthier compile MODEL --target=wasm --shape cache=512 made; default: compile")
     a = ap.parse_args()
-    text = table(a.model.name, a.threads, compare(a.model, a.threads, a.rounds, a.tokens, a.variant, not a.no_peer, a.wait))
+    text = table(a.model.name, a.threads, compare(a.model, a.threads, a.rounds, a.tokens, a.variant, not a.no_peer, a.package))
     print(text)
     if a.markdown:
         a.markdown.write_text(text)
