@@ -42,7 +42,7 @@ Runtime = tuple[str, str, dict[str, Any]]
 
 WASM: list[Runtime] = [
     ("luthier relaxed", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1}),
-    ("luthier relaxed, inputs resident", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1, "resident": True}),
+    ("luthier relaxed, in place", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1, "resident": True}),
     ("luthier simd", "luthier", {"target": "wasm", "variant": "simd", "threads": 1}),
     ("luthier relaxed, 2 threads", "luthier", {"target": "wasm", "variant": "relaxed-threads", "threads": 2}),
     ("onnxruntime-web", "onnxruntime", {"backend": "wasm", "threads": 1}),
@@ -216,8 +216,8 @@ def report(data: dict[str, Any]) -> None:
         labels = [label for label, _, _ in runtimes]
         note = (
             "Every runtime in a page of its own of one browser, in turns of a quarter of a second; medians; weights are constants, inputs and outputs "
-            "typed arrays. *Inputs resident*: the call's inputs are views of the model's memory (`model.views()`), as tensors of TF.js and jax-js always are "
-            "in theirs; every other column of luthier and onnxruntime copies them in. Ratio: best peer on one thread / luthier relaxed on one thread."
+            "typed arrays. *In place*: the call's inputs are views of the model's memory (`model.views()`), as tensors of TF.js and jax-js always are in theirs, "
+            "and one array of the caller's takes the output (`into`); in every other column luthier and onnxruntime copy inputs in, and outputs are new arrays. Ratio: best peer on one thread / luthier relaxed on one thread."
             if backend == "wasm"
             else "A software adapter (SwiftShader): times are printed for information and rank nothing."
         )

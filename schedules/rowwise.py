@@ -71,7 +71,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
         lanes = caps.lanes(_widest(o))
         k = s.static_extent(last.var)
         if lanes > 1 and (k is None or k >= lanes):
-            s = split(s, last.name, lanes, "cut")
+            s = split(s, last.name, lanes * _registers(k, lanes, caps), "cut")
             s = annotate(s, f"{last.name}.1", "vectorize")
     return annotate(s, names[0], "parallel")
 
@@ -181,9 +181,14 @@ def _lanes_of_row(s: Schedule, name: str, caps: Capabilities, pos: list[int | No
     lanes = caps.lanes(_widest(st))
     n = s.static_extent(lp.var)
     if lanes > 1 and n is not None and n >= lanes:
-        s = split(s, lp.name, lanes, "cut")
+        s = split(s, lp.name, lanes * _registers(n, lanes, caps), "cut")
         s = annotate(s, f"{lp.name}.1", "vectorize")
     return s
+
+
+def _registers(n: int | None, lanes: int, caps: Capabilities) -> int:
+    """Registers that a round of a loop over ``n`` elements fills: two where they divide it and loops are printed as they stand."""
+    return 2 if caps.whole_registers and n is not None and n % (2 * lanes) == 0 else 1
 
 
 def _root_reduction(s: Schedule, caps: Capabilities) -> Schedule:

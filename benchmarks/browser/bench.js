@@ -26,8 +26,10 @@ async function luthier(row, { target, resident, ...options }) {
       views[name].set(t.data);
       t.data = views[name];
     }
+    options.into = { [row.output]: (await model.run(inputs))[row.output].data };
   }
-  return { call: async () => (await model.run(inputs))[row.output].data, close: () => model.close(), info: model.info };
+  const how = { into: options.into };
+  return { call: async () => (await model.run(inputs, how))[row.output].data, close: () => model.close(), info: model.info };
 }
 
 async function onnxruntime(row, { backend, threads }) {
