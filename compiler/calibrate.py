@@ -329,6 +329,10 @@ class Statistics:
             raise InputError("no activation statistics were collected for this layer", node=layer.name, op=layer.node.op, hint="pass it to collect(hessians=...)")
         return self.moments[key] / max(1, self.rows[key])
 
+    def samples(self, layer: Layer) -> int:
+        """Rows behind :meth:`hessian`."""
+        return self.rows.get(_moment_key(layer), 0)
+
     def second_moments(self, layer: Layer) -> Array:
         """Mean square of every column of the layer's input, f64 [K] or [groups, K]."""
         return np.ascontiguousarray(np.diagonal(self.hessian(layer), axis1=-2, axis2=-1))

@@ -231,7 +231,7 @@ def _quantize_layers(
         h = None if stats is None else stats.hessian(x)
         w = x.matrix()
         try:
-            q = quantize_matrix(w, bits, group, how.symmetric, how.method, h, how.scale_dtype)
+            q = quantize_matrix(w, bits, group, how.symmetric, how.method, h, how.scale_dtype, rows=None if stats is None else stats.samples(x))
         except QuantizationError as error:
             raise error.at(node=x.name, op=x.node.op) from None
         out[x.node] = q

@@ -20,7 +20,7 @@ from luthier.passes.copy_graph import copy_graph
 from luthier.passes.quantize_weights import fit_group, output_error, quantize
 from luthier.quantize_report import Report
 
-__all__ = ["WIDTHS", "choose_widths", "hull_steps", "spend"]
+__all__ = ["FedModel", "WIDTHS", "choose_widths", "hull_steps", "spend"]
 
 Array = np.ndarray[Any, Any]
 WIDTHS = (8, 4, 3, 2)
@@ -32,7 +32,7 @@ def choose_widths(
 ) -> dict[Layer, int | None]:
     """{layer: bits, None for f32} so that the constants take at most ``budget`` bytes. ``size``: bytes of all constants with these layers in
     f32. Sensitivities are taken with clipped weights on at most ``batches`` batches. Raises QuantizationError when 2 bits are too many."""
-    fed = _Fed(graph, layers, data[:batches]) if sensitivity == "output" else None
+    fed = FedModel(graph, layers, data[:batches]) if sensitivity == "output" else None
     options: dict[Layer, list[tuple[int | None, float, float]]] = {}
     for x in _tracked(layers, f"sensitivity ({sensitivity})", progress):
         assert x.weight.data is not None
@@ -90,7 +90,7 @@ def spend(options: Mapping[Layer, Sequence[tuple[int | None, float, float]]], ro
     return plan
 
 
-class _Fed:
+class FedModel:
     """The model with the weights of its layers as inputs: any of them can be replaced from run to run."""
 
     def __init__(self, graph: Graph, layers: Sequence[Layer], data: Sequence[Feed]) -> None:
@@ -108,18 +108,21 @@ class _Fed:
                 v.data = None
                 copy.inputs.append(v)
         self.module = compile_graph(copy)
-        self.want = [self._floats(self.module.run({**feed, **self.weights})) for feed in self.data]
+        self.want = self.run({})
 
     @staticmethod
     def _floats(outputs: Mapping[str, Array]) -> dict[str, Array]:
         return {k: np.array(a, np.float64) for k, a in outputs.items() if "float" in a.dtype.name}
 
+    def run(self, near: Mapping[Layer, Array]) -> list[dict[str, Array]]:
+        """The float outputs, in f64, for every batch, with ``near`` [N, K] in the place of some layers' weights."""
+        fed = {**self.weights, **{self.input[x]: x.restore(w) for x, w in near.items()}}
+        return [self._floats(self.module.run({**feed, **fed})) for feed in self.data]
+
     def error(self, layer: Layer, near: Array) -> float:
-        """Mean NMSE of the float outputs with ``near`` [N, K] in the place of one layer's weights."""
-        fed = {**self.weights, self.input[layer]: layer.restore(near)}
+        """Mean NMSE of the float outputs with ``near`` in the place of one layer's weights."""
         total = 0.0
-        for feed, want in zip(self.data, self.want):
-            got = self._floats(self.module.run({**feed, **fed}))
+        for got, want in zip(self.run({layer: near}), self.want):
             for name, a in want.items():
                 power = float(np.square(a).sum())
                 total += float(np.square(got[name] - a).sum()) / power if power else 0.0

@@ -77,10 +77,10 @@ def _weights(layer: Layer, stats: Statistics, options: StaticOptions) -> Quantiz
         return quantize(w, method=options.method, **how)
     h = stats.hessian(layer)
     if layer.group == 1:
-        return quantize(w, method="gptq", hessian=h, **how)
+        return quantize(w, method="gptq", hessian=h, rows=stats.samples(layer), **how)
     if h.shape[-1] <= 32:  # depthwise: one small system a group
         per = layer.n // layer.group
-        parts = [quantize(w[g * per : (g + 1) * per], method="gptq", hessian=h[g], **how) for g in range(layer.group)]
+        parts = [quantize(w[g * per : (g + 1) * per], method="gptq", hessian=h[g], rows=stats.samples(layer), **how) for g in range(layer.group)]
         return QuantizedWeight(np.concatenate([p.codes for p in parts]), np.concatenate([p.scales for p in parts]), None, parts[0].zero, 8, layer.k)
     return quantize(w, method="mse", **how)
 

@@ -14,7 +14,7 @@ from luthier.errors import QuantizationError
 from luthier.passes.clip_weights import clip_weights
 from luthier.passes.weight_grid import Array, Grid
 
-__all__ = ["compensate_errors", "inverse_factor"]
+__all__ = ["compensate_errors", "inverse_factor", "shrink_correlations"]
 
 
 def inverse_factor(hessian: Array, damping: float = 0.01) -> Array:
@@ -34,6 +34,23 @@ def inverse_factor(hessian: Array, damping: float = 0.01) -> Array:
         except np.linalg.LinAlgError:
             continue
     raise QuantizationError("the activation statistics of this layer are not positive definite", hint="calibrate with more data")
+
+
+def shrink_correlations(hessian: Array, rows: int) -> Array:
+    """``hessian`` with its off-diagonal part smaller by the share of it that ``rows`` samples of independent columns would show.
+
+    A sampled correlation of nothing has the variance 1 / rows; where the sum of squared correlations is not much above that, compensation
+    would only fit the calibration data (the shrinkage estimator of Schaefer and Strimmer 2005, with that variance for all)."""
+    h = np.asarray(hessian, np.float64)
+    d = np.sqrt(np.maximum(np.diagonal(h), 0))
+    live = d > 0
+    r = h / np.where(live, d, 1)[:, None] / np.where(live, d, 1)
+    k = int(live.sum())
+    seen = float(np.square(r).sum()) - k
+    share = min(1.0, k * (k - 1) / max(1, rows) / seen) if seen > 0 else 1.0
+    out = h * (1 - share)
+    out[np.diag_indices_from(out)] = np.diagonal(h)
+    return out
 
 
 def compensate_errors(w: Array, grid: Grid, hessian: Array, damping: float = 0.01, block: int = 96) -> tuple[Array, Array, Array]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.errors import QuantizationError
 from luthier.passes.clip_weights import clip_weights
-from luthier.passes.compensate_errors import compensate_errors
+from luthier.passes.compensate_errors import compensate_errors, shrink_correlations
 from luthier.passes.solve_half_quadratic import solve_half_quadratic
 from luthier.passes.weight_grid import WIDTHS, Array, Grid, encode, floats, minmax
 
@@ -93,7 +93,7 @@ def fit_group(columns: int, group: int, least: int = 16) -> int | None:
 
 def quantize(
     weight: Array, bits: int, group: int = 64, symmetric: bool = False, method: str = "rtn", hessian: Array | None = None, scale_dtype: str = "f16",
-    importance: Array | None = None, narrow: bool = False,
+    importance: Array | None = None, narrow: bool = False, rows: int | None = None,
 ) -> QuantizedWeight:
     """Quantize ``weight`` f32 [N, K].
 
@@ -102,7 +102,8 @@ def quantize(
     least squared error), ``hqq`` (half-quadratic, robust against outliers, zero points keep a fraction), ``gptq`` (error compensation;
     needs ``hessian``, ``X.T X`` [K, K] of the layer's inputs or any multiple). ``scale_dtype``: f16, bf16 or f32. ``importance``: weight of
     each column's squared error [K], for ``mse``. ``narrow``: symmetric with the zero point in the middle of ``2**bits - 1`` codes and scales
-    above 0, as QuantizeLinear wants weights (2 bits and more). Raises QuantizationError."""
+    above 0, as QuantizeLinear wants weights (2 bits and more). ``rows``: of activations behind ``hessian``; few of them say little about correlations,
+    which then count less (see :func:`shrink_correlations`). Raises QuantizationError."""
     w = np.asarray(weight, np.float32)
     if w.ndim != 2 or not w.size:
         raise QuantizationError(f"weights must be a matrix, not of shape {list(w.shape)}")
@@ -123,7 +124,8 @@ def quantize(
     wide = None if importance is None else np.asarray(importance, np.float32).reshape(1, k // group, group)
     if method == "gptq":
         assert hessian is not None
-        codes, scale, zero = compensate_errors(cut, grid, np.asarray(hessian))
+        h = np.asarray(hessian)
+        codes, scale, zero = compensate_errors(cut, grid, h if rows is None or h.shape != (k, k) else shrink_correlations(h, rows))
     else:
         if method == "rtn":
             scale, zero = minmax(cut, grid)
