@@ -127,7 +127,9 @@ def roofline(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, files: tuple[str, ...], seed: int, runs: int, top: int, json_file: Path | None,
     output: Path | None, debug: str | None,
 ) -> None:  # fmt: skip
-    """Operations, bytes, bound, ideal and measured time of every kernel of MODEL, against ceilings measured on this machine."""
+    """Operations, bytes, bound, ideal and measured time of every kernel of MODEL, against ceilings measured on this machine.
+
+    For a GGUF file: decoded tokens a second against the bandwidth limit, by precision and length of the context."""
     from rich.console import Console
 
     from luthier.feeds import read_inputs
@@ -137,6 +139,9 @@ def roofline(
         raise InputError(f"{output} is neither .svg nor .html")
     if not model.exists():
         raise InputError(f"no such file: {model}")
+    if model.suffix == ".gguf":
+        _language(model, target, threads, runs, json_file)
+        return
     feeds = None
     if files:
         import luthier
@@ -153,6 +158,19 @@ def roofline(
             draw(report, output)
     except OSError as e:
         raise InputError(f"cannot write {e.filename}: {e}") from e
+
+
+def _language(model: Path, target: str, threads: int | None, runs: int, json_file: Path | None) -> None:
+    """Tokens a second against the bandwidth limit."""
+    from rich.console import Console
+
+    from luthier.llm_roofline import analyse_language, summary, table
+
+    report = analyse_language(model, target, threads, runs=runs)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table(report))
+    click.echo(summary(report))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
 
 
 def table(report: Roofline, top: int) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from luthier.errors import InputError, InvalidModel
 
 if TYPE_CHECKING:
+    from luthier.ir.graph import Graph
     from luthier.module import Module
 
 __all__ = ["LanguageModel", "Sampling", "compile_gguf", "compile_model", "load"]
@@ -197,13 +198,25 @@ def compile_model(
         "vocabulary": c.vocabulary, "capacity": n, "chunk": min(chunk, n), "all_logits": all_logits,
         "state": [s.name for s in module.inputs if s.name.startswith("cache.")],
         "end": sorted({int(e) for e in ends if e is not None}), "begin": None if begin is None else int(begin),
-        "chat": "chatml" if "<|im_start|>" in str(file.metadata.get("tokenizer.chat_template", "")) else None,
+        **_sizes(graph), "chat": "chatml" if "<|im_start|>" in str(file.metadata.get("tokenizer.chat_template", "")) else None,
     }  # fmt: skip
     if "tokenizer.ggml.model" in file.metadata:
         from luthier.importers.gguf_tokenizer import tokenizer_json
 
         module.files[TOKENIZER] = lambda: tokenizer_json(file)
     return module
+
+
+def _sizes(graph: Graph) -> dict[str, int]:
+    """``parameters`` of matrices that a step reads whole, ``picked_bytes`` of the constants of which it reads rows, ``cache_bytes`` of a position."""
+    constants = {v.name: v for n in graph.nodes for v in n.inputs if v is not None and v.data is not None}
+    picked = sum(v.data.nbytes for name, v in constants.items() if v.data is not None and name.split(".")[0] in ("embedding", "cos", "sin"))
+    products = [n for n in graph.nodes if n.op in ("luthier::GroupedMatMul", "MatMul")]
+    parameters = sum(int(n.attrs["K"]) * int(n.inputs[1].shape[0].attr) if "K" in n.attrs else n.inputs[1].data.size for n in products)  # type: ignore[union-attr]
+    state = [v for v in graph.inputs if v.name.startswith("cache.")]
+    sizes = [[int(e.attr) for e in v.shape] for v in state]
+    cache = sum(int(np.prod(x)) // x[2] * v.dtype.bits // 8 for x, v in zip(sizes, state, strict=True))
+    return {"parameters": parameters, "picked_bytes": picked, "cache_bytes": cache}
 
 
 def compile_gguf(path: str | Path, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:

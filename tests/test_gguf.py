@@ -11,7 +11,7 @@ import pytest
 
 import luthier
 from luthier import llm
-from luthier.errors import InputError, InvalidModel
+from luthier.errors import InputError, InvalidModel, TargetError
 from luthier.importers.gguf import read_gguf
 from luthier.importers.gguf_blocks import BLOCKS, read_blocks
 
@@ -251,6 +251,23 @@ def test_on_wasm(small: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no shape batch"):
         luthier.compile(small, target="wasm", shapes={"batch": [3]})
     assert luthier.compile(small, target="cpu", shapes={"cache": [16]}).manifest["language"]["capacity"] == 16
+
+
+def test_roofline(small: Path) -> None:
+    from luthier.llm_roofline import analyse_language
+
+    r = analyse_language(small, threads=1, contexts=(1, 64), runs=2, reads={"L1": 100.0, "L2": 50.0, "L3": 25.0, "DRAM": 10.0})
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64
+    assert r.parameters == 2 * layer + 96 * 64  # two layers and the output, which is the embedding as well
+    assert r.cache_bytes == 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, head, bytes
+    four = [x for x in r.rows if x.precision == "4"]
+    assert [x.cache for x in four] == [r.cache_bytes, 64 * r.cache_bytes]
+    assert four[0].limit == pytest.approx(50e9 / (r.parameters * 4.5 / 8 + r.cache_bytes)) and four[0].place == "L2"
+    file = [x for x in r.rows if x.measured is not None]
+    packed = 2 * layer * 5 / 8 + 96 * 64 * 8.5 / 8  # Q4_1 and Q8_0 with half-precision scales; norms are f32
+    assert len(file) == 2 and packed <= file[0].weights < 1.2 * packed + 4096
+    with pytest.raises(TargetError, match="cannot be measured"):
+        analyse_language(small, "wasm")
 
 
 def test_sequences_and_their_limits(small: Path) -> None:
