@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
-from luthier.codegen.ranges import value_range
+from luthier.codegen.ranges import most_elements, value_range
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, const, free_vars, load_parts, prove, substitute
@@ -373,10 +373,10 @@ class CStyle:
         if b.rank == 0:
             self.put(self.declare_register(b))
         else:
-            n = b.size()
-            if n.op != "const":
-                raise CompilationError(f"{self.target}: buffer {b.name} has the run-time size {n!r}", op=self.f.name)
-            line = self.declare_array(b, n.attr)
+            n = most_elements(b)
+            if n is None:
+                raise CompilationError(f"{self.target}: buffer {b.name} has the run-time size {b.size()!r}", op=self.f.name)
+            line = self.declare_array(b, n)
             if line:
                 self.put(line)
         self.stmt(s.body)

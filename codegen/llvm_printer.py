@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from luthier.codegen.llvm_expr import ExprPrinter
 from luthier.codegen.llvm_memory import MemoryPrinter
 from luthier.codegen.llvm_types import mem_bytes, mem_type, reg_type
+from luthier.codegen.ranges import most_elements
 from luthier.codegen.sharing import parallel_loop
 from luthier.codegen.target import Target, host
 from luthier.errors import CompilationError
@@ -154,19 +155,19 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
             self.stmt(s.body)
             self.regs.pop(b.name, None)
             return
-        n = b.size()
+        n = most_elements(b)
         if b.scope == "global":
             raise CompilationError(f"{self.f.name}: scratch {b.name} must be a parameter", hint="the program allocates it in the arena")
-        if n.op != "const":
-            raise CompilationError(f"{self.f.name}: local buffer {b.name} has no constant size {n!r}", hint="use a global buffer")
-        size = n.attr * mem_bytes(b.dtype)
+        if n is None:
+            raise CompilationError(f"{self.f.name}: local buffer {b.name} has no constant size {b.size()!r}", hint="use a global buffer")
+        size = n * mem_bytes(b.dtype)
         if size > MAX_LOCAL_BYTES:
             raise CompilationError(
                 f"{self.f.name}: local buffer {b.name} needs {size} bytes of stack, at most {MAX_LOCAL_BYTES} are allowed",
                 hint="stage a smaller tile, or use a global buffer with one slice per parallel iteration",
             )
         ptr = self.fresh()
-        self.entry.append(f"{ptr} = alloca [{max(n.attr, 1)} x {mem_type(b.dtype)}], align 64")
+        self.entry.append(f"{ptr} = alloca [{max(n, 1)} x {mem_type(b.dtype)}], align 64")
         old = self.buffers.get(b.name)
         self.buffers[b.name] = ptr
         self.forget_addresses(b.name)

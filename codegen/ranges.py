@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from luthier.ir.expr import Expr, bounds
+from luthier.ir.loop import Buffer
 
 
 def value_range(e: Expr) -> tuple[int | None, int | None]:
@@ -13,3 +14,8 @@ def value_range(e: Expr) -> tuple[int | None, int | None]:
         if lo is not None and hi is not None and low <= lo and hi <= high:
             return lo, hi
     return bounds(e)
+
+
+def most_elements(b: Buffer) -> int | None:
+    """The largest number of elements of a buffer, from the bounds of its extents; None where there is none."""
+    return bounds(b.size())[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from luthier.codegen.ranges import most_elements
 from luthier.codegen.steps import Layout
 from luthier.codegen.wasm_memory import GUARD
 from luthier.ir.errors import CompilationError
@@ -40,10 +41,12 @@ def stack_bytes(f: Func) -> int:
             b = s.buf
             if (b.rank == 0 and b.scope == "local") or b.name in f.data:
                 return go(s.body)
-            n = b.size()
-            if n.op != "const":
-                raise CompilationError(f"{f.name}: local buffer {b.name} has no constant size {n!r}", op=f.name, hint="use a global buffer")
-            size = n.attr * element_bytes(b.dtype.bits, b.dtype.is_bool) * b.dtype.lanes
+            n = most_elements(b)
+            if n is None:
+                raise CompilationError(
+                    f"{f.name}: local buffer {b.name} has no constant size {b.size()!r}", op=f.name, hint="use a global buffer"
+                )
+            size = n * element_bytes(b.dtype.bits, b.dtype.is_bool) * b.dtype.lanes
             if size > MAX_LOCAL_BYTES:
                 raise CompilationError(f"{f.name}: local buffer {b.name} needs {size} bytes of stack, at most {MAX_LOCAL_BYTES} are allowed", op=f.name)
             return go(s.body) + (size + 63) // 64 * 64

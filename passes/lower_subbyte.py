@@ -4,7 +4,7 @@ Before: ``W: u4[N]``, ``W[i]``. After: ``W: u8[(N + 1) // 2]``, ``(W[i // 2] >> 
 
 The lowest bits of a byte hold its first element (ONNX's order); a buffer is dense over its whole flat extent, its last byte may
 be partly unused. Lanes that start on a byte and fill whole bytes are one vector load, masked and interleaved. A store replaces
-whole bytes, or reads and rewrites its byte where no other thread can own a part of it; elsewhere it is refused.
+whole bytes, or reads and rewrites its byte (lane by lane) where no other thread can own a part of it; elsewhere it is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from luthier.ir.dtypes import DType, i8, u8
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, as_expr, bcast, binary, cast, const, linear, load, load_parts, ramp, rewrite, shuffle
-from luthier.ir.loop import Alloc, Buffer, For, Func, Stmt, Store, contents_of, map_children, map_exprs
+from luthier.ir.loop import Alloc, Block, Buffer, For, Func, Stmt, Store, contents_of, map_children, map_exprs
 
 
 def is_subbyte(d: DType) -> bool:
@@ -135,6 +135,10 @@ def lower_subbyte(f: Func) -> Func:
                 x = binary("shl", shuffle([v], [j * per + k for j in range(n)]), k * d.bits)
                 out = x if out is None else binary("or", out, x)
             return Store(nb, (ramp(first, 1, n),), out)
+        if not shared and idx.op == "ramp" and s.mask is None:  # lanes that leave a byte half: one by one
+            base, stride = idx.args[0], idx.attr[0]
+            lanes = [Store(s.buf, (base + k * stride,), cast(shuffle([s.value], [k]), d)) for k in range(v.dtype.lanes)]
+            return Block(tuple(store(lane, shared) for lane in lanes))
         if shared or v.dtype.lanes > 1:
             raise CompilationError(
                 f"a store of {d} elements to {s.buf.name} may share its byte with another thread or lane", op=f.name,

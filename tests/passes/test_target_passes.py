@@ -13,7 +13,7 @@ from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, i2, i4, i8, i32, i64, u1, u2, u4, u32
 from luthier.ir.expr import bcast, bitcast, cast, const, load, ramp, shuffle, var, vreduce
 from luthier.ir.interp import evaluate_expr, run_func
-from luthier.ir.loop import Alloc, Buffer, For, Func, Let, Stmt, Store, block, walk_stmts
+from luthier.ir.loop import Alloc, Block, Buffer, For, Func, Let, Stmt, Store, block, walk_stmts
 from luthier.passes.expand_math import expand_math
 from luthier.passes.legalize_dtype import (
     WGSL_RULES,
@@ -182,6 +182,18 @@ def test_subbyte_stores(golden: Golden) -> None:
     out[:] = 0
     run_func(lower_subbyte(h), [v, out])
     np.testing.assert_array_equal(out, pack_array(v, u4))
+
+
+@pytest.mark.parametrize("d", [u2, u4])
+def test_subbyte_store_of_lanes_that_leave_a_byte_half(d: DType) -> None:
+    """7 elements in vectors of 4 and 3: the last byte is written element by element, and keeps what else is in it."""
+    x, y = Buffer.of("X", i32, (7,), writable=False), Buffer.of("Y", d, (7,))
+    body = [Store(y, (ramp(const(at), 1, n),), cast(load(x, (ramp(const(at), 1, n),)), d)) for at, n in ((0, 4), (4, 3))]
+    v = np.array([3, 1, 2, 0, 1, 3, 2], np.int32)
+    want = pack_array(np.append(v, [(1 << d.bits) - 1] * (-7 % (8 // d.bits))), d)
+    out = np.full(want.size, 0xFF, np.uint8)
+    run_func(lower_subbyte(Func("put", (x, y), Block(tuple(body)))), [v, out])
+    np.testing.assert_array_equal(out, want)
 
 
 def test_subbyte_store_that_shares_a_byte_is_refused() -> None:
