@@ -1,137 +1,339 @@
-"""GPU template for attention: two products with a softmax between them.
+"""GPU template for attention: two products with a softmax between them, in one kernel, whatever the number of keys.
 
-Where the number of keys is known and the scores of a few query rows fit shared memory, one kernel: a group for each tile of rows of a
-head computes its scores (a thread a key, all rows of the tile in registers), their maxima, exponentials and sums in shared
-memory, and the weighted sum of the values (a thread an output element). Scores never reach memory.
+A group has a tile of query rows of one head and walks the keys in tiles. For each tile a thread computes the scores of one key
+with all rows (their products in registers), the threads of a row find its maximum in shared memory, what was summed so far is
+scaled by ``exp(old maximum - new maximum)``, and each thread adds the tile's values to its elements of the output. Scores never
+reach memory; ``exp(s - m)`` does not depend on which maximum ``m`` is in the end, because sum and output are scaled alike.
 
-Otherwise three kernels: ``s = q . k`` with its scale and mask is a tiled product, the softmax a kernel with a group for each row, ``o = p . v`` a
-tiled product again. The division by the sum moves from the output to the probabilities (``sum(e * v) / l = sum((e / l) * v)``), which are
-read once more anyway; so no kernel has only that to do.
+The kernel is built from the expressions of the Compute (scale, mask, epilogue, positions in merged or transposed tensors).
+Where the head's size is known to the run only, three kernels take its place: scores, softmax with the division moved into the
+probabilities (``sum(e * v) / l = sum((e / l) * v)``), product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from luthier.ir.compute import Compute, Pull, reduce_
-from luthier.ir.expr import Expr, free_vars, load, load_parts, loads, rewrite, substitute
+from luthier.ir.compute import Axis, Compute, Pull, reduce_
+from luthier.ir.dtypes import f32
+from luthier.ir.expr import (
+    Expr,
+    as_expr,
+    const,
+    free_vars,
+    is_const,
+    load,
+    load_parts,
+    loads,
+    maximum,
+    minimum,
+    prove,
+    rewrite,
+    select,
+    substitute,
+    unary,
+    var,
+)
+from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.contract import _product
-from luthier.schedules.gpu_elementwise import fuse_all
+from luthier.schedules.contract import _factors, _product
+from luthier.schedules.make_func import make_func
 from luthier.schedules.rowwise import positions
-from luthier.schedules.schedule import Schedule, annotate, inline, reorder, split, stage
+from luthier.schedules.schedule import Schedule, ScheduleError, inline
 
-ROWS = 8  # query rows of a tile at most
-LANES = 16  # threads of each row
+THREADS = 128  # of a group, and keys of a tile
+ROWS = 8  # query rows of a tile
+WIDE = 256  # the longest head that is kept in registers and shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """``axes``: of the output, the last two are the row and the position in a value. ``q``, ``k``: the factors of a score, summed over
+    ``dims``; ``score``: the score with scale and mask, of the sum ``acc``; ``key``: the axis of the keys; ``v``: a value's element at
+    ``key``; ``out``: the result of the quotient ``ratio``. All are over ``axes``."""
+
+    axes: tuple[Axis, ...]
+    key: Axis
+    dims: tuple[Axis, ...]
+    q: Expr
+    k: Expr
+    acc: Expr
+    score: Expr
+    v: Expr
+    ratio: Expr
+    out: Expr
+    buf: Buffer
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows: int | None = None) -> Any:
-    """A Schedule, Kernels, or None when the Compute is no attention. ``rows``: query rows of a tile, 0 for three kernels."""
-    from luthier.schedules.select import build, cut, join_kernels
+    """Kernels, or None when the Compute is no attention. ``rows``: query rows of a tile, 0 for three kernels."""
+    from luthier.schedules.select import Kernels, build, build_kernel, cut, join_kernels
 
     if not caps.gpu:
         return None
     moved = divide_early(s.compute)
     if moved is None:
         return None
-    if rows != 0:
-        one = _fused(s, caps, rows)
-        if one is not None:
-            return one
+    a = match(s) if rows != 0 else None
+    if a is not None:
+        f = make_func(s.compute.name, _kernel(a, rows), s.compute.dims)
+        return Kernels((build_kernel(replace(f, attrs={**f.attrs, "template": "gpu_attention"}), caps),), template="gpu_attention")
     c, first, second = moved
     groups = [list(range(first + 1)), list(range(first + 1, second)), list(range(second, len(c.lets)))]
     return join_kernels([build(p, caps, constants) for p in cut(c, groups)], s.compute)
 
 
-def _fused(s: Schedule, caps: Capabilities, rows: int | None) -> Schedule | None:
-    """One kernel, or None where the scores of a tile do not fit shared memory."""
+# ---------------------------------------------------------------- the pattern
+
+
+def match(s: Schedule) -> Attention | None:
+    """The parts of an attention whose result is exactly a softmax's, or None."""
     out = s.compute.outs[0]
     prods = [n for n, st in s.stages.items() if st.reduction is not None and st.reduction.attr[0] == "sum" and _product(st.reduction.args[0]) is not None]
+    sums = {n: st.reduction for n, st in s.stages.items() if st.reduction is not None and n not in prods}
+    if len(prods) != 2 or sorted(r.attr[0] for r in sums.values() if r is not None) != ["max", "sum"]:
+        return None
     first, second = prods
-    o = s.stages[out]
-    row = len(o.axes) - 2
-    keys = s.stages[first].axes[-1].extent
+    top, total = sorted(sums, key=lambda n: sums[n].attr[0])  # type: ignore[union-attr]
+    if any(len(s.stages[n].reduction.args) > 1 for n in (first, second, top, total)):  # type: ignore[union-attr]
+        return None
+    weights = {x.attr[0].name for x in loads(s.stages[total].expr)}
+    if len(weights) != 1 or len(s.stages[total].reduction.attr[1]) != 1:  # type: ignore[union-attr]
+        return None
+    (p,) = weights
+    if p not in s.stages:
+        return None
+    try:
+        for n in [n for n in s.stages if n not in (out, p, first, second, top, total)]:
+            s = inline(s, n)
+    except ScheduleError:
+        return None
     pos = positions(s, out)
-    if row < 1 or keys.op != "const" or pos is None or pos[second] != list(range(len(o.axes))):
+    o, pt, acc = s.stages[out], s.stages[p], s.stages[second]
+    row = len(o.axes) - 2
+    if pos is None or row < 0 or pos[second] != list(range(row + 2)) or any(pos[n] != list(range(row + 1)) for n in (top, total)):
         return None
-    if any(len(st.axes) > row + 2 or pos[n][: row + 1] != list(range(row + 1)) for n, st in s.stages.items() if n != out):
+    if any(pos[n] != [*range(row + 1), None] for n in (p, first)) or any(s.stages[n].buf.dtype is not f32 for n in (first, p, second)):
         return None
-    wide = [n for n in s.stages if n != out and len(s.stages[n].axes) == row + 2 and n != second]
-    for n in [n for n in s.stages if n != out and s.stages[n].reduction is None and n not in wide]:
-        s = inline(s, n)  # corrections of a row's maximum
-    maximum = next((st for n, st in s.stages.items() if st.reduction is not None and n not in prods), None)
-    host = next((x.attr[0].name for x in loads(maximum.expr) if x.attr[0].name in wide), None) if maximum is not None else None
-    if host is None:
+    mine = {a.var: b.var for a, b in zip(pt.axes, o.axes[: row + 1], strict=False)}
+    key = pt.axes[-1]
+    e = pt.expr
+    if e.op != "exp" or e.args[0].op != "sub":
         return None
-    for n in [n for n in wide if n not in (first, host) and any(x.attr[0].name == n for x in loads(s.stages[host].expr))]:
-        s = inline(s, n)  # a scale before the mask
-    kept = [n for n in wide if n in s.stages and (n != first or host == first)]
-    if kept[0] != host or len(kept) > 2 or any(s.stages[n].reduction is not None and n != first for n in kept):
+    score, shift = e.args[0].args
+    st = s.stages[top]
+    (last,) = st.reduction.attr[1]  # type: ignore[union-attr]
+    same = {a.var: b.var for a, b in zip(st.axes, pt.axes, strict=False)} | {last.var: key.var}
+    if key.var in free_vars(shift) or substitute(st.reduction.args[0], same) is not score:  # type: ignore[union-attr]
         return None
-    per_row = 4 * keys.attr * len(kept) + 4 * 2 * LANES
-    tile = rows or ROWS
-    while tile > 1 and tile * per_row > caps.shared_bytes - 1024:
-        tile //= 2
-    q = s.static_extent(o.loops[row].var)
-    if tile * per_row > caps.shared_bytes - 1024 or (tile < 4 and (q is None or q > 1)):
+    inner = s.stages[first]
+    hits = [x for x in loads(score) if x.attr[0].name == first]
+    if len(hits) != 1 or load_parts(hits[0])[1] != tuple(a.var for a in pt.axes):
         return None
-    if q is not None:
-        tile = min(tile, q)
-    names = [lp.name for lp in o.loops]
-    s = split(s, names[row], tile, into=(f"{out}.qo", f"{out}.qi"))
-    s, block = fuse_all(s, [*names[:row], f"{out}.qo"])
-    s = annotate(annotate(s, block, "block.x"), f"{out}.qi", "thread.y")
-    s = _lanes(s, names[row + 1])
-    s = stage(s, second, at=s.stages[out].loops[-1].name)
-    for n in kept:
-        s = stage(s, n, at=block, scope="shared")
-    for n in [n for n in s.stages if n not in (out, first, second, *kept)]:
-        s = _row_reduction(s, n, block, row)
-    for n in kept[1:]:
-        st = s.stages[n]
-        s = _lanes(annotate(s, st.loops[row].name, "thread.y"), st.loops[row + 1].name)
-    return _scores(s, first, kept[0], row)
+    f_env = {a.var: b.var for a, b in zip(inner.axes, pt.axes, strict=True)} | mine
+    q, k = _factors(inner)
+    if inner.axes[-1].var in free_vars(q):
+        q, k = k, q
+    if inner.axes[-1].var in free_vars(q) or inner.reduction.args[0].op != "mul":  # type: ignore[union-attr]
+        return None
+    value = acc.reduction.args[0]  # type: ignore[union-attr]
+    (n_axis,) = acc.reduction.attr[1] if len(acc.reduction.attr[1]) == 1 else (None,)  # type: ignore[union-attr]
+    if n_axis is None or value.op != "mul":
+        return None
+    w, v = _factors(acc)
+    if not any(x.attr[0].name == p for x in loads(w)):
+        w, v = v, w
+    if w.op != "load" or load_parts(w)[1] != (*(a.var for a in acc.axes[: row + 1]), n_axis.var) or any(x.attr[0].name == p for x in loads(v)):
+        return None
+    if any(x.op != "const" for x in (o.axes[-1].extent, *(a.extent for a in inner.reduction.attr[1]))):  # type: ignore[union-attr]
+        return None
+    dims = tuple(inner.reduction.attr[1])  # type: ignore[union-attr]
+    if int(o.axes[-1].extent.attr) > WIDE or math.prod(int(a.extent.attr) for a in dims) > WIDE:
+        return None
+    found = _quotient(o.expr, second, total, tuple(a.var for a in o.axes))
+    if found is None:
+        return None
+    ratio, result = found
+    v_env = {a.var: b.var for a, b in zip(acc.axes, o.axes, strict=True)} | {n_axis.var: key.var}
+    hit = var("score~", f32)
+    score = substitute(rewrite(score, lambda x: hit if x is hits[0] else None), mine)
+    made = set(s.stages)
+    exprs = [substitute(q, f_env), substitute(k, f_env), score, substitute(v, v_env), result]
+    if any(x.attr[0].name in made for e in exprs for x in loads(e)):
+        return None
+    return Attention(o.axes, key, dims, exprs[0], exprs[1], hit, score, exprs[3], ratio, result, o.buf)
 
 
-def _scores(s: Schedule, first: str, host: str, row: int) -> Schedule:
-    """A thread for each key, all rows of the tile in its registers. ``host``: the product itself or its scaled and masked form."""
-    st = s.stages[host]
-    r, k = st.loops[row].name, st.loops[row + 1].name
-    s = split(s, k, LANES * ROWS)
-    s = split(s, f"{k}.1", LANES)
-    s = annotate(annotate(s, f"{k}.1.0", "thread.y"), f"{k}.1.1", "thread.x")
-    keys = [f"{k}.0", f"{k}.1.0", f"{k}.1.1"]
-    if host == first:
-        s = reorder(s, *keys, *(lp.name for lp in st.loops if lp.reduce), r)
-    else:
-        s = reorder(s, *keys, r)
-        s = stage(s, first, at=keys[-1])
-        a = s.stages[first]
-        inner = a.loops[row].name
-        s = annotate(reorder(s, *(lp.name for lp in a.loops if lp.reduce), inner), inner, "unroll")
-    return annotate(s, r, "unroll")
+def _quotient(e: Expr, acc: str, total: str, axes: tuple[Expr, ...]) -> tuple[Expr, Expr] | None:
+    """(a variable for the weighted sum over the sum of weights, ``e`` with it); a sum of zero may be replaced by one."""
+    ratio = var("ratio~", f32)
+
+    def f(x: Expr) -> Expr | None:
+        if x.op != "div" or x.args[0].op != "load" or x.args[0].attr[0].name != acc or load_parts(x.args[0])[1] != axes:
+            return None
+        t = x.args[1]
+        if t.op == "select":
+            c, one, t = t.args
+            if c.op != "eq" or set(c.args) != {t, const(0.0, f32)} or not is_const(one, 1):
+                return None
+        ok = t.op == "load" and t.attr[0].name == total and load_parts(t)[1] == axes[:-1]
+        return ratio if ok else None
+
+    r = rewrite(e, f)
+    return (ratio, r) if not any(x.attr[0].name in (acc, total) for x in loads(r)) else None
 
 
-def _lanes(s: Schedule, loop: str) -> Schedule:
-    """A loop shared out to the threads of a row."""
-    s = split(s, loop, LANES)
-    return annotate(s, f"{loop}.1", "thread.x")
+# ---------------------------------------------------------------- the kernel
 
 
-def _row_reduction(s: Schedule, name: str, block: str, row: int) -> Schedule:
-    """Maximum or sum of each row of the tile: the threads of the row keep partial results, and each of them merges all."""
-    k = next(lp.name for lp in s.stages[name].loops if lp.reduce)
-    s = split(s, k, LANES)
-    s = stage(s, name, private=f"{k}.1")
-    p = f"{name}.p"
-    s = stage(s, p, at=block, scope="shared")
-    s = stage(s, name, at=block, scope="local")
-    ps = s.stages[p]
-    s = annotate(s, ps.loops[row].name, "thread.y")
-    s = annotate(s, ps.loops[len(ps.axes) - 1].name, "thread.x")
-    return annotate(s, s.stages[name].loops[row].name, "thread.y")
+class _Group:
+    """Names and loops of a group of ``rows`` x ``lanes`` threads."""
+
+    def __init__(self, rows: int, lanes: int) -> None:
+        self.rows, self.lanes = rows, lanes
+        self.count = 0
+
+    def fresh(self, name: str, extent: Any) -> Expr:
+        self.count += 1
+        return var(f"{name}~{self.count}", lo=0, hi=as_expr(extent) - 1)
+
+    def loop(self, name: str, n: Any, body: Callable[[Expr], Stmt], kind: str = "serial") -> Stmt:
+        n = as_expr(n)
+        if is_const(n, 1):
+            return body(const(0))
+        v = self.fresh(name, n)
+        return For(v, const(0), n, kind, body(v))
+
+    def threads(self, body: Callable[[Expr, Expr], Stmt]) -> Stmt:
+        return self.loop("y", self.rows, lambda y: self.loop("x", self.lanes, lambda x: body(y, x), "thread.x"), "thread.y")
+
+    def each(self, n: int, body: Callable[[Expr], Stmt]) -> Stmt:
+        return self.loop("u", n, body, "unroll")
+
+
+def _local(name: str, *shape: int) -> Buffer:
+    return Buffer(name, f32, tuple(as_expr(n) for n in shape), "local")
+
+
+def _clamp(i: Expr, n: Expr) -> Expr:
+    return i if prove(i < n) else minimum(i, n - 1)
+
+
+def _within(cond: Expr, s: Stmt) -> Stmt:
+    return s if prove(cond) else If(cond, s)
+
+
+def _kernel(a: Attention, rows: int | None) -> Stmt:
+    row, last = a.axes[-2], a.axes[-1]
+    n_rows, n_keys, width = row.extent, a.key.extent, int(last.extent.attr)
+    r = rows or ROWS
+    if row.var in free_vars(a.k) | free_vars(a.v):  # every row has keys of its own
+        r = 1
+    while r > 1 and n_rows.op == "const" and r // 2 >= n_rows.attr:
+        r //= 2
+    g = _Group(r, THREADS // r)
+    lanes, turns = g.lanes, -(-width // g.lanes)
+    depth = math.prod(int(x.extent.attr) for x in a.dims)
+    lowest = const(f32.limits()[0] if math.isfinite(f32.limits()[0]) else -3.4028234663852886e38, f32)
+    zero = const(0.0, f32)
+    tiles = (n_rows + (r - 1)) // r
+    grid = tiles
+    for x in a.axes[:-2]:
+        grid = grid * x.extent
+    qs, sc, part = (Buffer(n, f32, tuple(as_expr(x) for x in shape), "shared") for n, shape in (("q.s", (r, depth)), ("s.s", (r, THREADS)), ("part", (r, lanes))))
+    top, total, acc = _local("top", r, lanes), _local("total", r, lanes), _local("acc", r, lanes, turns)
+    whole = var("group", lo=0, hi=grid - 1)
+    env: dict[Expr, Expr] = {}
+    left = whole // tiles
+    for x in reversed(a.axes[1:-2]):
+        env[x.var] = left % x.extent
+        left = left // x.extent
+    if len(a.axes) > 2:
+        env[a.axes[0].var] = left
+    base = whole % tiles * r
+
+    def at(e: Expr, y: Expr, key: Expr | None = None, col: Expr | None = None) -> Expr:
+        here = {**env, row.var: _clamp(base + y, n_rows)}
+        if key is not None:
+            here[a.key.var] = _clamp(key, n_keys)
+        if col is not None:
+            here[last.var] = _clamp(col, last.extent)
+        return substitute(e, here)
+
+    def over(e: Expr, d: Expr) -> Expr:
+        out: dict[Expr, Expr] = {}
+        for x in reversed(a.dims):
+            out[x.var] = d % x.extent
+            d = d // x.extent
+        return substitute(e, out)
+
+    def fill(y: Expr, x: Expr) -> Stmt:
+        return g.loop("j", -(-depth // lanes), lambda j: _within(j * lanes + x < depth, Store(qs, (y, j * lanes + x), over(at(a.q, y), j * lanes + x))))
+
+    def start(y: Expr, x: Expr) -> Stmt:
+        return block(Store(top, (y, x), lowest), Store(total, (y, x), zero), g.each(turns, lambda j: Store(acc, (y, x, j), zero)))
+
+    def scores(first: Expr, y: Expr, x: Expr) -> Stmt:
+        dot = _local("dot", r)
+        me = y * lanes + x
+        sums = g.loop("d", depth, lambda d: g.each(r, lambda u: Store(dot, (u,), load(dot, (u,)) + load(qs, (u, d)) * over(at(a.k, u, key=first + me), d))))
+        done = g.each(r, lambda u: Store(sc, (u, me), substitute(at(a.score, u, key=first + me), {a.acc: load(dot, (u,))})))
+        return Alloc(dot, block(g.each(r, lambda u: Store(dot, (u,), zero)), sums, done))
+
+    def peak(first: Expr, y: Expr, x: Expr) -> Stmt:
+        m = _local("m")
+        step = g.loop("j", THREADS // lanes, lambda j: Store(m, (), select(first + j * lanes + x < n_keys, maximum(load(m, ()), load(sc, (y, j * lanes + x))), load(m, ()))))
+        return Alloc(m, block(Store(m, (), lowest), step, Store(part, (y, x), load(m, ()))))
+
+    def rescale(first: Expr, y: Expr, x: Expr) -> Stmt:
+        m, c = _local("m"), _local("c")
+        found = g.loop("j", lanes, lambda j: Store(m, (), maximum(load(m, ()), load(part, (y, j)))))
+
+        def weigh(j: Expr) -> Stmt:
+            place = (y, j * lanes + x)
+            w = select(first + j * lanes + x < n_keys, unary("exp", load(sc, place) - load(top, (y, x))), zero)
+            return block(Store(sc, place, w), Store(total, (y, x), load(total, (y, x)) + load(sc, place)))
+
+        return Alloc(m, Alloc(c, block(
+            Store(m, (), load(top, (y, x))), found, Store(c, (), unary("exp", load(top, (y, x)) - load(m, ()))), Store(top, (y, x), load(m, ())),
+            Store(total, (y, x), load(total, (y, x)) * load(c, ())),
+            g.each(turns, lambda j: Store(acc, (y, x, j), load(acc, (y, x, j)) * load(c, ()))),
+            g.loop("j", THREADS // lanes, weigh),
+        )))  # fmt: skip
+
+    def values(first: Expr, y: Expr, x: Expr) -> Stmt:
+        count = const(THREADS) if prove((n_keys % THREADS).eq(0)) else minimum(const(THREADS), n_keys - first)
+        return g.loop("n", count, lambda n: g.each(turns, lambda j: Store(acc, (y, x, j), load(acc, (y, x, j)) + load(sc, (y, n)) * at(a.v, y, key=first + n, col=j * lanes + x))))
+
+    def finish(y: Expr, x: Expr) -> Stmt:
+        z = _local("z")
+
+        def store(j: Expr) -> Stmt:
+            e = j * lanes + x
+            value = at(substitute(a.out, {a.ratio: load(acc, (y, x, j)) / load(z, ())}), y, col=e)
+            s: Stmt = Store(replace(a.buf, scope="param"), (*(env[b.var] for b in a.axes[:-2]), base + y, e), value)
+            return _within((base + y < n_rows) & (e < last.extent), s)
+
+        some = select(load(z, ()).eq(zero), const(1.0, f32), load(z, ()))
+        return Alloc(z, block(Store(z, (), zero), g.loop("j", lanes, lambda j: Store(z, (), load(z, ()) + load(part, (y, j)))), Store(z, (), some), g.each(turns, store)))
+
+    def tile(k: Expr) -> Stmt:
+        f = k * THREADS
+        return block(*(g.threads(lambda y, x, step=step: step(f, y, x)) for step in (scores, peak, rescale, values)))  # type: ignore[misc]
+
+    body = block(
+        g.threads(fill), g.threads(start), g.loop("tile", (n_keys + (THREADS - 1)) // THREADS, tile),
+        g.threads(lambda y, x: Store(part, (y, x), load(total, (y, x)))), g.threads(finish),
+    )  # fmt: skip
+    for b in (acc, total, top, part, sc, qs):
+        body = Alloc(b, body)
+    return For(whole, const(0), grid, "block.x", body)
+
+
+# ---------------------------------------------------------------- three kernels
 
 
 def divide_early(c: Compute) -> tuple[Compute, int, int] | None:
