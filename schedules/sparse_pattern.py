@@ -26,18 +26,20 @@ from luthier.schedules.lowbit import value_range
 Array = np.ndarray[Any, Any]
 SLOTS = 4  # registers of values in a unit
 BUNDLE = 4  # rows that are walked in step
+FIXED = 16383  # largest integer scale: four sums of two products stay below 2**31
 STEP = 4  # elements that a column offset counts: block offsets up to 2**18 columns fit 16 bits
 
 
 @dataclass(frozen=True, slots=True)
 class SparseProduct:
-    """A matched Compute. ``xq``: the rounded activations, read at ``rows`` and a column; ``block``: columns of a block; ``kept``: number of
+    """A matched Compute. ``xq``: the activations rounded to ``levels`` steps, read at ``rows`` and a column; ``block``: columns of a block; ``kept``: number of
     stored blocks; ``ptr``: {name of the row pointers}; ``col``, ``q``, ``zero``, ``scale``: expressions over ``b`` (and ``j``)."""
 
     acc: Pull
     rows: tuple[Axis, ...]
     n: Axis
     xq: Any
+    levels: int
     block: int
     bits: int
     ptr: str
@@ -79,9 +81,10 @@ def match(c: Compute, constants: Mapping[str, Any]) -> SparseProduct | None:
         if parts is not None:
             xq, col, q, zero, scale = parts
             span = value_range(q)
-            if span is None or span[0] < 0 or span[1] > 255 or not _rounded(c, xq.name):
+            levels = _levels(c, xq.name)
+            if span is None or span[0] < 0 or span[1] > 255 or levels is None:
                 return None
-            return SparseProduct(acc, acc.axes[:-1], n, xq, int(j.extent.attr), 4 if span[1] <= 15 else 8, next(iter(tables)), b, j.var, col, q, zero, scale)
+            return SparseProduct(acc, acc.axes[:-1], n, xq, levels, int(j.extent.attr), 4 if span[1] <= 15 else 8, next(iter(tables)), b, j.var, col, q, zero, scale)
     return None
 
 
@@ -109,12 +112,13 @@ def _factors(xf: Expr, wf: Expr, acc: Pull, b: Expr, j: Axis, constants: Mapping
     return None
 
 
-def _rounded(c: Compute, name: str) -> bool:
-    """The activations are divided by their largest magnitude and multiplied by at most MAX_LEVELS."""
+def _levels(c: Compute, name: str) -> int | None:
+    """L where the activations are divided by their largest magnitude and multiplied by L <= MAX_LEVELS."""
     for x in c.lets:
         if isinstance(x, Pull) and x.name == name:
-            return any(e.op == "div" and e.args[0].op == "const" and 0 < e.args[0].attr <= MAX_LEVELS for e in walk(x.expr))
-    return False
+            found = [int(e.args[0].attr) for e in walk(x.expr) if e.op == "div" and e.args[0].op == "const" and 0 < e.args[0].attr <= MAX_LEVELS]
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +158,16 @@ def evaluate_blocks(p: SparseProduct, constants: Mapping[str, Any]) -> Blocks:
 
 @dataclass(frozen=True, slots=True)
 class UnitLayout:
-    """Places in a unit, in 16-bit words, for registers of ``words`` 16-bit lanes. ``per``: blocks of a unit."""
+    """Places in a unit, in 16-bit words, for registers of ``words`` 16-bit lanes. ``per``: blocks of a unit.
+
+    ``fixed``: a scale is a 14-bit integer times a number of its row."""
 
     words: int
     block: int
     bits: int
     wide_scales: bool
     zeros: bool
+    fixed: bool = False
 
     @property
     def per(self) -> int:
@@ -172,7 +179,7 @@ class UnitLayout:
 
     def scale_order(self) -> list[int]:
         """Blocks in the order in which their scales are stored: that of the lanes that need them."""
-        return list(dict.fromkeys(self.lane_blocks()))
+        return list(range(self.per)) if self.fixed else list(dict.fromkeys(self.lane_blocks()))
 
     @property
     def scales(self) -> int:
@@ -194,11 +201,12 @@ class UnitLayout:
 @dataclass(frozen=True, slots=True)
 class Stream:
     """``units`` u16 [steps * BUNDLE, size]; ``steps`` i64 [bundles + 1]: first step of every bundle; ``rows`` [bundles * BUNDLE]: the row of
-    each place in a bundle, -1 where there is none."""
+    each place in a bundle, -1 where there is none; ``factors`` f32 [bundles * BUNDLE]: what the integer scales of a row are multiples of."""
 
     units: Array
     steps: Array
     rows: Array
+    factors: Array
 
 
 def pack_units(b: Blocks, lay: UnitLayout) -> Stream:
@@ -224,9 +232,17 @@ def pack_units(b: Blocks, lay: UnitLayout) -> Stream:
         out[place] = a
         return out
 
+    factors = np.zeros(bundles * BUNDLE, np.float32)
+    scale = b.scale
+    if lay.fixed:
+        top = np.zeros(rows)
+        np.maximum.at(top, np.repeat(np.arange(rows), count), np.abs(b.scale.astype(np.float64)))
+        factors[:rows] = top[order] / FIXED
+        inverse = np.divide(FIXED, top, out=np.zeros(rows), where=top > 0)
+        scale = np.rint(b.scale.astype(np.float64) * np.repeat(inverse, count)).astype(np.int16)
     stream = np.zeros((total, lay.size), np.uint16)
     stream[:, :per] = spread((b.col * lay.block // STEP).astype(np.uint16)).reshape(total, per)
-    stream[:, lay.scales : lay.zero_points] = np.ascontiguousarray(spread(b.scale).reshape(total, per)[:, lay.scale_order()]).view(np.uint16)
+    stream[:, lay.scales : lay.zero_points] = np.ascontiguousarray(spread(scale).reshape(total, per)[:, lay.scale_order()]).view(np.uint16)
     if lay.zeros:
         assert b.zero is not None
         stream[:, lay.zero_points : lay.values] = spread(b.zero).view(np.uint16).reshape(total, per)
@@ -237,7 +253,7 @@ def pack_units(b: Blocks, lay: UnitLayout) -> Stream:
     else:
         low = (v & 255).astype(np.uint16)
         stream[:, lay.values :] = (low[:, 0::2] | low[:, 1::2] << 8).reshape(total, -1)
-    return Stream(stream, steps, np.where(np.arange(bundles * BUNDLE) < rows, np.pad(order, (0, bundles * BUNDLE - rows)), -1))
+    return Stream(stream, steps, np.where(np.arange(bundles * BUNDLE) < rows, np.pad(order, (0, bundles * BUNDLE - rows)), -1), factors)
 
 
 @dataclass(frozen=True, slots=True)
