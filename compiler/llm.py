@@ -213,6 +213,9 @@ def _sizes(graph: Graph) -> dict[str, int]:
     picked = sum(v.data.nbytes for name, v in constants.items() if v.data is not None and name.split(".")[0] in ("embedding", "cos", "sin"))
     products = [n for n in graph.nodes if n.op in ("luthier::GroupedMatMul", "MatMul")]
     parameters = sum(int(n.attrs["K"]) * int(n.inputs[1].shape[0].attr) if "K" in n.attrs else n.inputs[1].data.size for n in products)  # type: ignore[union-attr]
+    for n in (n for n in graph.nodes if n.op == "luthier::ExpertMatMul"):  # of the chosen experts
+        _, rows, groups = (int(x.attr) for x in n.inputs[3].shape)  # type: ignore[union-attr]
+        parameters += int(n.inputs[1].shape[1].attr) * rows * groups * int(n.attrs["group"])  # type: ignore[union-attr]
     state = [v for v in graph.inputs if v.name.startswith("cache.")]
     sizes = [[int(e.attr) for e in v.shape] for v in state]
     cache = sum(int(np.prod(x)) // x[2] * v.dtype.bits // 8 for x, v in zip(sizes, state, strict=True))

@@ -18,9 +18,11 @@ from luthier.errors import InvalidModel
 from luthier.importers.builder import GraphBuilder
 from luthier.importers.gguf import GGUF, Tensor
 from luthier.importers.gguf_blocks import BLOCKS, Grouped
+from luthier.importers.rope_scaling import check_scaling, rope_angles
 from luthier.ir.dtypes import f16, i64
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph, Value
+from luthier.ir.ops.experts import pack_experts
 from luthier.ir.ops.lowbit import pack_bits
 from luthier.ir.ops.lowbit_matmul import pack_trits
 
@@ -29,7 +31,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """Extents of a model; ``head``: size of one head."""
+    """Extents of a model; ``head``: size of one head; ``window``: positions that attention looks back (0: all); ``experts``: of a layer, of which
+    ``chosen`` work on a token (0: none)."""
 
     layers: int
     width: int
@@ -41,6 +44,9 @@ class LlamaConfig:
     context: int
     epsilon: float
     rope_base: float
+    window: int = 0
+    experts: int = 0
+    chosen: int = 0
 
 
 def config(g: GGUF) -> LlamaConfig:
@@ -48,10 +54,12 @@ def config(g: GGUF) -> LlamaConfig:
     arch = g.get("general.architecture", str)
     if arch != "llama":
         raise InvalidModel(f"{g.path} holds a model of architecture {arch!r}; only 'llama' is supported")
-    if g.metadata.get("llama.rope.scaling.type", "none") != "none":
-        raise InvalidModel(f"{g.path} uses rope scaling {g.metadata['llama.rope.scaling.type']!r}, which is not supported")
-    if int(g.metadata.get("llama.expert_count", 0)):
-        raise InvalidModel(f"{g.path} holds a mixture of experts, which is not supported")
+    check_scaling(g, arch)
+    experts, chosen = (int(g.metadata.get(f"llama.expert_{n}", 0)) for n in ("count", "used_count"))
+    if experts and not 1 <= chosen <= experts:
+        raise InvalidModel(f"{g.path} has {experts} experts a layer of which {chosen} are used")
+    if int(g.metadata.get("llama.attention.sliding_window", 0)) < 0:
+        raise InvalidModel(f"{g.path} has a sliding window of {g.metadata['llama.attention.sliding_window']} positions")
     width, heads = g.get("llama.embedding_length", int), g.get("llama.attention.head_count", int)
     head = int(g.metadata.get("llama.attention.key_length", width // heads))
     if int(g.metadata.get("llama.rope.dimension_count", head)) != head:
@@ -61,6 +69,7 @@ def config(g: GGUF) -> LlamaConfig:
         g.get("llama.block_count", int), width, g.get("llama.feed_forward_length", int), heads,
         int(g.metadata.get("llama.attention.head_count_kv", heads)), head, emb.shape[0], g.get("llama.context_length", int),
         g.get("llama.attention.layer_norm_rms_epsilon", float), g.get("llama.rope.freq_base", float, 10000.0),
+        int(g.metadata.get("llama.attention.sliding_window", 0)), experts, chosen,
     )  # fmt: skip
 
 
@@ -80,6 +89,16 @@ def stack(parts: list[Grouped]) -> Grouped | None:
         return None
     off = None if a.offset is None else np.concatenate([p.offset for p in parts if p.offset is not None])
     return replace(a, q=np.concatenate([p.q for p in parts]), scale=np.concatenate([p.scale for p in parts]), offset=off)
+
+
+def round_to_bytes(w: Array, name: str) -> Grouped:
+    """Floats [rows, columns] to 8 bits in groups of 32. Raises InvalidModel where the columns do not fill groups."""
+    if w.shape[1] % 32:
+        raise InvalidModel(f"tensor {name}: {w.shape[1]} columns do not fill groups of 32")
+    g = w.reshape(len(w), -1, 32)
+    scale = (np.abs(g).max(-1) / 127).astype(np.float16).astype(np.float32)
+    q = np.clip(np.round(g / np.where(scale == 0, 1, scale)[..., None]), -127, 127).astype(np.int8)
+    return Grouped(q.reshape(w.shape), 8, 32, scale)
 
 
 class _Llama:
@@ -146,16 +165,48 @@ class _Llama:
             y = b.op("Add", y, pick("embedding.offset", w.offset))
         return b.op("Reshape", y, b.ints(-1, c.width))
 
+    def feed_forward(self, h: Value, p: str) -> Value:
+        b, c = self.b, self.c
+        gate, up = (self.weight(p + f"ffn_{n}.weight", c.hidden, c.width) for n in ("gate", "up"))
+        made = self.product(h, [gate, up], p + "gate_up")
+        if len(made) == 1:
+            made = [b.op("Slice", made[0], b.ints(lo), b.ints(lo + c.hidden), b.ints(1)) for lo in (0, c.hidden)]
+        y = b.op("Mul", b.op("Mul", made[0], b.op("Sigmoid", made[0])), made[1])
+        return self.product(y, [self.weight(p + "ffn_down.weight", c.width, c.hidden)], p + "ffn_down")[0]
+
+    def experts(self, h: Value, p: str) -> Value:
+        """The sum of the chosen experts' outputs, weighted by the softmax of their scores alone."""
+        b, c = self.b, self.c
+        scores = self.product(h, [self.weight(p + "ffn_gate_inp.weight", c.experts, c.width)], p + "router")[0]
+        top, chosen = b.ops("TopK", 2, scores, b.ints(c.chosen), axis=-1, largest=1, sorted=1, name=p + "choice")
+        share = b.op("Softmax", top, axis=-1)
+        gate, up = (self.expert_product(h, chosen, p + f"ffn_{n}_exps.weight", c.hidden, c.width) for n in ("gate", "up"))
+        y = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
+        y = self.expert_product(y, chosen, p + "ffn_down_exps.weight", c.width, c.hidden)
+        return b.op("ReduceSum", b.op("Mul", y, b.op("Unsqueeze", share, b.ints(-1))), b.ints(1), keepdims=0)
+
+    def expert_product(self, x: Value, chosen: Value, name: str, rows: int, columns: int) -> Value:
+        """4-bit experts keep their bits, others take a byte a weight; floats are rounded to 8 bits in groups of 32."""
+        b, n = self.b, self.c.experts
+        t = self.g.tensor(name, (n, rows, columns))
+        w = replace(t, shape=(n * rows, columns)).grouped() if t.kind in BLOCKS else round_to_bytes(t.numpy().reshape(n * rows, columns), name)
+        q, zero, bits = w.q, w.zero, 4 if w.bits == 4 else 8
+        if q.dtype == np.int8:
+            q, zero = (q.astype(np.int16) + 128).astype(np.uint8), zero + 128
+        raw = pack_experts(q, bits).reshape(n, rows, -1)
+        ins = [x, chosen, b.const(f"{name}.bits", raw), b.const(f"{name}.scale", w.scale.astype(np.float16).reshape(n, rows, -1))]
+        if w.offset is not None:
+            ins.append(b.const(f"{name}.offset", w.offset.astype(np.float16).reshape(n, rows, -1)))
+        return b.op("luthier::ExpertMatMul", *ins, name=name, bits=bits, group=w.group, zero=zero)
+
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
         rows = var("S", lo=1)
         caches = [b.input(f"cache.{i}", f16, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
-        angles = np.arange(self.capacity)[:, None] / c.rope_base ** (np.arange(c.head // 2) * 2 / c.head)
-        if "rope_freqs.weight" in g.tensors:
-            angles = angles / g.tensor("rope_freqs.weight").numpy()
-        cos, sin = b.const("cos", np.cos(angles).astype(np.float32)), b.const("sin", np.sin(angles).astype(np.float32))
+        angles, size = rope_angles(g, "llama", self.capacity, c.head, c.rope_base, c.context)
+        cos, sin = b.const("cos", (np.cos(angles) * size).astype(np.float32)), b.const("sin", (np.sin(angles) * size).astype(np.float32))
         emb = g.tensor("token_embd.weight", (c.vocabulary, c.width))
         x = self.embedding(emb, tokens)
         kv = c.kv_heads * c.head
@@ -169,15 +220,10 @@ class _Llama:
             made = self.product(h, parts, p + "qkv")
             qkv = made[0] if len(made) == 1 else b.op("Concat", *made, axis=-1)
             cache, q = b.ops("luthier::RotateIntoCache", 2, caches[i], qkv, cos, sin, pos, heads=c.heads, kv_heads=c.kv_heads, scale=c.head**-0.5, name=p + "rotate")
-            a = b.op("luthier::CachedAttention", cache, q, pos, heads=c.heads, kv_heads=c.kv_heads, name=p + "attention")
+            a = b.op("luthier::CachedAttention", cache, q, pos, heads=c.heads, kv_heads=c.kv_heads, window=c.window, name=p + "attention")
             x = b.op("Add", self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0], x)
             h = self.norm(x, p + "ffn_norm.weight")
-            gate, up = (self.weight(p + f"ffn_{n}.weight", c.hidden, c.width) for n in ("gate", "up"))
-            made = self.product(h, [gate, up], p + "gate_up")
-            if len(made) == 1:
-                made = [b.op("Slice", made[0], b.ints(lo), b.ints(lo + c.hidden), b.ints(1)) for lo in (0, c.hidden)]
-            y = b.op("Mul", b.op("Mul", made[0], b.op("Sigmoid", made[0])), made[1])
-            x = b.op("Add", self.product(y, [self.weight(p + "ffn_down.weight", c.width, c.hidden)], p + "ffn_down")[0], x)
+            x = b.op("Add", self.experts(h, p) if c.experts else self.feed_forward(h, p), x)
         if last is not None:
             x = b.op("Gather", x, last, axis=0)
         x = self.norm(x, "output_norm.weight")

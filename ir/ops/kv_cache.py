@@ -108,7 +108,8 @@ def _in_place(k: Kernel) -> Kernel:
 class CachedAttention(Op):
     """(cache, q [S, heads, head], pos) -> [S, heads head] f32: causal attention of row s over the positions 0 .. pos + s.
 
-    Query heads share the keys of ``heads / kv_heads`` consecutive ones; the scale is in ``q``. Scores and sums in f32."""
+    Query heads share the keys of ``heads / kv_heads`` consecutive ones; the scale is in ``q``. Scores and sums in f32. ``window``: only the last
+    so many positions are looked at (its own is one of them); 0: all."""
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         _, _, d = _cache_shape(node, 0)
@@ -120,6 +121,7 @@ class CachedAttention(Op):
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
         h, cap, d = _cache_shape(node, 0)
         n = _heads(node)[0]
+        window = int(node.attrs.get("window", 0))
         per = n // h
         rows = must(ins, 1).shape[0]
         cache, q, at = (flat(must(ins, i)) for i in (0, 1, 2))
@@ -134,7 +136,8 @@ class CachedAttention(Op):
 
         def head(r: Expr) -> Stmt:
             s, k = r // h, r % h
-            last = var("last", lo=0)
+            last, first = var("last", lo=0), var("first", lo=0) if window else const(0)
+            start = first // LANES * LANES  # whole vectors of scores
 
             def scores(t: Expr) -> Stmt:
                 keys = [var(f"key{i}", lane, None) for i in range(d // LANES)]
@@ -148,13 +151,18 @@ class CachedAttention(Op):
                 return block(*load_keys, *dots)
 
             blocks = (last + LANES) // LANES  # last + 1 positions
-            parts: list[Stmt] = [for_("t", last + 1, scores)]
+            parts: list[Stmt] = [for_("t", last + 1, scores, lo=first)]
             sums = [Buffer(f"sum{g}", lane, (), "local") for g in range(per)]
             tops = [Buffer(f"top{g}", lane, (), "local") for g in range(per)]
-            tail = for_("p", blocks * LANES, lambda t: block(*(Store(score, (g * padded + t,), const(float("-inf"), f32)) for g in range(per))), lo=last + 1)
-            parts.append(tail)
+
+            def hide(t: Expr) -> Stmt:
+                return block(*(Store(score, (g * padded + t,), const(float("-inf"), f32)) for g in range(per)))
+
+            parts.append(for_("p", blocks * LANES, hide, lo=last + 1))
+            if window:
+                parts.append(for_("p", first, hide, lo=start))
             parts += [Store(b, (), bcast(const(float("-inf"), f32), LANES)) for b in tops]
-            parts.append(for_("b", blocks, lambda b: block(*(Store(x, (), maximum(load(x, ()), vector(score, g * padded + b * LANES))) for g, x in enumerate(tops)))))
+            parts.append(for_("b", blocks, lambda b: block(*(Store(x, (), maximum(load(x, ()), vector(score, g * padded + b * LANES))) for g, x in enumerate(tops))), lo=start // LANES))
             highs = [var(f"high{g}", f32) for g in range(per)]
             parts += [Let(v, vreduce("max", load(x, ()))) for v, x in zip(highs, tops, strict=True)]
             parts += [Store(b, (), bcast(const(0.0, f32), LANES)) for b in sums]
@@ -167,12 +175,12 @@ class CachedAttention(Op):
                     out_ += [Let(e, unary("exp", vector(score, i) - bcast(highs[g], LANES))), Store(score, (ramp(i, 1, LANES),), e), Store(sums[g], (), load(sums[g], ()) + e)]
                 return block(*out_)
 
-            parts.append(for_("b", blocks, weights))
+            parts.append(for_("b", blocks, weights, lo=start // LANES))
             inverse = [var(f"inv{g}", f32) for g in range(per)]
             parts += [Let(v, const(1.0, f32) / vreduce("add", load(x, ()))) for v, x in zip(inverse, sums, strict=True)]
             step = max(1, 12 // per)
-            for first in range(0, d // LANES, step):
-                cols = range(first, min(first + step, d // LANES))
+            for low in range(0, d // LANES, step):
+                cols = range(low, min(low + step, d // LANES))
                 acc = {(g, c): Buffer(f"o{g}_{c}", lane, (), "local") for g in range(per) for c in cols}
 
                 def sum_values(t: Expr, cols: Any = cols, acc: Any = acc) -> Stmt:
@@ -184,13 +192,14 @@ class CachedAttention(Op):
 
                 body = block(
                     *(Store(a, (), bcast(const(0.0, f32), LANES)) for a in acc.values()),
-                    for_("t", last + 1, sum_values),
+                    for_("t", last + 1, sum_values, lo=first),
                     *(Store(out, (ramp((s * n + k * per + g) * d + c * LANES, 1, LANES),), load(a, ()) * bcast(inverse[g], LANES)) for (g, c), a in acc.items()),
                 )
                 for a in acc.values():
                     body = Alloc(a, body)
                 parts.append(body)
-            whole = block(Let(last, minimum(pos + s, const(cap - 1))), *parts)
+            begin = [Let(first, maximum(last - (window - 1), const(0)))] if window else []
+            whole = block(Let(last, minimum(pos + s, const(cap - 1))), *begin, *parts)
             for b in (*tops, *sums, score):
                 whole = Alloc(b, whole)
             return whole
@@ -201,11 +210,13 @@ class CachedAttention(Op):
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         cache, q, at = (np.asarray(a) for a in arrays)
         n, h = _heads(node)
+        window = int(node.attrs.get("window", 0))
         k, v = (np.repeat(c.astype(np.float64), n // h, 0) for c in cache)
         out = np.empty(q.shape, np.float64)
         for s in range(len(q)):
             t = int(at[0]) + s + 1
-            x = np.einsum("hd,htd->ht", q[s].astype(np.float64), k[:, :t])
+            lo = max(0, t - window) if window else 0
+            x = np.einsum("hd,htd->ht", q[s].astype(np.float64), k[:, lo:t])
             p = np.exp(x - x.max(-1, keepdims=True))
-            out[s] = np.einsum("ht,htd->hd", p / p.sum(-1, keepdims=True), v[:, :t])
+            out[s] = np.einsum("ht,htd->hd", p / p.sum(-1, keepdims=True), v[:, lo:t])
         return [out.reshape(len(q), -1).astype(np.float32)]
