@@ -1,4 +1,5 @@
-"""What this machine can do: peak f32 FMA rate and read bandwidth by footprint, measured with JIT-compiled loops.
+"""What this machine can do: peak rates of f32 FMA and of integer dot products, read bandwidth by footprint, measured with
+JIT-compiled loops.
 
 The loops are LLVM text of the widest vectors that the host has; nothing of the compiler is used, so that its output can be
 compared with them.
@@ -10,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -67,6 +69,80 @@ def read_text(width: int, streams: int = 4, unroll: int = 4) -> str:
     parts += [f"%s{k} = add {vec} %s{k - 1}, %n{k + 1}" for k in range(1, total - 1)]
     parts += [f"%r = extractelement {vec} %s{total - 2}, i32 0", "ret i32 %r", "}"]
     return "\n".join(parts)
+
+
+def dots() -> dict[str, tuple[str, int]]:
+    """{name: (LLVM text of one step on x86: ``%d = f(%c, %a)`` on vectors of i32, products of a vector)} of the host's integer dot products."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    bits = lanes() * 32
+    if "sse2" not in flags or "ssse3" not in flags:
+        return {}
+    i8, i16, i32 = (f"<{bits // n} x i{n}>" for n in (8, 16, 32))
+    words = {512: "llvm.x86.avx512.pmaddw.d.512", 256: "llvm.x86.avx2.pmadd.wd", 128: "llvm.x86.sse2.pmadd.wd"}[bits]
+    pairs = {512: "llvm.x86.avx512.pmaddubs.w.512", 256: "llvm.x86.avx2.pmadd.ub.sw", 128: "llvm.x86.ssse3.pmadd.ub.sw.128"}[bits]
+    ones = ", ".join(["i16 1"] * (bits // 16))
+    head = f"%w = bitcast {i32} %a to {i16}\n%x = bitcast {i32} %c to {i16}\n"
+    out = {
+        "words": (head + f"%p = call {i32} @{words}({i16} %x, {i16} %w)\n%d = add {i32} %c, %p", bits // 16),
+        "bytes": (
+            f"%w = bitcast {i32} %a to {i8}\n%x = bitcast {i32} %c to {i8}\n%q = call {i16} @{pairs}({i8} %x, {i8} %w)\n"
+            f"%p = call {i32} @{words}({i16} %q, {i16} <{ones}>)\n%d = add {i32} %c, %p", bits // 8,
+        ),
+    }  # fmt: skip
+    if "avx512_vnni" in flags and "avx512vl" in flags:
+        # LLVM's older form takes i32 vectors, its newer one bytes; the instruction by name suits both
+        out["vnni"] = (f'%d = call {i32} asm "vpdpbusd $2, $2, $0", "=x,0,x"({i32} %c, {i32} %a)', bits // 8)
+    return out
+
+
+def dot_text(name: str, step: str, width: int, chains: int = 12) -> str:
+    """LLVM text of `i32 NAME_loop(i64 n, i32 s)`: n rounds of `chains` independent steps."""
+    vec = f"<{width} x i32>"
+    parts = [f"define i32 @{name}_loop(i64 %n, i32 %s) {{", "entry:", f"%u = insertelement {vec} poison, i32 %s, i32 0"]
+    parts += [f"%a = shufflevector {vec} %u, {vec} poison, <{width} x i32> zeroinitializer", "br label %loop", "loop:"]
+    parts += ["%i = phi i64 [0, %entry], [%i1, %loop]"]
+    parts += [f"%c{k} = phi {vec} [%a, %entry], [%d{k}, %loop]" for k in range(chains)]
+    for k in range(chains):
+        parts.append(re.sub(r"%([cdpqwx])\b", rf"%\g<1>{k}", step))
+    parts += ["%i1 = add i64 %i, 1", "%more = icmp ult i64 %i1, %n", "br i1 %more, label %loop, label %done", "done:"]
+    parts += [f"%t0 = add {vec} %d0, %d1"]
+    parts += [f"%t{k} = add {vec} %t{k - 1}, %d{k + 1}" for k in range(1, chains - 1)]
+    parts += [f"%r = extractelement {vec} %t{chains - 2}, i32 0", "ret i32 %r", "}"]
+    return "\n".join(parts)
+
+
+@functools.cache
+def compiled_dots() -> tuple[Any, dict[str, tuple[Callable[..., int], int]]]:
+    """(engine, {name: (loop, products of a vector)}) for this host; empty where none is known."""
+    import llvmlite.binding as llvm
+
+    kinds, width = dots(), lanes()
+    if not kinds:
+        return None, {}
+    vectors = {n: f"<{width * 32 // n} x i{n}>" for n in (8, 16, 32)}
+    names = {m: (16 if "pmadd.wd" in m or "pmaddw.d" in m else 8) for step, _ in kinds.values() for m in re.findall(r"@(llvm[\w.]+)", step)}
+    declared = [f"declare {vectors[32 if n == 16 else 16]} @{m}({vectors[n]}, {vectors[n]})" for m, n in names.items()]
+    text = "\n".join([*declared, *(dot_text(n, step, width) for n, (step, _) in kinds.items())])
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
+    features = llvm.get_host_cpu_features().flatten() + (",-prefer-256-bit" if width == 16 else "")
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(text), machine)
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int32)
+    return engine, {n: (kind(engine.get_function_address(f"{n}_loop")), products) for n, (_, products) in kinds.items()}
+
+
+def dot_peak(threads: int = 1, tries: int = 3) -> float:
+    """Thousands of millions of integer operations a second (a product and its sum are two) of the host's fastest dot product; 0 where none
+    is known. That one may saturate; no exact kernel is faster."""
+    rounds = 3_000_000
+    rates = [0.0]
+    for loop, products in compiled_dots()[1].values():
+        best = min(together(threads, lambda _, loop=loop: loop(rounds, 3)) for _ in range(tries))  # type: ignore[misc]
+        rates.append(threads * rounds * 12 * products * 2 / best / 1e9)
+    return max(rates)
 
 
 @functools.cache
@@ -142,7 +218,7 @@ def bandwidth(size: int, threads: int = 1, tries: int = 5) -> float:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """``flops``: GFLOP/s of f32 FMA. ``reads``: {level: GB/s}, all threads together. ``sizes``: {level: bytes of a core's share}
+    """``flops``: GFLOP/s of f32 FMA; ``integers``: Gop/s of the fastest integer dot product, 0 where it is not known. ``reads``: {level: GB/s}, all threads together. ``sizes``: {level: bytes of a core's share}
     that still count as lying there; what is larger comes from DRAM. ``cpu``: the processor as LLVM knows it."""
 
     threads: int
@@ -150,6 +226,7 @@ class Ceilings:
     reads: dict[str, float]
     sizes: dict[str, int]
     cpu: str = ""
+    integers: float = 0.0
 
     def level(self, size: float) -> str:
         """The nearest level that holds ``size`` bytes."""
@@ -164,4 +241,5 @@ def measure(threads: int = 1, tries: int = 3) -> Ceilings:
 
     caps = host().caps
     sizes = {"L1": caps.l1 * threads, "L2": caps.l2 * threads, "L3": caps.l3}
-    return Ceilings(threads, fma_peak(threads, tries), {k: bandwidth(n, threads, tries) for k, n in KINDS.items()}, sizes, llvm.get_host_cpu_name())
+    reads = {k: bandwidth(n, threads, tries) for k, n in KINDS.items()}
+    return Ceilings(threads, fma_peak(threads, tries), reads, sizes, llvm.get_host_cpu_name(), dot_peak(threads, tries))

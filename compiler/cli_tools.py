@@ -178,7 +178,7 @@ def table(report: Roofline, top: int) -> Any:
     from rich.table import Table
 
     out = Table(box=None, pad_edge=False)
-    for title in ("ms", "ideal", "of ceiling", "Mop", "MB", "op/byte", "GFLOP/s", "GB/s"):
+    for title in ("ms", "ideal", "of ceiling", "Mop", "MB", "op/byte", "Gop/s", "GB/s"):
         out.add_column(title, justify="right")
     out.add_column("bound")
     out.add_column("kernel", overflow="fold")
@@ -186,8 +186,8 @@ def table(report: Roofline, top: int) -> Any:
     for r in sorted(report.rows, key=lambda r: -r.ms)[:top]:
         rate = f"{r.bytes / r.ms / 1e6:.1f}" if r.ms else "-"
         out.add_row(
-            f"{r.ms:.4f}", f"{r.ideal_ms:.4f}", f"{100 * r.fraction:.0f} %", f"{r.flops / 1e6:.2f}", f"{r.bytes / 1e6:.3f}", f"{r.intensity:.2f}",
-            f"{r.gflops:.1f}", rate, r.bound, r.kernel, ", ".join(r.nodes)[:120],
+            f"{r.ms:.4f}", f"{r.ideal_ms:.4f}", f"{100 * r.fraction:.0f} %", f"{r.operations / 1e6:.2f}", f"{r.bytes / 1e6:.3f}", f"{r.intensity:.2f}",
+            f"{r.gops:.1f}", rate, r.bound, r.kernel, ", ".join(r.nodes)[:120],
         )  # fmt: skip
     return out
 
@@ -198,7 +198,7 @@ def summary(report: Roofline) -> str:
     return (
         f"{report.model}: {report.run_ms:.3f} ms a run; {len(report.rows)} kernels {report.profile_ms:.3f} ms, ideal {report.ideal_ms:.3f} ms "
         f"({100 * report.ideal_ms / report.run_ms:.0f} % of the ceiling)\n"
-        f"ceilings, {c.threads} thread(s) of {c.cpu}: {c.flops:.0f} GFLOP/s f32 FMA; reads, GB/s: {reads}"
+        f"ceilings, {c.threads} thread(s) of {c.cpu}: {c.flops:.0f} GFLOP/s f32 FMA, {c.integers:.0f} Gop/s integer dot products; reads, GB/s: {reads}"
     )
 
 

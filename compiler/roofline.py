@@ -1,8 +1,8 @@
 """The roofline of a model: what each kernel does, moves and takes, against what this machine was measured to be capable of.
 
-A kernel's ideal time is the larger of its float operations at the FMA peak and its bytes at the bandwidth of the place where they
-lie: weights where all weights of the model fit, everything else where the kernel's own tensors fit. Integer operations have no
-ceiling here; such kernels are judged by their bytes, and ``integers`` says how many there are.
+A kernel's ideal time is the largest of its float operations at the FMA peak, its integer operations at the peak of the fastest
+integer dot product, and its bytes at the bandwidth of the place where they lie: weights where all weights of the model fit, everything
+else where the kernel's own tensors fit. Where no dot product was measured, integer kernels are judged by their bytes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ class KernelRow:
     bound: str
 
     @property
-    def intensity(self) -> float:
-        return self.flops / self.bytes if self.bytes else 0.0
+    def operations(self) -> float:
+        return self.flops + self.integers
 
     @property
-    def gflops(self) -> float:
-        return self.flops / self.ms / 1e6 if self.ms else 0.0
+    def intensity(self) -> float:
+        return self.operations / self.bytes if self.bytes else 0.0
+
+    @property
+    def gops(self) -> float:
+        """Thousands of millions of operations a second, of floats and integers."""
+        return self.operations / self.ms / 1e6 if self.ms else 0.0
 
     @property
     def fraction(self) -> float:
@@ -73,7 +78,7 @@ class Roofline:
         return sum(r.ms for r in self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        rows = [{**asdict(r), "intensity": r.intensity, "gflops": r.gflops, "fraction": r.fraction} for r in self.rows]
+        rows = [{**asdict(r), "intensity": r.intensity, "gops": r.gops, "fraction": r.fraction} for r in self.rows]
         return {"model": self.model, "target": self.target, "run_ms": self.run_ms, "profile_ms": self.profile_ms, "ideal_ms": self.ideal_ms, "ceilings": asdict(self.ceilings), "kernels": rows}
 
 
@@ -131,9 +136,11 @@ def work_of_calls(program: Program, feeds: Mapping[str, Any]) -> list[tuple[floa
             continue
         f = program.kernels[s.callee]
         scalars = {p: (value(a, env) or 1) for p, a in zip(f.params, s.args, strict=True) if isinstance(p, Expr) and isinstance(a, Expr)}
-        key = (s.callee, tuple(sorted((p.key, n) for p, n in scalars.items())))
+        arrays = {p.name: program.constants.get((a if isinstance(a, Buffer) else a[0]).name) for p, a in zip(f.params, s.args, strict=True) if isinstance(p, Buffer)}
+        tables = {n: a for n, a in arrays.items() if a is not None and a.dtype == np.int32}
+        key = (s.callee, tuple(sorted((p.key, n) for p, n in scalars.items())), tuple(id(a) for a in tables.values()))
         if key not in seen:
-            seen[key] = count_work(f, scalars)
+            seen[key] = count_work(f, scalars, tables)
         work = seen[key]
         weights = others = 0.0
         for p, a in zip(f.params, s.args, strict=True):
@@ -154,12 +161,13 @@ def work_of_calls(program: Program, feeds: Mapping[str, Any]) -> list[tuple[floa
 def judge(row: Mapping[str, Any], work: tuple[float, float, float, float], model_weights: float, roof: Ceilings) -> KernelRow:
     """A profile's row against the ceilings."""
     flops, integers, weights, others = work
-    compute = flops / roof.flops / 1e6
+    floats, whole = flops / roof.flops / 1e6, integers / roof.integers / 1e6 if roof.integers else 0.0
+    compute = max(floats, whole)
     near, far = roof.level(others), roof.level(model_weights)
     moves = {near: others / roof.reads[near] / 1e6}
     moves[far] = moves.get(far, 0.0) + weights / roof.reads[far] / 1e6
     memory = sum(moves.values())
-    bound = "compute" if compute >= memory else max(moves, key=lambda k: moves[k])
+    bound = ("compute" if floats >= whole else "integers") if compute >= memory else max(moves, key=lambda k: moves[k])
     return KernelRow(str(row["kernel"]), tuple(row["nodes"]), flops, integers, weights + others, weights, float(row["ms"]), max(compute, memory), bound)
 
 
@@ -185,12 +193,14 @@ def _plot(report: Roofline) -> dict[str, Any]:
     """Positions of everything drawn; both axes are logarithmic."""
     import math
 
-    rows = [r for r in report.rows if r.flops > 0 and r.bytes > 0 and r.ms > 0]
+    rows = [r for r in report.rows if r.operations > 0 and r.bytes > 0 and r.ms > 0]
     roof = report.ceilings
     x0 = min([0.05, *(r.intensity / 2 for r in rows)])
     x1 = max([100.0, *(r.intensity * 2 for r in rows)])
-    y1 = roof.flops * 2
-    y0 = min([roof.flops / 1000, *(r.gflops / 2 for r in rows)])
+    whole = roof.integers if any(r.integers > r.flops for r in rows) else 0.0
+    top = max(roof.flops, whole)
+    y1 = top * 2
+    y0 = min([roof.flops / 1000, *(r.gops / 2 for r in rows)])
 
     def px(v: float) -> float:
         return round(LEFT + WIDTH * math.log(v / x0) / math.log(x1 / x0), 1)
@@ -203,21 +213,24 @@ def _plot(report: Roofline) -> dict[str, Any]:
 
     lines = []
     for name, rate in roof.reads.items():
-        knee = roof.flops / rate
+        knee = top / rate
         start = max(x0, y0 / rate)
         if start < knee:
             lines.append({"name": f"{name} {rate:.0f} GB/s", "x1": px(start), "y1": py(start * rate), "x2": px(min(knee, x1)), "y2": py(min(knee, x1) * rate)})
     left = px(max(x0, roof.flops / max(roof.reads.values())))
+    peaks = [{"x1": left, "x2": LEFT + WIDTH, "y": py(roof.flops), "name": f"{roof.flops:.0f} GFLOP/s f32 FMA"}]
+    if whole:
+        peaks.append({"x1": px(max(x0, whole / max(roof.reads.values()))), "x2": LEFT + WIDTH, "y": py(whole), "name": f"{whole:.0f} Gop/s integer dot products"})
     total = report.profile_ms or 1.0
     points = []
     shown = sorted(rows, key=lambda r: -r.ms)
     for k, r in enumerate(shown):
         points.append({
-            "x": px(r.intensity), "y": py(r.gflops), "r": round(3 + 40 * math.sqrt(r.ms / total), 1), "bound": r.bound, "label": ", ".join(r.nodes)[:40] if k < 8 else "",
-            "title": f"{r.kernel}: {r.ms:.3f} ms, ideal {r.ideal_ms:.3f} ms ({100 * r.fraction:.0f} %), {r.gflops:.1f} GFLOP/s, {r.intensity:.2f} op/byte; {', '.join(r.nodes)[:200]}",
+            "x": px(r.intensity), "y": py(r.gops), "r": round(3 + 40 * math.sqrt(r.ms / total), 1), "bound": r.bound, "label": ", ".join(r.nodes)[:40] if k < 8 else "",
+            "title": f"{r.kernel}: {r.ms:.3f} ms, ideal {r.ideal_ms:.3f} ms ({100 * r.fraction:.0f} %), {r.gops:.1f} Gop/s, {r.intensity:.2f} op/byte; {', '.join(r.nodes)[:200]}",
         })  # fmt: skip
     return {
         "width": WIDTH + LEFT + 30, "height": HEIGHT + TOP + 50, "left": LEFT, "top": TOP, "right": LEFT + WIDTH, "bottom": TOP + HEIGHT, "lines": lines,
-        "peak": {"x1": left, "x2": LEFT + WIDTH, "y": py(roof.flops), "name": f"{roof.flops:.0f} GFLOP/s f32 FMA"},
+        "peaks": peaks,
         "xticks": [{"at": px(v), "text": f"{v:g}"} for v in ticks(x0, x1)], "yticks": [{"at": py(v), "text": f"{v:g}"} for v in ticks(y0, y1)], "points": points,
     }  # fmt: skip

@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.ir.expr import Expr, free_vars
+import numpy as np
+
+from luthier.ir.expr import Expr, free_vars, is_const
 from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, Store, While, children, exprs_of
 
 __all__ = ["Work", "count_work"]
 
 _ARITHMETIC = frozenset("add sub mul div min max sqrt neg abs".split())
 Env = dict[Expr, "int | None"]
+Tables = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 @dataclass
@@ -35,13 +38,15 @@ class Work:
                 mine[k] = mine.get(k, 0.0) + n * times
 
 
-def count_work(f: Func, scalars: Mapping[Expr, int]) -> Work:
-    """The work of one run of ``f``; ``scalars``: values of its index parameters."""
-    return _Counter().stmt(f.body, dict(scalars))
+def count_work(f: Func, scalars: Mapping[Expr, int], tables: Tables | None = None) -> Work:
+    """The work of one run of ``f``; ``scalars``: values of its index parameters; ``tables``: contents of integer parameters that may
+    bound its loops."""
+    return _Counter(tables or {}).stmt(f.body, dict(scalars))
 
 
 class _Counter:
-    def __init__(self) -> None:
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
         self.own: dict[int, Work] = {}
         self.steering: dict[int, frozenset[Expr]] = {}
         self.memo: dict[tuple[int, tuple[int | None, ...]], Work] = {}
@@ -68,7 +73,8 @@ class _Counter:
                 elif e.op in _ARITHMETIC or e.op == "call":
                     n = float(e.dtype.lanes)
                     if e.op == "call":  # instructions: a dot product of k products a lane
-                        n *= 2 * max(1, max((a.dtype.lanes for a in e.args), default=1) // max(1, e.dtype.lanes))
+                        ones = any(a.op == "bcast" and is_const(a.args[0], 1) for a in e.args)  # then only sums
+                        n *= (1 if ones else 2) * max(1, max((a.dtype.lanes for a in e.args), default=1) // max(1, e.dtype.lanes))
                     if e.dtype.is_float:
                         w.floats += n
                     elif not e.dtype.is_index and not e.dtype.is_bool:
@@ -110,10 +116,10 @@ class _Counter:
             inner = dict(env)
             for c in s.stmts:
                 if isinstance(c, Let) and c.var.dtype.is_index:
-                    inner[c.var] = value(c.value, inner)
+                    inner[c.var] = value(c.value, inner, self.tables)
                 total.add(self.stmt(c, inner))
         elif isinstance(s, For):
-            lo, hi = value(s.lo, env), value(s.hi, env)
+            lo, hi = value(s.lo, env, self.tables), value(s.hi, env, self.tables)
             if lo is None or hi is None:
                 lo, hi = 0, 1
             if s.var in self.vars(s.body):
@@ -122,7 +128,7 @@ class _Counter:
             elif hi > lo:
                 total.add(self.stmt(s.body, {**env, s.var: lo}), hi - lo)
         elif isinstance(s, If):
-            c = value(s.cond, env)
+            c = value(s.cond, env, self.tables)
             if c is None:
                 total.add(self.stmt(s.then, env), 0.5 if s.orelse is not None else 1.0)
                 if s.orelse is not None:
@@ -136,17 +142,20 @@ class _Counter:
         return total
 
 
-def value(e: Expr, env: Mapping[Expr, int | None]) -> int | None:
-    """An index or condition as a number; None when memory decides it."""
+def value(e: Expr, env: Mapping[Expr, int | None], tables: Tables | None = None) -> int | None:
+    """An index or condition as a number; None when memory that is no table decides it."""
     op = e.op
     if op == "const":
         return int(e.attr)
     if op == "var":
         return env.get(e)
-    a = [value(x, env) for x in e.args]
+    a = [value(x, env, tables) for x in e.args]
     if any(x is None for x in a):
         return None
     n = [x for x in a if x is not None]
+    if op == "load":
+        t = None if tables is None else tables.get(e.attr[0].name)
+        return int(t.flat[n[0]]) if t is not None and len(n) == 1 and 0 <= n[0] < t.size else None
     if op == "select":
         return n[1] if n[0] else n[2]
     if op in ("cast", "bcast"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ import pytest
 
 from luthier.cli import _entry
 from luthier.cli import luthier as command
-from luthier.codegen.ceilings import Ceilings
+from luthier.codegen.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
 from luthier.codegen.target import parse_target
 from luthier.errors import InputError, TargetError
 from luthier.importers.onnx import import_onnx
@@ -84,6 +85,34 @@ def test_bounds() -> None:
     assert one(1, 5e6, 0, 5e6) == ("L3", pytest.approx(0.1))
     assert one(1, 0, 20e3, 200e6) == ("L1", pytest.approx(1e-4))
     assert one(1, 20e6, 20e3, 200e6) == ("DRAM", pytest.approx(1.0001))
+
+
+def test_integer_kernels_are_judged_by_the_dot_product() -> None:
+    roof = replace(ROOF, integers=400.0)
+
+    def one(flops: float, integers: float, others: float) -> tuple[str, float]:
+        r = judge({"kernel": "k", "nodes": ("n",), "ms": 1.0}, (flops, integers, 0.0, others), 1e3, roof)
+        return r.bound, r.ideal_ms
+
+    assert one(1e6, 4e8, 1e3) == ("integers", 1.0)
+    assert one(1e8, 2e8, 1e3) == ("compute", 1.0)
+    assert one(0, 4e3, 20e3)[0] == "L1"
+    r = judge({"kernel": "k", "nodes": ("n",), "ms": 2.0}, (1e6, 4e8, 0.0, 1e3), 1e3, ROOF)  # no dot product was measured
+    assert r.bound != "integers" and r.operations == 4.01e8 and r.gops == pytest.approx(200.5)
+
+
+@pytest.mark.skipif(not dots(), reason="no integer dot products are known for this processor")
+def test_dot_product_loops_compute_sums_of_products() -> None:
+    _, loops = compiled_dots()
+    n = lanes()
+    for name, (loop, products) in loops.items():
+        acc = 3
+        left, right = (np.int16, np.int16) if name == "words" else (np.uint8, np.int8)
+        for _ in range(5):
+            a, b = np.array([acc], np.int32).view(left).astype(np.int64), np.array([3], np.int32).view(right).astype(np.int64)
+            acc = int(np.int64(acc + (a * b).sum()).astype(np.int32))
+        assert loop(5, 3) == int(np.int64(12 * acc).astype(np.int32)) and products == n * len(np.zeros(1, np.int32).view(left)), name
+    assert dot_peak(1, 1) > 0
 
 
 @pytest.fixture(scope="module")
