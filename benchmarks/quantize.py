@@ -53,7 +53,7 @@ def text_data(calibration: int = 24, evaluation: int = 16) -> tuple[list[Feed], 
     return manual_pages(piece, 0, calibration), sentences + manual_pages(piece, calibration, evaluation - len(sentences))
 
 
-def image_data(calibration: int = 16, evaluation: int = 24) -> tuple[list[Feed], list[Feed]]:
+def image_data(calibration: int = 10, evaluation: int = 16) -> tuple[list[Feed], list[Feed]]:
     return [models.image_inputs(1000 + s) for s in range(calibration)], [models.image_inputs(s) for s in range(evaluation)]
 
 
@@ -115,7 +115,7 @@ def ort_static(source: str, data: Sequence[Feed], method: str, out: str, shapes:
     quantize_static(out + ".pre.onnx", out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=how)
 
 
-def static(names: Sequence[str], say: Callable[[str], None]) -> None:
+def static(names: Sequence[str], observers: Sequence[str], say: Callable[[str], None]) -> None:
     """Table of static int8."""
     import luthier
 
@@ -129,13 +129,12 @@ def static(names: Sequence[str], say: Callable[[str], None]) -> None:
         say(f"### {name}, output `{output}`: {len(calibration)} calibration and {len(evaluation)} other evaluation inputs\n")
         say("| quantized by | run by | mean cosine | worst | NMSE | same largest | MB | s |\n|---|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:
-            forms: list[dict[str, Any]] = [{"observer": o} for o in ("minmax", "percentile", "entropy")]
-            forms += [{"observer": "minmax", "method": "gptq"}]
-            forms += [{"observer": "minmax", "smooth": 0.5}, {"observer": "minmax", "smooth": 0.5, "method": "gptq"}] if name != "mobilenetv2" else []
+            forms: list[dict[str, Any]] = [{"observer": o} for o in observers]
+            forms += [{"observer": "minmax", "smooth": 0.5}, {"observer": "minmax", "smooth": 0.5, "method": "gptq"}] if name != "mobilenetv2" else [{"observer": "minmax", "method": "gptq"}]
             for form in forms:
                 label = ", ".join(f"{k} {v}" if k != "observer" else str(v) for k, v in form.items())
                 start = time.perf_counter()
-                q = luthier.quantize(case.path, "int8", calibration=calibration, shapes=shapes, embeddings=False, detail=0, **form)
+                q = luthier.quantize(case.path, "int8", calibration=calibration, shapes=shapes, embeddings=False, detail=None, **form)
                 took = time.perf_counter() - start
                 module = q.compile()
                 file = str(q.save(os.path.join(folder, "own.onnx")))
@@ -144,7 +143,7 @@ def static(names: Sequence[str], say: Callable[[str], None]) -> None:
                 if form == forms[0]:
                     for precise in (True, False):
                         say(f"| Luthier, {label} | onnxruntime{', precise' if precise else ''} | {score(ort_outputs(file, evaluation, output, precise))} | {size:.1f} | |")
-            for method in ("minmax", "percentile", "entropy"):
+            for method in observers:
                 file = os.path.join(folder, f"{method}.onnx")
                 start = time.perf_counter()
                 try:
@@ -196,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=("static", "weights"), help="default: both")
     parser.add_argument("--model", action="append", choices=("mobilenetv2", "minilm"), help="of the static part; default: both")
+    parser.add_argument("--observer", action="append", choices=("minmax", "percentile", "entropy"), help="of the static part; default: all")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--bits", type=int, action="append", help="widths of the weight-only part, 0 for ternary; default: 8 4 3 2 0 1")
     parser.add_argument("--update", action="store_true", help=f"replace these parts in {RESULT.relative_to(ROOT)}")
@@ -210,7 +210,7 @@ def main() -> None:
     if "weights" in parts:
         weights(say, given.group, given.bits or [8, 4, 3, 2, 0, 1])
     if "static" in parts:
-        static(given.model or ["mobilenetv2", "minilm"], say)
+        static(given.model or ["mobilenetv2", "minilm"], given.observer or ["minmax", "percentile", "entropy"], say)
     if given.update:
         update("\n".join(lines))
 

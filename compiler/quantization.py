@@ -110,7 +110,7 @@ class Quantized:
 def quantize(
     model: Any, precision: str = "w4", *, calibration: Any = None, shapes: Mapping[str, Sequence[Any]] | None = None, group: int = 64, symmetric: bool = False,
     method: str | None = None, scale_dtype: str = "f16", embeddings: bool = True, observer: str = "minmax", percentile: float = 99.99, smooth: float | None = None,
-    budget_mb: float | None = None, sensitivity: str = "output", exclude: Sequence[str] = (), samples: int | None = None, detail: int = 4, progress: bool = False,
+    budget_mb: float | None = None, sensitivity: str = "output", exclude: Sequence[str] = (), samples: int | None = None, detail: int | None = 4, progress: bool = False,
 ) -> Quantized:  # fmt: skip
     """Quantize ``model`` (path, ``onnx.ModelProto`` or Graph).
 
@@ -120,7 +120,7 @@ def quantize(
     ``calibration``: see :func:`luthier.calibrate.read_data`; at most ``samples`` of it. Needed by int8, auto and gptq, else only for the report.
     ``group``, ``symmetric``, ``method``, ``scale_dtype``: see :class:`WeightOptions` (``method``: default gptq with calibration data, else mse; for
     int8 rtn). ``embeddings``: large tables become bytes. ``observer``, ``percentile``, ``smooth``: see :class:`StaticOptions`. ``exclude``: patterns
-    of node names that stay. ``detail``: batches on which the errors inside the model are measured, 0 for none.
+    of node names that stay. ``detail``: batches on which the errors inside the model are measured; 0: of the outputs only; None: nothing is run for the report.
 
     Raises QuantizationError, InputError, and what ``luthier.compile`` raises. Ctrl-C leaves nothing behind."""
     want = parse_precision(precision)
@@ -257,9 +257,9 @@ def _embeddings(graph: Graph, exclude: Sequence[str], report: Report) -> None:
     quantize_gathers(graph, chosen)
 
 
-def _measure(before: Graph, graph: Graph, data: list[Feed], report: Report, rows: dict[str, LayerReport], detail: int, progress: bool) -> None:
+def _measure(before: Graph, graph: Graph, data: list[Feed], report: Report, rows: dict[str, LayerReport], detail: int | None, progress: bool) -> None:
     """Errors inside the model and of its outputs."""
-    if not data:
+    if not data or detail is None:
         return
     made = {n.name: n.outputs[0] for n in before.nodes if n.name in rows and n.outputs}
     now = {v.name: v for n in graph.nodes for v in n.outputs}

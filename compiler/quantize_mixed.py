@@ -85,6 +85,13 @@ def spend(options: Mapping[Layer, Sequence[tuple[int | None, float, float]]], ro
             break
         plan[x] = width
         missing -= saved
+    chosen = {x: next(p for p in points if p[0] == plan[x]) for x, points in options.items()}
+    for x in sorted(options, key=lambda x: -chosen[x][2]):  # the last step may have saved more than was needed
+        better = [p for p in options[x] if p[1] - chosen[x][1] <= -missing and p[2] < chosen[x][2]]
+        if better:
+            best = min(better, key=lambda p: p[2])
+            missing += best[1] - chosen[x][1]
+            plan[x] = best[0]
     if missing > 0:
         raise QuantizationError(f"the budget cannot be met: with every layer at its narrowest {missing / 1e6:.2f} MB are too many", hint="raise --budget-mb")
     return plan

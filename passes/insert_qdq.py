@@ -49,7 +49,7 @@ def parameters(low: float, high: float, symmetric: bool = False) -> Activation:
     if not (np.isfinite(low) and np.isfinite(high)) or low > high:
         raise QuantizationError(f"[{low}, {high}] is no range of activations")
     low, high = min(low, 0.0), max(high, 0.0)
-    if low == high:
+    if max(-low, high) < 1e-30:  # nothing but 0; a scale must not underflow
         return Activation(np.float32(1), 0, np.int8 if symmetric else np.uint8)
     if symmetric:
         return Activation(np.float32(max(-low, high) / 127), 0, np.int8)

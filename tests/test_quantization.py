@@ -81,7 +81,7 @@ def nmse(want: np.ndarray, got: np.ndarray) -> float:
     return float(np.square(got.astype(np.float64) - want).sum() / np.square(want.astype(np.float64)).sum())
 
 
-ROWS = [{"x": RNG.standard_normal((16, 64)).astype(np.float32)} for _ in range(3)]
+ROWS = [{"x": RNG.standard_normal((256, 64)).astype(np.float32)} for _ in range(3)]
 IMAGES = [{"x": RNG.standard_normal((2, 3, 16, 16)).astype(np.float32)} for _ in range(4)]
 
 
@@ -110,10 +110,11 @@ def test_low_bit_products_are_what_onnxruntime_computes_from_the_saved_file(prec
 
 def test_the_low_bit_kernel_is_used() -> None:
     """The graph that compiles holds no f32 matrix any more."""
-    q = luthier.quantize(products(), "w4", calibration=ROWS)
+    source = products()
+    q = luthier.quantize(source, "w4", calibration=ROWS)
     assert [n.op for n in q.graph.nodes if n.op in ("MatMul", "Gemm")] == []
     assert q.report.bytes_after < 0.2 * q.report.bytes_before
-    rounded = luthier.quantize(products(), "w4a8", calibration=ROWS)
+    rounded = luthier.quantize(source, "w4a8", calibration=ROWS)
     assert all(n.attrs["act_group"] == 32 for n in rounded.graph.nodes if n.op == "luthier::GroupedMatMul" and n.attrs["K"] % 32 == 0)
     x = {"x": RNG.standard_normal((1, 64)).astype(np.float32)}
     a, b = q.compile().run(x)["y"], rounded.compile().run(x)["y"]
@@ -241,7 +242,7 @@ def test_budgets_are_met_and_spent_well() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3), min_size=1, max_size=4), st.floats(0.1, 0.95))
 def test_spending_is_near_the_best_plan(raw: list[list[float]], share: float) -> None:
-    """Against every combination: within the budget, and no worse than the best plan that saves one layer's largest step more."""
+    """Against every combination: within the budget, and no worse than the best plan that saves one layer's largest step (30) more."""
     options = {i: [(None, 32.0, 0.0), *((b, float(b), sum(errors[: k + 1])) for k, (b, errors) in enumerate(zip((8, 4, 2), [e] * 3)))] for i, e in enumerate(raw)}
     total = 32.0 * len(raw)
     need = total * share * (30 / 32)
@@ -249,7 +250,7 @@ def test_spending_is_near_the_best_plan(raw: list[list[float]], share: float) ->
     point = {i: {p[0]: p for p in points} for i, points in options.items()}
     assert sum(32.0 - point[i][b][1] for i, b in plan.items()) >= need - 1e-9  # type: ignore[index]
     error = sum(point[i][b][2] for i, b in plan.items())  # type: ignore[index]
-    combos = [c for c in itertools.product(*options.values()) if sum(32.0 - p[1] for p in c) >= min(need + 24, 30 * len(raw))]
+    combos = [c for c in itertools.product(*options.values()) if sum(32.0 - p[1] for p in c) >= min(need + 30, 30 * len(raw))]
     assert error <= min(sum(p[2] for p in c) for c in combos) + 1e-9
 
 
