@@ -7,13 +7,15 @@ lanes, and intermediate rows stay in a local buffer when they fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from luthier.ir.expr import Expr, free_vars, is_const, load_parts, loads
+from luthier.ir.dtypes import f32
+from luthier.ir.expr import Expr, const, free_vars, is_const, load_parts, loads, rewrite
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import _widest
 from luthier.schedules.reduction import contiguity, use_lanes
-from luthier.schedules.schedule import Schedule, annotate, fuse, inline, reorder, split, stage
+from luthier.schedules.schedule import Schedule, Stage, annotate, fuse, inline, reorder, split, stage
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
@@ -27,6 +29,9 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     pos = positions(s, out.name)
     if pos is None or _contractions(s) > 1:
         return None
+    if caps.issue:
+        s = _divide_once(s, out)
+        out = s.stages[out.name]
     depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
     for n, m in pos.items():  # a reduction over fewer axes than its reader's rows would be done again for each of them
         own = max((p + 1 for p in m if p is not None), default=0)
@@ -184,6 +189,32 @@ def _lanes_of_row(s: Schedule, name: str, caps: Capabilities, pos: list[int | No
         s = split(s, lp.name, lanes * _registers(n, lanes, caps), "cut")
         s = annotate(s, f"{lp.name}.1", "vectorize")
     return s
+
+
+def _divide_once(s: Schedule, out: Stage) -> Schedule:
+    """A division of every element of a row by ``sum(exp(x - max(x)))``, which is at least 1 (so that nothing overflows), becomes a
+    multiplication by its reciprocal. The result is off by one rounding more, 2**-24 of its magnitude."""
+
+    def fix(e: Expr) -> Expr | None:
+        if e.op != "div" or e.dtype is not f32 or e.args[1].op != "load" or not _at_least_one(s, e.args[1].attr[0].name):
+            return None
+        return e.args[0] * (const(1.0, f32) / e.args[1])
+
+    new = rewrite(out.expr, fix)
+    return s if new is out.expr else replace(s, stages={**s.stages, out.name: replace(out, expr=new)}, trace=(*s.trace, ("divide_once", out.name)))
+
+
+def _at_least_one(s: Schedule, name: str) -> bool:
+    total = s.stages[name].reduction if name in s.stages else None
+    if total is None or total.attr[0] != "sum" or total.args[0].op != "load":
+        return False
+    e = s.stages[total.args[0].attr[0].name].expr if total.args[0].attr[0].name in s.stages else None
+    if e is None or e.op != "exp" or e.args[0].op != "sub" or e.args[0].args[1].op != "load":
+        return False
+    x, top = e.args[0].args
+    m = s.stages[top.attr[0].name].reduction if top.attr[0].name in s.stages else None
+    over = None if m is None or m.attr[0] != "max" else m.args[0]
+    return over is not None and over.op == x.op == "load" and over.attr[0].name == x.attr[0].name
 
 
 def _registers(n: int | None, lanes: int, caps: Capabilities) -> int:
