@@ -203,6 +203,27 @@ def openvino_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Ar
     return out
 
 
+def torch_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, rng: np.random.Generator) -> list[Candidate]:
+    """torch's weight-only products: 8 bits with a scale for each row, 4 bits in groups of 32 with scales and zero points."""
+    import torch
+
+    torch.set_num_threads(threads)
+    v, ops, out = torch.from_numpy(x), torch.ops.aten, []
+    q8, q4 = rng.integers(-127, 128, (n, k), dtype=np.int8), rng.integers(0, 16, (n, k), dtype=np.int32)
+    s8, s4 = (rng.uniform(0.5, 1.5, shape).astype(np.float32) / np.float32(np.sqrt(k) * most) for shape, most in (((n,), 64), ((n, k // 32), 4)))
+    eight = [(torch.from_numpy(np.roll(q8, i, 0)), torch.from_numpy(np.roll(s8, i, 0))) for i in range(layers)]
+    both = np.stack([s4.T, np.zeros_like(s4.T)], -1)
+    four = [(ops._convert_weight_to_int4pack_for_cpu(torch.from_numpy(np.roll(q4, i, 0)), 1), torch.from_numpy(np.ascontiguousarray(np.roll(both, i, 1)))) for i in range(layers)]
+    runs: list[tuple[str, float, Array, Callable[[int], Any]]] = [
+        ("8", 8 + 32 / k, q8 * s8.astype(np.float64)[:, None], lambda i: ops._weight_int8pack_mm(v, *eight[i])),
+        ("4", 4 + 64 / 32, (q4 - 8) * np.repeat(s4.astype(np.float64), 32, 1), lambda i: ops._weight_int4pack_mm_for_cpu(v, four[i][0], 32, four[i][1])),
+    ]
+    for width, bits, w, one in runs:
+        error = nmse(one(0).numpy(), x.astype(np.float64) @ w.T)
+        out.append(Candidate("torch", width, bits, lambda one=one: [one(i) for i in range(layers)], error))  # type: ignore[misc]
+    return out
+
+
 def measure(cands: list[Candidate], rounds: int, seconds: float) -> None:
     """Interleaved rounds; the best time of every candidate."""
     for _ in range(rounds):
@@ -221,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--batch", type=int, default=1)
     ap.add_argument("--place", choices=("dram", "l3"), default="dram")
-    ap.add_argument("--only", default="luthier,onnxruntime,ggml,openvino")
+    ap.add_argument("--only", default="luthier,onnxruntime,ggml,openvino,torch")
     ap.add_argument("--widths", default=",".join(WIDTHS))
     ap.add_argument("--levels", default="0,4", help="onnxruntime's accuracy levels")
     ap.add_argument("--tables", action="store_true")
@@ -250,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
             cands += onnx_candidates(*common, [int(v) for v in a.levels.split(",")], rng)
         if "openvino" in only and importlib.util.find_spec("openvino"):
             cands += openvino_candidates(*common, rng)
+        if "torch" in only and importlib.util.find_spec("torch"):
+            cands += torch_candidates(*common, rng)
         if "ggml" in only:
             try:
                 cands += ggml_candidates(*common, rng)

@@ -101,7 +101,7 @@ def _x86(name: str, cpu: str, flags: frozenset[str]) -> Target:
 
 
 def _aarch64(name: str, flags: frozenset[str]) -> Target:
-    facts = {"fma", "f16"} | ({"dot"} if "dotprod" in flags else set()) | ({"i8mm"} if "i8mm" in flags else set())
+    facts = {"fma", "f16", "bytes_shuffle"} | ({"dot"} if "dotprod" in flags else set()) | ({"i8mm"} if "i8mm" in flags else set())
     caps = Capabilities(vector_bits=128, registers=32, features=frozenset(facts), l1=64 << 10, l2=512 << 10, l3=4 << 20)
     return Target(name, "aarch64-unknown-linux-gnu", "generic", ",".join(f"+{f}" for f in sorted(flags)), caps, flags)
 

@@ -121,7 +121,8 @@ def vector_node(e: Expr, a: list[Any]) -> Any:
     if op == "extract":
         return a[0][..., e.attr]
     if op == "shuffle":
-        return np.concatenate(a, -1)[..., [max(p, 0) for p in e.attr]]
+        whole = [np.asarray(v)[..., None] if x.dtype.lanes == 1 else v for x, v in zip(e.args, a, strict=True)]
+        return np.concatenate(whole, -1)[..., [max(p, 0) for p in e.attr]]
     if op == "vreduce":
         v = a[0]
         while v.shape[-1] > 1:  # pairwise halving: lane i with lane i + half, an odd last lane waits

@@ -109,7 +109,7 @@ def apply(
     the number of operations."""
     lanes = caps.vector_bits // 32
     bytewise = {n: SPELLING[n].get(caps.printer, {}) for n in ("bytes.madd", "words.madd")}
-    if caps.gpu or FEATURE not in caps.features or "vnni" in caps.features or any(caps.vector_bits not in x for x in bytewise.values()):
+    if caps.gpu or not {FEATURE, "pmaddwd"} <= caps.features or "vnni" in caps.features or any(caps.vector_bits not in x for x in bytewise.values()):
         return None
     prepared = contract.prepare(s)
     if prepared is None:

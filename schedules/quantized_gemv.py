@@ -23,6 +23,7 @@ from luthier.ir.expr import (
     Expr,
     bcast,
     bitcast,
+    call,
     cast,
     const,
     load,
@@ -37,8 +38,10 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
+from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.intrin import usable
 from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, madd_bytes, madd_small, madd_words, sign_bytes
 from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, dim_of, group_stream, match, row_point
 from luthier.schedules.lowbit_layout import fields, pack_words, pieces
@@ -115,7 +118,14 @@ class GemvBuilder:
     def words(self) -> bool:
         """8-bit weights and activations are multiplied as 16-bit numbers, where no instruction gives a byte the sign of another."""
         p = self.p
-        return bool(p.act) and p.bits == 8 and self.caps.vector_bits not in SPELLING["bytes.sign"].get(self.caps.printer, {})
+        return bool(p.act) and p.bits == 8 and self.dot is None and self.caps.vector_bits not in SPELLING["bytes.sign"].get(self.caps.printer, {})
+
+    @property
+    def dot(self) -> Instruction | None:
+        """An instruction that adds four byte products to 32 bits, for fields (never above 127) as either operand type."""
+        found = [i for i in usable(self.caps) if i.group == 4 and i.adds and i.acc is i32 and i.a.bits == 8 and i.b is i8]
+        found = [i for i in found if self.caps.printer == "llvm" and (self.p.bits < 8 or i.a is i8)]
+        return next(iter(sorted(found, key=lambda i: i.a is i8)), None)
 
     def kernels(self) -> Any:
         from luthier.schedules.select import Kernels, build_kernel
@@ -345,7 +355,7 @@ class GemvBuilder:
         pools: dict[tuple[int, int, int], tuple[Expr, int]] = {}
         order = fields(p.bits) if p.bits < 8 else ()
         top = (1 << p.bits) - 1
-        done = 0
+        done, dot = 0, self.dot
         for u in range(span // UNIT):
             words: list[list[Expr]] = [[] for _ in range(r)]
             for w in range(p.bits):
@@ -358,15 +368,20 @@ class GemvBuilder:
                         continue
                     if isinstance(f, int):
                         vs = [b.let(bitcast(x[w], i8.vec(4 * self.lanes)), "v") for x in words]
+                    if isinstance(f, int) and dot is None:
                         mags = [b.let(bitcast(unary("abs", x), u8.vec(4 * self.lanes)), "v") for x in vs]
-                    else:
+                    if not isinstance(f, int):
                         vs = [b.let(f.fn(x), "v") for x in words]
                     for j in range(rows):
                         at = (m0 + j) * (p.columns // 4) + g * (span // 4) + u * 8 + quad
                         x = b.let(bitcast(bcast(load(self.xb, [at]), self.lanes), i8.vec(4 * self.lanes)), "x")
                         for i in range(r):
                             sub = (u * UNIT + quad * 4) // self.flush
-                            if isinstance(f, int):
+                            if dot is not None:
+                                at32 = (i, j, sub, 0 if isinstance(f, int) else f.scale)
+                                old = wide.get(at32, bcast(const(0, i32), self.lanes))
+                                wide[at32] = b.let(call(dot.name, i32.vec(self.lanes), old, bitcast(vs[i], dot.a.vec(4 * self.lanes)), x), "d")
+                            elif isinstance(f, int):
                                 t = madd_words(madd_bytes(mags[i], sign_bytes(x, vs[i])), bcast(const(1, i16), 2 * self.lanes))
                                 old = wide.get((i, j, sub))
                                 wide[i, j, sub] = b.let(t if old is None else old + t, "d")
@@ -412,7 +427,10 @@ class GemvBuilder:
                 key = (i, j, sub)
                 for scale in sorted({k[3] for k in pools if k[:3] == key}):
                     self.widen(b, pools, wide, key, scale)
-                if self.words:
+                if self.dot is not None:
+                    parts = [wide.pop(k) << (self.shift - k[3]) if k[3] != self.shift else wide.pop(k) for k in [k for k in wide if k[:3] == key]]
+                    dot = b.let(sum(parts[1:], parts[0]), "d")
+                elif self.words:
                     n, (lo, hi) = self.lanes, (wide.pop((*key, h)) for h in (0, 1))
                     dot = b.let(shuffle([lo, hi], range(0, 2 * n, 2)) + shuffle([lo, hi], range(1, 2 * n, 2)), "d")
                 else:
