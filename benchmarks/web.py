@@ -1,25 +1,26 @@
 """The speed table of the web targets: one headless Chromium, Luthier beside onnxruntime-web, TF.js and jax-js, in turns.
 
-    python benchmarks/web.py prepare [--rows A,B]              # compile the packages into build/web/packages
-    python benchmarks/web.py run [--rows A,B] [--backend wasm|webgpu] [--rounds N] [--json FILE]
-    python benchmarks/web.py first [--rows minilm,mobilenetv2] [--backend wasm|webgpu] [--rounds N] [--json FILE]
-    python benchmarks/web.py gpu [--rows minilm] [--json FILE]
-    python benchmarks/web.py report [--json FILE]              # writes benchmarks/results/web_*.md
+    python benchmarks/web.py run [--rows A,B] [--backend wasm|webgpu] [--rounds N]     # speed
+    python benchmarks/web.py gpu [--rows minilm]                                       # dispatches, bytes, shaders
+    python benchmarks/web.py first [--rows minilm] [--backend wasm|webgpu] [--rounds N]
+    python benchmarks/web.py prepare [--rows A,B]                                      # only compile
+    python benchmarks/web.py report                                                    # benchmarks/results/web_*.md
+
+Each compiles the packages of its rows first (`--prepared`: takes those in build/web/packages), adds its rows to the JSON file
+(`--json`) one by one, so that it may be run in pieces, and ends with the tables of all that is in the file (`--no-report`: without).
 
 `run`: every runtime has a page of its own in one browser; all are set up, warmed up, and then take turns of a quarter of a second in
 an order that alternates; shown are medians of all calls. A call takes inputs as typed arrays and gives outputs as typed arrays; weights
 are constants. `first`: milliseconds from navigation to the first result with an empty cache, all files from one server, and the
 browser's long-task entries. `gpu`: dispatches of one call, bytes that they are bound to, distinct shaders (`browser/gpu_hooks.js`).
-Results are added to the JSON file, so that rows may be measured one by one; nothing else should run on the machine.
+The report adds the sizes of code. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gzip
 import json
-import math
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -30,13 +31,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
 from benchmarks.browser import NODE_MODULES, Browser, BrowserError  # noqa: E402
-from benchmarks.web_models import PACKAGES, Site, code_size  # noqa: E402
+from benchmarks.web_models import PACKAGES, Site  # noqa: E402
 from benchmarks.web_rows import FOLDER, RowSpec, rows  # noqa: E402
 
 ROWS = "matmul-512 matmul-1024 gemv-4096 softmax layernorm minilm mobilenetv2 gemv-4096-q8 gemv-4096-q4 gemv-4096-q2 gemv-4096-q8a8 gemv-4096-q4a8 gemv-4096-q2a8".split()
 GPU_ROWS = "matmul-512 softmax minilm mobilenetv2".split()
 JSON = ROOT / "build" / "web" / "results.json"
-RESULTS = ROOT / "benchmarks" / "results"
 TURN_MS = 250.0
 Runtime = tuple[str, str, dict[str, Any]]
 
@@ -60,15 +60,17 @@ WEBGPU: list[Runtime] = [
 
 
 def prepare(specs: list[RowSpec], targets: list[str]) -> None:
-    """Compiles what the rows need."""
+    """Compiles what the rows need. A package that cannot be made is missing afterwards, which its row then says."""
     import luthier
 
     for spec in specs:
         for target in targets:
+            folder = PACKAGES / f"row-{spec.name}-{target}"
             try:
-                luthier.compile(spec.model, target=target).save(PACKAGES / f"row-{spec.name}-{target}")
+                luthier.compile(spec.model, target=target).save(folder)
                 print(f"{spec.name} for {target}", flush=True)
             except luthier.LuthierError as e:
+                shutil.rmtree(folder, ignore_errors=True)
                 print(f"{spec.name} for {target}: {e}", flush=True)
 
 
@@ -187,111 +189,44 @@ def gpu(bench: Bench, spec: RowSpec) -> dict[str, Any]:
     return out
 
 
-def sizes() -> dict[str, Any]:
-    """Gzip kilobytes of code: ours for every package, the peers' runtimes as their documentation loads them."""
-    dist = NODE_MODULES / "onnxruntime-web" / "dist"
-    tf = NODE_MODULES / "@tensorflow"
-    peers = {
-        "onnxruntime-web wasm": [dist / "ort.wasm.min.mjs", dist / "ort-wasm-simd-threaded.mjs", dist / "ort-wasm-simd-threaded.wasm"],
-        "onnxruntime-web webgpu": [dist / "ort.webgpu.min.mjs", dist / "ort-wasm-simd-threaded.asyncify.mjs", dist / "ort-wasm-simd-threaded.asyncify.wasm"],
-        "TF.js wasm": [tf / "tfjs/dist/tf.min.js", tf / "tfjs-backend-wasm/dist/tf-backend-wasm.min.js", tf / "tfjs-backend-wasm/dist/tfjs-backend-wasm-threaded-simd.wasm"],
-        "jax-js": [p for p in (NODE_MODULES / "@jax-js/jax/dist").glob("*.js")],
-    }  # fmt: skip
-    out = {name: sum(len(gzip.compress(p.read_bytes(), 9)) for p in files) / 1e3 for name, files in peers.items()}
-    ours = {p.name: code_size(p) / 1e3 for p in sorted(PACKAGES.iterdir()) if (p / "manifest.json").is_file()}
-    return {"peers": out, "luthier": ours}
-
-
-# ---------------------------------------------------------------- report
-
-
-def report(data: dict[str, Any]) -> None:
-    """The tables as Markdown."""
-    stamp = datetime.date.today().isoformat()
-    head = f"{data['machine']}, Chromium {data['version']}, {stamp}. Milliseconds.\n"
-    for backend, runtimes in (("wasm", WASM), ("webgpu", WEBGPU)):
-        measured = data.get(f"run-{backend}", {})
-        if not measured:
-            continue
-        labels = [label for label, _, _ in runtimes]
-        note = (
-            "Every runtime in a page of its own of one browser, in turns of a quarter of a second; medians; weights are constants, inputs and outputs "
-            "typed arrays. *In place*: the call's inputs are views of the model's memory (`model.views()`), as tensors of TF.js and jax-js always are in theirs, "
-            "and one array of the caller's takes the output (`into`); in every other column luthier and onnxruntime copy inputs in, and outputs are new arrays. Ratio: best peer on one thread / luthier relaxed on one thread."
-            if backend == "wasm"
-            else "A software adapter (SwiftShader): times are printed for information and rank nothing."
-        )
-        lines = [f"# {backend} in the browser\n", head, note + "\n", f"| row | {' | '.join(labels)} | ratio |", "|---" * (len(labels) + 2) + "|"]
-        ratios = []
-        for name in ROWS:
-            if name not in measured:
-                continue
-            r = measured[name]
-            cells = [f"{r[x]['median']:.2f}" + ("" if r[x]["error"] < 1e-3 else " WRONG") if "median" in r.get(x, {}) else "-" for x in labels]
-            peers = [r[x]["median"] for x in labels[1:] if "median" in r.get(x, {}) and not x.startswith("luthier") and "2 threads" not in x]
-            ratio = min(peers) / r[labels[0]]["median"] if peers and "median" in r.get(labels[0], {}) else math.nan
-            ratios += [] if math.isnan(ratio) else [ratio]
-            lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
-        if ratios:
-            lines += ["", f"Geometric mean of {len(ratios)} ratios: **{math.exp(statistics.fmean(map(math.log, ratios))):.2f}**"]
-        failed = {f"{x}, {n}: {r[x]['failed']}" for n, r in measured.items() for x in r if "failed" in r[x] and "cannot read ONNX" not in r[x]["failed"]}
-        lines += ["", *(f"* not run: {f}" for f in sorted(failed)), ""]
-        (RESULTS / f"web_{backend}.md").write_text("\n".join(lines))
-        print("\n".join(lines))
-    lines = ["# First result, work on the GPU, sizes\n", head]
-    for name, sides in data.get("first", {}).items():
-        lines += [f"## {name}: from navigation to the first result, cold cache", "", "| runtime | first result ms | long tasks | longest block of the main thread ms |", "|---|---|---|---|"]
-        for label, runs in sides.items():
-            good = [r for r in runs if not r.get("failed")]
-            if not good:
-                lines.append(f"| {label} | {runs[0]['failed'][:100]} | | |")
-                continue
-            m = sorted(good, key=lambda r: r["ms"])[len(good) // 2]
-            lines.append(f"| {label} | {m['ms']:.0f} | {len(m['long_tasks'])} | {m['blocked_ms']:.0f} |")
-        lines.append("")
-    for name, sides in data.get("gpu", {}).items():
-        lines += [f"## {name}: one call on WebGPU", "", "| runtime | dispatches | bytes bound, MB | submits | distinct shaders | pipelines | error |", "|---|---|---|---|---|---|---|"]
-        for label, r in sides.items():
-            if "failed" in r:
-                lines.append(f"| {label} | {r['failed'][:100]} | | | | | |")
-            else:
-                lines.append(f"| {label} | {r['dispatches']} | {r['bytes'] / 1e6:.1f} | {r['submits']} | {r['shaders']} | {r['pipelines']} | {r['error']:.1e} |")
-        lines.append("")
-    if "sizes" in data:
-        lines += ["## Code, gzip KB", "", "| what | KB |", "|---|---|"]
-        for part in data["sizes"].values():
-            lines += [f"| {n.removeprefix('row-')} | {k:.0f} |" for n, k in part.items()]
-    (RESULTS / "web_first.md").write_text("\n".join([*lines, ""]))
-    print("\n".join(lines))
-
-
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("prepare", "run", "first", "gpu", "report"))
+    parser.add_argument("what", choices=("run", "gpu", "first", "prepare", "report"))
     parser.add_argument("--rows", default="")
     parser.add_argument("--backend", choices=("wasm", "webgpu"), default="wasm")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=TURN_MS, help="milliseconds of a turn")
     parser.add_argument("--json", type=Path, default=JSON)
+    parser.add_argument("--prepared", action="store_true", help="take the packages as they are")
+    parser.add_argument("--no-report", action="store_true")
     args = parser.parse_args()
     default = {"run": ROWS if args.backend == "wasm" else GPU_ROWS, "first": ["minilm"], "gpu": ["minilm"]}.get(args.what, ROWS)
     specs = rows(args.rows.split(",") if args.rows else default) if args.what != "report" else []
-    if args.what == "prepare":
-        prepare(specs, ["wasm", "webgpu"])
-        return 0
+    targets = ["webgpu"] if args.what == "gpu" else [args.backend] if args.what != "prepare" else ["wasm", "webgpu"]
+    if not args.prepared:
+        prepare(specs, targets)
     data: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
-    if args.what == "report":
-        report(data | {"sizes": sizes()})
-        return 0
+    if args.what in ("run", "gpu", "first"):
+        data = tables(data, specs, args)
+    if args.what != "prepare" and not args.no_report:
+        from benchmarks.web_report import report
+
+        report(data)
+    return 0
+
+
+def tables(data: dict[str, Any], specs: list[RowSpec], args: argparse.Namespace) -> dict[str, Any]:
+    """Measures the rows; ``data`` with them, which is also what the JSON file then holds."""
     from benchmarks.cpu import machine
 
+    runtimes = WASM if args.backend == "wasm" else WEBGPU
     with Bench() as bench:
         here = machine()
         data |= {"version": bench.browser.version, "machine": f"{here['cpu']}, {here['cores']} cores"}
         for spec in specs:
             if args.what == "run":
-                result = measure(bench, spec, WASM if args.backend == "wasm" else WEBGPU, args.rounds, args.turn)
+                result = measure(bench, spec, runtimes, args.rounds, args.turn)
                 data.setdefault(f"run-{args.backend}", {})[spec.name] = result
                 for label, r in result.items():
                     print(f"{spec.name:14} {label:28}", r["failed"] if "failed" in r else f"{r['median']:8.3f} ms  min {r['min']:8.3f}  {r['calls']} calls  error {r['error']:.1e}", flush=True)
@@ -301,7 +236,7 @@ def main() -> int:
                 print(json.dumps(result, indent=1), flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(data, indent=1))
-    return 0
+    return data
 
 
 if __name__ == "__main__":
