@@ -53,7 +53,7 @@ def text_data(calibration: int = 24, evaluation: int = 16) -> tuple[list[Feed], 
     return manual_pages(piece, 0, calibration), sentences + manual_pages(piece, calibration, evaluation - len(sentences))
 
 
-def image_data(calibration: int = 10, evaluation: int = 16) -> tuple[list[Feed], list[Feed]]:
+def image_data(calibration: int = 16, evaluation: int = 24) -> tuple[list[Feed], list[Feed]]:
     return [models.image_inputs(1000 + s) for s in range(calibration)], [models.image_inputs(s) for s in range(evaluation)]
 
 
