@@ -21,6 +21,7 @@ from luthier.errors import CompilationError, InputError, KernelError, TargetErro
 CHUNK = 1 << 16
 ALIGN = 256
 MAX_ROUNDS = 1_000_000
+LARGER = ("max-buffer-size", "max-storage-buffer-binding-size")  # as much as the adapter has: temporaries may be larger than the default
 FORMATS = {
     "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q", "f16": "e", "f32": "f", "f64": "d",
 }  # fmt: skip
@@ -36,9 +37,14 @@ def device() -> Any:
     settings.provide("XDG_RUNTIME_DIR", "/tmp")
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-        return adapter.request_device_sync()
+        return adapter.request_device_sync(required_limits={name: adapter.limits[name] for name in LARGER})
     except Exception as e:  # wgpu raises several classes of its own here
         raise TargetError(f"no WebGPU adapter: {e}", hint="install a Vulkan driver, such as mesa-vulkan-drivers") from e
+
+
+def largest_binding() -> int:
+    """Bytes that one binding may have on the default device."""
+    return int(device().limits["max-storage-buffer-binding-size"])
 
 
 class Pipelines:
@@ -187,6 +193,7 @@ class _Run:
         self.chunk: _Chunk | None = None
         self.fresh_chunks: list[_Chunk] = []
         self.seen: dict[bytes, tuple[_Chunk, int]] = {}
+        self.most = largest_binding()
 
     # statements --------------------------------------------------
 
@@ -249,6 +256,11 @@ class _Run:
         for b, o, n in places:
             if o + n > b.size:
                 raise KernelError(f"dispatch {call} binds bytes {o} to {o + n} of a buffer of {b.size}")
+            if n > self.most:
+                raise KernelError(
+                    f"dispatch {call} needs {n} bytes in one binding, this adapter allows {self.most}",
+                    hint="use smaller inputs, another adapter, or the targets cpu and wasm",
+                )
         entries = [{"binding": i, "resource": {"buffer": b, "offset": o, "size": n}} for i, (b, o, n) in enumerate(places)]
         group = device().create_bind_group(layout=layout, entries=entries)
         self.rec.commands.append(("d", pipeline, group, *grid))

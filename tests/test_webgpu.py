@@ -15,7 +15,7 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
-from luthier.errors import CompilationError, InputError, LuthierError, TargetError
+from luthier.errors import CompilationError, InputError, KernelError, LuthierError, TargetError
 from luthier.webgpu_module import WebGpuModule
 
 pytest.importorskip("wgpu")
@@ -297,6 +297,18 @@ def test_constant_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(g.host["weights"]) == 4 and all(n <= 4096 for _, n in g.host["weights"])
     x = normal(20, 50)
     close(g.run({"x": x})["y"], x @ w + b)
+
+
+def test_temporary_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extent that only the run knows asks for more than the adapter can bind: a typed error that says so, and smaller inputs still run."""
+    from luthier import webgpu_device
+
+    m = build(graph([h.make_node("Softmax", ["x"], ["y"])], {"x": (F, ["n", 64])}, ["y"]))
+    monkeypatch.setattr(webgpu_device, "largest_binding", lambda: 64 * 64 * 4)
+    x = normal(64, 64)
+    close(m.run({"x": x})["y"], np.exp(x) / np.exp(x).sum(-1, keepdims=True))
+    with pytest.raises(KernelError, match="16640 bytes in one binding, this adapter allows 16384"):
+        m.run({"x": normal(65, 64)})
 
 
 def test_recurrent_network_wider_than_a_group() -> None:
