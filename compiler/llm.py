@@ -172,12 +172,13 @@ class LanguageModel:
 
 def compile_model(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False,
+    all_logits: bool = False, cache_bits: int = 16,
 ) -> Module:
     """A GGUF file of the Llama architecture as a Module that :class:`LanguageModel` runs and ``save`` writes.
 
     ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
-    activations instead of 8 bits in groups of 32; ``all_logits``: the logits of every token. Raises InvalidModel, InputError, TargetError."""
+    activations instead of 8 bits in groups of 32; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
+    the memory and bandwidth of keys and values). Raises InvalidModel, InputError, TargetError."""
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf
     from luthier.importers.gguf_llama import config, llama_graph
@@ -189,7 +190,9 @@ def compile_model(
         raise InputError(f"a capacity of {n} positions is outside of 1 to {c.context}, the model's context")
     if chunk < 1:
         raise InputError(f"a chunk of {chunk} tokens is too short")
-    graph = llama_graph(file, n, exact, all_logits)
+    if cache_bits not in (8, 16):
+        raise InputError(f"a cache of {cache_bits} bits is not supported", hint="8 or 16")
+    graph = llama_graph(file, n, exact, all_logits, cache_bits)
     module = compile_graph(graph, target, threads)
     ends = (file.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
     begin = file.metadata.get("tokenizer.ggml.bos_token_id") if file.metadata.get("tokenizer.ggml.add_bos_token") else None
@@ -237,7 +240,7 @@ def compile_gguf(path: str | Path, target: str, shapes: Any, threads: int | None
 
 def load(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False,
+    all_logits: bool = False, cache_bits: int = 16,
 ) -> LanguageModel:
     """A GGUF file compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
     ArtifactError."""
@@ -245,4 +248,4 @@ def load(
         from luthier.artifact import load as load_artifact
 
         return LanguageModel(load_artifact(Path(path), threads))
-    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits))
+    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits, cache_bits))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from luthier import llm
-from luthier.errors import InvalidModel, ShapeError
+from luthier.errors import InputError, InvalidModel, ShapeError
 from luthier.importers.builder import GraphBuilder, compile_graph
 from luthier.importers.gguf import GGUF, read_gguf
-from luthier.ir.dtypes import f32, i64
+from luthier.ir.dtypes import f32, i8, i64
 from luthier.ir.expr import var
 from luthier.ir.ops.experts import pack_experts
 from tests.test_gguf import f32_tensor, q4_1, q8_0, write
@@ -139,6 +139,58 @@ def test_sliding_window(tmp_path: Path, window: int) -> None:
     if window == 3:
         pytest.importorskip("wasmtime")
         check(path, want, "wasm")
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_cache_of_8_bits(tmp_path: Path, window: int) -> None:
+    """Against f64: rounding of keys and values to 8 bits moves logits by up to 2 %; the order of the best tokens stays."""
+    path = model(tmp_path / "m.gguf", {"llama.attention.sliding_window": window})
+    want = forward(path, TOKENS, window)
+    whole = llm.load(path, threads=1, capacity=32, chunk=5, exact=True)
+    for target in ("cpu", "wasm"):
+        if target == "wasm":
+            pytest.importorskip("wasmtime")
+        m = llm.load(path, target, threads=2, capacity=32, chunk=5, exact=True, cache_bits=8)
+        assert m.about["cache_bytes"] == LAYERS * 2 * KV * (HEAD + 4)
+        got = [m.feed(TOKENS[:13]), *(m.feed([t]) for t in TOKENS[13:])]
+        for y, w in zip(got, want[12:], strict=True):
+            assert np.abs(y - w).max() < 0.02 * np.abs(want).max()
+            assert int(np.argmax(y)) == int(np.argmax(w))
+    assert whole.about["cache_bytes"] == LAYERS * 2 * KV * HEAD * 2
+    with pytest.raises(InputError, match="cache of 4 bits"):
+        llm.load(path, cache_bits=4)
+
+
+def test_rows_of_an_8_bit_cache() -> None:
+    """The rows that RotateIntoCache writes, against numpy; others stay as they are."""
+    rng = np.random.default_rng(0)
+    b = GraphBuilder("rows")
+    n = var("S", lo=1)
+    half = HEAD // 2
+    cache, scales = b.input("cache", i8, [2, KV, 8, HEAD]), b.input("scales", f32, [2, KV, 8])
+    qkv, pos = b.input("qkv", f32, [n, (HEADS + 2 * KV) * HEAD]), b.input("pos", i64, [1])
+    cos, sin = (rng.standard_normal((8, half)).astype(np.float32) for _ in range(2))
+    outs = b.ops("luthier::RotateIntoCache", 3, cache, qkv, b.const("cos", cos), b.const("sin", sin), pos, scales, heads=HEADS, kv_heads=KV)
+    for name, v in zip(("after", "q", "after.scales"), outs, strict=True):
+        b.output(name, v)
+    graph = b.graph()
+    bytes_, rows = rng.integers(-9, 9, (2, KV, 8, HEAD)).astype(np.int8), np.ones((2, KV, 8), np.float32)
+    before = bytes_.copy()
+    x = rng.standard_normal((3, (HEADS + 2 * KV) * HEAD)).astype(np.float32)
+    x[1, -HEAD:] = 0
+    after, _, after_scales = compile_graph(graph, threads=1)(bytes_, rows, x, np.array([4]))
+    assert np.array_equal(after, bytes_) and np.array_equal(after_scales, rows)
+    v = x.reshape(3, -1, HEAD).astype(np.float64)
+    c, s = cos[4:7, None], sin[4:7, None]
+    keys = np.concatenate([v[:, HEADS : HEADS + KV, :half] * c - v[:, HEADS : HEADS + KV, half:] * s, v[:, HEADS : HEADS + KV, :half] * s + v[:, HEADS : HEADS + KV, half:] * c], -1)
+    want = np.stack([keys, v[:, HEADS + KV :]]).swapaxes(1, 2)
+    top = np.abs(want).max(-1)
+    assert np.allclose(rows[:, :, 4:7], top / 127, rtol=1e-5)
+    assert np.abs(bytes_[:, :, 4:7] * rows[:, :, 4:7, None] - want).max(-1).max() <= (top / 127 * 0.51).max()
+    assert np.array_equal(bytes_[:, :, :4], before[:, :, :4]) and np.array_equal(bytes_[:, :, 7:], before[:, :, 7:])
+    with pytest.raises(ShapeError, match="needs scales"):
+        wrong = b.input("wrong", f32, [2, KV, 9])
+        b.ops("luthier::RotateIntoCache", 3, cache, qkv, b.const("c", cos), b.const("s", sin), pos, wrong, heads=HEADS, kv_heads=KV)
 
 
 SCALINGS: list[dict[str, Any]] = [

@@ -1,6 +1,7 @@
 """The Llama architecture of a GGUF file as a graph: one function for prompts and for single steps, over a cache that the caller keeps.
 
-Inputs: ``cache.N`` f16 [2, kv_heads, capacity, head] of every layer, which are changed in place and come first, ``tokens`` i64 [S], ``pos``
+Inputs: ``cache.N`` f16 [2, kv_heads, capacity, head] of every layer (or i8, then all ``cache.N.scale`` f32 [2, kv_heads, capacity]), which are
+changed in place and come first, ``tokens`` i64 [S], ``pos``
 i64 [1] (position of the first of them) and ``last`` i64 [1] (the row whose logits are wanted). Output: ``logits`` f32 [1, vocabulary] (or [S, vocabulary]).
 
 Weights stay in the bits of the file; their scales are kept in half precision (those of the K forms are products of two stored
@@ -19,7 +20,7 @@ from luthier.importers.builder import GraphBuilder
 from luthier.importers.gguf import GGUF, Tensor
 from luthier.importers.gguf_blocks import BLOCKS, Grouped
 from luthier.importers.rope_scaling import check_scaling, rope_angles
-from luthier.ir.dtypes import f16, i64
+from luthier.ir.dtypes import f16, f32, i8, i64
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph, Value
 from luthier.ir.ops.experts import pack_experts
@@ -102,8 +103,8 @@ def round_to_bytes(w: Array, name: str) -> Grouped:
 
 
 class _Llama:
-    def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool) -> None:
-        self.g, self.c, self.capacity, self.exact, self.all_logits = g, config(g), capacity, exact, all_logits
+    def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool, cache_bits: int) -> None:
+        self.g, self.c, self.capacity, self.exact, self.all_logits, self.cache_bits = g, config(g), capacity, exact, all_logits, cache_bits
         self.b = GraphBuilder("llama")
 
     def product(self, x: Value, parts: list[Grouped | Array], name: str) -> list[Value]:
@@ -202,7 +203,9 @@ class _Llama:
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
         rows = var("S", lo=1)
-        caches = [b.input(f"cache.{i}", f16, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
+        kind = f16 if self.cache_bits == 16 else i8
+        caches = [b.input(f"cache.{i}", kind, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
+        scales = [] if kind is f16 else [b.input(f"cache.{i}.scale", f32, [2, c.kv_heads, self.capacity]) for i in range(c.layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
         angles, size = rope_angles(g, "llama", self.capacity, c.head, c.rope_base, c.context)
@@ -219,8 +222,10 @@ class _Llama:
             ]  # fmt: skip
             made = self.product(h, parts, p + "qkv")
             qkv = made[0] if len(made) == 1 else b.op("Concat", *made, axis=-1)
-            cache, q = b.ops("luthier::RotateIntoCache", 2, caches[i], qkv, cos, sin, pos, heads=c.heads, kv_heads=c.kv_heads, scale=c.head**-0.5, name=p + "rotate")
-            a = b.op("luthier::CachedAttention", cache, q, pos, heads=c.heads, kv_heads=c.kv_heads, window=c.window, name=p + "attention")
+            own = scales[i : i + 1]
+            heads = {"heads": c.heads, "kv_heads": c.kv_heads}
+            cache, q, *own = b.ops("luthier::RotateIntoCache", 2 + len(own), caches[i], qkv, cos, sin, pos, *own, **heads, scale=c.head**-0.5, name=p + "rotate")
+            a = b.op("luthier::CachedAttention", cache, q, pos, *own, **heads, window=c.window, name=p + "attention")
             x = b.op("Add", self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0], x)
             h = self.norm(x, p + "ffn_norm.weight")
             x = b.op("Add", self.experts(h, p) if c.experts else self.feed_forward(h, p), x)
@@ -232,7 +237,7 @@ class _Llama:
         return b.graph()
 
 
-def llama_graph(g: GGUF, capacity: int, exact: bool = False, all_logits: bool = False) -> Graph:
+def llama_graph(g: GGUF, capacity: int, exact: bool = False, all_logits: bool = False, cache_bits: int = 16) -> Graph:
     """The model as a graph. ``capacity``: positions of the cache; ``exact``: activations in f32 instead of 8 bits; ``all_logits``:
-    logits of every row. Raises InvalidModel."""
-    return _Llama(g, capacity, exact, all_logits).graph()
+    logits of every row; ``cache_bits``: 16, or 8 with a scale for each row of a head. Raises InvalidModel."""
+    return _Llama(g, capacity, exact, all_logits, cache_bits).graph()

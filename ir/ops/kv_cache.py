@@ -1,7 +1,8 @@
 """Operators of a decoder over a cache of keys and values that a caller keeps: rows rotated and written, attention over what is there.
 
 The cache of a layer is ``[2, kv_heads, capacity, head]`` (keys, then values), row ``t`` of a head belongs to position ``t``. Both operators
-take ``pos`` i64 [1], the position of the first of the S new rows; rows up to it must have been written.
+take ``pos`` i64 [1], the position of the first of the S new rows; rows up to it must have been written. A cache of i8 comes with ``scales``
+f32 ``[2, kv_heads, capacity]``: a row is 127 times its values over the largest one of them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import f32, index
-from luthier.ir.expr import Expr, bcast, cast, const, load, maximum, minimum, ramp, unary, var, vreduce
+from luthier.ir.dtypes import f32, i8, i32, index
+from luthier.ir.expr import Expr, bcast, cast, const, load, maximum, minimum, ramp, select, unary, var, vreduce
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Alloc, Buffer, If, Let, Stmt, Store, block
 from luthier.ir.op import Kernel, Op, op
@@ -29,29 +30,40 @@ def _heads(node: Node) -> tuple[int, int]:
 def _cache_shape(node: Node, i: int) -> tuple[int, int, int]:
     """(kv heads, capacity, head size) of the cache input. Raises ShapeError, TypeMismatch."""
     c = need(node, i)
-    if c.rank != 4 or not c.dtype.is_float:
-        raise type_error(node, "a cache is a float tensor [2, kv_heads, capacity, head]")
+    if c.rank != 4 or not (c.dtype.is_float or c.dtype is i8):
+        raise type_error(node, "a cache is a tensor of floats or i8 [2, kv_heads, capacity, head]")
     _, h, t, d = (static(node, s, "extents of a cache") for s in c.shape)
     if d % LANES or h != _heads(node)[1]:
         raise shape_error(node, f"heads must have a size that is a multiple of {LANES}, and there must be kv_heads of them")
     return h, t, d
 
 
+def _scaled(node: Node, i: int) -> bool:
+    """Whether the cache is one of i8, whose scales are input ``i``. Raises ShapeError."""
+    if need(node, 0).dtype is not i8:
+        return False
+    h, t, _ = _cache_shape(node, 0)
+    s = need(node, i)
+    if s.dtype is not f32 or [static(node, e, "extents of scales") for e in s.shape] != [2, h, t]:
+        raise shape_error(node, f"a cache of i8 needs scales f32 [2, {h}, {t}]")
+    return True
+
+
 @op("luthier::RotateIntoCache")
 class RotateIntoCache(Op):
-    """(cache, qkv [S, (heads + 2 kv_heads) head], cos, sin [positions, head / 2], pos) -> (cache, q [S, heads, head]).
+    """(cache, qkv [S, (heads + 2 kv_heads) head], cos, sin [positions, head / 2], pos, scales) -> (cache, q [S, heads, head], scales).
 
     Queries and keys are rotated by halves (``x1 cos - x2 sin``, ``x1 sin + x2 cos``); queries are multiplied by ``scale``. Keys and values
-    are written into the cache **in place**: the first output is the first input. Rows behind the capacity are dropped."""
-
-    in_place = {0: 0}
+    are written into the cache **in place**: the first output is the first input, and the third the sixth (of an i8 cache). Rows behind the
+    capacity are dropped."""
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         h, _, d = _cache_shape(node, 0)
         qkv, n = need(node, 1), _heads(node)[0]
         if qkv.rank != 2 or qkv.shape[1].op == "const" and qkv.shape[1].attr != (n + 2 * h) * d:
             raise shape_error(node, f"qkv must be [S, {(n + 2 * h) * d}]")
-        return [need(node, 0).type, TensorType(f32, (qkv.shape[0], const(n), const(d)))]
+        more = [need(node, 5).type] if _scaled(node, 5) else []
+        return [need(node, 0).type, TensorType(f32, (qkv.shape[0], const(n), const(d))), *more]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
         h, cap, d = _cache_shape(node, 0)
@@ -61,6 +73,26 @@ class RotateIntoCache(Op):
         cache, q = flat(outs[0]), flat(outs[1])
         scale = const(float(node.attrs.get("scale", 1.0)), f32)
         pos = var("pos", lo=0)
+        scales = flat(outs[2]) if _scaled(node, 5) else None
+        line = Buffer("line", f32, (const(d),), "local")
+
+        def rounded(which: Expr, s: Expr, fill: Stmt) -> Stmt:
+            """``fill`` writes a row to ``line``; it goes to row ``which`` (of keys, then values) of the cache in 8 bits."""
+            top, inv = var("top", f32), var("inv", f32)
+            parts = [unary("abs", load(line, [ramp(const(i * LANES), 1, LANES)])) for i in range(d // LANES)]
+            while len(parts) > 1:
+                parts = [maximum(parts[i], parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+            at = which * cap + pos + s
+
+            def vector(i: Expr) -> Stmt:
+                q = unary("round", load(line, [ramp(i * LANES, 1, LANES)]) * bcast(inv, LANES))
+                return Store(cache, (ramp(at * d + i * LANES, 1, LANES),), cast(cast(q, i32.vec(LANES)), i8.vec(LANES)))
+
+            assert scales is not None
+            return Alloc(line, block(
+                fill, Let(top, vreduce("max", parts[0])), Let(inv, select(const(0.0, f32) < top, const(127.0, f32) / top, const(0.0, f32))),
+                put(scales, at, top * const(1 / 127, f32)), for_("iv", d // LANES, vector),
+            ))  # fmt: skip
 
         def rotated(s: Expr, first: Expr, store: Any) -> Stmt:
             def lane(i: Expr) -> Stmt:
@@ -73,10 +105,16 @@ class RotateIntoCache(Op):
         def row(s: Expr) -> Stmt:
             base = s * width
             queries = for_("h", n, lambda x: rotated(s, base + x * d, lambda i, v: put(q, (s * n + x) * d + i, v * scale)))
-            keys = for_("k", h, lambda x: rotated(s, base + (n + x) * d, lambda i, v: put(cache, (x * cap + pos + s) * d + i, v)))
+            if scales is None:
+                keys = for_("k", h, lambda x: rotated(s, base + (n + x) * d, lambda i, v: put(cache, (x * cap + pos + s) * d + i, v)))
+            else:
+                keys = for_("k", h, lambda x: rounded(x, s, rotated(s, base + (n + x) * d, lambda i, v: put(line, i, v))))
 
             def value(x: Expr) -> Stmt:
                 first = base + (n + h + x) * d
+                if scales is not None:
+                    copy = for_("io", d // LANES, lambda io: Store(line, (ramp(io * LANES, 1, LANES),), load(qkv, [ramp(first + io * LANES, 1, LANES)])))
+                    return rounded(x + h, s, copy)
                 return for_("io", d // LANES, lambda io: for_("ii", LANES, lambda ii: put(cache, ((h + x) * cap + pos + s) * d + io * LANES + ii, get(qkv, first + io * LANES + ii)), kind="vectorize"))
 
             return block(queries, If(pos + s < cap, block(keys, for_("v", h, value))))
@@ -84,29 +122,33 @@ class RotateIntoCache(Op):
         # positions behind the tables are a caller's error, but must not leave memory
         limit = must(ins, 2).shape[0] - rows
         p = maximum(minimum(cast(load(at, [const(0)]), index), limit), const(0))
-        return _in_place(kernel(node, ins, outs, (), block(Let(pos, p), for_("s", rows, row, kind="parallel"))))
+        k = kernel(node, ins, outs, (), block(Let(pos, p), for_("s", rows, row, kind="parallel")))
+        k.in_place = {"o0": 0} if scales is None else {"o0": 0, "o2": 5}
+        return k
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        cache, qkv, cos, sin, at = (np.array(a) for a in arrays)
+        cache, qkv, cos, sin, at = (np.array(a) for a in arrays[:5])
         n, h = _heads(node)
         d, pos = cache.shape[-1], int(at[0])
         x = qkv.reshape(len(qkv), -1, d).astype(np.float32)
         c, w = cos[pos : pos + len(x), None], sin[pos : pos + len(x), None]
         a, b = x[:, : n + h, : d // 2], x[:, : n + h, d // 2 :]
         r = np.concatenate([a * c - b * w, a * w + b * c], -1)
-        cache[0, :, pos : pos + len(x)] = r[:, n:].swapaxes(0, 1)
-        cache[1, :, pos : pos + len(x)] = x[:, n + h :].swapaxes(0, 1)
-        return [cache, (r[:, :n] * np.float32(node.attrs.get("scale", 1.0))).astype(np.float32)]
-
-
-def _in_place(k: Kernel) -> Kernel:
-    k.in_place = {"o0": 0}
-    return k
+        q = (r[:, :n] * np.float32(node.attrs.get("scale", 1.0))).astype(np.float32)
+        new = np.stack([r[:, n:], x[:, n + h :]]).swapaxes(1, 2)
+        if cache.dtype != np.int8:
+            cache[:, :, pos : pos + len(x)] = new
+            return [cache, q]
+        scales = np.array(arrays[5])
+        top = np.abs(new).max(-1)
+        cache[:, :, pos : pos + len(x)] = np.round(new * (127 / np.where(top == 0, 1, top))[..., None])
+        scales[:, :, pos : pos + len(x)] = top / np.float32(127)
+        return [cache, q, scales]
 
 
 @op("luthier::CachedAttention")
 class CachedAttention(Op):
-    """(cache, q [S, heads, head], pos) -> [S, heads head] f32: causal attention of row s over the positions 0 .. pos + s.
+    """(cache, q [S, heads, head], pos, scales) -> [S, heads head] f32: causal attention of row s over the positions 0 .. pos + s.
 
     Query heads share the keys of ``heads / kv_heads`` consecutive ones; the scale is in ``q``. Scores and sums in f32. ``window``: only the last
     so many positions are looked at (its own is one of them); 0: all."""
@@ -116,6 +158,7 @@ class CachedAttention(Op):
         n, h = _heads(node)
         if n % h:
             raise shape_error(node, f"{n} query heads cannot share {h} heads of keys")
+        _scaled(node, 3)
         return [TensorType(f32, (need(node, 1).shape[0], const(n * d)))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
@@ -125,6 +168,7 @@ class CachedAttention(Op):
         per = n // h
         rows = must(ins, 1).shape[0]
         cache, q, at = (flat(must(ins, i)) for i in (0, 1, 2))
+        scales = flat(must(ins, 3)) if _scaled(node, 3) else None
         out = flat(outs[0])
         pos = var("pos", lo=0)
         padded = -(-cap // LANES) * LANES
@@ -147,7 +191,8 @@ class CachedAttention(Op):
                     acc = [vector(q, (s * n + k * per + g) * d + i * LANES) * keys[i] for i in range(d // LANES)]
                     while len(acc) > 1:
                         acc = [acc[i] + acc[i + 1] if i + 1 < len(acc) else acc[i] for i in range(0, len(acc), 2)]
-                    dots.append(Store(score, (g * padded + t,), vreduce("add", acc[0])))
+                    dot = vreduce("add", acc[0])
+                    dots.append(Store(score, (g * padded + t,), dot if scales is None else dot * load(scales, [k * cap + t])))
                 return block(*load_keys, *dots)
 
             blocks = (last + LANES) // LANES  # last + 1 positions
@@ -187,7 +232,8 @@ class CachedAttention(Op):
                     vs = {c: var(f"value{c}", lane, None) for c in cols}
                     ps = [var(f"p{g}", lane, None) for g in range(per)]
                     lets: list[Stmt] = [Let(v, vector(cache, ((h + k) * cap + t) * d + c * LANES)) for c, v in vs.items()]
-                    lets += [Let(v, bcast(load(score, [g * padded + t]), LANES)) for g, v in enumerate(ps)]
+                    scale = None if scales is None else load(scales, [(h + k) * cap + t])
+                    lets += [Let(v, bcast(load(score, [g * padded + t]) if scale is None else load(score, [g * padded + t]) * scale, LANES)) for g, v in enumerate(ps)]
                     return block(*lets, *(Store(a, (), load(a, ()) + ps[g] * vs[c]) for (g, c), a in acc.items()))
 
                 body = block(
@@ -208,8 +254,10 @@ class CachedAttention(Op):
         return kernel(node, ins, outs, (), block(Let(pos, p), for_("r", rows * h, head, kind="parallel")))
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        cache, q, at = (np.asarray(a) for a in arrays)
+        cache, q, at = (np.asarray(a) for a in arrays[:3])
         n, h = _heads(node)
+        if cache.dtype == np.int8:
+            cache = cache * np.asarray(arrays[3])[..., None]
         window = int(node.attrs.get("window", 0))
         k, v = (np.repeat(c.astype(np.float64), n // h, 0) for c in cache)
         out = np.empty(q.shape, np.float64)
