@@ -206,7 +206,7 @@ def main() -> int:
     targets = ["webgpu"] if args.what == "gpu" else [args.backend] if args.what != "prepare" else ["wasm", "webgpu"]
     if not args.prepared:
         prepare(specs, targets)
-    data: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    data = reread(args.json)
     if args.what in ("run", "gpu", "first"):
         data = tables(data, specs, args)
     if args.what != "prepare" and not args.no_report:
@@ -214,6 +214,12 @@ def main() -> int:
 
         report(data)
     return 0
+
+
+def reread(path: Path) -> dict[str, Any]:
+    """What the JSON file holds now: another process may have added rows."""
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return data
 
 
 def tables(data: dict[str, Any], specs: list[RowSpec], args: argparse.Namespace) -> dict[str, Any]:
@@ -227,11 +233,13 @@ def tables(data: dict[str, Any], specs: list[RowSpec], args: argparse.Namespace)
         for spec in specs:
             if args.what == "run":
                 result = measure(bench, spec, runtimes, args.rounds, args.turn)
+                data = reread(args.json) | {k: data[k] for k in ("version", "machine")}
                 data.setdefault(f"run-{args.backend}", {})[spec.name] = result
                 for label, r in result.items():
                     print(f"{spec.name:14} {label:28}", r["failed"] if "failed" in r else f"{r['median']:8.3f} ms  min {r['min']:8.3f}  {r['calls']} calls  error {r['error']:.1e}", flush=True)
             else:
                 result = first(bench, spec, args.backend, args.rounds) if args.what == "first" else gpu(bench, spec)
+                data = reread(args.json) | {k: data[k] for k in ("version", "machine")}
                 data.setdefault(args.what, {}).setdefault(spec.name, {}).update(result)
                 print(json.dumps(result, indent=1), flush=True)
             args.json.parent.mkdir(parents=True, exist_ok=True)
