@@ -42,7 +42,15 @@ from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules import contract
 from luthier.schedules.byte_chains import PLANES, Chains, chains
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.contract_integer import Operand, _copy, _group_axis, _merge_taps, _split_heads, _zero_into_epilogue, operand
+from luthier.schedules.contract_integer import (
+    Operand,
+    _copy,
+    _group_axis,
+    _merge_taps,
+    _split_heads,
+    _zero_into_epilogue,
+    operand,
+)
 from luthier.schedules.elementwise import flat
 from luthier.schedules.integer_epilogue import simplify_epilogue
 from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, madd_bytes, madd_words
@@ -265,7 +273,7 @@ class Builder:
             return None
         name = self.s.compute.outs[0]
         c = self.chains
-        steps = {w: len(x) + len(x) // 16 + 8 for w, x in (("pairs", c.pairs), ("singles", c.singles))}  # room for weights of another layer
+        steps = {"pairs": len(c.pairs) + len(c.pairs) // 12 + 16, "singles": len(c.singles) * 5 // 4 + 32}  # room for weights of another layer
         quad = 4 * lanes
         sizes = {"pairs": steps["pairs"] * 2 * quad, "singles": steps["singles"] * quad, "pair_at": steps["pairs"] * 2, "single_at": steps["singles"], "counts": c.counts.size}
         types = {"pairs": i8, "singles": i8, "pair_at": i32, "single_at": i32, "counts": i32}
