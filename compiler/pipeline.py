@@ -15,6 +15,7 @@ from luthier.override import override_kernels, write_kernels
 from luthier.passes.build_program import build_program
 from luthier.passes.canonicalize import canonicalize
 from luthier.passes.choose_layout import choose_layout
+from luthier.passes.densify_sparse import densify_sparse
 from luthier.passes.eliminate_dead import eliminate_dead
 from luthier.passes.eliminate_transposes import eliminate_transposes
 from luthier.passes.fold_batch_norm import fold_batch_norm
@@ -23,6 +24,7 @@ from luthier.passes.fold_dequantize import fold_dequantize
 from luthier.passes.legalize_operators import legalize_operators
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
+from luthier.passes.merge_siblings import merge_siblings
 from luthier.passes.quantize_integer import quantize_integer
 from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
@@ -52,6 +54,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     fold_batch_norm,
     split_transposed_conv,
     eliminate_dead,
+    densify_sparse,
     quantize_integer,
     fold_dequantize,
     choose_layout,
@@ -61,6 +64,9 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     fold_constants,
     eliminate_dead,
 )  # fmt: skip
+
+
+TARGET_PASSES: tuple[tuple[str, GraphPass], ...] = (("merge_siblings", merge_siblings),)  # behind a flag of the target's Capabilities
 
 
 class Dump:
@@ -98,9 +104,12 @@ def lower_graph(
     ``record``: notes what register tiles decide."""
     from luthier.schedules.select import build, build_kernel
 
+    dump = dump or Dump()
+    for flag, p in TARGET_PASSES:
+        if getattr(caps, flag) and p(graph):
+            dump.write(flag, lambda: str(graph))
     program = build_program(graph, lambda c, consts: build(c, caps, consts, record), lambda f: build_kernel(f, caps), on_kernel)
     override_kernels(program)
-    dump = dump or Dump()
     dump.write("program", lambda: str(program))
     if dump.folder is not None:
         write_kernels(program, dump.folder / "kernels")

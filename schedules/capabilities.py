@@ -13,7 +13,8 @@ class Capabilities:
     error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
     limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. ``whole_registers``: no vector
     may be wider than ``vector_bits`` when a kernel is printed. ``streams``: places of memory that a loop without reuse walks at once (targets
-    without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes. ``gpu``: grid and group kinds are used instead of threads and lanes."""
+    without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes. ``merge_siblings``: products that share their left operand are one kernel (a launch costs more than rows further
+    apart). ``gpu``: grid and group kinds are used instead of threads and lanes."""
 
     vector_bits: int = 256
     registers: int = 16
@@ -30,6 +31,7 @@ class Capabilities:
     printer: str = "llvm"
     whole_registers: bool = False
     streams: int = 1
+    merge_siblings: bool = False
 
     def lanes(self, bits: int) -> int:
         """SIMD lanes for elements of ``bits``; 1 where the target has no vectors."""
