@@ -22,6 +22,7 @@ __all__ = ["SCOPES", "prune_groups", "saliency", "select_groups", "sparsify_prod
 
 SCOPES = ("layer", "row")
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's largest magnitude, tried as the end of its range
+DENSE_ACT = 32  # columns of activations that share a scale where a layer that kept most of its blocks runs dense
 BATCH = 128  # columns whose losses are moved on together
 
 
@@ -172,12 +173,12 @@ def _product(n: Node, w: BlockSparse, names: Names, act_levels: int) -> list[Nod
     ins: list[Value | None] = [n.inputs[0], *(None if a is None else const(p, a) for p, a in zip(parts, w.arrays()))]
     bias, beta, out = n.input(2), float(n.attrs.get("beta", 1.0)), n.outputs[0]
     if bias is None or beta == 0:
-        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels)), n.name, n.source))]
+        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
     if bias.data is not None and bias.data.size == w.rows and bias.rank <= 2:
         ins.append(const("bias", bias.data.reshape(-1) * bias.data.dtype.type(beta)))
-        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels)), n.name, n.source))]
+        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
     product = Value(names.fresh(f"{n.name}.product"), TensorType(out.dtype, out.shape))
-    done = [infer_node(Node("luthier::SparseMatMul", tuple(ins), (product,), dict(w.attrs(act_levels)), n.name, n.source))]
+    done = [infer_node(Node("luthier::SparseMatMul", tuple(ins), (product,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
     if beta != 1.0:
         scaled = Value(names.fresh(f"{n.name}.beta"), bias.type)
         done.append(infer_node(Node("Mul", (bias, const("factor", np.array(beta, bias.dtype.numpy))), (scaled,), {}, f"{n.name}.beta", n.source)))

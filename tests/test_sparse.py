@@ -189,6 +189,22 @@ def test_run_time_number_of_rows_and_epilogue() -> None:
         assert nmse(module(x)[0], np.maximum(rounded(x, 2047) @ w.dense().astype(np.float64).T + bias, 0)) < FIXED
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_dense_form_where_most_is_kept(zeros: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 256)).astype(np.float32)
+    bias = rng.standard_normal(64).astype(np.float32)
+    for density, allowed, dense in ((0.95, 32, True), (0.95, 0, False), (0.5, 32, False)):
+        w = random_blocks(64, 256, 16, 4, density, rng, zeros)
+        b = GraphBuilder("product")
+        v = b.input("x", f32, [2, 256])
+        ins = [None if a is None else b.const("w", a) for a in w.arrays()]
+        b.output("y", b.op("luthier::SparseMatMul", v, *ins, b.const("bias", bias), **w.attrs(2047, allowed)))
+        module = compile_graph(b.graph(), threads=1)
+        assert any("groupedmatmul" in name for name in module.manifest["kernels"]) == dense
+        assert nmse(module(x)[0], x.astype(np.float64) @ w.dense().astype(np.float64).T + bias) < (5e-4 if dense else 1e-6)
+
+
 def test_layers_of_equal_shape_have_their_own_blocks() -> None:
     """Two layers whose constants have the same shapes but another structure."""
     rng = np.random.default_rng(0)

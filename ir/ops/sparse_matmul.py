@@ -7,7 +7,8 @@ A block is ``1 x block`` weights of one output row, kept or dropped as a whole. 
 ``q``: unsigned values of 4 or 8 bits, little-endian in bytes; ``s``: one scale a block; ``z``: one zero point a block, or one number for
 all (attribute ``zero``). The last block of a row may reach beyond ``K``: what stands there is multiplied by nothing. With
 ``act_levels`` = L > 0 a row of the activations is rounded first, ``round(x * L / amax) * amax / L``; the NMSE of that is below 1e-6 with
-L = 2047 and 1e-7 with L = 8191 for normally distributed activations. 0 keeps them exact. Sums are in f32 or exact integers.
+L = 2047 and 1e-7 with L = 8191 for normally distributed activations. 0 keeps them exact. Sums are in f32 or exact integers. With
+``dense_act`` = g > 0 the compiler may instead round them to 8 bits in groups of g columns, when a dense product is faster.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class BlockSparse:
         """Inputs 1 to 5 of the operator."""
         return [self.row_ptr, self.cols, self.packed_values, self.scales, self.zeros]
 
-    def attrs(self, act_levels: int = LEVELS) -> dict[str, int]:
+    def attrs(self, act_levels: int = LEVELS, dense_act: int = 0) -> dict[str, int]:
         """Attributes of the operator."""
-        return {"K": self.columns, "block": self.block, "bits": self.bits, "zero": self.zero, "act_levels": act_levels}
+        return {"K": self.columns, "block": self.block, "bits": self.bits, "zero": self.zero, "act_levels": act_levels, "dense_act": dense_act}
 
 
 def quantize_blocks(w: Array, keep: Array, block: int, bits: int, scale_dtype: Any = np.float16) -> BlockSparse:
