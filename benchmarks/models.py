@@ -57,7 +57,7 @@ class ModelCase:
     the package's own file for runtimes that cannot read the model; inputs that it lacks are not fed. `agreement` is
     how far runtimes may part from each other, over the largest output: wide for QDQ models, where they round
     differently at every layer (and without VNNI some saturate). `check` says how `compare_models.py` judges: by f64, by
-    the five classes ranked first, or by nearness to onnxruntime without graph rewrites (quantized models).
+    the five classes ranked first, or step by step against onnxruntime's exact modes (quantized models).
     """
 
     name: str
