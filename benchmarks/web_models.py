@@ -227,6 +227,7 @@ def table(rows: list[Row], version: str) -> str:
     """The table as Markdown."""
     lines = [
         f"Chromium {version}, against onnxruntime's CPU provider; error: largest difference over the largest magnitude, bar {BAR:g}.", "",
+        "Quantized models are judged step by step (docs/integer.md); \"end to end\" is how far their output ends from the inputs alone.", "",
         "| model | target | error | what was run | code, gzip KB | code loaded |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
