@@ -36,7 +36,7 @@ def compile(
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
         from luthier.llm import compile_gguf
 
-        return compile_gguf(model, target, shapes, threads, debug)
+        return compile_gguf(os.fspath(model), target, shapes, threads, debug)
     chosen = parse_target(target)
     make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))

@@ -190,7 +190,8 @@ def _check(want: Precision, calibration: Any, method: str | None, budget: float 
 
 def _split(layers: list[Layer], exclude: Sequence[str], kind: str) -> tuple[list[Layer], list[Layer]]:
     """(layers to quantize, layers that stay)."""
-    chosen, left = [], []
+    chosen: list[Layer] = []
+    left: list[Layer] = []
     for x in layers:
         stays = any(fnmatch.fnmatch(x.name, p) for p in exclude) or (x.is_conv and kind in ("weights", "auto"))
         (left if stays else chosen).append(x)
