@@ -87,6 +87,8 @@ class Recovery:
         self.tuned = {n: Tuned(self.torch, layers[n], w) for n, w in weights.items()}
         self.torch_values: set[Value] = set()
         for n in graph.nodes:
+            if n.op == "Shape":  # the same for all weights
+                continue
             if n in self.tuned or any(v in self.torch_values for v in n.inputs if v is not None):
                 self.torch_values.update(n.outputs)
                 if n.op not in FORMS:
@@ -112,10 +114,12 @@ class Recovery:
 
     def _node(self, n: Node, env: Env, tuned: Mapping[Node, Tuned] | None) -> None:
         args = [None if v is None else v.data if v.data is not None else env[v] for v in n.inputs]
-        if not any(v in self.torch_values for v in n.outputs):
+        if n.op == "Shape":
+            made: Sequence[Any] = (np.array(args[0].shape, np.int64)[int(n.attrs.get("start", 0)) : n.attrs.get("end")],)  # type: ignore[union-attr]
+        elif not any(v in self.torch_values for v in n.outputs):
             o = lookup(n.op)
             assert o is not None
-            made: Sequence[Any] = o.reference(n, *args)
+            made = o.reference(n, *args)
         else:
             if tuned is not None and n in tuned:
                 t = tuned[n]
