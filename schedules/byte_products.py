@@ -60,6 +60,7 @@ from luthier.schedules.quantized_gemv import Body
 from luthier.schedules.schedule import Schedule
 
 RUN = 8  # columns that stand together are a multiple of this
+SAMPLE = 4  # panels from which the number of operations is estimated
 LEAST = 16  # rows that pay for collecting the activations
 GAIN = 0.84  # share of the operations of 16-bit products at which the lists are chosen (measured)
 
@@ -136,13 +137,16 @@ def apply(
     shape = tuple(e.attr for e in load_parts(w.ld)[0].shape) if w.viewed else ()
     whole = -(-k.extent.attr // RUN) * RUN
     make = ChainPacking(w.buf.name, "pairs", order, whole, shape, lanes, 1, w.buf)
-    m = make.matrix(np.asarray(constants[w.buf.name]))
-    options = [(c.operations, d, c) for d in ((planes,) if planes else (1, 2)) for c in [chains(m, lanes, d)]]
-    _, d, c = min(options, key=lambda o: o[0] * (1 + 0.02 * o[1]))
-    direct = m.shape[0] * -(-m.shape[1] // lanes)
-    if not always and c.operations + 0.3 * d * m.shape[0] > GAIN * direct:
+    a = np.asarray(constants[w.buf.name])
+    m = make.matrix(a)
+    some = m[:, : SAMPLE * lanes]  # a few panels tell what all of them will take
+    options = [(chains(some, lanes, d).operations + 0.3 * d * m.shape[0] * some.shape[1] / m.shape[1], d) for d in ((planes,) if planes else (1, 2))]
+    cost, d = min(options, key=lambda o: o[0] * (1 + 0.02 * o[1]))
+    if not always and cost > GAIN * m.shape[0] * -(-some.shape[1] // lanes):
         return None
-    return Builder(s, acc, out, x, w, k, whole, caps, constants, replace(make, planes=d), c, rows, tiles).kernels()
+    make = replace(make, planes=d)
+    c = make.lists(a)
+    return Builder(s, acc, out, x, w, k, whole, caps, constants, make, c, rows, tiles).kernels()
 
 
 def _operands(s: Schedule, acc: str, out: str, constants: Mapping[str, Any], always: bool) -> tuple[Schedule, Operand, Operand, Axis] | None:
