@@ -215,7 +215,11 @@ def _sizes(graph: Graph) -> dict[str, int]:
     constants = {v.name: v for n in graph.nodes for v in n.inputs if v is not None and v.data is not None}
     picked = sum(v.data.nbytes for name, v in constants.items() if v.data is not None and name.split(".")[0] in ("embedding", "cos", "sin"))
     products = [n for n in graph.nodes if n.op in ("luthier::GroupedMatMul", "MatMul")]
-    parameters = sum(int(n.attrs["K"]) * int(n.inputs[1].shape[0].attr) if "K" in n.attrs else n.inputs[1].data.size for n in products)  # type: ignore[union-attr]
+    parameters = 0
+    for n in products:
+        w = n.inputs[1]
+        assert w is not None and w.data is not None
+        parameters += int(n.attrs["K"]) * len(w.data) if "K" in n.attrs else int(w.data.size)
     for n in (n for n in graph.nodes if n.op == "luthier::ExpertMatMul"):  # of the chosen experts
         _, rows, groups = (int(x.attr) for x in n.inputs[3].shape)  # type: ignore[union-attr]
         parameters += int(n.inputs[1].shape[1].attr) * rows * groups * int(n.attrs["group"])  # type: ignore[union-attr]
@@ -225,7 +229,7 @@ def _sizes(graph: Graph) -> dict[str, int]:
     return {"parameters": parameters, "picked_bytes": picked, "cache_bytes": cache}
 
 
-def compile_gguf(path: str | Path, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:
+def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:
     """What ``luthier.compile`` does for a GGUF file: :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
     and ``tokens`` (of one call). Raises its errors, InputError for other names."""
     given = {k: tuple(v) for k, v in (shapes or {}).items()}

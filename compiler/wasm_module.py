@@ -228,7 +228,7 @@ class WasmModule(Module):
             if a.ndim != p.rank:
                 raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
             keep.append(a)
-        key = tuple(p.shape if a is None else a.shape for p, a in zip(self._ins, keep, strict=True))
+        key: tuple[tuple[Any, ...], ...] = tuple(p.shape if a is None else a.shape for p, a in zip(self._ins, keep, strict=True))
         if inst.key != key:
             inst.key = None
             view = inst.view()
