@@ -129,7 +129,7 @@ class Recovery:
             env[v] = a
 
     def _tensor(self, a: Any) -> Any:
-        return self.torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a
+        return self.torch.from_numpy(np.require(a, requirements=["C", "W"])) if isinstance(a, np.ndarray) else a
 
     def _runs(self) -> list[list[Node]]:
         """Nodes of the graph in order, ``RUN`` products each; nodes that are not tuned through belong to none."""
