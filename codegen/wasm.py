@@ -200,8 +200,8 @@ class KernelPrinter(MemoryPrinter):
             push_limit()
             c.op("i32.lt_s")
             c.start("if")
-        outer = self.inner, self.bases, self.affine, self.skip, self.resolved
-        self.inner, self.bases, self.affine, self.skip, self.resolved = set(), {}, dict(self.affine), set(), {}
+        outer = self.inner, self.bases, self.affine, self.skip, self.resolved, self.taken
+        self.inner, self.bases, self.affine, self.skip, self.resolved, self.taken = set(), {}, dict(self.affine), set(), {}, {}
         self.hoist(s)
         c.start("loop")
         self.depth += 1
@@ -209,7 +209,7 @@ class KernelPrinter(MemoryPrinter):
         self.depth -= 1
         for n in self.bases.values():
             self.release("i32", n)
-        self.inner, self.bases, self.affine, self.skip, self.resolved = outer
+        self.inner, self.bases, self.affine, self.skip, self.resolved, self.taken = outer
         c.get(i)
         c.const("i32", 1)
         c.op("i32.add")

@@ -41,6 +41,7 @@ class MemoryPrinter(ByteVectors):
         self.masks: dict[Expr, Expr] = {}  # what Lets of masks stand for
         self.skip: set[Expr] = set()  # those of the innermost loop that nothing needs
         self.bodies: dict[int, list[Stmt]] = {}  # statements of every innermost loop
+        self.taken: dict[Expr, tuple[Expr | None, Expr | None, int]] = {}  # indices of the innermost loop, without constants, taken apart
         self.resolved: dict[Any, tuple[Expr, Expr | None, Expr | None, int, bool]] = {}
 
     def enter(self) -> None:
@@ -96,15 +97,16 @@ class MemoryPrinter(ByteVectors):
         needed: set[Expr] = set()
         seen: set[Expr] = set()
         lets: list[Let] = []
-        taken: dict[Any, tuple[Expr | None, Expr | None]] = {}
+        taken: dict[Expr, tuple[Expr | None, Expr | None, int]] = {}
 
         def place(b: Buffer, idx: tuple[Expr, ...]) -> None:
             i = idx[0].args[0] if len(idx) == 1 and idx[0].op == "ramp" else idx[0] if len(idx) == 1 else None
             if i is not None and (b.rank or b.scope != "local") and b.name in self.ptrs and i.dtype.lanes == 1:
                 key = _without_constant(i)[0]
-                if key not in taken:
-                    taken[key] = self.split(self.expand(key))
-                inv, rest = taken[key]
+                parts = taken.get(key)
+                if parts is None:
+                    parts = taken[key] = self.split(self.expand(key))
+                inv, rest, _ = parts
                 if inv is not None and rest is not None and ((b.name, inv) in found or len(found) < 8):
                     found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
                     needed.update(free_vars(rest))
@@ -161,7 +163,7 @@ class MemoryPrinter(ByteVectors):
             n = self.local("i32")
             c.op("local.set", n)
             bases[name, inv] = n
-        self.bases = bases
+        self.bases, self.taken = bases, taken
         self.resolved = {}
 
     def expand(self, e: Expr) -> Expr:
@@ -177,19 +179,22 @@ class MemoryPrinter(ByteVectors):
                 return
         self.affine.pop(v, None)
 
-    def split(self, e: Expr) -> tuple[Expr | None, Expr | None]:
-        """The variable parts of an index that the innermost loop leaves alone and that it changes; None for nothing."""
+    def split(self, e: Expr) -> tuple[Expr | None, Expr | None, int]:
+        """The variable parts of an index that the innermost loop leaves alone and that it changes, None for nothing; its constant."""
         same: dict[tuple[Expr, ...], int] = {}
         rest: dict[tuple[Expr, ...], int] = {}
         inner = self.inner
+        constant = 0
         for m, k in linear(e).items():
-            if m:
+            if not m:
+                constant = k
+            else:
                 changes = False
                 for x in m:
                     if x in inner if x.op == "var" else x.loading or not inner.isdisjoint(free_vars(x)):
                         changes = True
                 (rest if changes else same)[m] = k
-        return from_linear(same) if same else None, from_linear(rest) if rest else None
+        return from_linear(same) if same else None, from_linear(rest) if rest else None, constant
 
     def resolve(self, idx: Expr) -> tuple[Expr, Expr | None, Expr | None, int, int, bool]:
         """An index taken apart for the current loop: what it adds to a constant, of that the parts which the loop leaves alone and
@@ -200,9 +205,7 @@ class MemoryPrinter(ByteVectors):
         if r is None:
             inv, rest, extra = None, None, 0
             if self.bases:
-                whole = self.expand(dyn)
-                inv, rest = self.split(whole)
-                extra = linear(whole).get((), 0)
+                inv, rest, extra = self.taken.get(dyn) or self.split(self.expand(dyn))
             lo = 0 if self.fixed or dyn.op == "const" else bounds(dyn)[0]
             r = self.resolved[dyn] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
         return r[0], r[1], r[2], k, k + r[3], r[4]
