@@ -438,6 +438,11 @@ class _Builder:
                 later.append((v, args[name]))
             else:
                 args[name] = self.buffer_of(v)
+        for name, i in work.in_place.items():
+            if name not in args:  # nothing reads that output: the memory is changed all the same
+                state = n.inputs[i]
+                assert state is not None
+                args[name] = replace(self.buffer_of(state), writable=True)
         for b in work.func.buffers:
             if b.name not in args:
                 args[b.name] = self.temp(f"{n.name}.{b.name}", b.dtype, b.shape)

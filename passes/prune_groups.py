@@ -76,8 +76,9 @@ def prune_groups(
     if method == "compensate" and hessian is None:
         raise QuantizationError("compensation needs activation statistics", hint="give calibration data")
     n, k = w.shape
-    if hessian is not None and np.shape(hessian) != (k, k) or moments is not None and np.shape(moments) != (k,):
-        raise QuantizationError(f"activation statistics of {np.shape(hessian if hessian is not None else moments)} do not fit {k} columns")
+    for given, want in ((hessian, (k, k)), (moments, (k,))):
+        if given is not None and np.shape(given) != want:
+            raise QuantizationError(f"activation statistics of {np.shape(given)} do not fit {k} columns")
     if method == "nearest":
         seen = np.diagonal(hessian) if hessian is not None else moments
         keep = select_groups(saliency(w, block, seen), sparsity, scope)

@@ -145,11 +145,9 @@ def evaluate_blocks(p: SparseProduct, constants: Mapping[str, Any]) -> Blocks:
     s = np.broadcast_to(evaluate_expr(p.scale, env), (kept, 1))[:, 0]
     half = np.array_equal(s, s.astype(np.float16)) and all(ld.dtype.name == "f16" for ld in loads(p.scale))
     s = s.astype(np.float16 if half else np.float32)
-    if p.zero is None:
-        zero: Array | None = np.zeros(kept, np.int16)
-    else:
-        zero = np.broadcast_to(evaluate_expr(p.zero, env), (kept, 1))[:, 0].astype(np.int16)
-    signed = q - zero[:, None]
+    zeros = np.zeros((kept, 1), np.int16) if p.zero is None else np.broadcast_to(evaluate_expr(p.zero, env), (kept, 1)).astype(np.int16)
+    zero: Array | None = zeros[:, 0]
+    signed = q - zeros
     half_range = 1 << (p.bits - 1)
     if not kept or (signed.min() >= -half_range and signed.max() < half_range):
         q, zero = signed, None

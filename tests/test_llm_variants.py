@@ -161,8 +161,9 @@ def test_cache_of_8_bits(tmp_path: Path, window: int) -> None:
         llm.load(path, cache_bits=4)
 
 
-def test_rows_of_an_8_bit_cache() -> None:
-    """The rows that RotateIntoCache writes, against numpy; others stay as they are."""
+@pytest.mark.parametrize("wanted", [("after", "q", "after.scales"), ("after", "q"), ("q", "after.scales"), ("q",), ("after.scales",)])
+def test_rows_of_an_8_bit_cache(wanted: tuple[str, ...]) -> None:
+    """The rows that RotateIntoCache writes, against numpy; others stay as they are, and it does not matter which outputs are read."""
     rng = np.random.default_rng(0)
     b = GraphBuilder("rows")
     n = var("S", lo=1)
@@ -172,14 +173,15 @@ def test_rows_of_an_8_bit_cache() -> None:
     cos, sin = (rng.standard_normal((8, half)).astype(np.float32) for _ in range(2))
     outs = b.ops("luthier::RotateIntoCache", 3, cache, qkv, b.const("cos", cos), b.const("sin", sin), pos, scales, heads=HEADS, kv_heads=KV)
     for name, v in zip(("after", "q", "after.scales"), outs, strict=True):
-        b.output(name, v)
+        if name in wanted:
+            b.output(name, v)
     graph = b.graph()
     bytes_, rows = rng.integers(-9, 9, (2, KV, 8, HEAD)).astype(np.int8), np.ones((2, KV, 8), np.float32)
     before = bytes_.copy()
     x = rng.standard_normal((3, (HEADS + 2 * KV) * HEAD)).astype(np.float32)
     x[1, -HEAD:] = 0
-    after, _, after_scales = compile_graph(graph, threads=1)(bytes_, rows, x, np.array([4]))
-    assert np.array_equal(after, bytes_) and np.array_equal(after_scales, rows)
+    results = dict(zip(wanted, compile_graph(graph, threads=1)(bytes_, rows, x, np.array([4])), strict=True))
+    assert all(np.array_equal(results[n], a) for n, a in (("after", bytes_), ("after.scales", rows)) if n in wanted)
     v = x.reshape(3, -1, HEAD).astype(np.float64)
     c, s = cos[4:7, None], sin[4:7, None]
     keys = np.concatenate([v[:, HEADS : HEADS + KV, :half] * c - v[:, HEADS : HEADS + KV, half:] * s, v[:, HEADS : HEADS + KV, :half] * s + v[:, HEADS : HEADS + KV, half:] * c], -1)

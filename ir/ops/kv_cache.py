@@ -123,7 +123,7 @@ class RotateIntoCache(Op):
         limit = must(ins, 2).shape[0] - rows
         p = maximum(minimum(cast(load(at, [const(0)]), index), limit), const(0))
         k = kernel(node, ins, outs, (), block(Let(pos, p), for_("s", rows, row, kind="parallel")))
-        k.in_place = {"o0": 0} if scales is None else {"o0": 0, "o2": 5}
+        k.in_place = {outs[0].name: 0} if scales is None else {outs[0].name: 0, outs[2].name: 5}
         return k
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
