@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
 from benchmarks.browser import NODE_MODULES, Browser, BrowserError  # noqa: E402
 from benchmarks.web_models import PACKAGES, Site  # noqa: E402
-from benchmarks.web_rows import FOLDER, RowSpec, rows  # noqa: E402
+from benchmarks.web_rows import FOLDER, RowSpec, rows, unread  # noqa: E402
 
 ROWS = "matmul-512 matmul-1024 gemv-4096 softmax layernorm minilm mobilenetv2 gemv-4096-q8 gemv-4096-q4 gemv-4096-q2 gemv-4096-q8a8 gemv-4096-q4a8 gemv-4096-q2a8".split()
 GPU_ROWS = "matmul-512 softmax minilm mobilenetv2".split()
@@ -184,7 +184,7 @@ def gpu(bench: Bench, spec: RowSpec) -> dict[str, Any]:
         if "failed" not in reply:
             page.call("/bench.js", "turn", {"ms": 0, "least": 1})
             reply |= page.call("/bench.js", "counted")
-        out[label] = reply
+        out[label] = reply | {"unread": unread(spec)}
         page.close()
     return out
 

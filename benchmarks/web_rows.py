@@ -44,6 +44,21 @@ def _single(name: str, op: str, inputs: dict[str, Array], constants: dict[str, A
     return RowSpec(name, path, inputs, constants, operator, macs)
 
 
+def unread(spec: RowSpec) -> int:
+    """Bytes of constant tables that a call binds whole and of which a Gather reads the indexed rows only (each index another row)."""
+    from luthier.importers.onnx import import_onnx
+
+    graph = import_onnx(str(spec.model), {n: a.shape for n, a in spec.inputs.items()})
+    out = 0
+    for n in graph.nodes:
+        if n.op == "Gather" and n.inputs[0] is not None and n.inputs[0].data is not None and n.inputs[1] is not None and not n.attrs.get("axis", 0):
+            table, indices = n.inputs[0].data, n.inputs[1].shape
+            if table.ndim > 1 and all(e.op == "const" for e in indices):
+                count = int(np.prod([e.attr for e in indices]))
+                out += max(0, table.shape[0] - count) * table[0].nbytes
+    return out
+
+
 def rows(names: list[str]) -> list[RowSpec]:
     """The rows of these names, their models written. Weights are constants of the models, as in inference."""
     def normal(*shape: int) -> Array:
