@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from luthier.errors import CompilationError, InputError, KernelError, TargetErro
 CHUNK = 1 << 16
 ALIGN = 256
 MAX_ROUNDS = 1_000_000
+OPTIONAL = ("timestamp-query",)  # asked for where the adapter has them; nothing needs them
+TIMED = 2048  # dispatches whose times one query set holds
 LARGER = ("max-buffer-size", "max-storage-buffer-binding-size")  # as much as the adapter has: temporaries may be larger than the default
 FORMATS = {
     "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q", "f16": "e", "f32": "f", "f64": "d",
@@ -37,7 +40,8 @@ def device() -> Any:
     settings.provide("XDG_RUNTIME_DIR", "/tmp")
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-        return adapter.request_device_sync(required_limits={name: adapter.limits[name] for name in LARGER})
+        features = [f for f in OPTIONAL if f in adapter.features]
+        return adapter.request_device_sync(required_features=features, required_limits={name: adapter.limits[name] for name in LARGER})
     except Exception as e:  # wgpu raises several classes of its own here
         raise TargetError(f"no WebGPU adapter: {e}", hint="install a Vulkan driver, such as mesa-vulkan-drivers") from e
 
@@ -120,6 +124,7 @@ class Runner:
         self.groups: dict[Any, Any] = {}
         self.recorded: dict[Any, _Recorded] = {}
         self.counters = Counters()
+        self.clock: _Queries | _Waits | None = None
 
     # ------------------------------------------------------------ memory
 
@@ -144,6 +149,17 @@ class Runner:
         return self.weights
 
     # ------------------------------------------------------------ a run
+
+    def timed(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> dict[int, float]:
+        """A run whose dispatches are timed one by one: {call number: ms}."""
+        self.clock = (_Queries if "timestamp-query" in device().features else _Waits)()
+        self.recorded.clear()
+        try:
+            self.run(arrays, raw)
+            return self.clock.times
+        finally:
+            self.clock = None
+            self.recorded.clear()
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> list[tuple[tuple[int, ...], bytes]]:
         """``arrays``: the inputs with their shapes; ``raw``: their bytes as the device wants them. Returns (shape, bytes) of every
@@ -175,7 +191,7 @@ class Runner:
 
 @dataclass(slots=True)
 class _Recorded:
-    """Commands of one submit: ("d", pipeline, group, x, y, z) or ("c", from, offset, to, offset, bytes)."""
+    """Commands of one submit: ("d", pipeline, group, call, x, y, z) or ("c", from, offset, to, offset, bytes)."""
 
     commands: list[tuple[Any, ...]] = field(default_factory=list)
     outputs: dict[int, tuple[Any, int, tuple[int, ...]]] = field(default_factory=dict)
@@ -263,7 +279,7 @@ class _Run:
                 )
         entries = [{"binding": i, "resource": {"buffer": b, "offset": o, "size": n}} for i, (b, o, n) in enumerate(places)]
         group = device().create_bind_group(layout=layout, entries=entries)
-        self.rec.commands.append(("d", pipeline, group, *grid))
+        self.rec.commands.append(("d", pipeline, group, call, *grid))
         self.rec.dispatches += 1
         self.rec.bytes_bound += sum(n for _, _, n in places)
 
@@ -344,9 +360,12 @@ class _Run:
         self.send()
         self.counters.dispatches += self.rec.dispatches
         self.counters.bytes_bound += self.rec.bytes_bound
-        enc = device().create_command_encoder()
-        _encode(enc, self.rec.commands)
-        device().queue.submit([enc.finish()])
+        if self.r.clock is not None:
+            self.r.clock.run(self.rec.commands)
+        else:
+            enc = device().create_command_encoder()
+            _encode(enc, self.rec.commands)
+            device().queue.submit([enc.finish()])
         self.counters.submits += 1
         self.rec.commands.clear()
         self.rec.dispatches = self.rec.bytes_bound = 0
@@ -361,7 +380,10 @@ class _Run:
         import wgpu
 
         enc = device().create_command_encoder()
-        _encode(enc, self.rec.commands)
+        if self.r.clock is not None:
+            self.r.clock.run(self.rec.commands)
+        else:
+            _encode(enc, self.rec.commands)
         sizes = {}
         total = 0
         for j, (b, offset, shape) in sorted(self.rec.outputs.items()):
@@ -394,7 +416,7 @@ def _encode(enc: Any, commands: Sequence[tuple[Any, ...]]) -> None:
                 cp = enc.begin_compute_pass()
             cp.set_pipeline(c[1])
             cp.set_bind_group(0, c[2])
-            cp.dispatch_workgroups(*c[3:])
+            cp.dispatch_workgroups(*c[4:])
         else:
             if cp is not None:
                 cp.end()
@@ -402,6 +424,75 @@ def _encode(enc: Any, commands: Sequence[tuple[Any, ...]]) -> None:
             enc.copy_buffer_to_buffer(*c[1:])
     if cp is not None:
         cp.end()
+
+
+class _Queries:
+    """Times of dispatches by timestamps of the device, nanoseconds as the specification has them: a pass for each."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, float] = {}
+
+    def run(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        parts: list[list[tuple[Any, ...]]] = [[]]
+        for c in commands:
+            if sum(x[0] == "d" for x in parts[-1]) == TIMED:
+                parts.append([])
+            parts[-1].append(c)
+        for part in parts:
+            self.part(part)
+
+    def part(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        import wgpu
+
+        calls = [c[3] for c in commands if c[0] == "d"]
+        u, n = wgpu.BufferUsage, 2 * max(1, len(calls))
+        queries = device().create_query_set(type="timestamp", count=n)
+        ticks = device().create_buffer(size=8 * n, usage=u.QUERY_RESOLVE | u.COPY_SRC)
+        stage = device().create_buffer(size=8 * n, usage=u.MAP_READ | u.COPY_DST)
+        enc = device().create_command_encoder()
+        k = 0
+        for c in commands:
+            if c[0] != "d":
+                enc.copy_buffer_to_buffer(*c[1:])
+                continue
+            writes = {"query_set": queries, "beginning_of_pass_write_index": 2 * k, "end_of_pass_write_index": 2 * k + 1}
+            cp = enc.begin_compute_pass(timestamp_writes=writes)
+            cp.set_pipeline(c[1])
+            cp.set_bind_group(0, c[2])
+            cp.dispatch_workgroups(*c[4:])
+            cp.end()
+            k += 1
+        if calls:
+            enc.resolve_query_set(queries, 0, n, ticks, 0)
+            enc.copy_buffer_to_buffer(ticks, 0, stage, 0, 8 * n)
+        device().queue.submit([enc.finish()])
+        if calls:
+            stage.map_sync(wgpu.MapMode.READ)
+            t = np.frombuffer(bytes(stage.read_mapped()), np.uint64).astype(np.int64).reshape(-1, 2)
+            stage.unmap()
+            for call, ns in zip(calls, (t[:, 1] - t[:, 0]).tolist(), strict=True):
+                self.times[call] = self.times.get(call, 0.0) + max(0, ns) / 1e6
+
+
+class _Waits:
+    """Without timestamps: every dispatch is a submit of its own, timed by the host until a read behind it returns."""
+
+    def __init__(self) -> None:
+        import wgpu
+
+        self.times: dict[int, float] = {}
+        self.word = device().create_buffer(size=4, usage=wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST)
+
+    def run(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        for c in commands:
+            enc = device().create_command_encoder()
+            _encode(enc, [c])
+            done = [enc.finish()]
+            start = time.perf_counter()
+            device().queue.submit(done)
+            device().queue.read_buffer(self.word)
+            if c[0] == "d":
+                self.times[c[3]] = self.times.get(c[3], 0.0) + (time.perf_counter() - start) * 1e3
 
 
 def _fit(v: Any, dtype: str) -> Any:

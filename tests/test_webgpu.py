@@ -322,3 +322,22 @@ def test_recurrent_network_wider_than_a_group() -> None:
     for got, want in zip(out.values(), peer(m, {"x": x}), strict=True):
         close(got, want)
     assert any("var<workgroup>" in s for s in g.shaders)
+
+
+@pytest.mark.parametrize("clock", ["queries", "waits"])
+def test_profile_times_every_dispatch(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from luthier import webgpu_device
+
+    if clock == "waits":
+        monkeypatch.setattr(webgpu_device, "_Queries", webgpu_device._Waits)
+    elif "timestamp-query" not in webgpu_device.device().features:
+        pytest.skip("this adapter has no timestamps")
+    nodes = [h.make_node("MatMul", ["x", "w"], ["a"]), h.make_node("Softmax", ["a"], ["y"])]
+    m = build(graph(nodes, {"x": (T.FLOAT, ["N", 256])}, ["y"], {"w": normal(256, 512)}))
+    feeds = {"x": normal(300, 256)}
+    before = m.run(feeds)["y"]
+    rows = m.profile(feeds, 3)
+    assert [r["kernel"] for r in rows] == [c["kernel"] for c in m.manifest["calls"]]
+    assert len(rows) >= 2 and all(0 < r["ms"] < 60_000 for r in rows)
+    np.testing.assert_array_equal(m.run(feeds)["y"], before)
+    assert m.counters()["submits"] == 1
