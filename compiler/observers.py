@@ -18,6 +18,7 @@ __all__ = ["OBSERVERS", "Histogram", "choose_range"]
 
 Array = np.ndarray[Any, Any]
 SIDE = 4096  # bins on each side of 0
+ENOUGH = 64  # values that a bin must hold on average before its height means something
 OBSERVERS = ("minmax", "percentile", "entropy")
 
 
@@ -91,19 +92,26 @@ def _percentile(h: Histogram, percentile: float) -> tuple[float, float]:
 
 
 def _entropy(h: Histogram, levels: int) -> tuple[float, float]:
-    """Clipping magnitudes above a threshold, the one of least divergence; thresholds from all that was seen down to a 64th of it."""
-    seen = np.flatnonzero(h.counts)
-    left, right = min(int(seen[0]) - SIDE, 0), max(int(seen[-1]) + 1 - SIDE, 0)
+    """Clipping magnitudes above a threshold, the one of least divergence; thresholds from all that was seen down to a 64th of it.
+
+    Bins are joined until one holds about ``ENOUGH`` values: what differs between emptier ones is chance, and would count as a cost of
+    coarse levels. Where fewer bins than levels are left there is no evidence for clipping, and nothing is clipped."""
+    join = 1
+    while join < SIDE and h.counts.sum() < ENOUGH * np.count_nonzero(h.counts.reshape(-1, join).sum(1)):
+        join *= 2
+    counts, side, width = h.counts.reshape(-1, join).sum(1), SIDE // join, h.width * join
+    seen = np.flatnonzero(counts)
+    left, right = min(int(seen[0]) - side, 0), max(int(seen[-1]) + 1 - side, 0)
     reach = max(-left, right)
     best, found = np.inf, (left, right)
     for top in dict.fromkeys(np.ceil(reach * np.geomspace(1.0, 1 / 64, 97)).astype(int).tolist()):
         lo, hi = max(left, -top), min(right, top)
-        if hi - lo < levels // 2:
+        if hi - lo < levels:
             break
-        d = _divergence(h.counts, lo + SIDE, hi + SIDE, levels)
+        d = _divergence(counts, lo + side, hi + side, levels)
         if d < best:
             best, found = d, (lo, hi)
-    return found[0] * h.width, found[1] * h.width
+    return found[0] * width, found[1] * width
 
 
 def _divergence(counts: Array, lo: int, hi: int, levels: int) -> float:
