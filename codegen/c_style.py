@@ -1,6 +1,7 @@
 """The printer that WGSL and CUDA C++ share: expressions and statements of C-like syntax over scalar loop IR.
 
-Vectors must have been taken apart (``scalarize``). A subclass says how types, constants, conversions, buffers and the few
+Vectors must have been taken apart (``scalarize``); whole ones are only loaded, stored, put together and taken apart
+(``combine_accesses``). A subclass says how types, constants, conversions, buffers and the few
 operators that differ are written; what an operator means is kept exactly (:mod:`luthier.ir.expr`): zero divisors, shifts of the
 width or more, NaN in ``min`` and ``max``, saturating conversions, wrapping narrow integers.
 
@@ -11,6 +12,7 @@ largest extent); a shorter one is guarded.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from luthier.codegen.ranges import most_elements, value_range
@@ -49,6 +51,10 @@ class CStyle:
         raise NotImplementedError
 
     def literal(self, v: Any, d: DType) -> str:
+        raise NotImplementedError
+
+    def vector(self, parts: Sequence[str], d: DType) -> str:
+        """Scalars as one vector of type ``d``."""
         raise NotImplementedError
 
     def convert(self, x: str, s: DType, d: DType) -> str:
@@ -156,8 +162,14 @@ class CStyle:
 
     def expr(self, e: Expr) -> str:
         op, d = e.op, e.dtype
-        if d.lanes > 1:
+        if d.lanes > 1 and op not in ("var", "load", "shuffle", "bcast"):
             raise CompilationError(f"{self.target}: vector {e!r}", op=self.f.name, hint="scalarize first")
+        if op == "extract":
+            return f"{self.expr(e.args[0])}.{'xyzw'[e.attr]}"
+        if op == "bcast":
+            return self.vector([self.expr(e.args[0])] * d.lanes, d)
+        if op == "shuffle":
+            return self.vector([self.expr(x) for x in e.args], d)
         if op == "const":
             return self.literal(e.attr, d)
         if op == "var":
@@ -167,6 +179,8 @@ class CStyle:
             if buf.rank and outside(buf, idx[0]):  # never reached: some languages refuse the index even so
                 return self.zero(d) if o is None else self.expr(o)
             x = self.name(buf.name) if buf.rank == 0 else self.read(buf, self.expr(idx[0]))
+            if m is not None and m.op == "bcast":
+                m = m.args[0]
             return x if m is None or o is None else self.masked_load(self.expr(m), x, self.expr(o))
         if op == "call":
             raise CompilationError(f"{self.target}: no instruction for {e.attr[0]}", op=self.f.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, const
 from luthier.ir.loop import Alloc, Buffer, Func, walk_stmts
+from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import DEFAULT_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
@@ -53,6 +55,8 @@ class _Cuda(CStyle):
         self.arrays: list[str] = []
 
     def type(self, d: DType) -> str:
+        if d.lanes > 1:
+            return f"{self.short(d)}{d.lanes}"
         if d.is_bool:
             return "bool"
         if d.is_index:
@@ -79,6 +83,13 @@ class _Cuda(CStyle):
         if d.is_signed:
             return "(-9223372036854775807ll - 1)" if v == -(1 << 63) else f"({v}ll)" if v < 0 else f"{v}ll"
         return f"{v}u" if d.bits <= 32 else f"{v}ull"
+
+    def short(self, d: DType) -> str:
+        """The name that vector types begin with."""
+        return "float" if d.is_float else ("" if d.is_signed else "u") + _INTS[d.bits]
+
+    def vector(self, parts: Sequence[str], d: DType) -> str:
+        return f"make_{self.type(d)}({', '.join(parts)})"
 
     def convert(self, x: str, s: DType, d: DType) -> str:
         t = self.type(d)
@@ -170,7 +181,7 @@ class _Cuda(CStyle):
 
 def legalize_cuda(f: Func) -> Func:
     """A kernel with the loop passes done, made printable as CUDA C++: one dimension, no vectors, a grid."""
-    return place_lets(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES))
+    return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES)))
 
 
 def print_cuda(f: Func) -> CudaKernel:

@@ -404,18 +404,25 @@ class _Builder:
         args = moved or args
         member = {n for g in groups for n in g}
         shifted = [x for x in args if x.param.name in member or not _multiple(x.offset + x.base, OFFSET_ALIGN)]
-        names = tuple(x.param.name for x in shifted)
-        key = (s.callee, groups, names, tuple(pieces))
+        starts = {g: self.start(x for x in args if x.param.name in g) for g in groups}
+        places: dict[str, tuple[Expr, int]] = {}  # of the elements that are bound: where the argument starts, in units of so many of them
+        for x in shifted:
+            start = x.offset + x.base - next(e for g, e in starts.items() if x.param.name in g) if x.param.name in member else x.offset
+            bits = 8 * self.bytes_of(x.param.dtype) if x.param.dtype.bits >= 8 else x.param.dtype.bits
+            places[x.param.name] = (start, 128 // bits if _multiple(start, 16) else 1)
+        names = tuple(places)
+        units = {n: u for n, (_, u) in places.items()}
+        key = (s.callee, groups, tuple(units.items()), tuple(pieces))
         variant = self.variants.get(key)
         if variant is None:
-            variant = self.variants[key] = self.pipeline(offset_buffers(f, names), groups)
+            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups)
         pipeline, shader = variant
         scalars = dict(env)
-        starts = {g: self.start(x for x in args if x.param.name in g) for g in groups}
         for x in shifted:
             v = next(v for v in offset_scalars(f, names) if v.attr[0] == f"{x.param.name}.at")
-            start = x.offset + x.base - next(e for g, e in starts.items() if x.param.name in g) if x.param.name in member else x.offset
-            scalars[v] = floordiv(start * 8, const(8 * self.bytes_of(x.param.dtype)) if x.param.dtype.bits >= 8 else const(x.param.dtype.bits))
+            start, unit = places[x.param.name]
+            bits = 8 * self.bytes_of(x.param.dtype) if x.param.dtype.bits >= 8 else x.param.dtype.bits
+            scalars[v] = floordiv(start * 8, const(bits * unit))
         by_name = {v.attr[0]: e for v, e in scalars.items()}
         first = {g[0]: g for g in groups}
         bound = []
@@ -431,7 +438,7 @@ class _Builder:
                 at, size = x.base, x.offset + x.size
             else:
                 at, size = x.offset + x.base, x.size
-            bound.append([list(x.memory), self.expr(at), self.expr(_words(size))])
+            bound.append([list(x.memory), self.expr(at), self.expr(_words(size, 4 * b.dtype.lanes))])
         words = []
         for v in shader.scalars:
             e = self.expr(by_name[v.attr[0]])
@@ -505,12 +512,12 @@ def offset_scalars(f: Func, names: Sequence[str]) -> tuple[Expr, ...]:
     return offset_buffers(f, names).scalars[len(f.scalars) :]
 
 
-def _words(e: Expr) -> Expr:
-    """Bytes rounded up to whole words, at least one."""
+def _words(e: Expr, least: int = 4) -> Expr:
+    """Bytes rounded up to whole words, at least ``least``: a binding holds one element or more."""
     n = e if _multiple(e, 4) else floordiv(e + 3, const(4)) * 4
     if n.op == "const":
-        return const(max(n.attr, 4))
-    return maximum(n, const(4))
+        return const(max(n.attr, least))
+    return maximum(n, const(least))
 
 
 def _multiple(e: Expr, k: int) -> bool:

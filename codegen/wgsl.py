@@ -20,6 +20,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
 from luthier.ir.loop import Alloc, Buffer, Call, Func, Store, walk_stmts
+from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
@@ -66,6 +67,8 @@ class _Wgsl(CStyle):
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
 
     def type(self, d: DType) -> str:
+        if d.lanes > 1:
+            return f"vec{d.lanes}<{self.type(d.scalar)}>"
         if d.is_bool:
             return "bool"
         if d.is_index:
@@ -92,6 +95,9 @@ class _Wgsl(CStyle):
         if t == "u32":
             return f"{v}u"
         return "i32(-2147483648)" if v == -(1 << 31) else f"{v}i" if v >= 0 else f"({v}i)"
+
+    def vector(self, parts: Sequence[str], d: DType) -> str:
+        return f"{self.type(d)}({', '.join(parts if len(set(parts)) > 1 else parts[:1])})"
 
     def convert(self, x: str, s: DType, d: DType) -> str:
         t = self.type(d)
@@ -229,7 +235,7 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = ()) -> Func:
     """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid, and one binding
     for each of ``groups`` of buffers."""
     f = legalize_dtype(scalarize(split_grid(map_parallel(flatten(f)))), WGSL_RULES)
-    return place_lets(round_by_operator(merge_bindings(f, groups)))
+    return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32))
 
 
 def print_wgsl(f: Func) -> Shader:

@@ -131,7 +131,7 @@ class Runner:
     def buffer(self, size: int, old: Any) -> Any:
         import wgpu
 
-        n = max(4, -(-size // 4) * 4)
+        n = max(16, -(-size // 4) * 4)
         if old is not None and old.size >= n:
             return old
         u = wgpu.BufferUsage

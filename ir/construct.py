@@ -146,9 +146,9 @@ def compare(op: str, a: Any, b: Any) -> Expr:
     if a.dtype.is_index or (a.dtype.is_int and a.dtype.lanes == 1 and a.dtype.bits <= 32):
         if a.op == "bcast" and b.op == "bcast":
             return bcast(compare(op, a.args[0], b.args[0]), a.dtype.lanes)
-        if op == "lt" and a.op == "ramp" and a.attr[0] == 1 and b.op == "bcast" and b.args[0].op == "const":
+        if op == "lt" and a.op == "ramp" and a.attr[0] == 1 and b.op == "bcast":
             n = a.dtype.lanes
-            if b.args[0].attr % n == 0 and all(c % n == 0 for c in linear(a.args[0]).values()):  # whole groups of lanes below it or not
+            if all(c % n == 0 for x in (b.args[0], a.args[0]) for c in linear(x).values()):  # whole groups of lanes below it or not
                 return bcast(compare(op, a.args[0], b.args[0]), n)
         if a.dtype.is_index and a.dtype.lanes > 1 and op in ("lt", "le"):  # whole vectors at once, by their extreme lanes
             (amin, amax), (bmin, bmax) = _extremes(a), _extremes(b)

@@ -434,6 +434,8 @@ class _Gen:
         arr, nm = self.buf(b), f"{b.name!r}, _fn"
         n = len(idx)
         tup = "(" + "".join(t + ", " for t in a[:n]) + ")"
+        if b.dtype.lanes > 1 and mask is not None and mask.op == "bcast":  # a whole element or none of it
+            return f"(_ld({arr}, {tup}, {nm}) if {a[n]}[0] else {a[n + 1]})"
         if any(i.dtype.lanes > 1 for i in idx) or (mask is not None and mask.dtype.lanes > 1):
             return f"_vld({arr}, {tup}, {nm})" if mask is None else f"_vldm({arr}, {tup}, {a[n]}, {a[n + 1]}, {nm})"
         if b.dtype.lanes == 1 and n == 1:

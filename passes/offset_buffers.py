@@ -6,19 +6,21 @@ and says at which element the argument starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from luthier.ir.expr import Expr, bcast, load, load_parts, rewrite, var
 from luthier.ir.loop import Buffer, Func, Stmt, Store, map_children, map_exprs
 
 
-def offset_buffers(f: Func, names: Iterable[str]) -> Func:
-    """``f`` must be flat. The offsets are index scalars named ``BUFFER.at``, appended to the parameters in the order of ``names``."""
+def offset_buffers(f: Func, names: Iterable[str], units: Mapping[str, int] | None = None) -> Func:
+    """``f`` must be flat. The offsets are index scalars named ``BUFFER.at``, appended to the parameters in the order of ``names``. They
+    count groups of ``units`` elements (1 where none are named), so that an aligned start is known to be one."""
     wanted = list(names)
     if not wanted:
         return f
-    at = {n: var(f"{n}.at", lo=0) for n in wanted}
+    scalars = {n: var(f"{n}.at", lo=0) for n in wanted}
+    at = {n: v * (units or {}).get(n, 1) for n, v in scalars.items()}
     new = {b: replace(b, shape=(b.size() + at[b.name],)) for b in f.buffers if b.name in at}
     by_name = {b.name: nb for b, nb in new.items()}
 
@@ -42,4 +44,4 @@ def offset_buffers(f: Func, names: Iterable[str]) -> Func:
     # stores first: their own indices hold loads that are rewritten afterwards
     body = map_exprs(st(f.body), lambda e: rewrite(e, fix, memo))
     params = tuple(new.get(p, p) if isinstance(p, Buffer) else p for p in f.params)
-    return replace(f, params=(*params, *at.values()), body=body)
+    return replace(f, params=(*params, *scalars.values()), body=body)

@@ -109,6 +109,8 @@ class _Vec:
             return Let(nv, v)
         if isinstance(s, If):
             c = self.expr(s.cond, mask)
+            if c.op == "bcast":  # all lanes or none
+                c = c.args[0]
             if is_const(c, True):
                 return self.stmt(s.then, mask)
             if c.dtype.lanes == 1:

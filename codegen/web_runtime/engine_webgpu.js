@@ -76,7 +76,7 @@ export class Engine {
 
   allocate(bytes) {
     const usage = GPUBufferUsage_.STORAGE | GPUBufferUsage_.COPY_DST | GPUBufferUsage_.COPY_SRC;
-    return { buffer: this.device.createBuffer({ size: Math.max(4, up4(bytes)), usage }), size: Math.max(4, up4(bytes)) };
+    return { buffer: this.device.createBuffer({ size: Math.max(16, up4(bytes)), usage }), size: Math.max(16, up4(bytes)) };
   }
 
   noMemory(what, message) {
