@@ -3,7 +3,7 @@
 ``out[r, c] = f(x[r, c], m[r], ...)`` with ``m[r] = reduce over c``: rows are the grid. The threads of a group walk a row in
 steps, so that neighbours read neighbours; each keeps a partial result, and the partial results meet in shared memory in two
 steps (a square root of the group's size each). Intermediate rows stay in shared memory when they fit, else they are computed
-again where they are read. Rows that are short get one thread each.
+again where they are read. Rows of whole vectors are walked four neighbours a step. Rows that are short get one thread each.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.ir.compute import MONOIDS
-from luthier.ir.expr import is_const
+from luthier.ir.expr import is_const, loads
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.gpu_elementwise import THREADS, fuse_all
+from luthier.schedules.gpu_elementwise import LANES, THREADS, fuse_all, side_by_side, whole
 from luthier.schedules.reduction import contiguity
 from luthier.schedules.rowwise import _contractions, positions
 from luthier.schedules.schedule import Schedule, annotate, inline, reorder, split, stage
@@ -80,7 +80,11 @@ def _length(s: Schedule, name: str) -> int:
 
 
 def _threads(length: int, caps: Capabilities) -> int:
-    """Threads of a group: about four elements each."""
+    """Threads of a group: about four elements each, and no thread idle where the length allows it."""
+    vectors, rest = divmod(length, LANES)
+    even = [n for n in range(32, caps.max_threads_per_block + 1, 32) if vectors % n == 0]
+    if even and not rest and length < 1 << 20:
+        return even[-1]
     n = 32
     while n < caps.max_threads_per_block and n * 4 < length:
         n *= 2
@@ -101,8 +105,13 @@ def _across(s: Schedule, name: str, axes: list[int], size: int) -> Schedule:
     loops = [st.loops[i].name for i in axes] if st.at is not None else [lp.name for lp in st.loops if not lp.reduce and "." not in lp.kind]
     if not loops:
         return s
+    wide = st.reduction is None and st.buf.dtype.bits == 32 and axes[-1:] == [len(st.axes) - 1] and side_by_side(st)
     s, loop = fuse_all(s, loops)
     n = s.static_extent(next(lp.var for lp in s.stages[name].loops if lp.name == loop))
+    if wide:
+        s = split(s, loop, LANES)
+        s = annotate(s, f"{loop}.1", "vectorize")
+        n, loop = None if n is None else n // LANES, f"{loop}.0"
     if n is not None and n <= size:
         return annotate(s, loop, "thread.x")
     s = split(s, loop, size)
@@ -120,8 +129,7 @@ def _reduce(s: Schedule, name: str, row: str, size: int) -> Schedule:
     if len([lp for lp in st.loops if lp.reduce]) > 1:
         rest = [lp.name for lp in st.loops if lp.reduce and lp.name != k]
         s = reorder(s, *rest, k)
-    s = split(s, k, size)
-    s = stage(s, name, private=f"{k}.1")
+    s = _partial(s, name, k, size)
     p = f"{name}.p"
     s = stage(s, p, at=row, scope="shared")
     s = annotate(s, s.stages[p].loops[len(s.stages[p].axes) - 1].name, "thread.x")
@@ -135,6 +143,27 @@ def _reduce(s: Schedule, name: str, row: str, size: int) -> Schedule:
     s = stage(s, q, at=row, scope="shared")
     s = annotate(s, s.stages[q].loops[len(s.stages[q].axes) - 1].name, "thread.x")
     return stage(s, name, at=row, scope="local")
+
+
+def _partial(s: Schedule, name: str, k: str, size: int) -> Schedule:
+    """Partial results of ``size`` threads that take turns along loop ``k``, a vector each where it has whole ones."""
+    st = s.stages[name]
+    assert st.reduction is not None
+    a = next(a for a in st.reduction.attr[1] if st.subst[a.var].attr[0] == k)
+    good, bad = contiguity(st, a.var)
+    if not whole(a.extent) or not good or bad:
+        return stage(split(s, k, size), name, private=f"{k}.1")
+    s = split(split(s, k, size * LANES), f"{k}.1", LANES, into=(f"{k}.t", f"{k}.v"))
+    s = stage(s, name, private=f"{k}.t")
+    p = s.stages[_last_partial(s, name)]
+    return annotate(s, [lp.name for lp in p.loops if lp.reduce][-1], "vectorize")
+
+
+def _last_partial(s: Schedule, name: str) -> str:
+    """The partial results that were made private last."""
+    red = s.stages[name].reduction
+    assert red is not None
+    return next(x.attr[0].name for x in loads(red))  # type: ignore[no-any-return]
 
 
 def _walked(s: Schedule, name: str) -> str:
@@ -170,8 +199,7 @@ def _root(s: Schedule, caps: Capabilities, threads: int | None) -> Schedule | No
     rest = [lp.name for lp in st.loops if lp.reduce and lp.name != k]
     if rest:
         s = reorder(s, *rest, k)
-    s = split(s, k, size)
-    s = stage(s, name, private=f"{k}.1")
+    s = _partial(s, name, k, size)
     loops = [lp.name for lp in s.stages[name].loops if not lp.reduce]
     merge = next(lp.name for lp in s.stages[name].loops if lp.reduce)
     half = 1
