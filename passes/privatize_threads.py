@@ -2,7 +2,7 @@
 
 Before: ``alloc acc: f32[16, 2] local: for t in 0..16 thread.x: acc[t, j] = ...``. After: ``alloc acc: f32[2] local: .. acc[j] = ...``.
 A tile that threads share out in steps keeps one part: with 16 threads, ``acc: f32[64]`` used at ``r * 16 + t`` becomes ``acc: f32[4]``
-used at ``r``.
+used at ``r``; ``acc: f32[128]`` used at ``r * 64 + t * 4 + v`` with ``v < 4`` becomes ``acc: f32[8]`` used at ``r * 4 + v``.
 
 A local buffer exists once for each thread, so the places of the others are never used. A dimension shrinks when every access, in any
 thread loop of one kind that starts at 0 and has one constant extent, has such an index.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, from_linear, is_const, linear, load, load_parts, rewrite, walk
+from luthier.ir.expr import Expr, bounds, from_linear, is_const, linear, load, load_parts, rewrite, walk
 from luthier.ir.loop import Alloc, Buffer, For, Func, Stmt, Store, exprs_of, map_children, map_exprs, walk_stmts
 
-Key = tuple[str, int]  # kind of the thread loop; its extent where threads take turns, 0 where the index is the thread's number
+# kind of the thread loop; its extent where threads take turns, 0 where the index is the thread's number; neighbours that one thread has
+Key = tuple[str, int, int]
 
 
 def privatize_threads(f: Func) -> Func:
@@ -27,19 +28,25 @@ def privatize_threads(f: Func) -> Func:
     def split(i: Expr) -> tuple[Key, Expr | None] | None:
         """(who owns the place, index among the owner's places; None: there is one)."""
         if i in kind:
-            return (kind[i].kind, 0), None
+            return (kind[i].kind, 0, 1), None
         poly = linear(i)
         mine = [m for m in poly if len(m) == 1 and m[0] in kind]
-        if len(mine) != 1 or poly[mine[0]] != 1:
+        if len(mine) != 1 or poly[mine[0]] < 1:
             return None
-        loop = kind[mine[0][0]]
+        loop, own = kind[mine[0][0]], poly[mine[0]]
         if loop.extent.op != "const":
             return None
         n = int(loop.extent.attr)
         rest = {m: c for m, c in poly.items() if m != mine[0]}
-        if any(c % n for c in rest.values()) or any(v in kind for m in rest for v in m):
+        turns = {m: c for m, c in rest.items() if m and c % (n * own) == 0}
+        place = from_linear({m: c for m, c in rest.items() if m not in turns})
+        if () in rest:  # of a constant, whole turns are turns
+            turns[()] = rest[()] // (n * own) * n * own
+            place = place - turns[()]
+        lo, hi = bounds(place)
+        if lo is None or lo < 0 or hi is None or hi >= own or any(v in kind for m in rest for v in m):
             return None
-        return (loop.kind, n), from_linear({m: c // n for m, c in rest.items()})
+        return (loop.kind, n, own), from_linear({m: c // n for m, c in turns.items() if c}) + place
 
     seen: dict[Buffer, list[set[Key | None]]] = {b: [set() for _ in b.shape] for b in bufs}
 
@@ -48,7 +55,7 @@ def privatize_threads(f: Func) -> Func:
             for keys, i, n in zip(seen[b], idx, b.shape, strict=True):
                 hit = split(i)
                 if hit is not None and hit[1] is None and n.op == "const" and is_const(kind[i].extent, n.attr):
-                    keys.add((hit[0][0], int(n.attr)))  # one turn of as many threads as there are places
+                    keys.add((hit[0][0], int(n.attr), 1))  # one turn of as many threads as there are places
                 else:
                     keys.add(None if hit is None else hit[0])
 
@@ -67,8 +74,8 @@ def privatize_threads(f: Func) -> Func:
         for n, k in zip(b.shape, keys, strict=True):
             if k is None:
                 shape.append(n)
-            elif k[1] and not (n.op == "const" and n.attr == k[1]):
-                shape.append((n + (k[1] - 1)) // k[1])
+            elif k[1] and not (n.op == "const" and n.attr == k[1] * k[2] == k[1]):
+                shape.append((n + (k[1] * k[2] - 1)) // (k[1] * k[2]) * k[2])
         if any(k is not None for k in keys):
             new[b] = replace(b, shape=tuple(shape))
             how[b] = keys
@@ -80,7 +87,7 @@ def privatize_threads(f: Func) -> Func:
         for i, n, k in zip(idx, b.shape, how[b], strict=True):
             if k is None:
                 out.append(i)
-            elif k[1] and not (n.op == "const" and n.attr == k[1]):
+            elif k[1] and not (n.op == "const" and n.attr == k[1] * k[2] == k[1]):
                 hit = split(i)
                 assert hit is not None and hit[1] is not None
                 out.append(hit[1])

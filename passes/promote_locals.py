@@ -7,12 +7,14 @@ is to be copied into another (an accumulator into the tile that an epilogue read
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from luthier.ir.expr import Expr, load, load_parts, rewrite_loads
 from luthier.ir.loop import (
     Alloc,
     Buffer,
+    For,
     Func,
     Stmt,
     Store,
@@ -138,7 +140,7 @@ def _copied(body: Stmt, env: dict[Buffer, dict[tuple[int, int], Buffer]], stores
     def pairs(outer: set[Buffer], before: tuple[Stmt, ...], x: Alloc) -> None:
         inner, stmts = peel(x)
         copies: dict[tuple[Buffer, Buffer], set[tuple[int, int] | None]] = {}
-        for s in reversed(stmts):
+        for s in _backwards(stmts):
             b = _source(s)
             if b is None or not isinstance(s, Store) or b not in inner or s.buf not in outer:
                 break
@@ -154,6 +156,14 @@ def _copied(body: Stmt, env: dict[Buffer, dict[tuple[int, int], Buffer]], stores
 
     visit(body)
     return found
+
+
+def _backwards(stmts: tuple[Stmt, ...]) -> Iterator[Stmt]:
+    """Statements from the last one on; a loop of threads that ends them counts as what each of its threads does."""
+    for s in reversed(stmts):
+        if isinstance(s, For) and s.kind.startswith("thread"):
+            yield from _backwards(tuple(stmts_of(s.body)))
+        yield s
 
 
 def _note(pieces: dict[Buffer, set[tuple[int, int]] | None], b: Buffer, p: tuple[int, int] | None) -> None:

@@ -3,8 +3,8 @@
 ``acc[b, m, n] = sum over k of A[b, k, m] * B[b, k, n]`` with an elementwise epilogue. The output axes that only one factor has are
 ``m``, those that only the other one has are ``n``; all reduction axes are one axis ``k``, padded with zeros to whole tiles. A and B
 are whatever expressions the factors are (a padded image, dequantized weights): as tensors of their own they are staged into
-shared memory, tile by tile, each element computed once a group. A thread keeps a register tile, whose elements are a stride of
-threads apart, so that shared memory and the output are walked by neighbouring threads side by side.
+shared memory, tile by tile, each element computed once a group. A thread keeps a register tile of vectors that are a stride of
+threads apart, so that shared memory and the output are walked by neighbouring threads side by side, a vector each.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.ir.compute import Pull, axis, reduce_
-from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute
+from luthier.ir.expr import UNARY, Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute, walk
 from luthier.ir.loop import Buffer
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.contract import _accumulator, _factors, _split_epilogue
 from luthier.schedules.elementwise import flat, stride
-from luthier.schedules.gpu_elementwise import fuse_all
+from luthier.schedules.gpu_elementwise import LANES, fuse_all, whole
 from luthier.schedules.rowwise import positions
 from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, inline, reorder, split, stage
 
 ROWS = 8  # threads of a group in each direction
 FEW_ROWS = 4  # up to so many rows of output the product is one of a matrix and a vector
 STEP = 16  # tile of the reduction
+SHORT = 24  # nodes of an epilogue that is written out for every element of the register tile
 
 
 def apply(
-    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tm: int | None = None, tn: int | None = None, step: int = STEP,
+    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tm: int | None = None, tn: int | None = None, step: int | None = None,
 ) -> Schedule | None:
     """``tm``, ``tn``: rows and columns of a thread's register tile; ``step``: reduction steps between two barriers."""
     if not caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold or st.at is not None for st in s.stages.values()):
@@ -61,10 +62,18 @@ def apply(
     length = _reduced(s, acc)
     if length is not None and length < 8:
         return None
+    auto_m, auto_n = tile(rows, cols, _product(s, acc, [i for i in range(len(s.stages[acc].axes)) if i not in (*us, *vs)]))
+    tm, tn = tm or auto_m, tn or auto_n
+    step = step or _step(tm, tn, length)
     s, m, n = _normal_form(s, acc, out, us, vs, step)
-    batch = _batches(s, out, m, n)
-    auto_m, auto_n = tile(rows, cols, batch)
-    return _tile(s, acc, out, m, n, tm or auto_m, tn or auto_n, step)
+    return _tile(s, acc, out, m, n, tm, tn, step, caps)
+
+
+def _step(tm: int, tn: int, length: int | None) -> int:
+    """Smaller tiles are deeper, so that filling them keeps all threads busy, unless that would add many zeros."""
+    if tm * tn >= 64 or length is None or 0 < length % (2 * STEP) <= STEP:
+        return STEP
+    return 2 * STEP
 
 
 def tile(rows: int | None, cols: int | None, batch: int | None) -> tuple[int, int]:
@@ -117,11 +126,6 @@ def _reduced(s: Schedule, acc: str) -> int | None:
     red = s.stages[acc].reduction
     assert red is not None
     ext = [a.extent for a in red.attr[1]]
-    return math.prod(int(e.attr) for e in ext) if all(e.op == "const" for e in ext) else None
-
-
-def _batches(s: Schedule, out: str, m: int, n: int) -> int | None:
-    ext = [a.extent for i, a in enumerate(s.stages[out].axes) if i not in (m, n)]
     return math.prod(int(e.attr) for e in ext) if all(e.op == "const" for e in ext) else None
 
 
@@ -222,52 +226,75 @@ def _merge(st: Stage, i: int) -> Stage:
 # ---------------------------------------------------------------- tiling
 
 
-def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, step: int) -> Schedule:
+def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, step: int, caps: Capabilities) -> Schedule:
     names = [lp.name for lp in s.stages[out].loops]
-    s = _share(s, names[m], ROWS * tm, f"{out}.m")
-    s = _share(s, names[n], ROWS * tn, f"{out}.n")
+    vm, vn = (LANES if t % LANES == 0 else 1 for t in (tm, tn))
+    s = _share(s, names[m], ROWS * tm, f"{out}.m", vm)
+    s = _share(s, names[n], ROWS * tn, f"{out}.n", vn)
     outer = [x for i, x in enumerate(names) if i not in (m, n)]
-    s = reorder(s, *outer, f"{out}.mo", f"{out}.no", f"{out}.mt", f"{out}.nt", f"{out}.mr", f"{out}.nr")
+    s = reorder(s, *outer, *(f"{out}.{x}" for x in ("mo", "no", "mt", "nt", "mr", "mv", "nr", "nv")))
     if outer:
         s, batch = fuse_all(s, outer)
         s = annotate(s, batch, "block.z")
-    for loop, kind in (("mo", "block.y"), ("no", "block.x"), ("mt", "thread.y"), ("nt", "thread.x")):
-        s = annotate(s, f"{out}.{loop}", kind)  # the epilogue is no inner loop: its text stays short
+    for loop, kind in (("mo", "block.y"), ("no", "block.x"), ("mt", "thread.y"), ("nt", "thread.x"), ("nv", "vectorize")):
+        s = annotate(s, f"{out}.{loop}", kind)
+    nodes = list(walk(s.stages[out].expr))
+    if len(nodes) <= SHORT and all(e.op not in UNARY or e.op in caps.native for e in nodes):  # else a loop, so that its text stays short
+        for loop in ("mr", "mv", "nr"):
+            s = annotate(s, f"{out}.{loop}", "unroll")
     s = stage(s, acc, at=f"{out}.no", pad=(m, n))
     a = s.stages[acc]
     loops = [lp.name for lp in a.loops if not lp.reduce]
     k = next(lp.name for lp in a.loops if lp.reduce)
-    s = split(s, loops[m], ROWS, into=(f"{acc}.mr", f"{acc}.mt"))
-    s = split(s, loops[n], ROWS, into=(f"{acc}.nr", f"{acc}.nt"))
+    s = _turns(s, loops[m], f"{acc}.m", vm)
+    s = _turns(s, loops[n], f"{acc}.n", vn)
     s = split(s, k, step, into=(f"{acc}.ko", f"{acc}.ki"))
     rest = [x for i, x in enumerate(loops) if i not in (m, n)]
-    s = reorder(s, *rest, f"{acc}.ko", f"{acc}.mt", f"{acc}.nt", f"{acc}.ki", f"{acc}.mr", f"{acc}.nr")
-    for loop, kind in (("mt", "thread.y"), ("nt", "thread.x"), ("mr", "unroll"), ("nr", "unroll")):
+    s = reorder(s, *rest, *(f"{acc}.{x}" for x in ("ko", "mt", "nt", "ki", "mr", "mv", "nr", "nv")))
+    for loop, kind in (("mt", "thread.y"), ("nt", "thread.x"), ("mr", "unroll"), ("mv", "unroll"), ("nr", "unroll"), ("nv", "vectorize")):
         s = annotate(s, f"{acc}.{loop}", kind)
-    for tag in ("A", "B"):
-        s = _fill(s, f"{acc}.{tag}", f"{acc}.ko")
+    for x in [x for x in loads(a.expr) if x.attr[0].name in (f"{acc}.A", f"{acc}.B")]:
+        last = load_parts(x)[1][-1]
+        s = _fill(s, x.attr[0].name, f"{acc}.ko", vm if last is a.axes[m].var else vn if last is a.axes[n].var else 1)
     return s
 
 
-def _share(s: Schedule, loop: str, size: int, base: str) -> Schedule:
-    """``loop`` becomes blocks ``o`` of ``size``, each shared out to ROWS threads ``t`` that take turns ``r``."""
+def _share(s: Schedule, loop: str, size: int, base: str, v: int) -> Schedule:
+    """``loop`` becomes blocks ``o`` of ``size``, each shared out to ROWS threads."""
     s = split(s, loop, size, into=(f"{base}o", f"{base}i"))
-    return split(s, f"{base}i", ROWS, into=(f"{base}r", f"{base}t"))
+    return _turns(s, f"{base}i", base, v)
 
 
-def _fill(s: Schedule, name: str, at: str) -> Schedule:
-    """A tile is filled by all threads, neighbours side by side along the axis that memory walks."""
+def _turns(s: Schedule, loop: str, base: str, v: int) -> Schedule:
+    """``loop`` is shared out to ROWS threads ``t`` that take turns ``r``, with ``v`` neighbours each."""
+    s = split(s, loop, ROWS * v, into=(f"{base}r", f"{base}x"))
+    return split(s, f"{base}x", v, into=(f"{base}t", f"{base}v"))
+
+
+def _fill(s: Schedule, name: str, at: str, v: int) -> Schedule:
+    """A tile is filled by all threads, neighbours side by side along the axis that memory walks; it is stored in vectors of ``v``."""
     st = s.stages[name]
     s = stage(s, name, at=at, scope="shared")
     loops = [lp.name for lp in st.loops]
-    last = st.axes[-1].var
-    along = [stride(flat(*load_parts(x)[:2]), last) for x in loads(st.expr) if last in free_vars(x)]
+    last = st.axes[-1]
+    along = [stride(flat(*load_parts(x)[:2]), last.var) for x in loads(st.expr) if last.var in free_vars(x)]
+    inner: list[str] = []
     if not any(d is not None and is_const(d, 1) for d in along):  # memory walks k: it is the inner loop
         s = reorder(s, *loops[1:], loops[0])
         loops = [*loops[1:], loops[0]]
+        if v > 1:  # a square of elements a thread: loads go along k, stores along the other axis
+            across, k = loops[-2:]
+            s = split(split(s, across, v), k, v)
+            loops, inner = [*loops[:-2], f"{across}.0", f"{k}.0"], [f"{k}.1", f"{across}.1"]
+            s = annotate(s, inner[0], "unroll")
+    elif v > 1:
+        s = split(s, loops[-1], v)
+        loops, inner = [*loops[:-1], f"{loops[-1]}.0"], [f"{loops[-1]}.1"]
+    if inner:
+        s = reorder(s, *loops, *inner)
+        s = annotate(s, inner[-1], "vectorize" if whole(last.extent) else "unroll")
     s, loop = fuse_all(s, loops)
     s = split(s, loop, ROWS * ROWS)
     s = split(s, f"{loop}.1", ROWS)
     s = annotate(s, f"{loop}.1.0", "thread.y")
     return annotate(s, f"{loop}.1.1", "thread.x")
-
