@@ -40,12 +40,13 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.contract import _factors, _product
+from luthier.schedules.gpu_elementwise import LANES
 from luthier.schedules.make_func import make_func
 from luthier.schedules.rowwise import positions
 from luthier.schedules.schedule import Schedule, ScheduleError, inline
 
 THREADS = 128  # of a group, and keys of a tile
-ROWS = 8  # query rows of a tile
+ROWS = 8  # query rows of a tile, twice as many where a value is short
 WIDE = 256  # the longest head that is kept in registers and shared memory
 
 
@@ -229,14 +230,16 @@ def _within(cond: Expr, s: Stmt) -> Stmt:
 def _kernel(a: Attention, rows: int | None) -> Stmt:
     row, last = a.axes[-2], a.axes[-1]
     n_rows, n_keys, width = row.extent, a.key.extent, int(last.extent.attr)
-    r = rows or ROWS
+    r = rows or (2 * ROWS if width * ROWS <= THREADS * LANES // 2 else ROWS)
     if row.var in free_vars(a.k) | free_vars(a.v):  # every row has keys of its own
         r = 1
     while r > 1 and n_rows.op == "const" and r // 2 >= n_rows.attr:
         r //= 2
     g = _Group(r, THREADS // r)
-    lanes, turns = g.lanes, -(-width // g.lanes)
+    own = LANES if width % LANES == 0 and width >= g.lanes * LANES else 1  # neighbours in a value that a thread has
+    lanes, turns = g.lanes, -(-width // (g.lanes * own)) * own
     depth = math.prod(int(x.extent.attr) for x in a.dims)
+    near = LANES if depth % LANES == 0 else 1
     lowest = const(f32.limits()[0] if math.isfinite(f32.limits()[0]) else -3.4028234663852886e38, f32)
     zero = const(0.0, f32)
     tiles = (n_rows + (r - 1)) // r
@@ -270,8 +273,16 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
             d = d // x.extent
         return substitute(e, out)
 
+    def column(j: Expr, x: Expr) -> Expr:
+        """The element of a value that is the ``j``-th one of thread ``x``."""
+        return (j // own * lanes + x) * own + j % own
+
     def fill(y: Expr, x: Expr) -> Stmt:
-        return g.loop("j", -(-depth // lanes), lambda j: _within(j * lanes + x < depth, Store(qs, (y, j * lanes + x), over(at(a.q, y), j * lanes + x))))
+        def step(j: Expr) -> Stmt:
+            d = (j * lanes + x) * near
+            return _within(j * lanes + x < depth // near, g.each(near, lambda u: Store(qs, (y, d + u), over(at(a.q, y), d + u))))
+
+        return g.loop("j", -(-depth // (lanes * near)), step)
 
     def start(y: Expr, x: Expr) -> Stmt:
         return block(Store(top, (y, x), lowest), Store(total, (y, x), zero), g.each(turns, lambda j: Store(acc, (y, x, j), zero)))
@@ -279,7 +290,11 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
     def scores(first: Expr, y: Expr, x: Expr) -> Stmt:
         dot = _local("dot", r)
         me = y * lanes + x
-        sums = g.loop("d", depth, lambda d: g.each(r, lambda u: Store(dot, (u,), load(dot, (u,)) + load(qs, (u, d)) * over(at(a.k, u, key=first + me), d))))
+
+        def add(u: Expr, d: Expr) -> Stmt:
+            return Store(dot, (u,), load(dot, (u,)) + load(qs, (u, d)) * over(at(a.k, u, key=first + me), d))
+
+        sums = g.loop("d", depth // near, lambda d: g.each(r, lambda u: g.each(near, lambda v: add(u, d * near + v))))
         done = g.each(r, lambda u: Store(sc, (u, me), substitute(at(a.score, u, key=first + me), {a.acc: load(dot, (u,))})))
         return Alloc(dot, block(g.each(r, lambda u: Store(dot, (u,), zero)), sums, done))
 
@@ -306,13 +321,13 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
 
     def values(first: Expr, y: Expr, x: Expr) -> Stmt:
         count = const(THREADS) if prove((n_keys % THREADS).eq(0)) else minimum(const(THREADS), n_keys - first)
-        return g.loop("n", count, lambda n: g.each(turns, lambda j: Store(acc, (y, x, j), load(acc, (y, x, j)) + load(sc, (y, n)) * at(a.v, y, key=first + n, col=j * lanes + x))))
+        return g.loop("n", count, lambda n: g.each(turns, lambda j: Store(acc, (y, x, j), load(acc, (y, x, j)) + load(sc, (y, n)) * at(a.v, y, key=first + n, col=column(j, x)))))
 
     def finish(y: Expr, x: Expr) -> Stmt:
         z = _local("z")
 
         def store(j: Expr) -> Stmt:
-            e = j * lanes + x
+            e = column(j, x)
             value = at(substitute(a.out, {a.ratio: load(acc, (y, x, j)) / load(z, ())}), y, col=e)
             s: Stmt = Store(replace(a.buf, scope="param"), (*(env[b.var] for b in a.axes[:-2]), base + y, e), value)
             return _within((base + y < n_rows) & (e < last.extent), s)
