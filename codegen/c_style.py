@@ -20,6 +20,7 @@ from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, const, free_vars, load_parts, prove, substitute
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
+from luthier.passes.spread_subgroups import merge_of
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 _COMPARE = {"lt": "<", "le": "<=", "eq": "==", "ne": "!="}
@@ -346,6 +347,10 @@ class CStyle:
             raise TypeError(s)
 
     def loop(self, s: For) -> None:
+        if s.kind == "subgroup":
+            merge = merge_of(s)
+            if merge is not None and self.share(s, *merge):
+                return
         if s.kind in ("vectorize", "unroll"):
             raise CompilationError(f"loop {s.var!r} is still {s.kind}", op=self.f.name, hint="run the shared loop passes first")
         if "." in s.kind:
@@ -370,6 +375,10 @@ class CStyle:
         self.put(self.for_head(self.name(s.var), self.expr(s.lo), hi) + " {")
         self.body(s.body)
         self.put("}")
+
+    def share(self, s: For, acc: Buffer, op: str) -> bool:
+        """A loop of kind ``subgroup``, its rounds shared out to the lanes of each subgroup. False where the language has none."""
+        return False
 
     def alloc(self, s: Alloc) -> None:
         b = s.buf

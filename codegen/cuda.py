@@ -13,13 +13,14 @@ from luthier.codegen.c_style import CStyle
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, const
-from luthier.ir.loop import Alloc, Buffer, Func, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, For, Func, walk_stmts
 from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import DEFAULT_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
 from luthier.passes.place_lets import place_lets
 from luthier.passes.scalarize import scalarize
+from luthier.passes.spread_subgroups import spread_subgroups
 
 KEYWORDS = frozenset(
     """alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast continue
@@ -27,7 +28,7 @@ KEYWORDS = frozenset(
     namespace new noexcept not not_eq nullptr operator or or_eq private protected public register reinterpret_cast return short signed
     sizeof static static_assert static_cast struct switch template this throw true try typedef typeid typename union unsigned using
     virtual void volatile wchar_t while xor xor_eq half threadIdx blockIdx blockDim gridDim warpSize sqrtf floorf ceilf rintf truncf
-    fabsf sqrt floor ceil rint trunc fabs min max log exp erf y0 y1 yn j0 j1 jn gamma""".split()
+    fabsf lane lane_add lane_mul lane_min lane_max sqrt floor ceil rint trunc fabs min max log exp erf y0 y1 yn j0 j1 jn gamma""".split()
 )
 _INTS = {8: "char", 16: "short", 32: "int", 64: "long long"}
 
@@ -53,6 +54,7 @@ class _Cuda(CStyle):
     def __init__(self, f: Func) -> None:
         super().__init__(f)
         self.arrays: list[str] = []
+        self.helpers: dict[str, str] = {}
 
     def type(self, d: DType) -> str:
         if d.lanes > 1:
@@ -161,6 +163,18 @@ class _Cuda(CStyle):
     def position(self, kind: str) -> str:
         return f"(long long){'blockIdx' if kind.startswith('block') else 'threadIdx'}.{kind[-1]}"
 
+    def share(self, s: For, acc: Buffer, op: str) -> bool:
+        """Warps are whole (``legalize_cuda``): 32 lanes, whose sums cross in five steps."""
+        v, a, t = self.name(s.var), self.name(acc.name), self.type(acc.dtype)
+        self.put(f"for (long long {v} = lane; {v} < {self.expr(s.hi)}; {v} += 32) {{")
+        self.body(s.body)
+        self.put("}")
+        self.put(f"{a} = lane_{op}({a});")
+        other = self.choose(f"(x {'<' if op == 'min' else '>'} y)", "x", "y") if op in ("min", "max") else self.arithmetic(op, "x", "y", acc.dtype)
+        step = f"const {t} y = __shfl_xor_sync(0xffffffffu, x, k); x = {other};"
+        self.helpers[f"{op} {t}"] = f"__device__ __forceinline__ {t} lane_{op}({t} x) {{ for (int k = 16; k; k >>= 1) {{ {step} }} return x; }}"
+        return True
+
     def kernel(self) -> CudaKernel:
         f = self.f
         ps = [f"{'' if b.writable else 'const '}{self.type(b.dtype)}* __restrict__ {self.name(b.name)}" for b in f.buffers]
@@ -174,13 +188,21 @@ class _Cuda(CStyle):
         self.stmt(f.body)
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
         n = group[0] * group[1] * group[2]
-        src = "\n".join([*head, f'extern "C" __global__ void __launch_bounds__({n}) {symbol}({", ".join(ps)}) {{', *self.lines, "}", ""])
+        if self.helpers:
+            self.lines.insert(0, "  const long long lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
+        src = "\n".join([*head, *self.helpers.values(), f'extern "C" __global__ void __launch_bounds__({n}) {symbol}({", ".join(ps)}) {{', *self.lines, "}", ""])
         grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
         return CudaKernel(f.name, symbol, src, f.buffers, f.scalars, grid, group)  # type: ignore[arg-type]
 
 
 def legalize_cuda(f: Func) -> Func:
     """A kernel with the loop passes done, made printable as CUDA C++: one dimension, no vectors, a grid."""
+    size: dict[str, int] = {}
+    for s in walk_stmts(f.body):
+        if isinstance(s, For) and s.kind.startswith("thread"):
+            size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
+    if math.prod(size.values()) % 32:  # the last warp would be a part of one
+        f = spread_subgroups(f)
     return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES)))
 
 

@@ -19,7 +19,7 @@ from luthier.codegen.c_style import CStyle
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
-from luthier.ir.loop import Alloc, Buffer, Call, Func, Store, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
 from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
@@ -29,11 +29,12 @@ from luthier.passes.place_lets import place_lets
 from luthier.passes.round_by_operator import round_by_operator
 from luthier.passes.scalarize import scalarize
 from luthier.passes.split_grid import split_grid
+from luthier.passes.spread_subgroups import spread_subgroups
 
 KEYWORDS = frozenset(
     """alias break case const const_assert continue continuing default diagnostic discard else enable false fn for if let loop
     override requires return struct switch true var while array atomic bool f16 f32 i32 u32 vec2 vec3 vec4 ptr sampler texture select
-    bitcast min max abs floor ceil round trunc sqrt fma main dims wg lid target filter read write storage uniform workgroup private
+    bitcast sg_lane sg_lanes min max abs floor ceil round trunc sqrt fma main dims wg lid target filter read write storage uniform workgroup private
     function active asm async await class common default demote do double enum explicit export extern final finally from get goto
     half handle impl import in inline input instance interface is layout mod module move mut namespace new nil noinline null operator
     out package partial pass patch precise precision premerge process protected pub public ref regardless register resource rest
@@ -62,6 +63,7 @@ class _Wgsl(CStyle):
     def __init__(self, f: Func, f16: bool = False) -> None:
         super().__init__(f)
         self.f16 = f16
+        self.subgroups = False
         self.special: dict[str, int] = {}
         self.globals: list[str] = []
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
@@ -181,6 +183,16 @@ class _Wgsl(CStyle):
     def position(self, kind: str) -> str:
         return f"i32({'wg' if kind.startswith('block') else 'lid'}.{kind[-1]})"
 
+    def share(self, s: For, acc: Buffer, op: str) -> bool:
+        """Lanes are counted, not assumed: a subgroup may have any size, and the last one of a group fewer lanes than the others."""
+        self.subgroups = True
+        v, a = self.name(s.var), self.name(acc.name)
+        self.put(f"for (var {v} = sg_lane; {v} < {self.expr(s.hi)}; {v} += sg_lanes) {{")
+        self.body(s.body)
+        self.put("}")
+        self.put(f"{a} = subgroup{op.capitalize()}({a});")
+        return True
+
     def effect(self, s: Call) -> str:
         if s.callee != "atomic_store_bits":
             return super().effect(s)
@@ -192,6 +204,11 @@ class _Wgsl(CStyle):
     def shader(self) -> Shader:
         f = self.f
         head: list[str] = ["enable f16;"] if self.f16 else []
+        lines, self.lines = self.lines, []
+        self.stmt(f.body)
+        body, self.lines = self.lines, lines
+        if self.subgroups:
+            head.append("enable subgroups;")
         stored = self.atomic | {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)}
         buffers = tuple(replace(b, writable=b.name in stored) for b in f.buffers)
         for k, b in enumerate(buffers):
@@ -206,7 +223,10 @@ class _Wgsl(CStyle):
             head.append(f"@group(0) @binding({len(f.buffers)}) var<uniform> dims: Dims;")
             for v in f.scalars:
                 self.put(f"let {self.name(v)} = dims.{self.name(v)};")
-        self.stmt(f.body)
+        if self.subgroups:
+            self.put("let sg_lane = i32(subgroupExclusiveAdd(1u));")
+            self.put("let sg_lanes = i32(subgroupAdd(1u));")
+        self.lines += body
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
         head += [f"var<private> special_{n}: u32 = {bits}u;" for bits, n in self.special.items()]
         head += self.globals
@@ -231,9 +251,11 @@ def _dtype(f: Func, name: str) -> DType:
     return i32
 
 
-def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = ()) -> Func:
+def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), subgroups: bool = False) -> Func:
     """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid, and one binding
-    for each of ``groups`` of buffers."""
+    for each of ``groups`` of buffers. ``subgroups``: whether the device has them."""
+    if not subgroups:
+        f = spread_subgroups(f)
     f = legalize_dtype(scalarize(split_grid(map_parallel(flatten(f)))), WGSL_RULES)
     return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32))
 

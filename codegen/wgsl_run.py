@@ -13,6 +13,8 @@ from luthier.ir.errors import CompilationError, TargetError
 from luthier.ir.expr import free_vars
 from luthier.ir.interp import evaluate_expr
 
+OPTIONAL = ("shader-f16", "subgroup")  # asked for where the adapter has them
+
 
 @lru_cache(maxsize=1)
 def device() -> Any:
@@ -22,7 +24,8 @@ def device() -> Any:
     except ImportError as e:
         raise TargetError("running WGSL needs wgpu", hint="pip install wgpu") from e
     try:
-        return wgpu.gpu.request_adapter_sync(power_preference="high-performance").request_device_sync()
+        adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+        return adapter.request_device_sync(required_features=[f for f in OPTIONAL if f in adapter.features])
     except Exception as e:
         raise TargetError(f"no WebGPU adapter: {e}", hint="install a Vulkan driver, such as mesa-vulkan-drivers") from e
 
@@ -33,7 +36,7 @@ def pipeline(sh: Shader) -> Any:
 
     d = device()
     try:
-        module = d.create_shader_module(code=sh.source)
+        module = d.create_shader_module(code=sh.source.replace("enable subgroups;\n", ""))  # naga knows them without, and refuses the word
         return d.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
     except wgpu.GPUError as e:
         raise CompilationError(f"WGSL refused: {e}", op=sh.name) from e

@@ -14,7 +14,8 @@
          | Block(stmts)
 
 ``For.kind``: ``serial``, ``parallel`` (iterations independent, distributed over threads), ``vectorize`` (iterations
-independent, become lanes), ``unroll``, ``block.x|y|z`` and ``thread.x|y|z`` (GPU grid and group).
+independent, become lanes), ``unroll``, ``block.x|y|z`` and ``thread.x|y|z`` (GPU grid and group), ``subgroup`` (all threads of a
+group run it alike, to merge the same partial results into an accumulator that holds the neutral element before).
 ``Buffer.scope``: ``param`` (argument), ``global`` (scratch in the arena), ``shared`` (one per thread group), ``local`` (one
 per thread; rank 0 means a register variable, possibly of vector type), ``const`` (compile-time data).
 A buffer is dense and row-major over ``shape``; after ``flatten`` it has one dimension and one index.
@@ -31,7 +32,7 @@ import numpy as np
 from luthier.ir.dtypes import DType
 from luthier.ir.expr import Expr, as_expr, is_const, rewrite
 
-KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z")
+KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup")
 SCOPES = ("param", "global", "shared", "local", "const")
 
 

@@ -12,6 +12,8 @@ from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, binary, bitcast, cast, extract, is_const, load, load_parts, rebuild, select, var
 from luthier.ir.loop import Alloc, Buffer, For, Func, If, Let, Stmt, Store, While, block, map_children, map_exprs
 
+_LEAF = frozenset(("var", "const"))
+
 
 def scalarize(f: Func) -> Func:
     """Raises CompilationError for intrinsics on vectors, which have no lanes to take apart."""
@@ -103,9 +105,9 @@ class _Scalarize:
     def stmt(self, s: Stmt) -> Stmt:
         if isinstance(s, Let) and s.var.dtype.lanes > 1:
             xs = [self.lane(s.value, k) for k in range(s.var.dtype.lanes)]
-            vs = [self.fresh(s.var.attr[0], x) for x in xs]
-            self.lets[s.var] = vs
-            return block(*(Let(v, x) for v, x in zip(vs, xs, strict=True)))
+            names = {x: x if x.op in _LEAF else self.fresh(s.var.attr[0], x) for x in xs}  # equal lanes are one
+            self.lets[s.var] = [names[x] for x in xs]
+            return block(*(Let(v, x) for x, v in names.items() if v is not x))
         if isinstance(s, Alloc) and s.buf.dtype.lanes > 1:
             if s.buf.rank == 0:
                 parts = [Buffer(f"{s.buf.name}.{k}l", s.buf.dtype.scalar, (), "local") for k in range(s.buf.dtype.lanes)]

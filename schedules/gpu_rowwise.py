@@ -1,9 +1,10 @@
 """GPU template for softmax, normalisations, reductions and matrix-vector products: a group of threads for each row.
 
 ``out[r, c] = f(x[r, c], m[r], ...)`` with ``m[r] = reduce over c``: rows are the grid. The threads of a group walk a row in
-steps, so that neighbours read neighbours; each keeps a partial result, and the partial results meet in shared memory in two
-steps (a square root of the group's size each). Intermediate rows stay in shared memory when they fit, else they are computed
-again where they are read. Rows of whole vectors are walked four neighbours a step. Rows that are short get one thread each.
+steps, so that neighbours read neighbours; each keeps a partial result, and the partial results meet in shared memory, from where
+each subgroup sums all of them (two steps where there are no subgroups, a square root of the group's size each). Intermediate rows
+stay in shared memory when they fit, else they are computed again where they are read. Rows of whole vectors are walked four
+neighbours a step. Rows that are short get one thread each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.ir.compute import MONOIDS
+from luthier.ir.dtypes import f32, i32, i64, u32
 from luthier.ir.expr import is_const, loads
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.gpu_elementwise import LANES, THREADS, fuse_all, side_by_side, whole
@@ -119,7 +121,7 @@ def _across(s: Schedule, name: str, axes: list[int], size: int) -> Schedule:
 
 
 def _reduce(s: Schedule, name: str, row: str, size: int) -> Schedule:
-    """A reduction inside a row: partial results of the threads, of every sixteenth of them, of all."""
+    """A reduction inside a row: partial results of the threads, then of all."""
     st = s.stages[name]
     red = st.reduction
     assert red is not None
@@ -133,16 +135,15 @@ def _reduce(s: Schedule, name: str, row: str, size: int) -> Schedule:
     p = f"{name}.p"
     s = stage(s, p, at=row, scope="shared")
     s = annotate(s, s.stages[p].loops[len(s.stages[p].axes) - 1].name, "thread.x")
-    half = 1
-    while half * half < size:
-        half *= 2
-    merge = next(lp.name for lp in s.stages[name].loops if lp.reduce)
-    s = split(s, merge, half)
-    s = stage(s, name, private=f"{merge}.1")
-    q = f"{name}.pp"
-    s = stage(s, q, at=row, scope="shared")
-    s = annotate(s, s.stages[q].loops[len(s.stages[q].axes) - 1].name, "thread.x")
-    return stage(s, name, at=row, scope="local")
+    return stage(_merge(s, name), name, at=row, scope="local")
+
+
+def _merge(s: Schedule, name: str) -> Schedule:
+    """All threads merge the partial results, with what help of their subgroup there is."""
+    st = s.stages[name]
+    if st.buf.dtype not in (f32, i32, u32, i64):
+        return s
+    return annotate(s, next(lp.name for lp in st.loops if lp.reduce), "subgroup")
 
 
 def _partial(s: Schedule, name: str, k: str, size: int) -> Schedule:
@@ -201,18 +202,12 @@ def _root(s: Schedule, caps: Capabilities, threads: int | None) -> Schedule | No
         s = reorder(s, *rest, k)
     s = _partial(s, name, k, size)
     loops = [lp.name for lp in s.stages[name].loops if not lp.reduce]
-    merge = next(lp.name for lp in s.stages[name].loops if lp.reduce)
-    half = 1
-    while half * half < size:
-        half *= 2
-    s = split(s, merge, half)
-    s = stage(s, name, private=f"{merge}.1")
+    s = _merge(s, name)
     if loops:
         s, row = fuse_all(s, [lp.name for lp in s.stages[name].loops if not lp.reduce])
         s = annotate(s, row, "block.x")
     else:
         return None
-    for q in (f"{name}.p", f"{name}.pp"):
-        s = stage(s, q, at=row, scope="shared")
-        s = annotate(s, s.stages[q].loops[len(s.stages[q].axes) - 1].name, "thread.x")
-    return s
+    p = f"{name}.p"
+    s = stage(s, p, at=row, scope="shared")
+    return annotate(s, s.stages[p].loops[len(s.stages[p].axes) - 1].name, "thread.x")
