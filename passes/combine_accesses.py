@@ -30,12 +30,11 @@ from luthier.ir.expr import (
     var,
 )
 from luthier.ir.loop import (
+    Alloc,
     Block,
     Buffer,
     Call,
-    For,
     Func,
-    If,
     Let,
     Stmt,
     Store,
@@ -267,7 +266,7 @@ class _Combiner:
         return replace(self.f, params=tuple(self.new.get(p, p) if isinstance(p, Buffer) else p for p in self.f.params), body=body)
 
     def alloc(self, s: Stmt) -> Stmt:
-        return s if isinstance(s, (For, If, Block)) or getattr(s, "buf", None) not in self.new else replace(s, buf=self.new[s.buf])  # type: ignore[union-attr, type-var]
+        return Alloc(self.new[s.buf], s.body) if isinstance(s, Alloc) and s.buf in self.new else s
 
     def one_store(self, run: Sequence[Store], ex: Callable[[Expr], Expr]) -> Stmt:
         values: list[Expr] = [const(0)] * self.lanes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -319,3 +320,16 @@ def test_spread_has_its_barriers() -> None:
     out = np.zeros(1, np.float32)
     run_func(f, {"X": normal(160), "Y": out}, {})
     np.testing.assert_allclose(out[0], normal(160).astype(np.float64).sum(), rtol=1e-5)
+
+
+def test_dawn_accepts_them() -> None:
+    """Every kernel of this file, with and without subgroups: their operations stand where control flow is uniform."""
+    from tests.gate import dawn
+
+    if dawn.missing():
+        pytest.skip(str(dawn.missing()))
+    shaders = [
+        replace(print_wgsl(legalize_wgsl(f, subgroups=on)), name=f"{name}, {on}")
+        for name, (args, _) in RUN.items() for f in program(*args).kernels.values() for on in (True, False)
+    ]  # fmt: skip
+    assert dawn.refused(shaders) == {}

@@ -6,7 +6,8 @@ const { create } = await import(pathToFileURL(process.argv[2]).href);
 // the null backend needs no driver: the shader is parsed, validated and lowered, nothing is drawn
 globalThis.gpu = create(['backend=null']); // kept: Dawn dies with the object, while the device is still in use
 globalThis.adapter = await globalThis.gpu.requestAdapter();
-const device = (globalThis.device = await globalThis.adapter.requestDevice());
+const requiredFeatures = ["shader-f16", "subgroups"].filter((f) => globalThis.adapter.features.has(f));
+const device = (globalThis.device = await globalThis.adapter.requestDevice({ requiredFeatures }));
 const out = [];
 for (const { name, source } of JSON.parse(readFileSync(0, 'utf8'))) {
   device.pushErrorScope('validation');
