@@ -177,7 +177,7 @@ def compile_model(
     """A GGUF file of the Llama architecture as a Module that :class:`LanguageModel` runs and ``save`` writes.
 
     ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
-    activations instead of 8 bits in groups of 32; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
+    activations instead of 8 bits in groups of 16; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
     the memory and bandwidth of keys and values). Raises InvalidModel, InputError, TargetError."""
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf

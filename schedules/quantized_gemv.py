@@ -60,7 +60,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
     if p is None or p.columns % UNIT or p.outputs < 8 or p.bits not in (1, 2, 3, 4, 5, 6, 8) or p.group % 16:
         return None
     flush = gcd(gcd(p.group, p.act) if p.act else p.group, 64)
-    if flush % 16 or (p.act and (p.act % UNIT or p.act > 256)) or (p.offset is not None and _base(p)):
+    if flush % 16 or (p.act and (p.act % 16 or p.act > 256)) or (p.offset is not None and _base(p)):
         return None
     if p.act and isinstance(p.zero_const, float):
         return None
@@ -159,7 +159,7 @@ class GemvBuilder:
         self.xper = len(pieces(b)) * 4 * (cols // UNIT) if not p.act else cols if self.words else cols // 4
         name = p.out.name
         self.xb = Buffer(f"{name}.x", i16 if self.words else i32 if p.act else f32, (self.m * self.xper,), "param", True)
-        self.sx = Buffer(f"{name}.xscale", f32, (self.m * (cols // max(p.act, UNIT)),), "param", True)
+        self.sx = Buffer(f"{name}.xscale", f32, (self.m * (cols // (p.act or UNIT)),), "param", True)
         self.sums = Buffer(f"{name}.xsum", i32 if p.act and self.zc is not None else f32, (self.m * (cols // self.flush),), "param", True)
         self.summed = self.zc != 0 or (not p.act and b == 8)
         self.temps = [self.xb, *([self.sx] if p.act else []), *([self.sums] if self.summed else [])]

@@ -65,7 +65,7 @@ def templates(module: Any) -> str:
 
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("act", [32, 0])
+@pytest.mark.parametrize("act", [32, 16, 0])
 def test_every_width(bits: int, act: int) -> None:
     rng = np.random.default_rng(bits)
     graph, w = product(72, 192, 32, bits, act, 1, rng)
@@ -75,7 +75,7 @@ def test_every_width(bits: int, act: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu:x86-64-v2", "cpu:x86-64-v4"])
-@pytest.mark.parametrize(("bits", "act"), [(0, 32), (1, 32), (2, 32), (3, 32), (4, 32), (8, 32), (4, 0), (8, 0)])
+@pytest.mark.parametrize(("bits", "act"), [(0, 32), (1, 32), (2, 32), (3, 32), (4, 32), (8, 32), (4, 16), (8, 16), (4, 0), (8, 0)])
 def test_other_vector_widths(target: str, bits: int, act: int) -> None:
     rng = np.random.default_rng(bits)
     graph, w = product(72, 192, 64, bits, act, 3, rng)
@@ -88,7 +88,7 @@ def test_other_vector_widths(target: str, bits: int, act: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["symmetric", "zeros", "offsets"])
-@pytest.mark.parametrize(("bits", "group", "act"), [(4, 16, 32), (2, 64, 64), (1, 128, 32), (3, 256, 32), (8, 32, 0), (6, 16, 32)])
+@pytest.mark.parametrize(("bits", "group", "act"), [(4, 16, 32), (2, 64, 64), (1, 128, 32), (3, 256, 32), (8, 32, 0), (6, 16, 32), (4, 32, 16), (3, 64, 16), (5, 128, 16)])
 def test_zero_points_and_offsets(form: str, bits: int, group: int, act: int) -> None:
     if form == "offsets" and bits == 8:
         pytest.skip("8-bit weights with offsets are signed ones with a zero point in every format that is read")
@@ -112,7 +112,7 @@ def test_run_time_number_of_rows(bits: int) -> None:
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8]), st.sampled_from([16, 32, 64, 128, 256]), st.integers(1, 3), st.integers(8, 75),
-    st.integers(1, 6), st.sampled_from([np.float16, np.float32]), st.sampled_from([0, 32]), st.integers(0, 1 << 16),
+    st.integers(1, 6), st.sampled_from([np.float16, np.float32]), st.sampled_from([0, 16, 32]), st.integers(0, 1 << 16),
 )  # fmt: skip
 def test_random_products(bits: int, group: int, blocks: int, n: int, rows: int, scale: Any, act: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

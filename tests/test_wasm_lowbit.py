@@ -89,7 +89,7 @@ def test_lane_moves() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", [0, 1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("act", [32, 0])
+@pytest.mark.parametrize("act", [32, 16, 0])
 def test_every_width(variant: str, bits: int, act: int) -> None:
     rng = np.random.default_rng(bits)
     for rows in (1, 3):
@@ -102,7 +102,7 @@ def test_every_width(variant: str, bits: int, act: int) -> None:
 
 @pytest.mark.parametrize("variant", ["relaxed", "simd-threads"])
 @pytest.mark.parametrize("form", ["zeros", "offsets"])
-@pytest.mark.parametrize(("bits", "group", "act"), [(4, 16, 32), (2, 64, 64), (1, 128, 32), (3, 256, 32), (8, 32, 0)])
+@pytest.mark.parametrize(("bits", "group", "act"), [(4, 16, 32), (2, 64, 64), (1, 128, 32), (3, 256, 32), (8, 32, 0), (4, 32, 16)])
 def test_zero_points_and_offsets(variant: str, form: str, bits: int, group: int, act: int) -> None:
     if form == "offsets" and bits == 8:
         pytest.skip("8-bit weights with offsets are signed ones with a zero point in every format that is read")

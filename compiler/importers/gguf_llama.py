@@ -121,7 +121,7 @@ class _Llama:
 
     def grouped(self, x: Value, w: Grouped, name: str) -> Value:
         k = w.q.shape[1]
-        act = 0 if self.exact or k % 32 else 32
+        act = 0 if self.exact or k % 32 else 16 if w.bits > 2 else 32  # smaller groups: fewer columns share an outlier's scale
         q, zero = w.q, w.zero
         if q.dtype == np.int8:
             q, zero = (q.astype(np.int16) + 128).astype(np.uint8), zero + 128
