@@ -34,6 +34,29 @@ def apply(
     s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tm: int | None = None, tn: int | None = None, step: int | None = None,
 ) -> Schedule | None:
     """``tm``, ``tn``: rows and columns of a thread's register tile; ``step``: reduction steps between two barriers."""
+    parts = sum_of_products(s, caps)
+    if parts is None:
+        return None
+    s, acc, out = parts
+    kinds = _classify(s.stages[acc])
+    if kinds is None:
+        return None
+    us, vs = kinds
+    rows, cols = _product(s, acc, us), _product(s, acc, vs)
+    if min(rows or 1 << 20, cols or 1 << 20) <= FEW_ROWS:
+        return None
+    length = _reduced(s, acc)
+    if length is not None and length < 8:
+        return None
+    auto_m, auto_n = tile(rows, cols, _product(s, acc, [i for i in range(len(s.stages[acc].axes)) if i not in (*us, *vs)]))
+    tm, tn = tm or auto_m, tn or auto_n
+    step = step or _step(tm, tn, length)
+    s, m, n = _normal_form(s, acc, out, us, vs, step)
+    return _tile(s, acc, out, m, n, tm, tn, step, caps)
+
+
+def sum_of_products(s: Schedule, caps: Capabilities) -> tuple[Schedule, str, str] | None:
+    """(the schedule with nothing but a sum of products and what reads it, their names), or None."""
     if not caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold or st.at is not None for st in s.stages.values()):
         return None
     out = s.compute.outs[0]
@@ -52,21 +75,7 @@ def apply(
             return None
     else:
         s, acc = _split_epilogue(s, out)
-    kinds = _classify(s.stages[acc])
-    if kinds is None:
-        return None
-    us, vs = kinds
-    rows, cols = _product(s, acc, us), _product(s, acc, vs)
-    if min(rows or 1 << 20, cols or 1 << 20) <= FEW_ROWS:
-        return None
-    length = _reduced(s, acc)
-    if length is not None and length < 8:
-        return None
-    auto_m, auto_n = tile(rows, cols, _product(s, acc, [i for i in range(len(s.stages[acc].axes)) if i not in (*us, *vs)]))
-    tm, tn = tm or auto_m, tn or auto_n
-    step = step or _step(tm, tn, length)
-    s, m, n = _normal_form(s, acc, out, us, vs, step)
-    return _tile(s, acc, out, m, n, tm, tn, step, caps)
+    return s, acc, out
 
 
 def _step(tm: int, tn: int, length: int | None) -> int:
@@ -167,7 +176,7 @@ def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], 
         own = [a for a in a_st.axes if a.var in free_vars(f)]
         x = substitute(f, env)
         if inside is not None:
-            x = select(inside, _guard(x, inside), const(0, x.dtype))
+            x = select(inside, guard_loads(x, inside), const(0, x.dtype))
         ax = [axis(f"{a.name}{tag.lower()}", a.extent) for a in own]
         ka = axis(f"k{tag.lower()}", padded)
         x = substitute(x, {k.var: ka.var, **{a.var: b.var for a, b in zip(own, ax, strict=True)}})
@@ -183,7 +192,7 @@ def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], 
     return replace(s, stages=stages, ext=ext, trace=(*s.trace, ("product", acc))), m, n
 
 
-def _guard(e: Expr, cond: Expr) -> Expr:
+def guard_loads(e: Expr, cond: Expr) -> Expr:
     def f(x: Expr) -> Expr | None:
         if x.op == "load":
             buf, idx, m, o = load_parts(x)

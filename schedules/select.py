@@ -34,7 +34,7 @@ from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
 
 TEMPLATES = ("sparse_gemv", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
-GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
+GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 
 @dataclass(slots=True)

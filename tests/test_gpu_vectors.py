@@ -149,6 +149,11 @@ def product(n: Any, k: int, m: int) -> Any:
     return [h.make_node("MatMul", ["x", "w"], ["y"])], {"x": (n, k)}, {"w": normal(k, m, seed=3)}
 
 
+def rows(n: int, k: int) -> Any:
+    """A matrix-vector product whose matrix has its rows side by side."""
+    return [h.make_node("Gemm", ["x", "w"], ["y"], transB=1)], {"x": (1, k)}, {"w": normal(n, k, seed=3)}
+
+
 def layer_norm(n: Any, m: int) -> Any:
     return [h.make_node("LayerNormalization", ["x", "s", "b"], ["y"])], {"x": (n, m)}, {"s": normal(m, seed=1), "b": normal(m, seed=2)}
 
@@ -180,6 +185,9 @@ DECLARED: dict[str, tuple[Any, tuple[int, int, int]]] = {
     "layer norm": (layer_norm("n", 384), (4, 0, 0)),
     "product": (product("n", 384, 1152), (3, 0, 2)),
     "product, small tiles": (product(40, 64, 96), (3, 0, 2)),
+    "vector": (product(1, 512, 96), (2, 1, 1)),
+    "vectors": (product(3, 512, 96), (2, 1, 1)),
+    "vector, rows": (rows(96, 512), (2, 1, 0)),
     "product, odd columns": (product(64, 64, 97), (1, 2, 2)),
     "product, odd sum": (product(64, 63, 96), (2, 1, 2)),
     "attention": (attention("b", "n", 32), (4, 0, 1)),
@@ -198,7 +206,9 @@ RUN: dict[str, tuple[Any, tuple[int, ...]]] = {
     "points": (bias("n", 384), (37, 384)), "points, odd": (bias("n", 387), (37, 387)), "softmax": (softmax("n", 500), (5, 500)),
     "softmax, odd": (softmax("n", 501), (5, 501)), "softmax, open": (softmax("n", "m"), (5, 260)), "softmax, long": (softmax(3, 4096), (3, 4096)),
     "layer norm": (layer_norm("n", 384), (7, 384)), "product": (product("n", 384, 200), (37, 384)), "product, odd": (product("n", 63, 97), (130, 63)),
-    "product, few columns": (product("n", 64, 10), (70, 64)), "vector": (product(1, 512, 96), (1, 512)), "attention": (attention("b", "n", 32), (2, 2, 37, 32)),
+    "product, few columns": (product("n", 64, 10), (70, 64)), "vector": (product(1, 512, 96), (1, 512)),
+    "vectors": (product(3, 500, 132), (3, 500)), "vectors, short": (product(4, 70, 36), (4, 70)), "vector, rows": (rows(96, 512), (1, 512)),
+    "attention": (attention("b", "n", 32), (2, 2, 37, 32)),
     "attention, wide": (attention("b", "n", 64), (1, 2, 150, 64)), "attention, odd": (attention("b", "n", 10), (1, 2, 19, 10)),
     "conv": (conv("n", 16, (20, 20), 32, 3), (2, 16, 20, 20)), "conv, 1x1": (conv(1, 32, (14, 14), 64, 1), (1, 32, 14, 14)),
     "conv, open": (conv(1, 8, ("h", "w"), 16, 3), (1, 8, 9, 11)),
@@ -229,7 +239,7 @@ def test_results(name: str) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(np.abs(want).max()))
 
 
-@pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "attention"])
+@pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "vector, rows", "attention"])
 def test_cuda(name: str) -> None:
     """The same kernels compile to a cubin; those of whole vectors take pointers to them, and rows sum with shuffles."""
     from luthier.codegen.nvrtc import compile_cubin, library
@@ -240,14 +250,14 @@ def test_cuda(name: str) -> None:
         pytest.skip(str(e))
     for f in program(*RUN[name][0]).kernels.values():
         k = print_cuda(legalize_cuda(f))
-        assert ("float4* __restrict__" in k.source) == ("odd" not in name and name != "vector")
-        assert ("__shfl_xor_sync" in k.source) == (name not in ("product", "product, odd", "attention"))
+        assert ("float4* __restrict__" in k.source) == ("odd" not in name)
+        assert ("__shfl_xor_sync" in k.source) == (name in ROWS)
         assert compile_cubin(k.source, name=f.name)[:4] == b"\x7fELF"
 
 
 # ---------------------------------------------------------------- subgroups
 
-ROWS = ["softmax", "softmax, odd", "softmax, open", "softmax, long", "layer norm", "vector"]
+ROWS = ["softmax", "softmax, odd", "softmax, open", "softmax, long", "layer norm", "vector, rows"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -276,7 +286,7 @@ def exact(name: str, feeds: dict[str, Array]) -> Array:
         return e / e.sum(-1, keepdims=True)
     if name == "layer norm":
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * w["s"] + w["b"]
-    return x @ w["w"].astype(np.float64)
+    return x @ w["w"].astype(np.float64).T
 
 
 @pytest.mark.parametrize("name", ROWS)
