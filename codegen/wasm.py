@@ -153,13 +153,13 @@ class KernelPrinter(MemoryPrinter):
             for k in range(v.dtype.lanes):
                 n = self.local(t)
                 self.emit(self.lane(value, k))
-                self.c.op("local.set", n)
+                self.c.set(n)
                 ls.append(n)
             self.vars[v] = ls
             return
         self.emit(value)
         n = self.local(valtype(v.dtype))
-        self.c.op("local.set", n)
+        self.c.set(n)
         self.vars[v] = n
 
     def loop(self, s: For) -> None:
@@ -170,22 +170,22 @@ class KernelPrinter(MemoryPrinter):
             self.emit(s.lo)
             c.get(self.bounds[0])
             c.op("i32.add")
-            c.op("local.set", i)
+            c.set(i)
             hi = self.local("i32")
             self.emit(s.lo)
             c.get(self.bounds[1])
             c.op("i32.add")
-            c.op("local.set", hi)
+            c.set(hi)
             limit: Any = ("local.get", hi)
         else:
             self.emit(s.lo)
-            c.op("local.set", i)
+            c.set(i)
             if s.hi.op == "const":
                 limit = s.hi.attr
             else:
                 hi = self.local("i32")
                 self.emit(s.hi)
-                c.op("local.set", hi)
+                c.set(hi)
                 limit = ("local.get", hi)
 
         def push_limit() -> None:
@@ -245,7 +245,7 @@ class KernelPrinter(MemoryPrinter):
         if b.name in self.consts:
             self.ptrs[b.name] = self.local("i32")
             self.constant(b.name)
-            c.op("local.set", self.ptrs[b.name])
+            c.set(self.ptrs[b.name])
             self.stmt(s.body)
             return
         size = b.size() * (element_bytes(b.dtype) * b.dtype.lanes)

@@ -58,9 +58,9 @@ class ByteVectors(Vector):
             return
         x, y = self.local("v128"), self.local("v128")
         self.emit(a)
-        c.op("local.set", x)
+        c.set(x)
         self.emit(b)
-        c.op("local.set", y)
+        c.set(y)
         c.get(x)
         self.v128_const(b"\xff\x00" * 8)
         c.op("v128.and")

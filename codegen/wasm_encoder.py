@@ -147,6 +147,15 @@ class Code:
         else:
             b += uleb(n)
 
+    def set(self, n: int) -> None:
+        """``local.set``."""
+        b = self.b
+        b.append(0x21)
+        if n < 128:
+            b.append(n)
+        else:
+            b += uleb(n)
+
     def lane(self, name: str, lane: int) -> None:
         self.b += OPCODE[name]
         self.b.append(lane)

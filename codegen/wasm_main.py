@@ -61,7 +61,7 @@ class _Host(KernelPrinter):
                 n = self.vars[v] = self.local("i32")
                 assert isinstance(n, int)
                 self.extent(i, axis)
-                self.c.op("local.set", n)
+                self.c.set(n)
 
     def extent(self, i: int, axis: int) -> None:
         """An extent of input ``i`` as the caller gave it."""
@@ -161,7 +161,7 @@ class _Main(_Host):
         n = {k: self.local("i64") for k in ("got", "low", "high")}
         for k, e in (("got", s.got), ("low", s.low), ("high", s.high)):
             self.emit(const(0, i64) if e is None else wide(e))
-            c.op("local.set", n[k])
+            c.set(n[k])
         bad: list[tuple[str, str]] = [("low", "lt_s")] * (s.low is not None) + [("high", "gt_s")] * (s.high is not None)
         for k, op in bad:
             c.op("local.get", n["got"])
@@ -284,7 +284,7 @@ class _Main(_Host):
         for v, t in zip(values, (*self.m.signature(s.call.callee),)):
             v()
             n = self.local(t)
-            c.op("local.set", n)
+            c.set(n)
             args.append(n)
 
         def call(lo: Callable[[], None], hi: Callable[[], None]) -> None:
@@ -304,9 +304,9 @@ class _Main(_Host):
         self.emit(minimum(maximum(wide(s.grain), const(1, i64)), const(_HUGE, i64)))
         c.op("i32.wrap_i64")
         self.call_to("begin_loop")
-        c.op("local.set", chunk)
+        c.set(chunk)
         c.const("i32", 0)
-        c.op("local.set", mine)
+        c.set(mine)
         c.start("block")
         c.start("loop")
         c.op("local.get", total)
@@ -333,7 +333,7 @@ class _Main(_Host):
         c.op("local.get", mine)
         c.const("i32", 1)
         c.op("i32.add")
-        c.op("local.set", mine)
+        c.set(mine)
         c.op("br", 0)
         c.op("end")
         c.op("end")
@@ -424,14 +424,14 @@ class _Bind(_Host):
         dims = set(p.dims)
         at = self.local("i64")
         c.const("i64", m.memory.heap)
-        c.op("local.set", at)
+        c.set(at)
 
         def take(word: int, size: Expr | None, length: int | None) -> None:
             """The word gets the address, ``length`` the bytes; what follows begins at the next multiple of 64."""
             self.low_word(word, at)
             n = self.local("i64")
             self.emit(wide(size) if size is not None else const(0, i64))
-            c.op("local.set", n)
+            c.set(n)
             if length is not None:
                 self.low_word(length, n)
             c.op("local.get", at)
@@ -441,7 +441,7 @@ class _Bind(_Host):
             c.op("i64.add")
             c.const("i64", -ALIGN)
             c.op("i64.and")
-            c.op("local.set", at)
+            c.set(at)
             self.release("i64", n)
 
         for b in (*p.inputs, *p.outputs):
@@ -472,12 +472,12 @@ class _Bind(_Host):
         c.const("i64", m.memory.stack)
         c.op("i64.mul")
         c.op("i64.add")
-        c.op("local.set", at)
+        c.set(at)
         self.low_word(WORDS["HEAP_START"], at)
         useful = useful_threads(list(s.shared_work), dims)
         n = self.local("i64")
         self.emit(wide(useful))
-        c.op("local.set", n)
+        c.set(n)
         self.set_word(WORDS["WORTH"], lambda: self.clamp(n))
         c.op("local.get", at)
         self.call_to("ensure")

@@ -79,7 +79,9 @@ class MemoryPrinter(ByteVectors):
         """Notes the loops without loops inside, with all their statements; whether there is a loop in ``s``."""
         found = False
         for x in children(s):
-            found |= self.innermost(x)
+            t = type(x)
+            if t is not Store and t is not Let and self.innermost(x):
+                found = True
         if isinstance(s, (For, While)):
             if not found and isinstance(s, For):
                 self.bodies[id(s)] = list(walk_stmts(s.body))
@@ -92,7 +94,11 @@ class MemoryPrinter(ByteVectors):
         body = self.bodies.get(id(s))
         if body is None:
             return
-        self.inner = {s.var, *(x.var for x in body if isinstance(x, (Let, For)))}
+        defined = [x for x in body if type(x) is Let]
+        self.inner = {s.var, *[x.var for x in defined]}
+        for x in defined:
+            if x.var.dtype.is_index:
+                self.note_affine(x.var, x.value)
         found: dict[tuple[str, Expr], tuple[Buffer, int]] = {}
         needed: set[Expr] = set()
         seen: set[Expr] = set()
@@ -115,32 +121,32 @@ class MemoryPrinter(ByteVectors):
                 scan(x)
 
         def scan(e: Expr) -> None:
-            if e in seen:
-                return
-            seen.add(e)
-            if not e.loading:
-                needed.update(free_vars(e))
-            elif e.op == "load":
-                if not e.args:  # a register
-                    return
-                b, idx, m, o = load_parts(e)
-                place(b, idx)
-                for x in (m, o):
-                    if x is not None:
-                        scan(x)
-            else:
-                for a in e.args:
-                    scan(a)
+            stack = [e]
+            while stack:
+                e = stack.pop()
+                if e in seen:
+                    continue
+                seen.add(e)
+                if not e.loading:
+                    needed.update(free_vars(e))
+                elif e.op == "load":
+                    if e.args:  # not a register
+                        b, idx, m, o = load_parts(e)
+                        place(b, idx)
+                        if o is not None:
+                            stack.append(o)
+                        if m is not None:
+                            stack.append(m)
+                else:
+                    stack.extend(e.args[::-1])
 
         for x in body:
-            if isinstance(x, Let):
-                if x.var.dtype.is_index:
-                    self.note_affine(x.var, x.value)
-                    if x.var in self.affine:
-                        lets.append(x)
-                        continue
-                scan(x.value)
-            elif isinstance(x, Store):
+            if type(x) is Let:
+                if x.var in self.affine:
+                    lets.append(x)
+                else:
+                    scan(x.value)
+            elif type(x) is Store:
                 if x.idx:
                     place(x.buf, x.idx)
                 scan(x.value)
@@ -161,7 +167,7 @@ class MemoryPrinter(ByteVectors):
             self.emit(inv * size)
             c.op("i32.add")
             n = self.local("i32")
-            c.op("local.set", n)
+            c.set(n)
             bases[name, inv] = n
         self.bases, self.taken = bases, taken
         self.resolved = {}
@@ -315,7 +321,7 @@ class MemoryPrinter(ByteVectors):
             return
         n = self.local("v128")
         self.emit(o)
-        c.op("local.set", n)
+        c.set(n)
         mono = m.op in ("lt", "le") and m.args[0].op == "ramp" and m.args[0].attr[0] > 0 and m.args[1].op == "bcast" and _unit(idx[0])
         if mono:
             self.emit(self.lane(m, d.lanes - 1))
@@ -323,7 +329,7 @@ class MemoryPrinter(ByteVectors):
             self.enter()
             self.plain_load(buf, idx[0], load(buf, idx))
             self.leave_scope()
-            c.op("local.set", n)
+            c.set(n)
             c.op("else")
         for k in range(d.lanes):
             self.emit(self.lane(m, k))
@@ -333,7 +339,7 @@ class MemoryPrinter(ByteVectors):
             self.emit(self.lane(load(buf, idx), k))
             self.into_lane(d)
             c.lane(f"{prefix(d)}.replace_lane", k)
-            c.op("local.set", n)
+            c.set(n)
             self.leave_scope()
             c.op("end")
         if mono:
@@ -380,7 +386,7 @@ class MemoryPrinter(ByteVectors):
             n = self.regs.get(b.name)
             if s.mask is None and n.__class__ is int:
                 self.emit(s.value)
-                self.c.op("local.set", n)
+                self.c.set(n)
             else:
                 self.store_register(s)
             return
@@ -455,7 +461,7 @@ class MemoryPrinter(ByteVectors):
         if full(d) and value.op not in ("var", "bcast"):
             n = self.local("v128")
             self.emit(value)
-            c.op("local.set", n)
+            c.set(n)
         for k in range(d.lanes):
             if m is not None:
                 self.emit(self.lane(m, k))
@@ -485,12 +491,12 @@ class MemoryPrinter(ByteVectors):
             self.enter()
         if isinstance(n, int):
             self.emit(s.value)
-            c.op("local.set", n)
+            c.set(n)
         else:
             for k in range(len(n)):
                 self.emit(self.lane(s.value, k))
             for x in reversed(n):
-                c.op("local.set", x)
+                c.set(x)
         if s.mask is not None:
             self.leave_scope()
             c.op("end")

@@ -91,7 +91,7 @@ class Emitter:
         c = Code()
         for (_, data), n in self.pool.items():
             c.v128(data)
-            c.op("local.set", n)
+            c.set(n)
         return bytes(c.b)
 
     def fail(self, e: Expr, why: str) -> CompilationError:
@@ -263,7 +263,7 @@ class Emitter:
         t = valtype(a.dtype)
         n = self.local(t)
         self.emit(a)
-        self.c.op("local.set", n)
+        self.c.set(n)
         body(lambda: self.c.get(n))
         self.release(t, n)
 
@@ -414,15 +414,15 @@ class Emitter:
             c.const(t, 2)
             c.op(f"{t}.ge_u")
             c.op("select")
-            c.op("local.set", s)
+            c.set(s)
             x()
             c.get(s)
             c.op(f"{t}.div_s")
-            c.op("local.set", q)
+            c.set(q)
             x()
             c.get(s)
             c.op(f"{t}.rem_s")
-            c.op("local.set", r)
+            c.set(r)
             if floor:  # q - (r != 0 and (r < 0) != (b < 0)); r += b then
                 c.get(r)
                 c.get(s)
@@ -437,11 +437,11 @@ class Emitter:
                 c.get(q)
                 c.const(t, 1)
                 c.op(f"{t}.sub")
-                c.op("local.set", q)
+                c.set(q)
                 c.get(r)
                 c.get(s)
                 c.op(f"{t}.add")
-                c.op("local.set", r)
+                c.set(r)
                 c.op("end")
             if quot:
                 c.const(t, 0)

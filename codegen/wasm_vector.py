@@ -114,7 +114,7 @@ class Vector(Emitter):
         """A scalar on the stack becomes what a lane holds."""
         if d.is_bool:
             n = self.local("i32")
-            self.c.op("local.set", n)
+            self.c.set(n)
             self.c.const("i32", 0)
             self.c.get(n)
             self.c.op("i32.sub")
@@ -477,7 +477,7 @@ class Vector(Emitter):
         lanes, size = d.lanes, width(d) // 8
         while lanes > 1:
             half = lanes // 2
-            c.op("local.set", n)
+            c.set(n)
             hi = [(k ^ half) * size + b for k in range(16 // size) for b in range(size)]  # a pattern that engines know
             for first in ([False, True] if op in ("min", "max") and d.is_float else [True, False]):
                 c.get(n)

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ _F8 = ("f8e4m3fn", "f8e4m3fnuz", "f8e5m2", "f8e5m2fnuz", "f8e8m0")
 class DType:
     """An interned data type: two equal types are the same object. ``bits`` is per lane."""
 
-    __slots__ = ("kind", "bits", "lanes", "name", "is_float", "is_int", "is_signed", "is_index", "is_bool", "scalar")
+    __slots__ = ("kind", "bits", "lanes", "name", "is_float", "is_int", "is_signed", "is_index", "is_bool", "scalar", "bit")
     _table: dict[tuple[str, int, int], DType] = {}
     kind: str
     bits: int
@@ -38,6 +39,7 @@ class DType:
     is_index: bool
     is_bool: bool
     scalar: DType
+    bit: int  # of its own in a set of types (:func:`types_in`)
 
     def __new__(cls, kind: str, bits: int, lanes: int = 1) -> DType:
         key = (kind, bits, lanes)
@@ -51,6 +53,7 @@ class DType:
         self.is_float = kind[0] == "f" or kind == "bf"
         self.is_int, self.is_signed, self.is_index, self.is_bool = kind in "iu", kind in "ix", kind == "x", kind == "b"
         self.scalar = self if lanes == 1 else DType(kind, bits)
+        self.bit = 1 << len(cls._table)
         cls._table[key] = self
         return self
 
@@ -100,6 +103,12 @@ def parse_dtype(name: str) -> DType:
         return _BY_NAME[name]
     base, _, lanes = name.rpartition("x")
     return _BY_NAME[base].vec(int(lanes))
+
+
+@cache
+def types_in(bits: int) -> frozenset[DType]:
+    """The types whose ``bit`` is set in ``bits``."""
+    return frozenset(d for d in DType._table.values() if d.bit & bits)
 
 
 def to_numpy(d: DType) -> np.dtype[Any]:

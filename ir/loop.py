@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.dtypes import DType
+from luthier.ir.dtypes import DType, types_in
 from luthier.ir.expr import Expr, as_expr, is_const, rewrite
 
 KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup")
@@ -242,10 +242,8 @@ def loads_of(s: Stmt) -> set[Expr]:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a statement and its children hold: every distinct expression node (of index arithmetic without loads only the root), what is
-    allocated, whether anything is called."""
+    """What a statement and its children hold: types of expressions, what is allocated, whether anything is called."""
 
-    nodes: frozenset[Expr] | set[Expr]
     dtypes: frozenset[DType]
     allocated: tuple[Buffer, ...]
     calls: bool
@@ -260,7 +258,7 @@ def contents_of(s: Stmt) -> Contents:
         return _contents[1]
     allocated: list[Buffer] = []
     calls = False
-    stack: list[Expr] = []
+    types = 0
     todo: list[Any] = [s]
     while todo:
         x = todo.pop()
@@ -268,19 +266,31 @@ def contents_of(s: Stmt) -> Contents:
         if t is Block:
             todo.extend(x.stmts)
         elif t is Store:
-            stack.extend(x.idx)
-            stack.append(x.value)
+            types |= x.value.types
+            for i in x.idx:
+                types |= i.types
             if x.mask is not None:
-                stack.append(x.mask)
+                types |= x.mask.types
         elif t is Let:
-            stack.append(x.value)
+            types |= x.value.types
         elif t is Alloc:
             allocated.append(x.buf)
             todo.append(x.body)
         else:
             calls = calls or t is Call
-            stack.extend(exprs_of(x))
+            for e in exprs_of(x):
+                types |= e.types
             todo.extend(children(x))
+    out = Contents(types_in(types), tuple(allocated), calls)
+    _contents = s, out
+    return out
+
+
+def nodes_of(s: Stmt) -> set[Expr]:
+    """Every distinct expression node in a statement and its children; of index arithmetic without loads only the root."""
+    stack: list[Expr] = []
+    for x in walk_stmts(s):
+        stack.extend(exprs_of(x))
     seen: set[Expr] = set()
     while stack:
         e = stack.pop()
@@ -288,9 +298,7 @@ def contents_of(s: Stmt) -> Contents:
             seen.add(e)
             if e.loading or not e.dtype.is_index or e.dtype.lanes > 1:
                 stack.extend(e.args)
-    out = Contents(seen, frozenset({e.dtype for e in seen}), tuple(allocated), calls)
-    _contents = s, out
-    return out
+    return seen
 
 
 def map_children(s: Stmt, fn: Callable[[Stmt], Stmt | None]) -> Stmt:

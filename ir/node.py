@@ -47,7 +47,7 @@ class Expr:
     """One node. ``op``: operator; ``dtype``: type of the value; ``args``: operands; ``attr``: what is not an operand; ``loading``:
     whether a load is inside."""
 
-    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "loading", "__weakref__")
+    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "loading", "types", "__weakref__")
     op: str
     dtype: DType
     args: tuple[Expr, ...]
@@ -57,6 +57,7 @@ class Expr:
     _poly: Any
     _key: str | None
     loading: bool  # a load is inside
+    types: int  # of this node and all inside, as a set (:func:`luthier.ir.dtypes.types_in`)
 
     def __repr__(self) -> str:
         from luthier.ir.printer import format_expr
@@ -169,12 +170,13 @@ def make_node(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = No
     e = _table.get(k)
     if e is None:
         e = _new(Expr)
-        e.loading = op == "load"
-        if not e.loading:
-            for a in args:
-                if a.loading:
-                    e.loading = True
-                    break
+        loading = op == "load"
+        types = dtype.bit
+        for a in args:
+            types |= a.types
+            if a.loading:
+                loading = True
+        e.loading, e.types = loading, types
         e.op, e.dtype, e.args, e.attr = op, dtype, args, attr
         e._bounds = e._vars = e._poly = UNSET
         e._key = None

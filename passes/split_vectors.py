@@ -42,6 +42,7 @@ from luthier.ir.loop import (
     exprs_of,
     map_children,
     map_own_exprs,
+    nodes_of,
 )
 
 _FIXED = ("shuffle", "call")
@@ -57,7 +58,7 @@ def split_vectors(f: Func, bits: int = 128) -> Func:
     size = {n: max(bits // w, 2) for n, w in widest.items() if n * w > bits}
     if not size or inside.calls:
         return f
-    for e in inside.nodes:
+    for e in nodes_of(f.body):
         lanes = [x.dtype.lanes for x in (e, *e.args) if x.dtype.lanes in size]
         if lanes and (e.op in _FIXED or (e.op == "bitcast" and e.args[0].dtype.lanes != e.dtype.lanes)):
             return f
