@@ -1,6 +1,6 @@
 """Run the ONNX backend suite against luthier, from the saved artifact.
 
-    python benchmarks/conformance.py [--filter REGEX] [--sample N --seed S] [--jobs 2] [--update]
+    python benchmarks/conformance.py [--filter REGEX] [--sample N --seed S] [--jobs 2] [--resume] [--update]
 
 Phase 1 compiles a test's model and saves the artifact, in a worker process. Phase 2 loads the artifact in another process, in
 which importing ``onnx``, ``onnxruntime`` or ``luthier.ir`` raises, runs the test's data and compares with the test's own
@@ -8,7 +8,8 @@ tolerances. Workers take many tests each; a crash or a timeout costs only the te
 
 Statuses: ``pass``; ``wrong`` (an output differs); ``refused`` (a luthier error from compile or save, the message is recorded);
 ``error`` (any other exception, or a luthier error at run time); ``crash`` (the process died); ``timeout``.
-Writes ``build/conformance.csv``; ``--update`` rewrites the target's list in ``tests/conformance``. Exits 1 if a test crashed.
+Writes ``build/conformance.csv``, row by row; ``--resume`` keeps the rows that the file has of an earlier run and runs the rest.
+``--update`` rewrites the target's list in ``tests/conformance``. Exits 1 if a test crashed.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def run_one(name: str, options: argparse.Namespace, compiler: Worker, runner: Wo
 
 
 def run_suite(names: Iterable[str], options: argparse.Namespace) -> list[Result]:
-    """All tests, ``options.jobs`` at a time, in the order of ``names``."""
+    """All tests, ``options.jobs`` at a time, in the order of ``names``; each is added to ``options.csv`` when it is over."""
     queue = list(enumerate(names))[::-1]
     results: dict[int, Result] = {}
     lock = threading.Lock()
@@ -237,6 +238,7 @@ def run_suite(names: Iterable[str], options: argparse.Namespace) -> list[Result]
                 result = run_one(name, options, compiler, runner)
                 with lock:
                     results[position] = result
+                    add_csv(result, options.csv)
                     if options.verbose or result.status in ("crash", "timeout"):
                         print(f"{result.status:8} {name} {result.message[:160]}", flush=True)
                     elif len(results) % 100 == 0:
@@ -284,6 +286,27 @@ def print_report(results: list[Result], seconds: float) -> None:
     print(f"{len(results)} tests in {seconds:.0f} s: " + ", ".join(f"{counts[s]} {s}" for s in STATUSES))
 
 
+def add_csv(result: Result, path: Path) -> None:
+    """One more row at the end of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Result)])
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(result))
+
+
+def read_csv(path: Path) -> list[Result]:
+    """The rows that an earlier run, whole or interrupted, has left."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = [dict(r) for r in csv.DictReader(file)]
+    times = ("compile_ms", "run_ms")
+    return [Result(**{k: v for k, v in r.items() if k not in times}, **{k: float(r[k]) for k in times}) for r in rows]
+
+
 def write_csv(results: list[Result], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -318,6 +341,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target", default="cpu")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one phase of one test")
     parser.add_argument("--csv", type=Path, default=ROOT / "build" / "conformance.csv")
+    parser.add_argument("--resume", action="store_true", help="keep what the CSV file has of an earlier run")
     parser.add_argument("--update", action="store_true", help="rewrite the target's list in tests/conformance")
     parser.add_argument("--keep", action="store_true", help="keep the artifacts in build/conformance/artifacts-TARGET")
     parser.add_argument("--verbose", "-v", action="store_true", help="print every test")
@@ -347,11 +371,16 @@ def main() -> int:
         return 0
     names = select_tests(options)
     start = time.monotonic()
+    earlier = {r.test: r for r in read_csv(options.csv)} if options.resume else {}
+    if not options.resume:
+        options.csv.unlink(missing_ok=True)
     try:
-        results = run_suite(names, options)
+        results = run_suite([n for n in names if n not in earlier], options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    done = earlier | {r.test: r for r in results}
+    results = [done[n] for n in names]
     print_report(results, time.monotonic() - start)
     write_csv(results, options.csv)
     if options.update:
