@@ -26,21 +26,23 @@ __all__ = ["generate"]
 @click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v3, wasm, wasm:simd, ...")
 @click.option("--threads", type=click.IntRange(1), help="Worker threads; default: the cores this process may use.")
 @click.option("--cache-bits", type=click.Choice(["8", "16"]), default="16", show_default=True, help="Of keys and values.")
+@click.option("--precision", help="Quantize the layers' matrices anew: w8, w6, w5, w4, w3, w2, w1, ternary.")
 @click.option("--exact", is_flag=True, help="Activations in f32 instead of 8 bits.")
 @click.option("--stats", is_flag=True, help="Tokens a second on standard error.")
 @click.option("--debug", hidden=True, is_flag=False, flag_value="trace")
 def generate(
     model: Path, prompt: str, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int | None, chat: bool,
-    capacity: int | None, target: str, threads: int | None, cache_bits: str, exact: bool, stats: bool, debug: str | None,
+    capacity: int | None, target: str, threads: int | None, cache_bits: str, precision: str | None, exact: bool, stats: bool, debug: str | None,
 ) -> None:
-    """Continue PROMPT with MODEL, a GGUF file or the folder that luthier compile made of one, printing the text as it is made."""
+    """Continue PROMPT with MODEL (a GGUF file, an ONNX decoder with tokenizer.json beside it, or the folder of a compiled one), printing
+    the text as it is made."""
     from luthier.llm import Sampling, load
 
     if not model.exists():
         raise InputError(f"no such file: {model}")
     sampling = Sampling(temperature, top_k, top_p, seed)
     t0 = time.perf_counter()
-    lm = load(model, target, threads=threads, capacity=capacity, exact=exact, cache_bits=int(cache_bits))
+    lm = load(model, target, threads=threads, capacity=capacity, exact=exact, cache_bits=int(cache_bits), precision=precision)
     t1 = time.perf_counter()
     first = 0.0
     pieces = 0

@@ -1,4 +1,4 @@
-"""Language models: a GGUF file compiled to one function over a key-value cache (machine code or wasm), sampling, streamed text.
+"""Language models: a GGUF file or an ONNX decoder compiled to one function over a key-value cache (machine code or wasm), sampling, streamed text.
 
 >>> from luthier import llm
 >>> model = llm.load("SmolLM2-135M-Instruct.Q4_1.gguf")                    # doctest: +SKIP
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import InputError, InvalidModel
+from luthier.llm_onnx import stepper
 
 if TYPE_CHECKING:
+    from luthier.importers.requantize import Weights
     from luthier.ir.graph import Graph
     from luthier.module import Module
 
@@ -70,11 +72,12 @@ class LanguageModel:
 
     def __init__(self, module: Module) -> None:
         if "language" not in module.manifest:
-            raise InvalidModel(f"{module.manifest['name']} is no language model", hint="make one from a GGUF file with luthier compile")
+            raise InvalidModel(f"{module.manifest['name']} is no language model", hint="make one from a GGUF file with luthier compile, or from an ONNX decoder with luthier.llm.compile_model")
         self.module = module
         self.about: dict[str, Any] = module.manifest["language"]
         self.capacity, self.chunk, self.vocabulary = (int(self.about[k]) for k in ("capacity", "chunk", "vocabulary"))
-        self.step = module.keep(self.about["state"])
+        self.step, self._forget = stepper(module, self.about)
+        self.given: dict[str, Any] = {}
         self.length = 0
         self._tokenizer: Any = None
 
@@ -100,6 +103,15 @@ class LanguageModel:
     def reset(self) -> None:
         """Forget the sequence."""
         self.length = 0
+        self._forget()
+
+    def give(self, **inputs: Any) -> None:
+        """Arrays for further inputs of the model (``about["given"]``, such as the states of an encoder), used by every call from now on.
+        Raises InputError for other names."""
+        bad = sorted(set(inputs) - set(self.about.get("given", ())))
+        if bad:
+            raise InputError(f"{self.module.manifest['name']} has no further input {bad[0]}", hint=f"it has {', '.join(self.about.get('given', ())) or 'none'}")
+        self.given |= inputs
 
     def feed(self, tokens: Sequence[int]) -> Array:
         """Append tokens to the sequence, in chunks; the logits f32 [vocabulary] after the last one (every row's, [n, vocabulary], where
@@ -115,11 +127,19 @@ class LanguageModel:
                 f"the cache holds {self.capacity} positions; {self.length} are used and {ids.size} more were given",
                 hint="load the model with a larger capacity, or reset() it",
             )
+        lacking = [n for n in self.about.get("given", ()) if n not in self.given]
+        if lacking:
+            raise InputError(f"{self.module.manifest['name']} needs the input {lacking[0]}", hint=f"give it with give({lacking[0]}=array)")
+        by = self.about.get("by", "pos")
         parts = []
         every = bool(self.about["all_logits"])
         for lo in range(0, ids.size, self.chunk):
             part = ids[lo : lo + self.chunk]
-            given = {"tokens": part, "pos": np.array([self.length], np.int64)}
+            given = {"tokens": part, **self.given}
+            if by == "pos":
+                given["pos"] = np.array([self.length], np.int64)
+            elif by != "whole":
+                given["past"] = np.zeros(self.length, np.uint8)  # only its extent counts
             if not every:
                 given["last"] = np.array([part.size - 1], np.int64)
             parts.append(self.step(given)["logits"])
@@ -144,7 +164,7 @@ class LanguageModel:
         """Pieces of text as they are decided. ``chat``: the prompt is a user's message in the model's own format. Raises InputError
         when the prompt does not fit the cache."""
         text = self.chat_prompt(prompt) if chat else prompt
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(text, add_special_tokens=bool(self.about.get("special", False)) and not chat).ids
         if self.about["begin"] is not None:
             ids = [self.about["begin"], *ids]
         yield from self.stream_text(self.decode_tokens(ids, max_tokens, sampling))
@@ -172,16 +192,24 @@ class LanguageModel:
 
 def compile_model(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None,
 ) -> Module:
-    """A GGUF file of the Llama architecture as a Module that :class:`LanguageModel` runs and ``save`` writes.
+    """A GGUF file or an ONNX decoder (:mod:`luthier.importers.onnx_language`) as a Module that :class:`LanguageModel` runs and ``save`` writes.
 
     ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
     activations instead of 8 bits in groups of 16; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
-    the memory and bandwidth of keys and values). Raises InvalidModel, InputError, TargetError."""
+    the memory and bandwidth of keys and values). ``precision``: the layers' matrices are quantized anew, ``w8`` to ``w1`` or ``ternary``; ``weights``: or these are
+    taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). Raises InvalidModel, InputError, QuantizationError, TargetError."""
+    if Path(path).suffix == ".onnx":
+        if cache_bits != 16 or precision is not None or weights is not None:
+            raise InputError("an ONNX export states the types of its weights and caches", hint="leave cache_bits, precision and weights out; luthier quantize changes an export")
+        from luthier.llm_onnx import compile_onnx
+
+        return compile_onnx(path, target, threads, capacity, chunk, all_logits)
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf
     from luthier.importers.gguf_llama import config, llama_graph
+    from luthier.importers.requantize import requantizer
 
     file = read_gguf(path)
     c = config(file)
@@ -192,7 +220,7 @@ def compile_model(
         raise InputError(f"a chunk of {chunk} tokens is too short")
     if cache_bits not in (8, 16):
         raise InputError(f"a cache of {cache_bits} bits is not supported", hint="8 or 16")
-    graph = llama_graph(file, n, exact, all_logits, cache_bits)
+    graph = llama_graph(file, n, exact, all_logits, cache_bits, requantizer(precision, weights))
     module = compile_graph(graph, target, threads)
     ends = (file.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
     begin = file.metadata.get("tokenizer.ggml.bos_token_id") if file.metadata.get("tokenizer.ggml.add_bos_token") else None
@@ -223,6 +251,8 @@ def _sizes(graph: Graph) -> dict[str, int]:
     for n in (n for n in graph.nodes if n.op == "luthier::ExpertMatMul"):  # of the chosen experts
         _, rows, groups = (int(x.attr) for x in n.inputs[3].shape)  # type: ignore[union-attr]
         parameters += int(n.inputs[1].shape[1].attr) * rows * groups * int(n.attrs["group"])  # type: ignore[union-attr]
+    for n in (n for n in graph.nodes if n.op == "luthier::SparseMatMul"):  # of the kept blocks
+        parameters += int(n.attrs["block"]) * int(n.inputs[2].shape[0].attr)  # type: ignore[union-attr]
     state = [v for v in graph.inputs if v.name.startswith("cache.")]
     sizes = [[int(e.attr) for e in v.shape] for v in state]
     cache = sum(int(np.prod(x)) // x[2] * v.dtype.bits // 8 for x, v in zip(sizes, state, strict=True))
@@ -244,12 +274,15 @@ def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug
 
 def load(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None,
 ) -> LanguageModel:
-    """A GGUF file compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
+    """A GGUF file or an ONNX decoder compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
     ArtifactError."""
     if Path(path).is_dir():
         from luthier.artifact import load as load_artifact
 
+        if precision is not None or weights is not None:
+            raise InputError(f"{path} is compiled already; its weights stay as they are", hint="give the GGUF file")
+
         return LanguageModel(load_artifact(Path(path), threads))
-    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits, cache_bits))
+    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits, cache_bits, precision, weights))

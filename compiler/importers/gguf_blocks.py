@@ -17,7 +17,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """``q``: uint8 or int8 [rows, columns]; ``scale``, ``offset``: f32 [rows, columns / group]; ``bits``: of ``q`` (0: ternary)."""
+    """``q``: uint8 or int8 [rows, columns]; ``scale``, ``offset``: f32 [rows, columns / group]; ``bits``: of ``q`` (0: ternary); ``zeros``: a
+    zero point for every group, u8 or f16, in place of ``zero``."""
 
     q: Array
     bits: int
@@ -25,13 +26,23 @@ class Grouped:
     scale: Array
     zero: int = 0
     offset: Array | None = None
+    zeros: Array | None = None
+
+    @property
+    def rows(self) -> int:
+        return int(self.q.shape[0])
+
+    @property
+    def columns(self) -> int:
+        return int(self.q.shape[1])
 
     def dequantized(self) -> Array:
         """f32 [rows, columns]."""
         s = np.repeat(self.scale, self.group, 1)
         if self.offset is not None:
             return np.asarray(self.q.astype(np.float32) * s + np.repeat(self.offset, self.group, 1))
-        return np.asarray((self.q.astype(np.float32) - np.float32(self.zero)) * s)
+        zero = np.float32(self.zero) if self.zeros is None else np.repeat(self.zeros.astype(np.float32), self.group, 1)
+        return np.asarray((self.q.astype(np.float32) - zero) * s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from luthier.errors import InvalidModel
 from luthier.importers.builder import GraphBuilder
 from luthier.importers.gguf import GGUF, Tensor
 from luthier.importers.gguf_blocks import BLOCKS, Grouped
+from luthier.importers.requantize import Requantize, permute_rows, stack_blocks
 from luthier.importers.rope_scaling import check_scaling, rope_angles
 from luthier.ir.dtypes import f16, f32, i8, i64
 from luthier.ir.expr import var
@@ -26,8 +27,10 @@ from luthier.ir.graph import Graph, Value
 from luthier.ir.ops.experts import pack_experts
 from luthier.ir.ops.lowbit import pack_bits
 from luthier.ir.ops.lowbit_matmul import pack_trits
+from luthier.ir.ops.sparse_matmul import MAX_LEVELS, BlockSparse
 
 Array = np.ndarray[Any, Any]
+Weight = Grouped | BlockSparse | Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +82,23 @@ def halves(q: Array, heads: int, head: int) -> Array:
     return np.ascontiguousarray(q.reshape(heads, head // 2, 2, -1).swapaxes(1, 2).reshape(q.shape))
 
 
-def map_rows(w: Grouped, fn: Any) -> Grouped:
-    return replace(w, q=fn(w.q), scale=fn(w.scale), offset=None if w.offset is None else fn(w.offset))
+def map_rows(w: Grouped | BlockSparse, fn: Any) -> Grouped | BlockSparse:
+    if isinstance(w, BlockSparse):
+        return permute_rows(w, fn(np.arange(w.rows)[:, None])[:, 0])
+    return replace(w, q=fn(w.q), scale=fn(w.scale), offset=None if w.offset is None else fn(w.offset), zeros=None if w.zeros is None else fn(w.zeros))
 
 
 def stack(parts: list[Grouped]) -> Grouped | None:
     """Matrices one below the other; None when their forms differ."""
     a = parts[0]
-    if any((p.bits, p.group, p.zero, p.offset is None, p.q.dtype) != (a.bits, a.group, a.zero, a.offset is None, a.q.dtype) for p in parts):
+    if any(_form(p) != _form(a) for p in parts):
         return None
-    off = None if a.offset is None else np.concatenate([p.offset for p in parts if p.offset is not None])
-    return replace(a, q=np.concatenate([p.q for p in parts]), scale=np.concatenate([p.scale for p in parts]), offset=off)
+    off, zeros = (None if getattr(a, k) is None else np.concatenate([getattr(p, k) for p in parts]) for k in ("offset", "zeros"))
+    return replace(a, q=np.concatenate([p.q for p in parts]), scale=np.concatenate([p.scale for p in parts]), offset=off, zeros=zeros)
+
+
+def _form(w: Grouped) -> tuple[Any, ...]:
+    return w.bits, w.group, w.zero, w.offset is None, w.q.dtype, None if w.zeros is None else w.zeros.dtype
 
 
 def round_to_bytes(w: Array, name: str) -> Grouped:
@@ -103,12 +112,19 @@ def round_to_bytes(w: Array, name: str) -> Grouped:
 
 
 class _Llama:
-    def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool, cache_bits: int) -> None:
+    def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool, cache_bits: int, requantize: Requantize | None = None) -> None:
+        self.requantize = requantize
         self.g, self.c, self.capacity, self.exact, self.all_logits, self.cache_bits = g, config(g), capacity, exact, all_logits, cache_bits
         self.b = GraphBuilder("llama")
 
-    def product(self, x: Value, parts: list[Grouped | Array], name: str) -> list[Value]:
+    def product(self, x: Value, parts: list[Weight], name: str) -> list[Value]:
         """``x`` times each matrix's transpose: one product where the matrices have one form, then slices."""
+        blocks = [p for p in parts if isinstance(p, BlockSparse)]
+        joined = stack_blocks(blocks) if len(blocks) == len(parts) else None
+        if joined is not None or (blocks and len(parts) == 1):
+            return [self.sparse(x, joined or blocks[0], name)]
+        if blocks:
+            return [self.product(x, [p], f"{name}.{i}")[0] for i, p in enumerate(parts)]
         grouped = [p for p in parts if isinstance(p, Grouped)]
         whole = stack(grouped) if len(grouped) == len(parts) else None
         if whole is None and all(not isinstance(p, Grouped) for p in parts):
@@ -132,15 +148,30 @@ class _Llama:
         if w.offset is not None:
             ins.append(b.const(f"{name}.offset", w.offset.astype(np.float16)))
             attrs["offset"] = 1
+        elif w.zeros is not None:
+            ins.append(b.const(f"{name}.zeros", w.zeros))
         return b.op("luthier::GroupedMatMul", *ins, name=f"{name}.product", **attrs)
 
-    def weight(self, name: str, rows: int, columns: int, heads: int = 0) -> Grouped | Array:
+    def sparse(self, x: Value, w: BlockSparse, name: str) -> Value:
+        parts = [None if a is None else self.b.const(f"{name}.{p}", a) for p, a in zip(("rows", "columns", "values", "scales", "zeros"), w.arrays(), strict=True)]
+        return self.b.op("luthier::SparseMatMul", x, *parts, name=f"{name}.product", **w.attrs(0 if self.exact else MAX_LEVELS))
+
+    def weight(self, name: str, rows: int, columns: int, heads: int = 0) -> Weight:
         t = self.g.tensor(name, (rows, columns))
-        w: Any = t.grouped() if t.kind in BLOCKS else t.numpy()
+        w: Any = None if self.requantize is None else self.requantize(name, t.numpy)
+        if w is not None and (w.rows, w.columns) != (rows, columns):
+            raise InvalidModel(f"weights of {w.rows} x {w.columns} were given for tensor {name!r} of {rows} x {columns}")
+        if w is None:
+            w = self.stored(name, rows, columns)
         if heads:
             fn = lambda a: halves(a, heads, self.c.head)  # noqa: E731
-            w = map_rows(w, fn) if isinstance(w, Grouped) else fn(w)
+            w = fn(w) if isinstance(w, np.ndarray) else map_rows(w, fn)
         return w  # type: ignore[no-any-return]
+
+    def stored(self, name: str, rows: int, columns: int) -> Grouped | Array:
+        """The file's weights."""
+        t = self.g.tensor(name, (rows, columns))
+        return t.grouped() if t.kind in BLOCKS else t.numpy()
 
     def norm(self, x: Value, name: str) -> Value:
         scale = self.g.tensor(name, (self.c.width,)).numpy()
@@ -233,11 +264,14 @@ class _Llama:
             x = b.op("Gather", x, last, axis=0)
         x = self.norm(x, "output_norm.weight")
         name = "output.weight" if "output.weight" in g.tensors else "token_embd.weight"
-        b.output("logits", self.product(x, [self.weight(name, c.vocabulary, c.width)], "output")[0])
+        b.output("logits", self.product(x, [self.stored(name, c.vocabulary, c.width)], "output")[0])
         return b.graph()
 
 
-def llama_graph(g: GGUF, capacity: int, exact: bool = False, all_logits: bool = False, cache_bits: int = 16) -> Graph:
+def llama_graph(
+    g: GGUF, capacity: int, exact: bool = False, all_logits: bool = False, cache_bits: int = 16, requantize: Requantize | None = None,
+) -> Graph:  # fmt: skip
     """The model as a graph. ``capacity``: positions of the cache; ``exact``: activations in f32 instead of 8 bits; ``all_logits``:
-    logits of every row; ``cache_bits``: 16, or 8 with a scale for each row of a head. Raises InvalidModel."""
-    return _Llama(g, capacity, exact, all_logits, cache_bits).graph()
+    logits of every row; ``cache_bits``: 16, or 8 with a scale for each row of a head; ``requantize``: other weights for the layers' matrices
+    (:mod:`luthier.importers.requantize`). Raises InvalidModel."""
+    return _Llama(g, capacity, exact, all_logits, cache_bits, requantize).graph()

@@ -1,0 +1,336 @@
+"""Perplexity of a GGUF language model at 8, 4, 3, 2 bits, ternary and 1 bit, and with half of its weights' blocks dropped.
+
+    python -m benchmarks.llm_ladder MODEL.gguf [--tokens 4096] [--only w4,w2-gptq] [--folder build/llm_ladder] [--markdown FILE]
+    python -m benchmarks.llm_ladder MODEL.gguf --kernels w4-gptq,w3-gptq      # the same weights through the compiled kernels
+
+The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize_weights.quantize` and
+:func:`luthier.passes.prune_groups.prune_groups`; the embedding, which is the output matrix too, stays as it is in the file. ``gptq`` and
+the sparse steps take the sums ``X.T X`` of calibration text, layer after layer, of what the quantized layers before let through. Evaluation
+text: documentation strings of Python's standard library (:func:`benchmarks.llm.sample_text`); calibration text: those of other modules of it and of
+numpy. Recovery (:mod:`benchmarks.llm_recover`) has two steps after arXiv 2412.17560: values, scales and zero points of a layer fitted to the
+original's layer, one after another; then the scales and zero points of all layers to the original's distribution of the next token.
+
+Everything lies in ``--folder``: quantized layers, and a window's figures of every variant, so a run goes on where another one ended. Needs torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.llama_torch import MATRICES, SOURCES, TorchLlama
+from benchmarks.llm import sample_text
+from luthier.importers.gguf import read_gguf
+from luthier.importers.gguf_tokenizer import make_tokenizer
+from luthier.ir.ops.sparse_matmul import BlockSparse
+from luthier.passes.prune_groups import prune_groups
+from luthier.passes.quantize_weights import QuantizedWeight, quantize
+
+Array = np.ndarray[Any, Any]
+Weight = QuantizedWeight | BlockSparse
+GROUP, BLOCK = 64, 16
+DENSE, SPARSE = ("codes", "scales", "zeros"), ("row_ptr", "cols", "values", "scales")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """``bits``: 0 is ternary; ``method``: of :func:`quantize`, or of the sparse steps; ``start``: whose weights recovery begins with."""
+
+    name: str
+    label: str
+    bits: int
+    method: str
+    sparse: bool = False
+    start: str = ""
+
+
+def variants() -> dict[str, Variant]:
+    found = [Variant("w8-rtn", "8 bits, nearest", 8, "rtn")]
+    for name, text, bits in (("w4", "4 bits", 4), ("w3", "3 bits", 3), ("w2", "2 bits", 2), ("ternary", "ternary", 0), ("w1", "1 bit", 1)):
+        methods = {"rtn": "nearest", "mse": "least squares", "hqq": "half-quadratic", "gptq": "error compensation"}
+        if bits in (0, 1):
+            methods = {"gptq": methods["gptq"]} if bits == 0 else {"hqq": methods["hqq"], "gptq": methods["gptq"]}
+        found += [Variant(f"{name}-{m}", f"{text}, {t}", bits, m) for m, t in methods.items()]
+    for name, text, bits in (("w2", "2 bits", 2), ("w3", "3 bits", 3)):
+        found.append(Variant(f"{name}-blocks", f"{text}, then layer by layer", bits, "blocks", start=f"{name}-gptq"))
+        found.append(Variant(f"{name}-end", f"{text}, then end to end", bits, "end", start=f"{name}-blocks"))
+    sparse = (
+        ("magnitude", "magnitudes, nearest", ""), ("moments", "second moments, nearest", ""), ("compensate", "compensated", ""),
+        ("blocks", "then layer by layer", "w4s50-compensate"), ("end", "then end to end", "w4s50-blocks"),
+    )  # fmt: skip
+    found += [Variant(f"w4s50-{m}", f"W4S50, {text}", 4, m, True, start) for m, text, start in sparse]
+    return {v.name: v for v in found}
+
+
+def calibration_text() -> str:
+    """Documentation strings of numpy and of modules of the standard library that :func:`sample_text` does not read."""
+    import csv
+    import difflib
+    import doctest
+    import inspect
+    import json
+    import logging
+    import optparse
+    import pathlib
+    import pickle
+    import random
+    import shutil
+    import socket
+    import subprocess
+    import tarfile
+    import unittest
+    import urllib.request
+    import zipfile
+
+    modules = (
+        csv, difflib, doctest, inspect, json, logging, optparse, pathlib, pickle, random, shutil, socket, subprocess, tarfile, unittest,
+        urllib.request, zipfile, np, np.linalg, np.fft, np.random,
+    )  # fmt: skip
+    docs = [m.__doc__ for m in modules] + [getattr(o, "__doc__", None) for m in modules for o in vars(m).values() if callable(o)]
+    kept = list(dict.fromkeys(d.strip() for d in docs if isinstance(d, str) and len(d) > 200))
+    random.Random(0).shuffle(kept)
+    own = sample_text()
+    return "\n".join(t for t in kept if t not in own)
+
+
+# ---------------------------------------------------------------- weights on disk
+
+
+def save_weights(path: Path, weights: Mapping[str, Weight]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {}
+    for name, w in weights.items():
+        for part in SPARSE if isinstance(w, BlockSparse) else DENSE:
+            a = getattr(w, part)
+            if a is not None:
+                arrays[f"{name}/{part}"] = a
+        numbers = [w.rows, w.columns, w.block, w.bits, w.zero] if isinstance(w, BlockSparse) else [w.bits, w.group, w.zero]
+        arrays[f"{name}/numbers"] = np.array(numbers, np.float64)
+    partial = path.with_suffix(".part.npz")
+    np.savez(partial, **arrays)
+    partial.rename(path)
+
+
+def load_weights(path: Path) -> dict[str, Weight]:
+    out: dict[str, Weight] = {}
+    with np.load(path) as z:
+        for key in [k for k in z.files if k.endswith("/numbers")]:
+            name = key.rsplit("/", 1)[0]
+            n = z[key]
+            if f"{name}/row_ptr" in z.files:
+                rows, columns, block, bits, zero = (int(v) for v in n)
+                out[name] = BlockSparse(rows, columns, block, bits, *(z[f"{name}/{p}"] for p in SPARSE), None, zero)
+            else:
+                zeros = z[f"{name}/zeros"] if f"{name}/zeros" in z.files else None
+                out[name] = QuantizedWeight(z[f"{name}/codes"], z[f"{name}/scales"], zeros, float(n[2]), int(n[0]), int(n[1]))
+    return out
+
+
+def dense(w: Weight) -> torch.Tensor:
+    return torch.from_numpy(w.dense() if isinstance(w, BlockSparse) else w.dequantize())
+
+
+def stored_bits(weights: Mapping[str, Weight]) -> float:
+    """Bits a weight as stored, of all matrices together (of a sparse one: values, scales, i32 block columns as 16 bits, row pointers)."""
+    size = count = 0
+    for w in weights.values():
+        if isinstance(w, BlockSparse):
+            size += w.packed_values.nbytes + w.scales.nbytes + 2 * len(w.cols) + w.row_ptr.nbytes
+            count += w.rows * w.columns
+        else:
+            size += w.nbytes
+            count += w.codes.size
+    return 8 * size / count
+
+
+# ---------------------------------------------------------------- making variants
+
+
+class Ladder:
+    """``model``: in torch; ``calibration``: token numbers [windows, window]; ``folder``: of everything that is kept."""
+
+    def __init__(self, model: TorchLlama, calibration: Array, folder: Path) -> None:
+        self.model, self.calibration, self.folder = model, calibration, folder
+
+    def layer_file(self, v: Variant, i: int) -> Path:
+        return self.folder / v.name / f"layer{i:02d}.npz"
+
+    def weights(self, v: Variant) -> dict[str, Weight]:
+        """The variant's weights by tensor name, made where the folder lacks them."""
+        layers = range(self.model.c.layers)
+        if not all(self.layer_file(v, i).exists() for i in layers):
+            t = time.perf_counter()
+            if v.method in ("blocks", "end"):
+                from benchmarks.llm_recover import fit_end_to_end, fit_layers
+
+                start = self.weights(variants()[v.start])
+                if v.method == "blocks":
+                    fit_layers(self.model, self.calibration, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
+                else:
+                    made = fit_end_to_end(self.model, self.calibration, start, self.folder / v.name / "state.pt")
+                    for i in layers:
+                        save_weights(self.layer_file(v, i), {n: w for n, w in made.items() if n.startswith(f"blk.{i}.")})
+            else:
+                self.quantize_layers(v)
+            print(f"{v.name}: made in {time.perf_counter() - t:.0f} s", flush=True)
+        out: dict[str, Weight] = {}
+        for i in layers:
+            out.update(load_weights(self.layer_file(v, i)))
+        return out
+
+    def known(self, v: Variant, i: int) -> dict[str, Weight] | None:
+        p = self.layer_file(v, i)
+        return load_weights(p) if p.exists() else None
+
+    def quantize_layers(self, v: Variant) -> None:
+        """Layer by layer; with statistics, on what the quantized layers before let through."""
+        m = self.model
+        needs = v.method in ("gptq", "moments", "compensate")
+        x = m.embed(self.calibration) if needs else None
+        for i in range(m.c.layers):
+            p = f"blk.{i}."
+            made = self.known(v, i) or {}
+            fresh = not made
+            if not needs:
+                made = made or {p + n + ".weight": self.quantized(v, p + n + ".weight", None, 0) for n in MATRICES}
+            else:
+                sums: dict[str, tuple[Array, int]] = {}
+
+                def product(name: str, h: torch.Tensor, made: dict[str, Weight] = made, sums: dict[str, tuple[Array, int]] = sums) -> torch.Tensor:
+                    if name not in made:
+                        source = SOURCES[name.split(".")[2]]
+                        if source not in sums:
+                            flat = h.reshape(-1, h.shape[-1])
+                            sums[source] = (flat.T @ flat).double().numpy(), len(flat)
+                        made[name] = self.quantized(v, name, *sums[source])
+                    return h @ dense(made[name]).T
+
+                assert x is not None
+                with torch.no_grad():
+                    x = m.block(i, x, product)
+            if fresh:
+                save_weights(self.layer_file(v, i), made)
+            print(f"\r{v.name}: layer {i + 1} of {m.c.layers}", end="\n" if i + 1 == m.c.layers else "", flush=True)
+
+    def quantized(self, v: Variant, name: str, hessian: Array | None, rows: int) -> Weight:
+        w = self.model.w(name).numpy()
+        if v.sparse:
+            how = {"magnitude": "nearest", "moments": "nearest"}.get(v.method, v.method)
+            return prune_groups(w, 0.5, BLOCK, v.bits, None if hessian is None else hessian / rows, how)
+        return quantize(w, v.bits, GROUP, method=v.method, hessian=hessian, rows=rows or None)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Evaluation:
+    """The reference's log-probabilities of all windows are computed once, when they are needed."""
+
+    def __init__(self, model: TorchLlama, windows: Sequence[Array], folder: Path) -> None:
+        self.model, self.windows, self.folder = model, windows, folder
+        self.references: dict[int, torch.Tensor] = {}
+
+    def reference(self, i: int) -> torch.Tensor:
+        if i not in self.references:
+            with torch.no_grad():
+                self.references[i] = torch.log_softmax(self.model.forward(self.windows[i]), -1)
+        return self.references[i]
+
+    def scores(self, name: str, make: Callable[[], Callable[[Array], torch.Tensor]]) -> dict[str, Array]:
+        """One number a token: ``nll``, ``change`` (of the log-likelihood from the reference's), ``kl``, ``same``. ``make``: gives the side's logits."""
+        parts, side = [], None
+        for i, tokens in enumerate(self.windows):
+            p = self.folder / name / f"window{len(tokens)}-{i}.npz"
+            if not p.exists():
+                side = side or make()
+                with torch.no_grad():
+                    ref, q = self.reference(i), torch.log_softmax(side(tokens), -1)
+                    at = torch.arange(len(tokens) - 1), torch.from_numpy(tokens[1:].astype(np.int64))
+                    found = {
+                        "nll": -q[at].double().numpy(), "change": (ref[at].double() - q[at]).numpy(), "kl": (ref.exp() * (ref - q)).sum(-1).double().numpy(),
+                        "same": (ref.argmax(-1) == q.argmax(-1)).numpy(),
+                    }  # fmt: skip
+                p.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(p, **found)
+            with np.load(p) as z:
+                parts.append({k: z[k] for k in ("nll", "change", "kl", "same")})
+        return {k: np.concatenate([x[k] for x in parts]) for k in parts[0]}
+
+
+def row(label: str, bits: str, s: Mapping[str, Array]) -> str:
+    def mean(a: Array, factor: float = 1.0) -> tuple[float, float]:
+        return float(a.mean()) * factor, float(a.std(ddof=1) / np.sqrt(a.size)) * factor
+
+    ppl = float(np.exp(s["nll"].mean()))
+    (c, ce), (k, ke) = mean(s["change"]), mean(s["kl"])
+    return f"| {label} | {bits} | {ppl:.3f} | {np.expm1(c) * 100:+.2f} ± {np.exp(c) * ce * 100:.2f} | {k:.2g} ± {ke:.1g} | {s['same'].mean() * 100:.1f} |"
+
+
+HEAD = "| layers' weights | stored bits | perplexity | against f32, % | KL divergence, nats | same token, % |\n|---|---|---|---|---|---|"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("model")
+    ap.add_argument("--tokens", type=int, default=4096)
+    ap.add_argument("--window", type=int, default=512)
+    ap.add_argument("--calibration", type=int, default=16384, help="tokens")
+    ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
+    ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
+    ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))
+    ap.add_argument("--markdown", type=Path)
+    a = ap.parse_args(argv)
+    g = read_gguf(a.model)
+    model = TorchLlama(g)
+    encode = make_tokenizer(g).encode
+    ids = np.array(encode(sample_text(), add_special_tokens=False).ids)[: a.tokens]
+    seen = np.array(encode(calibration_text(), add_special_tokens=False).ids)[: a.calibration // a.window * a.window].reshape(-1, a.window)
+    parts = [ids[lo : lo + a.window] for lo in range(0, len(ids), a.window)]
+    ladder, evaluation = Ladder(model, seen, a.folder), Evaluation(model, parts, a.folder)
+    lines = []
+
+    def show(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if a.markdown:
+            text = f"{Path(a.model).name}, {len(ids)} tokens in windows of {a.window}, {seen.size} tokens of calibration text\n\n{HEAD}\n"
+            a.markdown.write_text(text + "\n".join(lines) + "\n")
+
+    print(HEAD)
+    show(row("as in the file, f32", "5.0", evaluation.scores("f32", lambda: model.forward)))
+    only, compiled = [s for s in a.only.split(",") if s], [s for s in a.kernels.split(",") if s]
+    for v in variants().values():
+        if only and not any(v.name.startswith(s) for s in only):
+            continue
+        weights = ladder.weights(v)
+
+        def side(weights: Mapping[str, Weight] = weights) -> Callable[[Array], torch.Tensor]:
+            product = model.using({n: dense(w) for n, w in weights.items()})
+            return lambda tokens: model.forward(tokens, product)
+
+        bits = f"{stored_bits(weights):.2f}"
+        show(row(v.label, bits, evaluation.scores(v.name, side)))
+        if v.name in compiled:
+
+            def kernels(weights: Mapping[str, Weight] = weights) -> Callable[[Array], torch.Tensor]:
+                from benchmarks.llm_quality import ours
+
+                run = ours(a.model, a.window, weights=weights)
+                return lambda tokens: torch.from_numpy(run(tokens))
+
+            show(row(f"{v.label}: compiled, 8-bit activations", bits, evaluation.scores(v.name + "-kernels", kernels)))
+        gc.collect()
+
+
+__all__ = ["Ladder", "Variant", "Weight", "dense", "variants"]
+
+if __name__ == "__main__":
+    main()
