@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,11 @@ Shapes = Mapping[str, Sequence[Any]]
 _ANONYMOUS = re.compile(r"^(\?|unk__\?|-1|None|)$")
 
 
-def import_onnx(model: Any, shapes: Shapes | None = None) -> Graph:
+def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelProto], None] | None = None) -> Graph:
     """The graph of an ``onnx.ModelProto`` or of a file.
 
     ``shapes``: {input name: extents}; an integer pins a dimension (everywhere where its symbol occurs), None or -1 leaves it
-    as the model declares it. Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
+    as the model declares it. ``edit`` may change the model before it is read (a file's large weights are not in it). Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
     folder: Path | None = None
     raws: dict[int, memoryview] = {}
     if not isinstance(model, ModelProto):
@@ -53,6 +53,8 @@ def import_onnx(model: Any, shapes: Shapes | None = None) -> Graph:
             raise InvalidModel(f"{path!r} is no ONNX model: {e}") from None
         if not model.HasField("graph"):
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
+    if edit is not None:
+        edit(model)
     graph = _Importer(model, folder, dict(shapes or {}), raws).run()
     onnx_wire.forget(raws)
     return graph
