@@ -27,7 +27,6 @@ _HELPERS = {
 }
 _INFIX = {"+": "+", "-": "-", "*": "*", "<": "<", "<=": "<=", "==": "===", "!=": "!==", "and": "&&", "or": "||", "/": "/"}
 _CALLS = {"min": "Math.min", "max": "Math.max", "abs": "Math.abs", "floor": "Math.floor", "ceil": "Math.ceil", "int": "Math.trunc", "bool": "Boolean"}
-_FEATURES = {"enable f16;": "shader-f16", "enable subgroups;": "subgroups"}
 
 
 class _Printer:
@@ -129,8 +128,8 @@ class _Printer:
         return out
 
 
-def print_host_js(host: Mapping[str, Any], shaders: Sequence[str]) -> str:
-    """``program.js`` of ``host`` (``pipelines``, ``weights``, ``narrow``, ``fixed``, ``mirrors``, ``body``).
+def print_host_js(host: Mapping[str, Any]) -> str:
+    """``program.js`` of ``host`` (``pipelines``, ``features``, ``weights``, ``narrow``, ``fixed``, ``mirrors``, ``body``).
 
     Raises CompilationError for a statement or operator that it does not know."""
     p = _Printer()
@@ -139,13 +138,13 @@ def print_host_js(host: Mapping[str, Any], shaders: Sequence[str]) -> str:
     if p.buffers:
         names.append(f"let {', '.join(f'b{k}' for k in sorted(p.buffers))};")
     names += [f"const m{k} = [];" for k in range(host["mirrors"])]
-    features = sorted({f for text, f in _FEATURES.items() if any(text in s for s in shaders)})
-    needs = host.get("needs", {"features": features, "limits": {}})
+    needs = host.get("needs", {"features": [], "limits": {}})
     return "\n".join([
         "// Generated. What the model does with the GPU, for the engine beside it.",
         "export const pipelines = [",
         *(f"  {json.dumps(e)}," for e in host["pipelines"]),
         "];",
+        f"export const features = {json.dumps(host['features'])};",
         f"export const weights = {json.dumps(host['weights'])};",
         f"export const needs = {json.dumps(needs)};",
         f"export const narrow = {json.dumps(host['narrow'])};",

@@ -21,7 +21,8 @@ import numpy as np
 
 from luthier.codegen.host_expr import host_expr
 from luthier.codegen.target_webgpu import BINDING_BYTES, OFFSET_ALIGN, STORAGE_BUFFERS
-from luthier.codegen.wgsl import Shader, legalize_wgsl, print_wgsl
+from luthier.codegen.webgpu_features import subsets
+from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print_wgsl
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, substitute
@@ -37,11 +38,12 @@ SMALL = 64 << 10  # bytes up to which a constant counts as small
 
 @dataclass(slots=True)
 class GpuProgram:
-    """``shaders``: WGSL, entry point ``main``; ``pipelines``, ``weights``, ``narrow``, ``fixed``: as in ``docs/web.md``; ``body``: host
+    """``shaders``: WGSL, entry point ``main``, without directives; ``features``: the optional ones that each of them needs; ``pipelines``, ``weights``, ``narrow``, ``fixed``: as in ``docs/web.md``; ``body``: host
     statements; ``blob``: all constants, flat ``uint8``; ``calls``: the kernel of each dispatch in the program; ``mirrors``: how many
     buffers are mirrored on the host; ``crossings``: what main reads back."""
 
     shaders: list[str] = field(default_factory=list)
+    features: list[list[str]] = field(default_factory=list)
     pipelines: list[dict[str, Any]] = field(default_factory=list)
     weights: list[list[int]] = field(default_factory=list)
     narrow: list[int] = field(default_factory=list)
@@ -84,7 +86,7 @@ class _Builder:
         self.pending: list[tuple[int, Expr]] = []  # buffers whose size waits for a value of the run
         self.known: set[Expr] = set(program.dims)
         self.written: dict[str, set[str]] = {}
-        self.variants: dict[Any, tuple[int, Shader]] = {}
+        self.variants: dict[Any, tuple[int, Shader, tuple[int, ...]]] = {}
         self.shader_ids: dict[str, int] = {}
         self.mirror: dict[str, int] = {}
         self.large: dict[str, int] = {}  # constants larger than a binding: how many weight buffers they fill
@@ -416,7 +418,7 @@ class _Builder:
         variant = self.variants.get(key)
         if variant is None:
             variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups)
-        pipeline, shader = variant
+        pipeline, shader, least = variant
         scalars = dict(env)
         for x in shifted:
             v = next(v for v in offset_scalars(f, names) if v.attr[0] == f"{x.param.name}.at")
@@ -426,7 +428,7 @@ class _Builder:
         by_name = {v.attr[0]: e for v, e in scalars.items()}
         first = {g[0]: g for g in groups}
         bound = []
-        for b in shader.buffers:
+        for b, few in zip(shader.buffers, least, strict=True):
             mine = [x for x in args if x.param.name in first.get(b.name, (b.name,))]
             x = mine[0]
             if b.name in first:
@@ -438,7 +440,7 @@ class _Builder:
                 at, size = x.base, x.offset + x.size
             else:
                 at, size = x.offset + x.base, x.size
-            bound.append([list(x.memory), self.expr(at), self.expr(_words(size, 4 * b.dtype.lanes))])
+            bound.append([list(x.memory), self.expr(at), self.expr(_words(size, few))])
         words = []
         for v in shader.scalars:
             e = self.expr(by_name[v.attr[0]])
@@ -493,19 +495,32 @@ class _Builder:
         groups.append(tuple(x.param.name for x in chosen))
         return tuple(groups), moved
 
-    def pipeline(self, f: Func, groups: Sequence[Sequence[str]]) -> tuple[int, Shader]:
+    def pipeline(self, f: Func, groups: Sequence[Sequence[str]]) -> tuple[int, Shader, tuple[int, ...]]:
+        """(its number, its shader without optional features, the least bytes of each binding). What a device may have is printed again
+        with it; equal texts are one shader."""
         g = self.g
-        shader = print_wgsl(legalize_wgsl(f, groups))
-        sid = self.shader_ids.get(shader.source)
-        if sid is None:
-            sid = self.shader_ids[shader.source] = len(g.shaders)
-            g.shaders.append(shader.source)
-            g.names[sid] = f.name
-        letters = "".join("w" if b.writable else "r" for b in shader.buffers)
-        entry = {"shader": sid, "bindings": letters, "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
+        made = [print_wgsl(legalize_wgsl(f, groups, features)) for features in subsets(optional_features(f))]
+        shader = made[-1]
+        letters = ["".join("w" if b.writable else "r" for b in s.buffers) for s in made]
+        if len({(x, s.scalars, s.grid) for x, s in zip(letters, made, strict=True)}) > 1:
+            raise CompilationError("the alternatives of a shader differ in their bindings", op=f.name)
+        ids = list(dict.fromkeys(self.shader(s) for s in made))
+        entry = {"shaders": ids, "bindings": letters[-1], "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
         if entry not in g.pipelines:
             g.pipelines.append(entry)
-        return g.pipelines.index(entry), shader
+        least = tuple(max(4, *(b.dtype.itemsize for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
+        return g.pipelines.index(entry), shader, least
+
+    def shader(self, s: Shader) -> int:
+        """The number of a text."""
+        g = self.g
+        k = self.shader_ids.get(s.source)
+        if k is None:
+            k = self.shader_ids[s.source] = len(g.shaders)
+            g.shaders.append(s.source)
+            g.features.append(list(s.features))
+            g.names[k] = s.name
+        return k
 
 
 def offset_scalars(f: Func, names: Sequence[str]) -> tuple[Expr, ...]:

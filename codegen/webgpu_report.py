@@ -60,7 +60,7 @@ def _print(g: GpuProgram, body: Sequence[Any], nodes: Mapping[int, Sequence[str]
         if op == "dispatch":
             _, p, bound, words, x, y, z, call = s
             places = ", ".join(f"{_place(m)}+{_text(o)}" if o else _place(m) for m, o, _ in bound)
-            shader = g.pipelines[p]["shader"]
+            shader = " else ".join(f"{s} with {', '.join(g.features[s])}" if g.features[s] else str(s) for s in g.pipelines[p]["shaders"])
             grid = "x".join(_text(e) for e in (x, y, z))
             lines.append(f"{pad}dispatch {g.calls[call]} (shader {shader}) grid {grid} on {places}; {', '.join(nodes.get(call, ()))}")
         elif op == "if":

@@ -9,13 +9,14 @@ WGSL refuses them in constant expressions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from luthier.codegen.c_style import CStyle
+from luthier.codegen.webgpu_features import ALL, F16, STANDARD, SUBGROUPS, Dialect
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
@@ -45,8 +46,9 @@ KEYWORDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Shader:
-    """``source``: WGSL with entry point ``main``. ``buffers``: parameters after legalisation, in binding order. ``scalars``: fields
-    of the uniform struct. ``grid``: number of groups in x, y, z over the scalars; ``group``: threads of a group."""
+    """``source``: WGSL with entry point ``main``, without directives. ``buffers``: parameters after legalisation, in binding order.
+    ``scalars``: fields of the uniform struct. ``grid``: number of groups in x, y, z over the scalars; ``group``: threads of a group.
+    ``features``: the optional ones that it needs (:mod:`luthier.codegen.webgpu_features`)."""
 
     name: str
     source: str
@@ -54,16 +56,20 @@ class Shader:
     scalars: tuple[Expr, ...]
     grid: tuple[Expr, Expr, Expr]
     group: tuple[int, int, int]
+    features: tuple[str, ...] = ()
+
+    def text(self, dialect: Dialect = STANDARD) -> str:
+        """The source behind the directives that it needs."""
+        return dialect.write(self.source, self.features)
 
 
 class _Wgsl(CStyle):
     keywords: ClassVar[frozenset[str]] = KEYWORDS
     target: ClassVar[str] = "WGSL"
 
-    def __init__(self, f: Func, f16: bool = False) -> None:
+    def __init__(self, f: Func) -> None:
         super().__init__(f)
-        self.f16 = f16
-        self.subgroups = False
+        self.features: set[str] = set()  # those that what is printed needs
         self.special: dict[str, int] = {}
         self.globals: list[str] = []
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
@@ -77,7 +83,9 @@ class _Wgsl(CStyle):
             return "i32"
         if d.is_int and d.bits <= 32:
             return "i32" if d.is_signed else "u32"
-        if d.kind == "f" and (d.bits == 32 or (d.bits == 16 and self.f16)):
+        if d.kind == "f" and d.bits in (16, 32):
+            if d.bits == 16:
+                self.features.add(F16)
             return f"f{d.bits}"
         raise CompilationError(f"WGSL has no type {d}", op=self.f.name, hint="run legalize_dtype first")
 
@@ -185,7 +193,7 @@ class _Wgsl(CStyle):
 
     def share(self, s: For, acc: Buffer, op: str) -> bool:
         """Lanes are counted, not assumed: a subgroup may have any size, and the last one of a group fewer lanes than the others."""
-        self.subgroups = True
+        self.features.add(SUBGROUPS)
         v, a = self.name(s.var), self.name(acc.name)
         self.put(f"for (var {v} = sg_lane; {v} < {self.expr(s.hi)}; {v} += sg_lanes) {{")
         self.body(s.body)
@@ -203,12 +211,10 @@ class _Wgsl(CStyle):
 
     def shader(self) -> Shader:
         f = self.f
-        head: list[str] = ["enable f16;"] if self.f16 else []
+        head: list[str] = []
         lines, self.lines = self.lines, []
         self.stmt(f.body)
         body, self.lines = self.lines, lines
-        if self.subgroups:
-            head.append("enable subgroups;")
         stored = self.atomic | {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)}
         buffers = tuple(replace(b, writable=b.name in stored) for b in f.buffers)
         for k, b in enumerate(buffers):
@@ -223,7 +229,7 @@ class _Wgsl(CStyle):
             head.append(f"@group(0) @binding({len(f.buffers)}) var<uniform> dims: Dims;")
             for v in f.scalars:
                 self.put(f"let {self.name(v)} = dims.{self.name(v)};")
-        if self.subgroups:
+        if SUBGROUPS in self.features:
             self.put("let sg_lane = i32(subgroupExclusiveAdd(1u));")
             self.put("let sg_lanes = i32(subgroupAdd(1u));")
         self.lines += body
@@ -235,7 +241,8 @@ class _Wgsl(CStyle):
         src = "\n".join([*head, "", sig, *self.lines, "}", ""])
         one = _one()
         grid = tuple(self.grid.get(f"block.{d}", one) for d in "xyz")
-        return Shader(f.name, src, buffers, f.scalars, grid, group)  # type: ignore[arg-type]
+        features = tuple(x for x in ALL if x in self.features)
+        return Shader(f.name, src, buffers, f.scalars, grid, group, features)  # type: ignore[arg-type]
 
 
 def _one() -> Expr:
@@ -251,10 +258,18 @@ def _dtype(f: Func, name: str) -> DType:
     return i32
 
 
-def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), subgroups: bool = False) -> Func:
+def optional_features(f: Func) -> frozenset[str]:
+    """Features that could change how a kernel is printed."""
+    found = set()
+    if any(isinstance(s, For) and s.kind == "subgroup" for s in walk_stmts(f.body)):
+        found.add(SUBGROUPS)
+    return frozenset(found)
+
+
+def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Collection[str] = ()) -> Func:
     """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid, and one binding
-    for each of ``groups`` of buffers. ``subgroups``: whether the device has them."""
-    if not subgroups:
+    for each of ``groups`` of buffers. ``features``: the optional ones that the device has."""
+    if SUBGROUPS not in features:
         f = spread_subgroups(f)
     f = legalize_dtype(scalarize(split_grid(map_parallel(flatten(f)))), WGSL_RULES)
     return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32))

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from luthier.codegen.webgpu_features import NATIVE
 from luthier.codegen.wgsl import Shader
 from luthier.ir.errors import CompilationError, TargetError
 from luthier.ir.expr import free_vars
 from luthier.ir.interp import evaluate_expr
-
-OPTIONAL = ("shader-f16", "subgroup")  # asked for where the adapter has them
 
 
 @lru_cache(maxsize=1)
@@ -25,9 +24,26 @@ def device() -> Any:
         raise TargetError("running WGSL needs wgpu", hint="pip install wgpu") from e
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-        return adapter.request_device_sync(required_features=[f for f in OPTIONAL if f in adapter.features])
+        return adapter.request_device_sync(required_features=NATIVE.device_features(adapter.features))
     except Exception as e:
         raise TargetError(f"no WebGPU adapter: {e}", hint="install a Vulkan driver, such as mesa-vulkan-drivers") from e
+
+
+@lru_cache(maxsize=1)
+def features() -> tuple[str, ...]:
+    """Optional features of the default device, in WebGPU's names."""
+    import wgpu
+
+    d = device()
+
+    def accepts(text: str) -> bool:
+        try:
+            d.create_shader_module(code=text)
+        except wgpu.GPUError:
+            return False
+        return True
+
+    return NATIVE.usable(d.features, accepts)
 
 
 def pipeline(sh: Shader) -> Any:
@@ -36,7 +52,7 @@ def pipeline(sh: Shader) -> Any:
 
     d = device()
     try:
-        module = d.create_shader_module(code=sh.source.replace("enable subgroups;\n", ""))  # naga knows them without, and refuses the word
+        module = d.create_shader_module(code=sh.text(NATIVE))
         return d.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": "main"})
     except wgpu.GPUError as e:
         raise CompilationError(f"WGSL refused: {e}", op=sh.name) from e

@@ -8,6 +8,7 @@ from luthier import settings
 from luthier.build import manifest
 from luthier.codegen.target import Target
 from luthier.codegen.webgpu import GpuProgram, build_webgpu
+from luthier.codegen.webgpu_features import STANDARD
 from luthier.codegen.webgpu_report import report
 from luthier.ir.program import Program
 from luthier.native import DTYPES
@@ -27,7 +28,7 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
 def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
     """What :mod:`luthier.webgpu_device` runs, as JSON data."""
     return {
-        "pipelines": g.pipelines, "weights": g.weights, "narrow": g.narrow, "fixed": g.fixed, "mirrors": g.mirrors, "body": g.body,
+        "pipelines": g.pipelines, "features": g.features, "weights": g.weights, "narrow": g.narrow, "fixed": g.fixed, "mirrors": g.mirrors, "body": g.body,
         "output_bits": [DTYPES[o["code"]][1] for o in info["outputs"]],
     }  # fmt: skip
 
@@ -39,4 +40,5 @@ def _dump(g: GpuProgram, program: Program) -> None:
         return
     (folder / "webgpu-main.txt").write_text(report(g, program.nodes), encoding="utf-8")
     for k, text in enumerate(g.shaders):
+        text = STANDARD.write(text, g.features[k])
         (folder / f"wgsl-{k:03d}-{g.names[k]}.txt").write_text(text, encoding="utf-8")

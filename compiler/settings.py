@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "winograd"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -92,6 +92,15 @@ def _modes(text: str) -> frozenset[str]:
     return frozenset(words)
 
 
+def _gpu_features(text: str) -> frozenset[str]:
+    """Optional features of WebGPU with commas between; ``none`` for none of them."""
+    known = ("shader-f16", "subgroups", "packed_4x8_integer_dot_product")
+    words = {w.strip() for w in text.split(",") if w.strip()} - {"none"}
+    if words - set(known):
+        raise ValueError(f"expected names of {', '.join(known)}, or none")
+    return frozenset(words)
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -122,6 +131,10 @@ _NO_MODES: frozenset[str] = frozenset()
 debug = _declare(
     "LUTHIER_DEBUG", _modes, _NO_MODES,
     "trace (or 1): the command line shows tracebacks, and every pass is followed by the verifier; bounds: compiled modules check every access",
+)  # fmt: skip
+webgpu_features = _declare(
+    "LUTHIER_WEBGPU_FEATURES", _gpu_features, None,
+    "Optional WebGPU features that modules run in Python may use, with commas (none: not any); default: all that the adapter has",
 )  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")

@@ -295,6 +295,8 @@ export interface Info {{
   crossOriginIsolated?: boolean;
   /** webgpu */
   adapter?: string;
+  /** Optional features of WebGPU that are in use. */
+  features?: string[];
   pipelines?: number;
   /** How many times the GPU device was lost and the model reloaded. */
   restarts?: number;
@@ -312,6 +314,8 @@ export interface LoadOptions {{
   variant?: Info["variant"];
   /** webgpu: default "high-performance". */
   powerPreference?: "low-power" | "high-performance";
+  /** webgpu: use no optional features ("shader-f16", "subgroups", "packed_4x8_integer_dot_product") but these (default: all there are). */
+  features?: string[];
   /** Milliseconds without a byte after which a download fails (default 60000). */
   stall?: number;
   signal?: AbortSignal;

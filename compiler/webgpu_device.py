@@ -10,13 +10,14 @@ import functools
 import math
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from luthier import settings
+from luthier.codegen.webgpu_features import NATIVE, choose, in_use
 from luthier.errors import CompilationError, InputError, KernelError, TargetError
 
 CHUNK = 1 << 16
@@ -40,10 +41,27 @@ def device() -> Any:
     settings.provide("XDG_RUNTIME_DIR", "/tmp")
     try:
         adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
-        features = [f for f in OPTIONAL if f in adapter.features]
+        features = [f for f in OPTIONAL if f in adapter.features] + NATIVE.device_features(adapter.features)
         return adapter.request_device_sync(required_features=features, required_limits={name: adapter.limits[name] for name in LARGER})
     except Exception as e:  # wgpu raises several classes of its own here
         raise TargetError(f"no WebGPU adapter: {e}", hint="install a Vulkan driver, such as mesa-vulkan-drivers") from e
+
+
+@functools.lru_cache(maxsize=1)
+def features() -> tuple[str, ...]:
+    """Optional features of the default device that shaders may use, in WebGPU's names."""
+    import wgpu
+
+    d = device()
+
+    def accepts(text: str) -> bool:
+        try:
+            d.create_shader_module(code=text)
+        except wgpu.GPUError:
+            return False
+        return True
+
+    return NATIVE.usable(d.features, accepts)
 
 
 def largest_binding() -> int:
@@ -54,8 +72,8 @@ def largest_binding() -> int:
 class Pipelines:
     """Compiled shaders with explicit layouts, each made when it is first used."""
 
-    def __init__(self, shaders: Sequence[str], pipelines: Sequence[Mapping[str, Any]]) -> None:
-        self.shaders, self.entries = shaders, pipelines
+    def __init__(self, shaders: Sequence[str], needs: Sequence[Sequence[str]], pipelines: Sequence[Mapping[str, Any]], have: Sequence[str]) -> None:
+        self.shaders, self.needs, self.entries, self.have = shaders, needs, pipelines, have
         self.modules: dict[int, Any] = {}
         self.layouts: dict[tuple[str, bool], Any] = {}
         self.made: dict[int, tuple[Any, Any]] = {}
@@ -81,9 +99,9 @@ class Pipelines:
         d = device()
         bgl = self.layout(e["bindings"], bool(e["uniforms"]))
         try:
-            s = e["shader"]
+            s = choose(e["shaders"], self.needs, self.have)
             if s not in self.modules:
-                self.modules[s] = d.create_shader_module(code=self.shaders[s])
+                self.modules[s] = d.create_shader_module(code=NATIVE.write(self.shaders[s], self.needs[s]))
             layout = d.create_pipeline_layout(bind_group_layouts=[bgl])
             return d.create_compute_pipeline(layout=layout, compute={"module": self.modules[s], "entry_point": "main"}), bgl
         except wgpu.GPUError as error:
@@ -113,9 +131,14 @@ class _Chunk:
 class Runner:
     """One host program on the device; buffers are kept between runs and grown when they must."""
 
-    def __init__(self, host: Mapping[str, Any], shaders: Sequence[str], blob: Any) -> None:
+    def __init__(self, host: Mapping[str, Any], shaders: Sequence[str], blob: Any, allowed: Collection[str] | None = None) -> None:
+        """``allowed``: optional features that may be used, all that the device has for None."""
+        if allowed is None:
+            allowed = settings.webgpu_features.get()
+        have = [f for f in features() if allowed is None or f in allowed]
         self.host = host
-        self.pipelines = Pipelines(shaders, host["pipelines"])
+        self.features = in_use(host["pipelines"], host["features"], have)
+        self.pipelines = Pipelines(shaders, host["features"], host["pipelines"], have)
         self.blob = blob
         self.weights: list[Any] | None = None
         self.temporaries: dict[int, Any] = {}

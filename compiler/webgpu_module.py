@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from luthier.artifact import check_files
+from luthier.codegen.webgpu_features import ALL
 from luthier.errors import InputError
 from luthier.module import Array, Module, _check_out, _convert
 from luthier.native import pack_bits, unpack_bits
@@ -28,13 +29,28 @@ class WebGpuModule(Module):
         super().__init__(manifest, None, blob, threads)
         self.host, self.shaders = host, list(shaders)
         self._runner: Runner | None = None
+        self._allowed: tuple[str, ...] | None = None
 
     @property
     def runner(self) -> Runner:
         """The device side, made on first use. Raises TargetError without an adapter."""
         if self._runner is None:
-            self._runner = Runner(self.host, self.shaders, self._weights)
+            self._runner = Runner(self.host, self.shaders, self._weights, self._allowed)
         return self._runner
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Optional features of WebGPU that the kernels of this module use here. Raises TargetError without an adapter."""
+        return self.runner.features
+
+    def allow_features(self, names: Collection[str] | None) -> None:
+        """From now on use no optional features but these (WebGPU's names); None: all that the adapter has, unless ``LUTHIER_WEBGPU_FEATURES``
+        says less. Raises InputError for a name that is no optional feature."""
+        unknown = sorted(set(names or ()) - set(ALL))
+        if unknown:
+            raise InputError(f"no optional WebGPU feature {unknown[0]!r}", hint="known: " + ", ".join(ALL))
+        self._allowed = None if names is None else tuple(names)
+        self._runner = None
 
     def counters(self) -> dict[str, int]:
         """What the last run did: ``dispatches``, ``submits``, ``crossings``, ``bytes_bound``."""
@@ -96,7 +112,7 @@ class WebGpuModule(Module):
 
         files = {
             "host.json": json.dumps(self.host), "shaders.json": json.dumps(self.shaders),
-            "program.js": print_host_js(self.host, self.shaders),
+            "program.js": print_host_js(self.host),
         }  # fmt: skip
         return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb)
 

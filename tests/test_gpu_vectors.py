@@ -308,8 +308,8 @@ def test_subgroups_on_a_device(name: str) -> None:
     f = p.kernels[call.callee]
     outs: list[Array] = []
     for on in (True, False):
-        sh = print_wgsl(legalize_wgsl(f, subgroups=on))
-        assert ("subgroupAdd(" in sh.source) == on and sh.source.startswith("enable subgroups;") == on
+        sh = print_wgsl(legalize_wgsl(f, features=("subgroups",) if on else ()))
+        assert ("subgroupAdd(" in sh.source) == on and (sh.features == ("subgroups",)) == on
         outs.append(np.zeros(want.shape, np.float32))
         known = {**p.constants, **feeds, "y": outs[-1]}
         args = dict(zip(f.params, call.args, strict=True))
@@ -339,7 +339,7 @@ def test_dawn_accepts_them() -> None:
     if dawn.missing():
         pytest.skip(str(dawn.missing()))
     shaders = [
-        replace(print_wgsl(legalize_wgsl(f, subgroups=on)), name=f"{name}, {on}")
+        replace(print_wgsl(legalize_wgsl(f, features=("subgroups",) if on else ())), name=f"{name}, {on}")
         for name, (args, _) in RUN.items() for f in program(*args).kernels.values() for on in (True, False)
     ]  # fmt: skip
     assert dawn.refused(shaders) == {}

@@ -286,13 +286,13 @@ def test_host_program(tmp_path: Path) -> None:
         ["if", ["<", "d_n", 3], [["copy", ["b", 3], 0, ["b", 3], 0, 1]], [["dispatch", 0, [[["w", 0], 256, 16], [["b", 3], 0, "d_n"]], ["d_n", ["bits", 1.5]], 2, 1, 1, 0]]],
         ["output", 0, ["b", 3], 12, ["d_n", 2]],
     ]  # fmt: skip
-    host = {"pipelines": [{"shader": 0, "bindings": "rw", "uniforms": 16}], "weights": [[0, 512]], "narrow": [1], "fixed": False, "mirrors": 2, "body": body}
-    (tmp_path / "program.mjs").write_text(print_host_js(host, ["enable f16;\n"]))
-    (tmp_path / "run.mjs").write_text(f'import * as program from "./program.mjs";\nconsole.log(JSON.stringify(program.needs));\n{G}')
+    host = {"pipelines": [{"shaders": [1, 0], "bindings": "rw", "uniforms": 16}], "features": [[], ["shader-f16"]], "weights": [[0, 512]], "narrow": [1], "fixed": False, "mirrors": 2, "body": body}
+    (tmp_path / "program.mjs").write_text(print_host_js(host))
+    (tmp_path / "run.mjs").write_text(f'import * as program from "./program.mjs";\nconsole.log(JSON.stringify([program.needs, program.features, program.pipelines]));\n{G}')
     done = subprocess.run([NODE, str(tmp_path / "run.mjs")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     needs, log = map(json.loads, done.stdout.splitlines())
-    assert needs == {"features": ["shader-f16"], "limits": {}}
+    assert needs == [{"features": [], "limits": {}}, [[], ["shader-f16"]], host["pipelines"]]
     values = next(entry for entry in log if entry[0] == "write")
     assert values[1:4] == ["b3", 4, "i32"]
     assert values[4] == [want for _, want in cases]

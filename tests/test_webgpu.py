@@ -50,6 +50,11 @@ def build(m: onnx.ModelProto) -> WebGpuModule:
     return r
 
 
+def with_needs(g: WebGpuModule) -> list[tuple[str, list[str]]]:
+    """(text, features that it needs) of every shader."""
+    return list(zip(g.shaders, g.host["features"], strict=True))
+
+
 def peer(m: onnx.ModelProto, feeds: dict[str, Array]) -> list[Array]:
     return ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
@@ -284,7 +289,7 @@ def test_shaders_are_accepted_by_dawn() -> None:
     if dawn.missing():
         pytest.skip(str(dawn.missing()))
     one = const(1)
-    shaders = [Shader(f"{name} {k}", s, (), (), (one, one, one), (1, 1, 1)) for name, (m, _, _) in CASES.items() for k, s in enumerate(build(m).shaders)]
+    shaders = [Shader(f"{name} {k}", s, (), (), (one, one, one), (1, 1, 1), tuple(fs)) for name, (m, _, _) in CASES.items() for k, (s, fs) in enumerate(with_needs(build(m)))]
     assert dawn.refused(shaders) == {}
 
 

@@ -6,6 +6,7 @@ import { Recorder } from "./gpu_recorder.js";
 import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
 
 const PLANS = 8; // shapes whose commands are kept
+const ENABLE = { "shader-f16": "f16", subgroups: "subgroups" }; // features of a device: the directive that a shader needs to use them
 const up4 = (n) => Math.ceil(n / 4) * 4;
 const up8 = (n) => Math.ceil(n / 8) * 8;
 
@@ -24,9 +25,15 @@ async function openDevice(options) {
   }
   if (missing.length) throw new UnsupportedError("GPU_TOO_SMALL", `the adapter lacks ${missing.join(", ")}`, "use another GPU, or the package compiled for wasm", { missing });
   for (const name of ["maxBufferSize", "maxStorageBufferBindingSize"]) limits[name] = adapter.limits[name];
-  const device = await adapter.requestDevice({ requiredFeatures: program.needs.features, requiredLimits: limits });
+  const language = gpu.wgslLanguageFeatures || new Set();
+  const allowed = options.features === undefined ? null : new Set(options.features);
+  const on = (f) => (adapter.features.has(f) || language.has(f)) && (!allowed || allowed.has(f));
+  const chosen = program.pipelines.map(({ shaders }) => shaders.find((s) => program.features[s].every(on)));
+  const wanted = [...new Set(chosen.flatMap((s) => program.features[s]))];
+  const requiredFeatures = [...program.needs.features, ...wanted.filter((f) => adapter.features.has(f))];
+  const device = await adapter.requestDevice({ requiredFeatures, requiredLimits: limits });
   const { vendor = "", architecture = "", description = "" } = adapter.info || {};
-  return { device, adapter: [vendor, architecture, description].filter(Boolean).join(" ") };
+  return { device, chosen, features: wanted, adapter: [vendor, architecture, description].filter(Boolean).join(" ") };
 }
 
 /** @implements the engine interface: load, run, close, info, debug. */
@@ -35,7 +42,7 @@ export class Engine {
     this.manifest = manifest;
     this.files = files;
     this.options = options;
-    this.info = { backend: "webgpu", adapter: "", pipelines: program.pipelines.length, restarts: 0, warnings: [] };
+    this.info = { backend: "webgpu", adapter: "", features: [], pipelines: program.pipelines.length, restarts: 0, warnings: [] };
   }
 
   static async load(manifest, files, options, onBytes) {
@@ -48,9 +55,11 @@ export class Engine {
   async start(onBytes) {
     const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then((b) => JSON.parse(new TextDecoder().decode(b)));
     shaders.catch(() => undefined); // reported below
-    const { device, adapter } = await openDevice(this.options);
+    const { device, adapter, features, chosen } = await openDevice(this.options);
     this.device = device;
+    this.chosen = chosen; // the shader of each pipeline
     this.info.adapter = adapter;
+    this.info.features = features;
     this.lost = null;
     this.fault = "";
     device.lost.then((info) => {
@@ -104,7 +113,12 @@ export class Engine {
 
   async pipelines(texts) {
     const { device } = this;
-    const modules = texts.map((code) => device.createShaderModule({ code }));
+    const modules = new Map();
+    const moduleOf = (s) => {
+      const directives = program.features[s].filter((f) => ENABLE[f]).map((f) => `enable ${ENABLE[f]};\n`);
+      if (!modules.has(s)) modules.set(s, device.createShaderModule({ code: directives.join("") + texts[s] }));
+      return modules.get(s);
+    };
     const layouts = new Map();
     const layoutOf = ({ bindings, uniforms }) => {
       const key = bindings + (uniforms ? "u" : "");
@@ -119,15 +133,16 @@ export class Engine {
       }
       return layouts.get(key);
     };
-    const failed = (p, error) => new KernelError("SHADER", `the GPU refused shader ${p.shader}: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    const failed = (s, error) => new KernelError("SHADER", `the GPU refused shader ${s}: ${error.message}`, "update the browser and the driver; if it stays, report it");
     this.compiled = await Promise.all(
-      program.pipelines.map(async (p) => {
+      program.pipelines.map(async (p, k) => {
+        const s = this.chosen[k];
         const { group, layout } = layoutOf(p);
         try {
-          const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: modules[p.shader], entryPoint: "main" } });
+          const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: moduleOf(s), entryPoint: "main" } });
           return { pipeline, group };
         } catch (error) {
-          throw this.lost ? this.deviceLost() : failed(p, error);
+          throw this.lost ? this.deviceLost() : failed(s, error);
         }
       }),
     );

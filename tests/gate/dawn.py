@@ -25,7 +25,7 @@ def missing() -> str | None:
 
 def refused(shaders: Sequence[Shader]) -> dict[str, str]:
     """{shader name: Dawn's message} of the shaders that it does not accept, in one process."""
-    src = json.dumps([{"name": s.name, "source": s.source} for s in shaders])
+    src = json.dumps([{"name": s.name, "source": s.text()} for s in shaders])
     cmd = ["node", str(Path(__file__).with_name("dawn.mjs")), str(MODULE)]
     r = subprocess.run(cmd, input=src, capture_output=True, text=True, timeout=120)
     if r.returncode != 0:

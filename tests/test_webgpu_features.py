@@ -1,0 +1,192 @@
+"""Optional features of WebGPU: a program carries a shader with and one without; what the adapter has decides, and both are right."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto as T
+from onnx import helper as h
+
+import luthier
+from benchmarks import browser as browsers
+from benchmarks.browser import Browser, Page
+from luthier import serve
+from luthier.codegen import webgpu_features as wf
+from luthier.codegen.wgsl import Shader
+from luthier.errors import InputError, SettingError, TargetError
+from luthier.ir.expr import const
+from luthier.webgpu_module import WebGpuModule
+from tests.gate import dawn
+from tests.test_webgpu import close, graph, normal, peer
+
+pytest.importorskip("wgpu")
+Array = np.ndarray[Any, Any]
+CASES: dict[str, tuple[onnx.ModelProto, dict[str, Array], str]] = {  # model, inputs, feature
+    "rows": (graph([h.make_node("Softmax", ["x"], ["y"])], {"x": (T.FLOAT, ["n", 600])}, ["y"]), {"x": normal(9, 600)}, wf.SUBGROUPS),
+}
+TOLERANCE = {wf.SUBGROUPS: 1e-5, wf.PACKED_DOT: 1e-6, wf.F16: 1e-3}
+USES = {wf.SUBGROUPS: "subgroupAdd(", wf.PACKED_DOT: "dot4", wf.F16: "f16"}
+
+
+def build(name: str) -> WebGpuModule:
+    m = luthier.compile(CASES[name][0], target="webgpu")
+    assert isinstance(m, WebGpuModule)
+    return m
+
+
+def here() -> tuple[str, ...]:
+    """What the adapter of this machine has."""
+    from luthier.webgpu_device import features
+
+    try:
+        return features()
+    except TargetError as e:
+        pytest.skip(str(e))
+
+
+def compiled(m: WebGpuModule) -> str:
+    """The texts that the last run compiled."""
+    return "".join(m.shaders[s] for s in m.runner.pipelines.modules)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chosen_by_the_adapter(name: str) -> None:
+    """All that is there, then nothing: results against onnxruntime, by the shaders that were meant."""
+    model, feeds, feature = CASES[name]
+    if feature not in here():
+        pytest.skip(f"the adapter lacks {feature}")
+    m, want = build(name), peer(model, feeds)[0]
+    for allowed in (None, [], [feature]):
+        m.allow_features(allowed)
+        close(m.run(feeds)["y"], want, TOLERANCE[feature])
+        assert (feature in m.features) == (allowed != []) == (USES[feature] in compiled(m))
+
+
+def test_switched_off_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    have = here()
+    m = build("rows")
+    for text, want in (("none", ()), ("shader-f16", ()), ("subgroups, shader-f16", tuple(f for f in ("subgroups",) if f in have))):
+        monkeypatch.setenv("LUTHIER_WEBGPU_FEATURES", text)
+        m.allow_features(None)
+        assert m.features == want
+    with pytest.raises(InputError, match=r"no optional WebGPU feature 'f16'"):
+        m.allow_features(["f16"])
+    monkeypatch.setenv("LUTHIER_WEBGPU_FEATURES", "f16")
+    m.allow_features(None)
+    with pytest.raises(SettingError, match="shader-f16"):
+        m.run(CASES["rows"][1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_would_use_a_feature_is_there_twice(name: str) -> None:
+    m = build(name)
+    needs = m.host["features"]
+    assert len(set(m.shaders)) == len(m.shaders) == len(needs)
+    for p in m.host["pipelines"]:
+        assert needs[p["shaders"][-1]] == [] and all(needs[s] for s in p["shaders"][:-1])
+    assert any(len(p["shaders"]) > 1 for p in m.host["pipelines"])
+    for text, fs in zip(m.shaders, needs, strict=True):
+        assert "enable" not in text and all((USES[f] in text) == (f in fs) for f in USES)
+
+
+def test_nothing_is_printed_twice_without_a_use() -> None:
+    m = luthier.compile(graph([h.make_node("Relu", ["x"], ["y"])], {"x": (T.FLOAT, [64])}, ["y"]), target="webgpu")
+    assert isinstance(m, WebGpuModule) and m.host["features"] == [[]] and m.host["pipelines"][0]["shaders"] == [0]
+
+
+def test_dialects() -> None:
+    """Dawn wants the directive and WebGPU's name, wgpu-native neither."""
+    assert wf.STANDARD.write("x", ["subgroups", "shader-f16"]) == "enable f16;\nenable subgroups;\nx"
+    assert wf.NATIVE.write("x", ["subgroups", "shader-f16"]) == "enable f16;\nx"
+    assert wf.NATIVE.device_features({"subgroup", "shader-f16", "other"}) == ["shader-f16", "subgroup"]
+    assert wf.STANDARD.device_features({"subgroup"}) == []
+    assert wf.NATIVE.usable({"subgroup"}, lambda text: "dot4" in text) == ("subgroups", wf.PACKED_DOT)
+    assert wf.NATIVE.usable({"subgroups"}, lambda text: False) == ()
+
+
+def test_order_of_choice() -> None:
+    assert wf.subsets({"subgroups", "shader-f16"}) == [("shader-f16", "subgroups"), ("shader-f16",), ("subgroups",), ()]
+    needs = [[], ["subgroups"], ["shader-f16", "subgroups"]]
+    assert [wf.choose([2, 1, 0], needs, have) for have in ((), ("subgroups",), ("shader-f16",), ("subgroups", "shader-f16"))] == [0, 1, 0, 2]
+    assert wf.in_use([{"shaders": [1, 0]}, {"shaders": [0]}], needs, ("subgroups", "shader-f16")) == ("subgroups",)
+
+
+def test_dawn_accepts_all_alternatives() -> None:
+    if dawn.missing():
+        pytest.skip(str(dawn.missing()))
+    one = const(1)
+    shaders = []
+    for name in CASES:
+        m = build(name)
+        shaders += [Shader(f"{name} {k}", s, (), (), (one, one, one), (1, 1, 1), tuple(fs)) for k, (s, fs) in enumerate(zip(m.shaders, m.host["features"], strict=True))]
+    assert dawn.refused(shaders) == {}
+
+
+# ---------------------------------------------------------------- in Chromium
+
+WATCH = """
+globalThis.texts = [];
+const make = GPUDevice.prototype.createShaderModule;
+GPUDevice.prototype.createShaderModule = function (d) { globalThis.texts.push(d.code); return make.call(this, d); };
+"""
+PAGE = """
+export const texts = () => globalThis.texts.splice(0);
+export async function features() {
+  const adapter = await navigator.gpu.requestAdapter();
+  return [...adapter.features, ...navigator.gpu.wgslLanguageFeatures];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if browsers.missing():
+        pytest.skip(browsers.missing())
+    root = tmp_path_factory.mktemp("site")
+    (root / "index.html").write_text('<!doctype html><title>tests</title><link rel="icon" href="data:,">')
+    (root / "watch.js").write_text(PAGE)
+    shutil.copy(Path(browsers.__file__).with_name("page.js"), root / "page.js")
+    for name in CASES:
+        build(name).save(root / name.replace(" ", "-"))
+        for i, a in CASES[name][1].items():
+            (root / f"{name.replace(' ', '-')}-{i}.bin").write_bytes(a.tobytes())
+    server = serve.make_server(root)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Browser() as b:
+        p = b.open(server.url, scripts=(WATCH,))
+        yield p
+        p.close()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_chromium(page: Page, name: str) -> None:
+    """The browser's adapter decides; ``features: []`` switches all off."""
+    model, feeds, feature = CASES[name]
+    have = page.call("/watch.js", "features")
+    if feature not in have:
+        pytest.skip(f"Chromium's adapter lacks {feature}")
+    folder, want = name.replace(" ", "-"), peer(model, feeds)[0]
+    page.call("/watch.js", "texts")
+    for options, on in (({}, True), ({"features": []}, False)):
+        loaded = page.call("/page.js", "load", {"url": f"/{folder}/", "options": {"worker": False, **options}})
+        assert "key" in loaded, loaded
+        texts = page.call("/watch.js", "texts")
+        assert (feature in loaded["info"]["features"]) == on == any(USES[feature] in t for t in texts)
+        if feature in wf.ENABLE:
+            assert any(t.startswith(f"enable {wf.ENABLE[feature]};") for t in texts) == on
+        inputs = {i: {"dtype": a.dtype.name, "shape": list(a.shape), "file": f"/{folder}-{i}.bin"} for i, a in feeds.items()}
+        reply = page.call("/page.js", "run", {"key": loaded["key"], "inputs": inputs})
+        assert "outputs" in reply, reply
+        got = np.frombuffer(base64.b64decode(reply["outputs"]["y"]["base64"]), want.dtype).reshape(want.shape)
+        close(got, want, TOLERANCE[feature])
+        page.call("/page.js", "close", {"key": loaded["key"]})
