@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     from luthier import llm
 
     ours = llm.load(a.model, threads=a.threads, capacity=2048)
-    vocabulary = ours.config.vocabulary
+    vocabulary = ours.vocabulary
     try:
         from benchmarks.peer_ggml import Llama
 
@@ -109,9 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     if not a.quality:
         return
     from benchmarks.llama_numpy import forward
+    from luthier.importers.gguf import read_gguf
 
     tokens = text[: a.quality]
-    ref = forward(ours.file, tokens)
+    ref = forward(read_gguf(a.model), tokens)
     print(f"\n{len(tokens)} tokens of documentation strings: perplexity, KL from the f32 model")
     print(f"  f32 numpy            {perplexity(ref, tokens):8.4f}")
     for name, exact in (("luthier", False), ("luthier exact", True)):

@@ -1,6 +1,6 @@
 """Perplexity of a GGUF language model at 8, 4, 3, 2 bits, ternary and 1 bit, and with half of its weights' blocks dropped.
 
-    python -m benchmarks.llm_ladder MODEL.gguf [--tokens 4096] [--only w4,w2-gptq] [--folder build/llm_ladder] [--markdown FILE]
+    python -m benchmarks.llm_ladder MODEL.gguf [--tokens 2048] [--only w4,w2-gptq] [--folder build/llm_ladder] [--markdown FILE]
     python -m benchmarks.llm_ladder MODEL.gguf --kernels w4-gptq,w3-gptq      # the same weights through the compiled kernels
 
 The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize_weights.quantize` and
@@ -59,9 +59,8 @@ def variants() -> dict[str, Variant]:
         if bits in (0, 1):
             methods = {"gptq": methods["gptq"]} if bits == 0 else {"hqq": methods["hqq"], "gptq": methods["gptq"]}
         found += [Variant(f"{name}-{m}", f"{text}, {t}", bits, m) for m, t in methods.items()]
-    for name, text, bits in (("w2", "2 bits", 2), ("w3", "3 bits", 3)):
-        found.append(Variant(f"{name}-blocks", f"{text}, then layer by layer", bits, "blocks", start=f"{name}-gptq"))
-        found.append(Variant(f"{name}-end", f"{text}, then end to end", bits, "end", start=f"{name}-blocks"))
+    found.append(Variant("w2-blocks", "2 bits, then layer by layer", 2, "blocks", start="w2-gptq"))
+    found.append(Variant("w2-end", "2 bits, then end to end", 2, "end", start="w2-blocks"))
     sparse = (
         ("magnitude", "magnitudes, nearest", ""), ("moments", "second moments, nearest", ""), ("compensate", "compensated", ""),
         ("blocks", "then layer by layer", "w4s50-compensate"), ("end", "then end to end", "w4s50-blocks"),
@@ -280,9 +279,9 @@ HEAD = "| layers' weights | stored bits | perplexity | against f32, % | KL diver
 def main(argv: Sequence[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model")
-    ap.add_argument("--tokens", type=int, default=4096)
+    ap.add_argument("--tokens", type=int, default=2048)
     ap.add_argument("--window", type=int, default=512)
-    ap.add_argument("--calibration", type=int, default=16384, help="tokens")
+    ap.add_argument("--calibration", type=int, default=8192, help="tokens")
     ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
     ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
     ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))
