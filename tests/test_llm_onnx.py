@@ -1,0 +1,301 @@
+"""ONNX decoders with past and present: greedy tokens and logits against onnxruntime's loop that feeds present back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from benchmarks.llm_onnx import Runtime, greedy
+from luthier import llm
+from luthier.errors import InputError, InvalidModel, TargetError
+
+Array = np.ndarray[Any, Any]
+LAYERS, HEADS, KV, D, VOCABULARY, LIMIT = 2, 4, 2, 16, 61, 64
+W = HEADS * D
+PROMPT = [5, 17, 33, 0, 41, 41, 8]
+
+
+class Net:
+    """Nodes of a model under construction; weights are random."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.consts: list[Any] = []
+        self.rng = np.random.default_rng(11)
+
+    def const(self, a: Any, dtype: Any = np.int64) -> str:
+        name = f"c{len(self.consts)}"
+        self.consts.append(numpy_helper.from_array(np.asarray(a, dtype), name))
+        return name
+
+    def weight(self, *shape: int, size: float = 1.0) -> str:
+        return self.const(self.rng.standard_normal(shape) * size / np.sqrt(shape[0]), np.float32)
+
+    def __call__(self, op: str, *ins: str, out: str = "", domain: str = "", outputs: int = 1, **attrs: Any) -> Any:
+        names = [f"v{len(self.nodes)}.{k}" for k in range(outputs)]
+        if out:
+            names[0] = out
+        self.nodes.append(helper.make_node(op, list(ins), names, domain=domain, **attrs))
+        return names[0] if outputs == 1 else names
+
+    def save(self, path: Path, inputs: dict[str, Any], outputs: dict[str, Any]) -> Path:
+        def infos(d: dict[str, Any]) -> list[Any]:
+            return [helper.make_tensor_value_info(n, t, s) for n, (t, s) in d.items()]
+
+        g = helper.make_graph(self.nodes, "decoder", infos(inputs), infos(outputs), self.consts)
+        ops = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(g, opset_imports=ops, ir_version=9), path)
+        return path
+
+    def linear(self, x: str, a: int, b: int) -> str:
+        return str(self("MatMul", x, self.weight(a, b)))
+
+    def heads(self, x: str, n: int) -> str:
+        return str(self("Transpose", self("Reshape", x, self.const([0, 0, n, D])), perm=[0, 2, 1, 3]))
+
+    def rms(self, x: str) -> str:
+        mean = self("ReduceMean", self("Mul", x, x), axes=[-1])
+        y = self("Div", x, self("Sqrt", self("Add", mean, self.const(1e-5, np.float32))))
+        return str(self("Mul", y, self.const(self.rng.uniform(0.5, 1.5, W), np.float32)))
+
+    def extent(self, x: str, axis: int) -> str:
+        return str(self("Gather", self("Shape", x), self.const([axis])))
+
+
+def ports(kv: int, mask: bool = True, positions: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+    ins: dict[str, Any] = {"input_ids": (TensorProto.INT64, ["batch", "sequence"])}
+    if mask:
+        ins["attention_mask"] = TensorProto.INT64, ["batch", "past_sequence_length + 1"]
+    if positions:
+        ins["position_ids"] = TensorProto.INT64, ["batch", "sequence"]
+    outs: dict[str, Any] = {"logits": (TensorProto.FLOAT, ["batch", "sequence", VOCABULARY])}
+    for i in range(LAYERS):
+        for kind in ("key", "value"):
+            ins[f"past_key_values.{i}.{kind}"] = TensorProto.FLOAT, ["batch", kv, "past_sequence_length", D]
+            outs[f"present.{i}.{kind}"] = TensorProto.FLOAT, ["batch", kv, "total", D]
+    return ins, outs
+
+
+def masked(m: Net, scores: str, total: str, length: str) -> str:
+    """Causal and padding mask, as exports spell it."""
+    cols = m("Range", m.const(0), m("Squeeze", total), m.const(1))
+    rows = m("Add", m("Range", m.const(0), m("Squeeze", length), m.const(1)), m("Squeeze", m("Sub", total, length)))
+    hidden = m("Greater", m("Unsqueeze", cols, m.const([0])), m("Unsqueeze", rows, m.const([1])))
+    pad = m("Equal", m("Unsqueeze", "attention_mask", m.const([1, 2])), m.const(0))
+    return str(m("Where", m("Or", hidden, pad), m.const(-3.4e38, np.float32), scores))
+
+
+def llama(path: Path, past_elsewhere: bool = False) -> Path:
+    """Rotary positions, RMS norms, two query heads on a key head (repeated by Expand), a gated feed-forward net."""
+    m = Net()
+    table = m.weight(VOCABULARY, W, size=8)
+    x = m("Gather", table, "input_ids")
+    angles = np.outer(np.arange(LIMIT), 10000.0 ** (-np.arange(0, D, 2) / D))
+    cos, sin = (m("Unsqueeze", m("Gather", m.const(np.concatenate([f(angles)] * 2, 1), np.float32), "position_ids"), m.const([1])) for f in (np.cos, np.sin))
+
+    def rotate(t: str) -> str:
+        lo, hi = m("Slice", t, m.const([0]), m.const([D // 2]), m.const([3])), m("Slice", t, m.const([D // 2]), m.const([D]), m.const([3]))
+        return str(m("Add", m("Mul", t, cos), m("Mul", m("Concat", m("Neg", hi), lo, axis=3), sin)))
+
+    for i in range(LAYERS):
+        h = m.rms(x)
+        q, k, v = rotate(m.heads(m.linear(h, W, W), HEADS)), rotate(m.heads(m.linear(h, W, KV * D), KV)), m.heads(m.linear(h, W, KV * D), KV)
+        length = m.extent(q, 2)
+        k = m("Concat", f"past_key_values.{i}.key", k, out=f"present.{i}.key", axis=2)
+        v = m("Concat", f"past_key_values.{i}.value", v, out=f"present.{i}.value", axis=2)
+        if past_elsewhere:
+            more = m("ReduceSum", f"past_key_values.{i}.key", m.const([0, 1, 2, 3]), keepdims=0)
+            x = m("Add", x, m("Mul", more, m.const(1e-3, np.float32)))
+        total = m.extent(k, 2)
+        parts = []
+        for t in (k, v):
+            shape = m("Concat", m.const([1, KV, HEADS // KV]), total, m.const([D]), axis=0)
+            parts.append(m("Reshape", m("Expand", m("Unsqueeze", t, m.const([2])), shape), m("Concat", m.const([1, HEADS]), total, m.const([D]), axis=0)))
+        scores = m("Mul", m("MatMul", q, m("Transpose", parts[0], perm=[0, 1, 3, 2])), m.const(D**-0.5, np.float32))
+        a = m("MatMul", m("Softmax", masked(m, scores, total, length), axis=-1), parts[1])
+        x = m("Add", x, m.linear(m("Reshape", m("Transpose", a, perm=[0, 2, 1, 3]), m.const([0, 0, W])), W, W))
+        h = m.rms(x)
+        g = m.linear(h, W, 96)
+        x = m("Add", x, m.linear(m("Mul", m("Mul", g, m("Sigmoid", g)), m.linear(h, W, 96)), 96, W))
+    m("MatMul", m.rms(x), m.weight(W, VOCABULARY, size=2), out="logits")
+    return m.save(path, *ports(KV))
+
+
+def gpt2(path: Path) -> Path:
+    """Learned positions from the length of the past, layer norms, one product for queries, keys and values; no mask and no positions given."""
+    m = Net()
+    length = m.extent("input_ids", 1)
+    past = m.extent("past_key_values.0.key", 2)
+    places = m("Range", m("Squeeze", past), m("Squeeze", m("Add", past, length)), m.const(1))
+    x = m("Add", m("Gather", m.weight(VOCABULARY, W, size=8), "input_ids"), m("Gather", m.weight(LIMIT, W, size=4), places))
+
+    def norm(t: str) -> str:
+        return str(m("LayerNormalization", t, m.const(m.rng.uniform(0.5, 1.5, W), np.float32), m.const(m.rng.standard_normal(W) / 8, np.float32), axis=-1))
+
+    rows = m("Unsqueeze", places, m.const([1]))
+    for i in range(LAYERS):
+        qkv = m("Add", m.linear(norm(x), W, 3 * W), m.weight(3 * W))
+        q, k, v = (m.heads(t, HEADS) for t in m("Split", qkv, m.const([W] * 3), outputs=3, axis=-1))
+        k = m("Concat", f"past_key_values.{i}.key", k, out=f"present.{i}.key", axis=2)
+        v = m("Concat", f"past_key_values.{i}.value", v, out=f"present.{i}.value", axis=2)
+        scores = m("Div", m("MatMul", q, m("Transpose", k, perm=[0, 1, 3, 2])), m.const(D**0.5, np.float32))
+        cols = m("Range", m.const(0), m("Squeeze", m.extent(k, 2)), m.const(1))
+        scores = m("Where", m("LessOrEqual", cols, rows), scores, m.const(-1e9, np.float32))
+        a = m("Reshape", m("Transpose", m("MatMul", m("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3]), m.const([0, 0, W]))
+        x = m("Add", x, m("Add", m.linear(a, W, W), m.weight(W)))
+        x = m("Add", x, m.linear(m("Relu", m.linear(norm(x), W, 96)), 96, W))
+    m("MatMul", norm(x), m.weight(W, VOCABULARY, size=2), out="logits")
+    return m.save(path, *ports(HEADS, False, False))
+
+
+def grouped(path: Path) -> Path:
+    """com.microsoft's GroupQueryAttention with rotary positions, as onnxruntime's model builder exports it."""
+    m = Net()
+    x = m("Gather", m.weight(VOCABULARY, W, size=8), "input_ids")
+    total = m("ReduceSum", "attention_mask", m.const([1]), keepdims=0)
+    keys = m("Cast", m("Sub", total, m.const([1])), to=TensorProto.INT32)
+    count = m("Cast", m("Gather", m("Shape", "attention_mask"), m.const(1)), to=TensorProto.INT32)
+    angles = np.outer(np.arange(LIMIT), 10000.0 ** (-np.arange(0, D, 2) / D))
+    cos, sin = (m.const(f(angles), np.float32) for f in (np.cos, np.sin))
+    for i in range(LAYERS):
+        h = m.rms(x)
+        ins = [m.linear(h, W, W), m.linear(h, W, KV * D), m.linear(h, W, KV * D), f"past_key_values.{i}.key", f"past_key_values.{i}.value", keys, count, cos, sin]
+        outs = [f"a{i}", f"present.{i}.key", f"present.{i}.value"]
+        m.nodes.append(helper.make_node("GroupQueryAttention", ins, outs, domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV, do_rotary=1))
+        x = m("Add", x, m.linear(f"a{i}", W, W))
+        x = m("Add", x, m.linear(m("Relu", m.linear(m.rms(x), W, 96)), 96, W))
+    m("MatMul", m.rms(x), m.weight(W, VOCABULARY, size=2), out="logits")
+    return m.save(path, *ports(KV, True, False))
+
+
+def whole(path: Path) -> Path:
+    """Attention over the tokens of the call alone, beside the states of an encoder."""
+    m = Net()
+    x = m("Add", m("Gather", m.weight(VOCABULARY, W, size=8), "input_ids"), m("ReduceMean", "encoder_hidden_states", axes=[1]))
+    q, k, v = (m.linear(x, W, W) for _ in range(3))
+    scores = m("Add", m("MatMul", q, m("Transpose", k, perm=[0, 2, 1])), m("Unsqueeze", m("Log", m("Trilu", m("Expand", m.const(1, np.float32), m("Concat", m.extent(x, 1), m.extent(x, 1), axis=0)), upper=0)), m.const([0])))
+    m("MatMul", m("Add", x, m("MatMul", m("Softmax", scores, axis=-1), v)), m.weight(W, VOCABULARY), out="logits")
+    ins, outs = ports(KV, False, False)
+    more = {"encoder_hidden_states": (TensorProto.FLOAT, ["batch", "encoded", W])}
+    return m.save(path, {"input_ids": ins["input_ids"], **more}, {"logits": outs["logits"]})
+
+
+def compare(path: Path, ours: llm.LanguageModel, given: dict[str, Array] | None = None) -> None:
+    """Logits of prompts in pieces and of single tokens, then ten greedy ones, twice."""
+    peer = Runtime(str(path))
+    peer.given = given or {}
+    ours.give(**(given or {}))
+    for part in (PROMPT[:3], PROMPT[3:4], PROMPT[4:], [9]):
+        a, b = ours.feed(part), peer.feed(part)
+        if not peer.pasts:  # the peer sees the tokens of the call alone
+            continue
+        assert np.abs(a - b).max() < 1e-4 * np.abs(b).max()
+    for _ in range(2):
+        ours.reset()
+        peer.reset()
+        if peer.pasts:
+            want = greedy(peer.feed, PROMPT, 10)
+        else:
+            want = []
+            for _ in range(10):
+                want.append(int(np.argmax(peer.feed([*PROMPT, *want]))))
+        assert list(ours.decode_tokens(PROMPT, 10)) == want
+        assert len(set(want)) > 2  # tokens that say something
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, grouped], ids=["llama", "gpt2", "grouped"])
+def test_caches_in_place(tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path / "model.onnx")
+    m = llm.load(path, threads=2, capacity=32, chunk=3)
+    assert m.about["by"] == "past" and len(m.about["state"]) == 2 * LAYERS
+    names = {s.name for s in m.module.inputs}
+    assert names == {*m.about["state"], "tokens", "last", "past"} and [s.name for s in m.module.outputs] == ["logits"]
+    compare(path, m)
+    m.module.save(tmp_path / "saved")
+    compare(path, llm.load(tmp_path / "saved", threads=1))
+    every = llm.load(path, threads=1, capacity=32, chunk=4, all_logits=True).feed(PROMPT)
+    assert every.shape == (len(PROMPT), VOCABULARY)
+    assert np.abs(every[-1] - Runtime(str(path)).feed(PROMPT)).max() < 1e-4 * np.abs(every).max()
+
+
+def test_present_fed_back(tmp_path: Path) -> None:
+    """A past that is read beside its Concat stays an input."""
+    path = llama(tmp_path / "model.onnx", past_elsewhere=True)
+    m = llm.load(path, threads=1, capacity=32, chunk=3)
+    assert m.about["by"] == "present" and not m.about["state"]
+    compare(path, m)
+    m.module.save(tmp_path / "saved")
+    compare(path, llm.load(tmp_path / "saved", threads=1))
+    with pytest.raises(TargetError, match="keeps no cache in place"):
+        llm.load(path, "wasm")
+
+
+def test_without_a_past(tmp_path: Path) -> None:
+    path = whole(tmp_path / "model.onnx")
+    m = llm.load(path, threads=1, capacity=32, chunk=32)
+    assert m.about["by"] == "whole"
+    with pytest.raises(InputError, match="needs the input encoder_hidden_states"):
+        m.feed([1])
+    with pytest.raises(InputError, match="no further input mask"):
+        m.give(mask=np.zeros(1))
+    compare(path, m, {"encoder_hidden_states": np.random.default_rng(0).standard_normal((1, 5, W)).astype(np.float32)})
+
+
+def test_on_wasm(tmp_path: Path) -> None:
+    pytest.importorskip("wasmtime")
+    path = llama(tmp_path / "model.onnx")
+    compare(path, llm.load(path, "wasm", threads=1, capacity=32, chunk=3))
+
+
+def test_settings_beside_the_model(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    path = gpt2(tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text(json.dumps({"n_positions": LIMIT, "eos_token_id": 7}))
+    vocabulary = {chr(97 + i) if i < 26 else f"w{i}": i for i in range(VOCABULARY)}
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    t.save(str(tmp_path / "tokenizer.json"))
+    m = llm.load(path, threads=1)
+    assert m.capacity == LIMIT and m.end_tokens == {7}
+    text = "".join(m.generate("b c d", max_tokens=4))
+    m.reset()
+    assert text.split() == [t.id_to_token(i) for i in m.decode_tokens([1, 2, 3], 4)]
+    with pytest.raises(InputError, match="capacity of 65"):
+        llm.load(path, capacity=65)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InvalidModel, match=r"cannot read .*config\.json"):
+        llm.load(path)
+
+
+def test_bad_models(tmp_path: Path) -> None:
+    path = gpt2(tmp_path / "model.onnx")
+    m = llm.load(path, threads=1, capacity=8)
+    with pytest.raises(InputError, match="the cache holds 8 positions"):
+        m.feed([1] * 9)
+    with pytest.raises(InputError, match="token 61 is outside"):
+        m.feed([61])
+    with pytest.raises(InvalidModel, match="without a tokenizer"):
+        list(m.generate("text"))
+    with pytest.raises(InputError, match="states the types"):
+        llm.load(path, cache_bits=8)
+    model = onnx.load(path)
+    del model.graph.output[-1]
+    onnx.save(model, tmp_path / "bad.onnx")
+    with pytest.raises(InvalidModel, match="no output belongs to the input"):
+        llm.load(tmp_path / "bad.onnx")
+    for i in model.graph.input:
+        i.name = i.name.replace("input_ids", "pixels")
+    for n in model.graph.node:
+        n.input[:] = [s.replace("input_ids", "pixels") for s in n.input]
+    onnx.save(model, tmp_path / "bad.onnx")
+    with pytest.raises(InvalidModel, match="is no language model"):
+        llm.load(tmp_path / "bad.onnx")
+    (tmp_path / "bad.onnx").write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InvalidModel, match="no ONNX model"):
+        llm.load(tmp_path / "bad.onnx")
