@@ -104,9 +104,6 @@ class KernelPrinter(MemoryPrinter):
         for x in s.stmts:
             _PRINT[type(x)](self, x)
 
-    def let(self, s: Let) -> None:
-        self.bind(s.var, s.value)
-
     def branch_on(self, s: If) -> None:
         c = self.c
         self.emit(s.cond)
@@ -141,24 +138,29 @@ class KernelPrinter(MemoryPrinter):
         self.stmt(s)
         self.leave_scope()
 
-    def bind(self, v: Expr, value: Expr) -> None:
+    def let(self, s: Let) -> None:
+        v, value = s.var, s.value
         if v in self.skip:
             self.vars.pop(v, None)
             return
-        if v.dtype.is_bool and v.dtype.lanes > 1:  # accesses under this mask look at what it is
-            self.masks[v] = self.masks.get(value, value)
-        if v.dtype.lanes > 1 and not full(v.dtype):
-            t = valtype(v.dtype.scalar)
-            ls = []
-            for k in range(v.dtype.lanes):
-                n = self.local(t)
-                self.emit(self.lane(value, k))
-                self.c.set(n)
-                ls.append(n)
-            self.vars[v] = ls
-            return
-        self.emit(value)
-        n = self.local(valtype(v.dtype))
+        d = v.dtype
+        if d.lanes == 1:
+            self.scalar(value)
+        else:
+            if d.is_bool:  # accesses under this mask look at what it is
+                self.masks[v] = self.masks.get(value, value)
+            if not full(d):
+                t = valtype(d.scalar)
+                ls = []
+                for k in range(d.lanes):
+                    n = self.local(t)
+                    self.emit(self.lane(value, k))
+                    self.c.set(n)
+                    ls.append(n)
+                self.vars[v] = ls
+                return
+            self.vector(value)
+        n = self.local(valtype(d))
         self.c.set(n)
         self.vars[v] = n
 

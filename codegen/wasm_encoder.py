@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 VALTYPE = {"i32": 0x7F, "i64": 0x7E, "f32": 0x7D, "f64": 0x7C, "v128": 0x7B}
 
@@ -214,13 +215,8 @@ class Function:
     code: bytes
 
     def body(self) -> bytes:
-        groups: list[tuple[int, str]] = []
-        for t in self.locals:
-            if groups and groups[-1][1] == t:
-                groups[-1] = (groups[-1][0] + 1, t)
-            else:
-                groups.append((1, t))
-        b = vec(uleb(n) + bytes([VALTYPE[t]]) for n, t in groups) + self.code + OPCODE["end"]
+        groups = [uleb(len(list(same))) + bytes((VALTYPE[t],)) for t, same in groupby(self.locals)]
+        b = uleb(len(groups)) + b"".join(groups) + self.code + OPCODE["end"]
         return uleb(len(b)) + b
 
 

@@ -20,7 +20,7 @@ from luthier.codegen.wasm_text import GLOBALS, assemble, runtime_function, sourc
 from luthier.ir.dtypes import i64
 from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars, maximum, minimum
-from luthier.ir.loop import EMPTY, Buffer, For, Func, Store, walk_stmts
+from luthier.ir.loop import EMPTY, Buffer, For, Func, Let, Store, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.plan_memory import ALIGN, byte_size
 
@@ -151,7 +151,7 @@ class _Main(_Host):
         c.op("end")
 
     def define(self, s: Bind) -> None:
-        self.bind(s.var, s.value)
+        self.let(Let(s.var, s.value))
 
     def put(self, s: Put) -> None:
         self.on_first(lambda: self.store(Store(s.store.buf, s.store.idx or (const(0),), s.store.value, s.store.mask)))

@@ -6,15 +6,16 @@ the part of an index that the loop leaves alone become one local (:meth:`MemoryP
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from luthier.codegen.wasm_bytes import ByteVectors
 from luthier.codegen.wasm_scalar import signed, valtype
 from luthier.codegen.wasm_vector import full, prefix, width
-from luthier.ir.dtypes import DType
+from luthier.ir.dtypes import DType, types_in
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, bounds, const, free_vars, from_linear, linear, load, load_parts, substitute
-from luthier.ir.loop import Buffer, For, Let, Stmt, Store, While, children, exprs_of, walk_stmts
+from luthier.ir.expr import Expr, Poly, bounds, const, free_vars, from_linear, linear, load, load_parts, substitute
+from luthier.ir.loop import Block, Buffer, For, Let, Stmt, Store, While, children, exprs_of, walk_stmts
 
 GUARD = 1 << 18  # bytes before the first buffer of a program
 
@@ -24,6 +25,12 @@ def element_bytes(d: DType) -> int:
     if d.bits < 8:
         raise CompilationError(f"WebAssembly has no memory elements of type {d}", hint="run lower_subbyte first")
     return d.bits // 8
+
+
+@cache
+def _indices_in(types: int) -> bool:
+    """Whether a set of types (``Expr.types``) holds one of indices: without, nothing is read from memory."""
+    return any(d.is_index for d in types_in(types))
 
 
 class MemoryPrinter(ByteVectors):
@@ -37,7 +44,7 @@ class MemoryPrinter(ByteVectors):
         self.scopes: list[list[Any]] = [[]]  # which of them each scope made
         self.inner: set[Expr] = set()  # what the innermost loop defines
         self.bases: dict[tuple[str, Expr], int] = {}  # pointers that it leaves alone, by buffer and part of the index
-        self.affine: dict[Expr, Expr] = {}  # what index Lets stand for
+        self.affine: dict[Expr, Poly] = {}  # what index Lets stand for
         self.masks: dict[Expr, Expr] = {}  # what Lets of masks stand for
         self.skip: set[Expr] = set()  # those of the innermost loop that nothing needs
         self.bodies: dict[int, list[Stmt]] = {}  # statements of every innermost loop
@@ -111,7 +118,7 @@ class MemoryPrinter(ByteVectors):
                 key = _without_constant(i)[0]
                 parts = taken.get(key)
                 if parts is None:
-                    parts = taken[key] = self.split(self.expand(key))
+                    parts = taken[key] = self.split(key)
                 inv, rest, _ = parts
                 if inv is not None and rest is not None and ((b.name, inv) in found or len(found) < 8):
                     found[b.name, inv] = (b, element_bytes(b.dtype) * b.dtype.lanes)
@@ -124,7 +131,7 @@ class MemoryPrinter(ByteVectors):
             stack = [e]
             while stack:
                 e = stack.pop()
-                if e in seen:
+                if e in seen or not _indices_in(e.types):
                     continue
                 seen.add(e)
                 if not e.loading:
@@ -152,7 +159,7 @@ class MemoryPrinter(ByteVectors):
                 scan(x.value)
                 if x.mask is not None:
                     scan(x.mask)
-            else:
+            elif type(x) is not Block:
                 for e in exprs_of(x):
                     scan(e)
         for x in reversed(lets):
@@ -164,7 +171,7 @@ class MemoryPrinter(ByteVectors):
         bases: dict[tuple[str, Expr], int] = {}
         for (name, inv), (b, size) in found.items():
             self.pointer(b)
-            self.emit(inv * size)
+            self.scalar(inv * size)
             c.op("i32.add")
             n = self.local("i32")
             c.set(n)
@@ -172,26 +179,37 @@ class MemoryPrinter(ByteVectors):
         self.bases, self.taken = bases, taken
         self.resolved = {}
 
-    def expand(self, e: Expr) -> Expr:
-        """An index with the Lets in it replaced by what they stand for."""
-        mine = free_vars(e) & self.affine.keys()
-        return substitute(e, {v: self.affine[v] for v in mine}) if mine else e
+    def expand(self, e: Expr) -> Poly:
+        """An index with the Lets in it replaced by what they stand for, as a sum."""
+        p, affine = linear(e), self.affine
+        if not affine:
+            return p
+        out: Poly = {}
+        for m, k in p.items():
+            q = affine.get(m[0]) if len(m) == 1 else None
+            if q is not None:
+                for n, j in q.items():
+                    out[n] = out.get(n, 0) + j * k
+            elif m and not all(affine.keys().isdisjoint(free_vars(x)) for x in m):
+                return linear(substitute(e, {v: from_linear(affine[v]) for v in free_vars(e) if v in affine}))
+            else:
+                out[m] = out.get(m, 0) + k
+        return {m: k for m, k in out.items() if k}
 
     def note_affine(self, v: Expr, value: Expr) -> None:
-        if value.op in ("add", "sub", "mul"):
-            e = self.expand(value)
-            if not e.loading:
-                self.affine[v] = e
-                return
-        self.affine.pop(v, None)
+        if value.op in ("add", "sub", "mul") and not value.loading:
+            self.affine[v] = self.expand(value)
+        else:
+            self.affine.pop(v, None)
 
     def split(self, e: Expr) -> tuple[Expr | None, Expr | None, int]:
-        """The variable parts of an index that the innermost loop leaves alone and that it changes, None for nothing; its constant."""
+        """The variable parts of an index that the innermost loop leaves alone and that it changes, None for nothing; its constant. Lets
+        are expanded."""
         same: dict[tuple[Expr, ...], int] = {}
         rest: dict[tuple[Expr, ...], int] = {}
         inner = self.inner
         constant = 0
-        for m, k in linear(e).items():
+        for m, k in self.expand(e).items():
             if not m:
                 constant = k
             else:
@@ -211,7 +229,7 @@ class MemoryPrinter(ByteVectors):
         if r is None:
             inv, rest, extra = None, None, 0
             if self.bases:
-                inv, rest, extra = self.taken.get(dyn) or self.split(self.expand(dyn))
+                inv, rest, extra = self.taken.get(dyn) or self.split(dyn)
             lo = 0 if self.fixed or dyn.op == "const" else bounds(dyn)[0]
             r = self.resolved[dyn] = (dyn, inv, rest, extra, lo is not None and lo >= max(extra, 0))
         return r[0], r[1], r[2], k, k + r[3], r[4]
@@ -234,7 +252,7 @@ class MemoryPrinter(ByteVectors):
             dyn, k = rest, whole_k
         else:
             if self.skip and free_vars(dyn) & self.skip:
-                dyn, k, positive = self.expand(idx), 0, False
+                dyn, k, positive = from_linear(self.expand(idx)), 0, False
             elif not self.foldable(k * size, positive or dyn.op == "const"):
                 dyn, k = idx, 0
             if dyn.op == "const":
@@ -257,9 +275,9 @@ class MemoryPrinter(ByteVectors):
         else:
             self.pointer(b)
         if dyn.op in ("add", "sub", "mul"):
-            self.emit(dyn * size if size > 1 else dyn)
+            self.scalar(dyn * size if size > 1 else dyn)
         else:
-            self.emit(dyn)
+            self.scalar(dyn)
             if size > 1:
                 c.const("i32", size.bit_length() - 1 if size & (size - 1) == 0 else size)
                 c.op("i32.shl" if size & (size - 1) == 0 else "i32.mul")

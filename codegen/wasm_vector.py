@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from luthier.codegen.wasm_encoder import OPCODE
 from luthier.codegen.wasm_scalar import Emitter, signed, valtype
 from luthier.ir.dtypes import DType
 from luthier.ir.expr import (
@@ -52,6 +53,11 @@ def full(d: DType) -> bool:
 def prefix(d: DType) -> str:
     w = 128 // d.lanes
     return f"f{w}x{d.lanes}" if d.is_float else _NAMES[w]
+
+
+@cache
+def _code(op: str, d: DType) -> bytes:
+    return OPCODE[f"{prefix(d)}.{op}"]
 
 
 def width(d: DType) -> int:
@@ -156,27 +162,26 @@ class Vector(Emitter):
     # ------------------------------------------------------------ expressions
 
     def vector(self, e: Expr) -> None:
-        if not full(e.dtype):
-            raise self.fail(e, f"vectors of type {e.dtype} do not fit 128 bits")
         op, d, c = e.op, e.dtype, self.c
+        n: Any = None
+        if op == "var":
+            n = self.vars.get(e)
+            if n is None:
+                raise self.fail(e, "variable without a value")
+        elif op == "load" and not e.args:
+            n = self.regs.get(e.attr[0].name)
+        if n.__class__ is int:
+            c.get(n)
+            return
+        if not full(d):
+            raise self.fail(e, f"vectors of type {d} do not fit 128 bits")
         if op in _ARITH:
             if d.is_float:
                 self.arith(e)
                 return
         elif op == "load":
-            n = None if e.args else self.regs.get(e.attr[0].name)
-            if n.__class__ is int:
-                c.get(n)  # type: ignore[arg-type]
-            else:
-                self.load(e)
+            self.load(e)
             return
-        elif op == "var":
-            n = self.vars.get(e)
-            if n.__class__ is int:
-                c.get(n)  # type: ignore[arg-type]
-                return
-            if n is None:
-                raise self.fail(e, "variable without a value")
         elif op == "bcast":
             self.broadcast(e)
             return
@@ -372,7 +377,7 @@ class Vector(Emitter):
 
     def arith(self, e: Expr) -> None:
         """Add, sub, mul, div of floats; a product that is added becomes a relaxed multiply-add."""
-        op, (x, y), p = e.op, e.args, prefix(e.dtype)
+        op, (x, y) = e.op, e.args
         if (op == "add" or op == "sub") and (y.op == "mul" or (op == "add" and x.op == "mul")) and self.relaxed:
             if op == "add" and x.op != "mul":
                 x, y = y, x
@@ -381,12 +386,12 @@ class Vector(Emitter):
                 self.vector(mul.args[0])
                 self.vector(mul.args[1])
                 self.vector(add)
-                self.c.op(f"{p}.relaxed_madd" if op == "add" else f"{p}.relaxed_nmadd")
+                self.c.b += _code("relaxed_madd" if op == "add" else "relaxed_nmadd", e.dtype)
                 return
             x, y = e.args
         self.vector(x)
         self.vector(y)
-        self.c.op(f"{p}.{op}")
+        self.c.b += _code(op, e.dtype)
 
     def float_op(self, e: Expr, go: Callable[[str], bool]) -> bool:
         op, d, c, p = e.op, e.dtype, self.c, prefix(e.dtype)
