@@ -324,6 +324,12 @@ def extract(a: Expr, lane: int) -> Expr:
         return a.args[0]
     if a.op == "ramp":
         return a.args[0] + lane * a.attr[0]
+    if a.op == "shuffle" and a.attr[lane] >= 0:
+        k = a.attr[lane]
+        for x in a.args:
+            if k < x.dtype.lanes:
+                return extract(x, k)
+            k -= x.dtype.lanes
     return make_node("extract", a.dtype.scalar, (a,), lane)
 
 

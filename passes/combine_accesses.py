@@ -50,7 +50,7 @@ from luthier.ir.loop import (
 Place = tuple[Expr, int]  # index without its constant, number of the vector behind it
 
 
-def combine_accesses(f: Func, lanes: int = 4, fits: Callable[[Buffer], bool] = lambda b: True) -> Func:
+def combine_accesses(f: Func, lanes: int = 4, fits: Callable[[Buffer], bool] = lambda b: not b.dtype.is_bool) -> Func:
     """``f`` is scalar, and its buffers have one dimension. ``fits``: the buffers whose elements may become vectors."""
     c = _Combiner(f, lanes, fits)
     c.collect(f.body)
@@ -72,9 +72,10 @@ class _Combiner:
                 self.lets[s.var] = s.value
             elif isinstance(s, Call):
                 calls |= {a.name if isinstance(a, Buffer) else a[0].name for a in s.args if not isinstance(a, Expr)}
+        self.names = {v.attr[0] for v in self.lets}
         for v in again:
             del self.lets[v]
-        self.fits = lambda b: b.rank == 1 and b.dtype.lanes == 1 and b.dtype.bits in (8, 16, 32) and not b.dtype.is_bool and not b.dtype.is_index and b.name not in calls and fits(b)
+        self.fits = lambda b: b.rank == 1 and b.dtype.lanes == 1 and b.dtype.bits in (8, 16, 32) and not b.dtype.is_index and b.name not in calls and fits(b)
         self.fit: dict[Buffer, bool] = {}
         self.loads: dict[tuple[int, Buffer, Place, Expr | None], int] = {}  # a vector in a block -> its lanes that are loaded there
         self.spoiled: set[str] = set()
@@ -122,7 +123,7 @@ class _Combiner:
             if x not in self.shares:
                 self.shares[x] = None
                 if self.part(value) is not None:
-                    self.shares[x] = var(f"{x.attr[0]}.v", x.dtype, 0 if x.attr[1] is not None and x.attr[1] >= 0 else None)
+                    self.shares[x] = var(self.fresh(f"{x.attr[0]}.v"), x.dtype, 0 if x.attr[1] is not None and x.attr[1] >= 0 else None)
             return self.shares[x]
         if x.op in ("select", "min", "max", "mod") and x.dtype.is_index:
             args = [self.part(a) for a in x.args[-2:]]
@@ -131,6 +132,12 @@ class _Combiner:
                 return None
             return select(x.args[0], a, b) if x.op == "select" else mod(a, b) if x.op == "mod" else binary(x.op, a, b)
         return None
+
+    def fresh(self, name: str) -> str:
+        while name in self.names:
+            name += "v"
+        self.names.add(name)
+        return name
 
     def place(self, i: Expr) -> tuple[Place, int] | None:
         """(the vector that element ``i`` is in, its lane)."""

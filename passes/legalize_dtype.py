@@ -9,8 +9,8 @@ Rules (each is data in :class:`Rules`):
 * 64-bit integers where there are none: values are carried in 32 bits (indices and counts fit; a kernel whose numbers need more
   must not be sent there), memory keeps 64 bits: the low word is read, both are written.
 * memory without 8- and 16-bit elements: a parameter (of elements down to one bit) becomes 32-bit words, a load extracts its part, a store is
-  ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Buffers of a kernel's own get
-  32-bit elements.
+  ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Elements that are vectors of whole
+  words (:mod:`luthier.passes.combine_accesses`) are stored as such. Buffers of a kernel's own get 32-bit elements.
 * ``f64`` where there is none is refused.
 
 Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4]``, ``call atomic_store_bits(&Y, i // 4, 255 <<
@@ -37,10 +37,12 @@ from luthier.ir.expr import (
     cast,
     compare,
     const,
+    extract,
     load,
     load_parts,
     rebuild,
     select,
+    shuffle,
     unary,
     var,
     vreduce,
@@ -178,6 +180,8 @@ class _Legalizer:
         """Elements of a parameter per 32-bit word: 4, 2, or 1; 0 for two words an element."""
         if d.is_index or (d.is_int and d.bits == 64):
             return 0 if not self.r.int64 else 1
+        if d.scalar is f16 and self.r.half:  # a type of its own is one of memory, too
+            return 1
         return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
 
     def needed(self) -> bool:
@@ -196,7 +200,9 @@ class _Legalizer:
             d = b.dtype
             if b.scope == "param":
                 w = self.words(d)
-                if w == 0:
+                if w > 1 and d.lanes > 1:
+                    nb = replace(b, dtype=u32, shape=(b.size() * (d.lanes // w),))
+                elif w == 0:
                     nb = replace(b, dtype=u32, shape=(b.size() * 2,))
                 elif w > 1:
                     nb = replace(b, dtype=u32, shape=((b.size() + (w - 1)) // w,))
@@ -204,7 +210,7 @@ class _Legalizer:
                     nb = replace(b, dtype=self.cell(d)) if self.soft(d) else replace(b, dtype=self.carried(d))
             else:
                 c = self.carried(d)
-                if not self.r.small_memory and c.bits < 32 and b.rank:
+                if not self.r.small_memory and c.bits < 32 and b.rank and not (c.scalar is f16 and self.r.half):
                     c = (i32 if c.kind == "i" else u32).vec(c.lanes)
                 nb = replace(b, dtype=c)
             self.bufs[b] = nb
@@ -272,6 +278,8 @@ class _Legalizer:
                 return v
             return v.ne(0) if e.dtype.is_bool and not nb.dtype.is_bool else cast(v, c)
         w = self.words(b.dtype)
+        if w > 1 and b.dtype.lanes > 1:
+            return self.lanes(b, nb, ix[0], mm, oo)
         if w == 1:
             if not self.soft(b.dtype):
                 return load(nb, ix, mm, oo)
@@ -282,16 +290,26 @@ class _Legalizer:
             return v if mm is None or oo is None else select(mm, v, oo)
         word = load(nb, (binary("floordiv", ix[0], w),), mm)
         shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
-        bits = binary("shr", word, shift) & ((1 << (32 // w)) - 1)
-        if self.soft(b.dtype):
-            v = _DECODE[b.dtype.scalar](bits)
-        elif b.dtype.is_bool:
-            v = bits.ne(0)
-        elif self.narrow(b.dtype):
-            v = self.wrap(bits, b.dtype)
-        else:
-            v = cast(bits, b.dtype.vec(n))
+        v = self.decode(binary("shr", word, shift) & ((1 << (32 // w)) - 1), b.dtype.vec(n))
         return v if mm is None or oo is None else select(mm, v, oo)
+
+    def decode(self, bits: Expr, d: DType) -> Expr:
+        """A value of ``d`` from the low bits of a word."""
+        if self.soft(d):
+            return _DECODE[d.scalar](bits)
+        if d.is_bool:
+            return bits.ne(0)
+        return self.wrap(bits, d) if self.narrow(d) else cast(bits, d)
+
+    def lanes(self, b: Buffer, words: Buffer, at: Expr, mask: Expr | None, other: Expr | None) -> Expr:
+        """Element ``at`` of a buffer of vectors, each of which is whole words."""
+        d = b.dtype
+        w = self.words(d)
+        one = None if mask is None else extract(mask, 0)
+        parts = [load(words, (at * (d.lanes // w) + k,), one) for k in range(d.lanes // w)]
+        bits = [binary("shr", parts[k // w], k % w * (32 // w)) & ((1 << (32 // w)) - 1) for k in range(d.lanes)]
+        vs = [self.decode(x, d.scalar) for x in bits]
+        return shuffle(vs if one is None or other is None else [select(one, v, extract(other, k)) for k, v in enumerate(vs)], range(d.lanes))
 
     # statements --------------------------------------------------
 
@@ -325,6 +343,8 @@ class _Legalizer:
                 v = cast(v, nb.dtype.scalar)
             return Store(nb, ix, v, m)
         w = self.words(b.dtype)
+        if w > 1 and b.dtype.lanes > 1:
+            return self.store_words(nb, b.dtype, ix[0], v, m)
         if self.soft(b.dtype):
             v = _ENCODE[b.dtype.scalar](v)
         if w == 1:
@@ -338,11 +358,28 @@ class _Legalizer:
             return block(Store(nb, (at,), lo, m), Store(nb, (at + 1,), hi, m))
         full = (1 << (32 // w)) - 1
         shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
-        bits = cast(cast(v, u32) if v.dtype.is_bool or v.dtype is u32 else cast(cast(v, i32), u32), u32) & full
+        bits = self.bits(v, full)
         call: Stmt = Call(
             "atomic_store_bits", (nb, binary("floordiv", ix[0], w), binary("shl", const(full, u32), shift), binary("shl", bits, shift)),
         )
         return call if m is None else If(m, call)
+
+    @staticmethod
+    def bits(v: Expr, full: int) -> Expr:
+        return cast(cast(v, u32) if v.dtype.is_bool or v.dtype is u32 else cast(cast(v, i32), u32), u32) & full
+
+    def store_words(self, nb: Buffer, d: DType, at: Expr, v: Expr, mask: Expr | None) -> Stmt:
+        """A vector that is whole words, all of them this thread's own."""
+        w = self.words(d)
+        out: list[Stmt] = []
+        for k in range(d.lanes // w):
+            word = const(0, u32)
+            for j in range(w):
+                x = extract(v, k * w + j)
+                x = _ENCODE[d.scalar](x) if self.soft(d) else x
+                word = word | binary("shl", self.bits(x, (1 << (32 // w)) - 1), j * (32 // w))
+            out.append(Store(nb, (at * (d.lanes // w) + k,), word, mask))
+        return block(*out)
 
     def run(self) -> Func:
         params = tuple(self.buffer(p) if isinstance(p, Buffer) else self.expr(p) for p in self.f.params)

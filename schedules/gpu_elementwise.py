@@ -55,7 +55,7 @@ def points(s: Schedule, name: str, threads: int = THREADS) -> Schedule:
         outer.append(lp.name)
     if not outer:
         return s
-    wide = st.reduction is None and st.push is None and st.fold is None and st.buf.dtype.bits == 32 and side_by_side(st)
+    wide = st.reduction is None and st.push is None and st.fold is None and side_by_side(st)
     s, loop = fuse_all(s, outer)
     n = s.static_extent(next(lp.var for lp in s.stages[name].loops if lp.name == loop))
     if wide and (n is None or n >= ENOUGH):

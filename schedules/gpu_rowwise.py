@@ -107,7 +107,7 @@ def _across(s: Schedule, name: str, axes: list[int], size: int) -> Schedule:
     loops = [st.loops[i].name for i in axes] if st.at is not None else [lp.name for lp in st.loops if not lp.reduce and "." not in lp.kind]
     if not loops:
         return s
-    wide = st.reduction is None and st.buf.dtype.bits == 32 and axes[-1:] == [len(st.axes) - 1] and side_by_side(st)
+    wide = st.reduction is None and axes[-1:] == [len(st.axes) - 1] and side_by_side(st)
     s, loop = fuse_all(s, loops)
     n = s.static_extent(next(lp.var for lp in s.stages[name].loops if lp.name == loop))
     if wide:
