@@ -508,7 +508,7 @@ class _Builder:
         entry = {"shaders": ids, "bindings": letters[-1], "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
         if entry not in g.pipelines:
             g.pipelines.append(entry)
-        least = tuple(max(4, *(b.dtype.itemsize for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
+        least = tuple(max(4, *(int(b.dtype.itemsize) * b.dtype.lanes for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
         return g.pipelines.index(entry), shader, least
 
     def shader(self, s: Shader) -> int:
