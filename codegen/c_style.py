@@ -112,6 +112,10 @@ class CStyle:
         """The value of ``block.x`` and so on, as an index."""
         raise NotImplementedError
 
+    def instruction(self, e: Expr) -> str:
+        """A pure intrinsic."""
+        raise CompilationError(f"{self.target}: no instruction for {e.attr[0]}", op=self.f.name)
+
     def effect(self, s: Call) -> str:
         raise CompilationError(f"{self.target}: no instruction for {s.callee}", op=self.f.name)
 
@@ -184,7 +188,7 @@ class CStyle:
                 m = m.args[0]
             return x if m is None or o is None else self.masked_load(self.expr(m), x, self.expr(o))
         if op == "call":
-            raise CompilationError(f"{self.target}: no instruction for {e.attr[0]}", op=self.f.name)
+            return self.instruction(e)
         a = [self.expr(x) for x in e.args]
         s = e.args[0].dtype
         if op in COMPARE:

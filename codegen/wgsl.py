@@ -17,13 +17,13 @@ import numpy as np
 
 from luthier.codegen.c_style import CStyle
 from luthier.codegen.webgpu_features import ALL, F16, STANDARD, SUBGROUPS, Dialect
-from luthier.ir.dtypes import DType, i32
+from luthier.ir.dtypes import DType, f16, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
-from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, contents_of, walk_stmts
 from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
-from luthier.passes.legalize_dtype import WGSL_RULES, legalize_dtype
+from luthier.passes.legalize_dtype import CODES, WGSL_RULES, legalize_dtype
 from luthier.passes.map_parallel import map_parallel
 from luthier.passes.merge_bindings import merge_bindings
 from luthier.passes.place_lets import place_lets
@@ -72,6 +72,7 @@ class _Wgsl(CStyle):
         self.features: set[str] = set()  # those that what is printed needs
         self.special: dict[str, int] = {}
         self.globals: list[str] = []
+        self.functions: dict[str, str] = {}  # intrinsic -> the function that computes it
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
 
     def type(self, d: DType) -> str:
@@ -94,10 +95,10 @@ class _Wgsl(CStyle):
             return "true" if v else "false"
         t = self.type(d)
         if d.is_float:
+            v = float(np.float16(v)) if d.bits == 16 else v  # what the type cannot hold is an error
             if math.isfinite(v):
-                if v == 0:
-                    return f"-0.0{t[0]}" if math.copysign(1, v) < 0 else f"0.0{t[0]}"
-                return f"{v!r}{'f' if t == 'f32' else 'h'}"
+                suffix = "f" if t == "f32" else "h"
+                return f"{v!r}{suffix}" if v else f"-0.0{suffix}" if math.copysign(1, v) < 0 else f"0.0{suffix}"
             bits = int(np.float32(v).view(np.uint32)) if not math.isnan(v) else 0x7FC00000
             n = self.special.setdefault(f"{bits:#x}", len(self.special))
             s = f"bitcast<f32>(special_{n})"
@@ -201,6 +202,27 @@ class _Wgsl(CStyle):
         self.put(f"{a} = subgroup{op.capitalize()}({a});")
         return True
 
+    def instruction(self, e: Expr) -> str:
+        name = e.attr[0]
+        args = ", ".join(self.expr(a) for a in e.args)
+        if name == "decode.f16":
+            return f"unpack2x16float({args}).x"
+        return f"{self.function(name)}({args})" if name in CODES else super().instruction(e)
+
+    def function(self, intrinsic: str) -> str:
+        """The name of a function that computes one of ``CODES``, printed when it is first needed."""
+        name = self.functions.get(intrinsic)
+        if name is None:
+            v, value = CODES[intrinsic]
+            name = self.functions[intrinsic] = self.name(f"{intrinsic}()")
+            r = Buffer("r", value.dtype, (), "local")
+            p = _Wgsl(place_lets(Func(intrinsic, (v,), Alloc(r, Store(r, (), value)))))
+            p.special, p.functions, p.globals = self.special, self.functions, self.globals
+            p.stmt(p.f.body)
+            head = f"fn {name}({p.name(v)}: {self.type(v.dtype)}) -> {self.type(value.dtype)} {{"
+            self.globals.append("\n".join([head, *p.lines, f"    return {p.name(r.name)};", "}"]))
+        return name
+
     def effect(self, s: Call) -> str:
         if s.callee != "atomic_store_bits":
             return super().effect(s)
@@ -263,6 +285,9 @@ def optional_features(f: Func) -> frozenset[str]:
     found = set()
     if any(isinstance(s, For) and s.kind == "subgroup" for s in walk_stmts(f.body)):
         found.add(SUBGROUPS)
+    inside = contents_of(f.body)
+    if any(d.scalar is f16 for d in (*(b.dtype for b in (*f.buffers, *inside.allocated)), *inside.dtypes)):
+        found.add(F16)
     return frozenset(found)
 
 
@@ -271,8 +296,10 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Colle
     for each of ``groups`` of buffers. ``features``: the optional ones that the device has."""
     if SUBGROUPS not in features:
         f = spread_subgroups(f)
-    f = legalize_dtype(scalarize(split_grid(map_parallel(flatten(f)))), WGSL_RULES)
-    return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32))
+    rules = replace(WGSL_RULES, half=F16 in features)
+    f = scalarize(split_grid(map_parallel(flatten(f))))
+    f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules)  # whole words of narrow elements
+    return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16))
 
 
 def print_wgsl(f: Func) -> Shader:

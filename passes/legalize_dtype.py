@@ -19,6 +19,7 @@ Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from luthier.ir.expr import (
     Expr,
     binary,
     bitcast,
+    call,
     cast,
     compare,
     const,
@@ -53,7 +55,9 @@ from luthier.passes import float8
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own; ``subbyte``: values of 2 and 4 bits; ``small_memory``: loads and stores of 8 and 16 bits."""
+    """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own, in memory as well; ``subbyte``: values of 2 and 4 bits;
+    ``small_memory``: loads and stores of 8 and 16 bits. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
+    floats need not be taken apart wherever there are some."""
 
     int64: bool = True
     float64: bool = True
@@ -61,9 +65,10 @@ class Rules:
     bfloat: bool = False
     subbyte: bool = True
     small_memory: bool = True
+    codes: bool = False
 
 
-WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False)
+WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False, codes=True)
 DEFAULT_RULES = Rules()
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
@@ -116,6 +121,25 @@ def f32_to_bfloat(v: Expr) -> Expr:
 
 _DECODE = {f16: half_to_f32, bf16: bfloat_to_f32} | float8.DECODE
 _ENCODE = {f16: f32_to_half, bf16: f32_to_bfloat} | float8.ENCODE
+CODES: dict[str, tuple[Expr, Expr]] = {}  # intrinsic -> (its argument, what it is of that)
+
+
+def _declare(name: str, make: Callable[[Expr], Expr], given: DType) -> None:
+    v = var("v", given, None)
+    value = make(v)
+
+    def evaluate(dtype: DType, attr: Any, x: Any) -> Any:
+        from luthier.ir.interp import evaluate_expr
+
+        return evaluate_expr(value, {v: x})
+
+    CODES[name] = v, value
+    intrin.register(name, evaluate, "the bits of a short float in a word and its value in f32")
+
+
+for _d in _DECODE:
+    _declare(f"decode.{_d.name}", _DECODE[_d], u32)
+    _declare(f"encode.{_d.name}", _ENCODE[_d], f32)
 _EXACT = frozenset("neg abs floor ceil round trunc min max".split())
 
 
@@ -154,6 +178,14 @@ class _Legalizer:
     def soft(self, d: DType) -> bool:
         s = d.scalar
         return s in _DECODE and not (s is f16 and self.r.half) and not (s is bf16 and self.r.bfloat)
+
+    def unpacked(self, d: DType, bits: Expr) -> Expr:
+        """The f32 of a value of ``d`` that a word holds."""
+        return call(f"decode.{d.scalar.name}", f32, bits) if self.r.codes and bits.dtype.lanes == 1 else _DECODE[d.scalar](bits)
+
+    def packed(self, d: DType, v: Expr) -> Expr:
+        """An f32 as the bits of ``d`` in a word."""
+        return call(f"encode.{d.scalar.name}", u32, v) if self.r.codes and v.dtype.lanes == 1 else _ENCODE[d.scalar](v)
 
     def narrow(self, d: DType) -> bool:
         return not self.r.subbyte and d.is_int and d.bits < 8
@@ -227,7 +259,7 @@ class _Legalizer:
     def rnd(self, v: Expr, d: DType) -> Expr:
         """A carried f32 rounded to what ``d`` can hold."""
         s = d.scalar
-        return _DECODE[s](_ENCODE[s](v))
+        return self.unpacked(s, self.packed(s, v))
 
     def _expr(self, e: Expr) -> Expr:
         op, d = e.op, e.dtype
@@ -248,9 +280,9 @@ class _Legalizer:
             return self.wrap(args[0], d) if self.narrow(d) else cast(args[0], c)
         if op == "bitcast":
             if self.soft(d):
-                return _DECODE[d.scalar](cast(bitcast(args[0], self.cell(d).vec(d.lanes)), u32))
+                return self.unpacked(d.scalar, cast(bitcast(args[0], self.cell(d).vec(d.lanes)), u32))
             if self.soft(src):
-                return bitcast(cast(_ENCODE[src.scalar](args[0]), self.cell(src)), d)
+                return bitcast(cast(self.packed(src.scalar, args[0]), self.cell(src)), d)
             return bitcast(args[0], c)
         if self.soft(d) and op in BINARY | UNARY:
             v = binary(op, *args) if op in BINARY else unary(op, args[0])
@@ -283,7 +315,7 @@ class _Legalizer:
         if w == 1:
             if not self.soft(b.dtype):
                 return load(nb, ix, mm, oo)
-            v = _DECODE[b.dtype.scalar](cast(load(nb, ix, mm), u32))
+            v = self.unpacked(b.dtype.scalar, cast(load(nb, ix, mm), u32))
             return v if mm is None or oo is None else select(mm, v, oo)
         if w == 0:
             v = cast(load(nb, (ix[0] * 2,), mm), c)
@@ -296,7 +328,7 @@ class _Legalizer:
     def decode(self, bits: Expr, d: DType) -> Expr:
         """A value of ``d`` from the low bits of a word."""
         if self.soft(d):
-            return _DECODE[d.scalar](bits)
+            return self.unpacked(d.scalar, bits)
         if d.is_bool:
             return bits.ne(0)
         return self.wrap(bits, d) if self.narrow(d) else cast(bits, d)
@@ -346,7 +378,7 @@ class _Legalizer:
         if w > 1 and b.dtype.lanes > 1:
             return self.store_words(nb, b.dtype, ix[0], v, m)
         if self.soft(b.dtype):
-            v = _ENCODE[b.dtype.scalar](v)
+            v = self.packed(b.dtype.scalar, v)
         if w == 1:
             return Store(nb, ix, cast(v, nb.dtype.scalar) if self.soft(b.dtype) else v, m)
         if v.dtype.lanes > 1:
@@ -376,7 +408,7 @@ class _Legalizer:
             word = const(0, u32)
             for j in range(w):
                 x = extract(v, k * w + j)
-                x = _ENCODE[d.scalar](x) if self.soft(d) else x
+                x = self.packed(d.scalar, x) if self.soft(d) else x
                 word = word | binary("shl", self.bits(x, (1 << (32 // w)) - 1), j * (32 // w))
             out.append(Store(nb, (at * (d.lanes // w) + k,), word, mask))
         return block(*out)

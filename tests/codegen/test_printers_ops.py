@@ -203,6 +203,29 @@ def test_wgsl(name: str, adapter: None) -> None:
         same(got, want, part, _wgsl_loose)
 
 
+@pytest.mark.parametrize("name", [n for n, (ins, group) in BY_OPERANDS.items() if f64 not in ins and f16 in {*ins, *(c[0] for c in group)}])
+def test_wgsl_native_half(name: str, adapter: None) -> None:
+    """f16 as a type of the device: the same results, but for one step of the type where the device rounds otherwise."""
+    from luthier.codegen.webgpu_features import F16
+    from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
+    from luthier.codegen.wgsl_run import features, run_wgsl
+
+    if F16 not in features():
+        pytest.skip("the adapter lacks shader-f16")
+    ins, group = _wgsl_group(name)
+    rng = np.random.default_rng(3)
+    arrays: dict[str, Any] = {n: _wgsl_defined(d, values(d, rng)) for n, d in zip("AB", ins, strict=False)}
+    for d in dict.fromkeys(c[0] for c in group):
+        part = [c for c in group if c[0] is d]
+        f = kernel(ins, part, 1)
+        want, got = outputs(f), outputs(f)
+        run_func(f, {**arrays, **want})
+        shader = print_wgsl(legalize_wgsl(build_kernel(f, SCALAR), features=(F16,)))
+        assert (shader.features == (F16,)) == (f16 in (d, *ins)) and "unpack2x16float" not in shader.source
+        run_wgsl(shader, {**arrays, **got}, {})
+        same(got, want, part, lambda c: 1e-3 if d is f16 else _wgsl_loose(c))
+
+
 def test_cuda_compiles_every_operator() -> None:
     from luthier.codegen.cuda import legalize_cuda, print_cuda
     from luthier.codegen.nvrtc import compile_cubin, library
