@@ -303,8 +303,8 @@ def read_csv(path: Path) -> list[Result]:
         return []
     with open(path, newline="") as file:
         rows = [dict(r) for r in csv.DictReader(file)]
-    times = ("compile_ms", "run_ms")
-    return [Result(**{k: v for k, v in r.items() if k not in times}, **{k: float(r[k]) for k in times}) for r in rows]
+    times = [(float(r.pop("compile_ms")), float(r.pop("run_ms"))) for r in rows]
+    return [Result(**r, compile_ms=c, run_ms=t) for r, (c, t) in zip(rows, times, strict=True)]
 
 
 def write_csv(results: list[Result], path: Path) -> None:

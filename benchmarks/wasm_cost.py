@@ -2,14 +2,18 @@
 
     python benchmarks/wasm_cost.py [MODEL.onnx ...] [--llvm]
 
-``--llvm``: beside it, the same kernels through LLVM's wasm32 backend (and ``wasm-ld``, where one is installed): LLVM text from the
-CPU printer for a wasm32 target, optimised code generation, an object, a linked module. Times are process CPU time, the least of
-five rounds, in ms; the last line is the cold start: a fresh process from the model's file to all bytes of a variant.
+``--llvm``: beside it, the same kernels through LLVM's wasm32 backend, in four ways; LLVM text of a kernel comes from the CPU printer
+for a wasm32 target, the printing counts: the library in this process (llvmlite), warm, to an object; the same and a process of
+``wasm-ld``, to a module; and what a user of Emscripten has in place of the library, a process of ``clang`` for each kernel, with -O0
+and -O3, then ``wasm-ld`` (without Emscripten's own driver and ``wasm-opt``, which come on top). `apt-get install clang-22 lld-22`.
+All times are CPU time in ms, of child processes too: ours the least of five rounds, LLVM's library of two, processes once. The last
+line is the cold start: a fresh process from the model's file to all bytes of a variant.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import statistics
 import subprocess
@@ -52,19 +56,52 @@ def own(f: Any) -> None:
     KernelPrinter(g, {}, {n: 64 for n in g.data}, True, fixed=True).kernel().body()
 
 
-def llvm(f: Any, linker: str | None, work: Path) -> None:
-    """The same kernel through LLVM's wasm32. Raises CompilationError where the CPU printer asks for more than wasm has."""
+def cpu_ms() -> float:
+    """CPU time of this process and of its children that are over, ms."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usages) * 1e3
+
+
+def tool(name: str) -> str | None:
+    """The newest installed program of LLVM of this name."""
+    return next((p for p in map(shutil.which, (name, *(f"{name}-{v}" for v in range(30, 18, -1)))) if p), None)
+
+
+def llvm(f: Any, linker: str | None, clang: str | None, work: Path) -> dict[str, float]:
+    """CPU ms of the same kernel through LLVM's wasm32, by way (`WAYS`). Raises CompilationError where the CPU printer asks for more
+    than wasm has, CalledProcessError when a tool refuses what another made."""
     from luthier.codegen.llvm_backend import compile_text
     from luthier.codegen.llvm_printer import print_kernels
     from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
     from luthier.passes.lower_subbyte import lower_subbyte
 
-    target = wasm32()
-    data = compile_text(print_kernels([("k", legalize_dtype(lower_subbyte(f), LLVM_RULES))], target), target)
-    if linker:
-        (work / "k.o").write_bytes(data)
+    target, out = wasm32(), {}
+
+    def text() -> str:
+        return print_kernels([("k", legalize_dtype(lower_subbyte(f), LLVM_RULES))], target)
+
+    out["library"] = min(best([lambda: compile_text(text(), target)], 2))
+    if not linker:
+        return out
+    source, obj, module = work / "k.ll", work / "k.o", work / "k.wasm"
+    obj.write_bytes(compile_text(text(), target))
+
+    def link() -> None:
         flags = ["--no-entry", "--export-all", "--allow-undefined"]
-        subprocess.run([linker, *flags, str(work / "k.o"), "-o", str(work / "k.wasm")], check=True, capture_output=True)
+        subprocess.run([linker, *flags, str(obj), "-o", str(module)], check=True, capture_output=True)
+        assert module.read_bytes()[:4] == b"\0asm"
+
+    start = cpu_ms()
+    link()
+    out["library, wasm-ld"] = out["library"] + cpu_ms() - start
+    for level in ("-O0", "-O3") if clang else ():
+        start = cpu_ms()
+        source.write_text(text())
+        flags = ["--target=wasm32", level, "-msimd128", "-mrelaxed-simd", "-Wno-override-module", "-c"]
+        subprocess.run([clang, *flags, str(source), "-o", str(obj)], check=True, capture_output=True)
+        link()
+        out[f"clang {level}, wasm-ld"] = cpu_ms() - start
+    return out
 
 
 def wasm32() -> Any:
@@ -88,10 +125,9 @@ def main() -> int:
     gc.disable()  # as luthier.compile does
     caps = parse_target("wasm").caps
     models = [m for m in options.models or MODELS if m.exists()]
-    linker = next((p for p in map(shutil.which, ("wasm-ld", "wasm-ld-19", "wasm-ld-14")) if p), None)
+    linker, clang = tool("wasm-ld"), tool("clang")
     every: list[float] = []
-    theirs: list[float] = []
-    ours: list[float] = []
+    pairs: list[tuple[float, dict[str, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         for m in models:
             program = compile_program(import_onnx(str(m), None), caps)
@@ -99,21 +135,25 @@ def main() -> int:
             every += times
             line = f"{m.stem:16} {len(times):4} kernels, loop IR to bytes: median {statistics.median(times):6.2f} ms, mean {statistics.mean(times):6.2f}, most {max(times):7.2f}"
             if options.llvm:
-                pairs = []
+                before = len(pairs)
                 for f, t in zip(program.kernels.values(), times, strict=True):
                     try:
-                        start = time.perf_counter()
-                        llvm(f, linker, Path(folder))
-                        pairs.append((t, (time.perf_counter() - start) * 1e3))
+                        pairs.append((t, llvm(f, linker, clang, Path(folder))))
                     except LuthierError:
                         continue
-                ours += [a for a, _ in pairs]
-                theirs += [b for _, b in pairs]
-                line += f"; LLVM{' and ' + Path(linker).name if linker else ''} on {len(pairs)} of them: median {statistics.median(b for _, b in pairs):7.1f} ms"
+                line += f"; {len(pairs) - before} of them through LLVM"
             print(line, flush=True)
     print(f"all: {len(every)} kernels, median {statistics.median(every):.2f} ms, mean {statistics.mean(every):.2f} ms")
-    if theirs:
-        print(f"LLVM / ours, kernel by kernel: median {statistics.median(b / a for a, b in zip(ours, theirs, strict=True)):.0f}x, in all {sum(theirs) / sum(ours):.0f}x")
+    if pairs:
+        print(f"{len(pairs)} kernels, CPU ms a kernel:  way, median, mean, times ours kernel by kernel (median), times ours in all")
+        mine = sum(t for t, _ in pairs)
+        print(f"  {'loop IR to bytes':24} {statistics.median(t for t, _ in pairs):8.2f} {mine / len(pairs):8.2f}")
+        for way in pairs[0][1]:
+            times = [w[way] for _, w in pairs]
+            ratio = statistics.median(w[way] / t for t, w in pairs)
+            print(f"  {way:24} {statistics.median(times):8.2f} {statistics.mean(times):8.2f} {ratio:7.0f}x {sum(times) / mine:7.0f}x")
+        if not linker or not clang:
+            print("  no clang or no wasm-ld is installed: their rows are missing")
     for m in models[:1]:
         out = subprocess.run([sys.executable, "-c", COLD, str(m)], capture_output=True, text=True, check=True).stdout.split()
         print(f"{m.stem}: file to complete module, fresh process: {float(out[0]):.2f} s, {int(out[1])} bytes")

@@ -69,7 +69,7 @@ class Memory:
         self.weights = max(GUARD, (self.words + 4 * layout.words + 4095) // 4096 * 4096)
         self.heap = (self.weights + layout.weights.size + 63) // 64 * 64
         self.pages = max(1, -(-self.heap // PAGE))
-        self.max_pages = min(65536, max(16384, 4 * self.pages))
+        self.max_pages = 65536  # all that 32-bit addresses reach; a host that has no room for as much asks for less
         if self.pages > 65535:
             raise CompilationError(f"the constants need {layout.weights.size} bytes, WebAssembly has 4 GiB of memory in all")
 

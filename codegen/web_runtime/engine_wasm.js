@@ -64,6 +64,21 @@ async function choose(manifest, options, warnings) {
   return { variant: variants.includes(name) ? name : "simd", threads: variants.includes(name) ? threads : 1 };
 }
 
+/** The model's memory. Shared memory reserves addresses up to its maximum (0: not shared): where these are rare, less is asked for. */
+function allocate(initial, maximum) {
+  const tries = maximum ? [maximum, maximum / 2, Math.min(maximum, Math.max(maximum / 4, 4 * initial))] : [0];
+  let last;
+  for (const most of tries) {
+    if (most && most < initial) continue;
+    try {
+      return new WebAssembly.Memory(most ? { initial, maximum: most, shared: true } : { initial });
+    } catch (error) {
+      last = error;
+    }
+  }
+  throw new OutOfMemoryError("NO_MEMORY", `no ${Math.ceil(initial / 16)} MB of memory for the weights (${last.message})`, "close other tabs, or use a smaller model");
+}
+
 /** @implements the engine interface: load, run, close, info. */
 export class Engine {
   constructor(manifest) {
@@ -79,11 +94,7 @@ export class Engine {
     const { variant, threads } = await choose(manifest, options, warnings);
     const shared = variant.endsWith("-threads");
     const { pages: initial, max_pages: maximum, weights } = manifest.wasm;
-    try {
-      engine.memory = new WebAssembly.Memory(shared ? { initial, maximum, shared: true } : { initial });
-    } catch (error) {
-      throw new OutOfMemoryError("NO_MEMORY", `no ${Math.ceil(initial / 16)} MB of memory for the weights (${error.message})`, "close other tabs, or use a smaller model");
-    }
+    engine.memory = allocate(initial, shared ? maximum : 0);
     const file = `model.${variant}.wasm`;
     const refused = (error) => {
       throw new UnsupportedError("CODE_REFUSED", `this engine refuses ${file}: ${error.message}`, "leave the option variant out, or update the browser");
