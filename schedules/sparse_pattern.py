@@ -5,8 +5,9 @@
 weights, how the graph stores the bits is not looked at: they are evaluated when the blocks are packed.
 
 The stream is a list of *units* of 16-bit words, each the blocks of four registers: ``[column offsets][scales][zero points][values]``. Rows
-are padded to whole units with blocks of scale 0. Four rows of about the same length make a *bundle*, their units interleaved: a *step* is one
-unit of each. *Tasks* cut the stream by work, not by rows (:func:`split_tasks`).
+are padded to whole units with blocks of scale 0. Four rows of about the same length make a *bundle*: a *step* is one unit of each. The units of the
+four places in a bundle are stored apart, as four streams that are read at once: one stream alone does not fill a core's share of the memory.
+*Tasks* cut the streams by work, not by rows (:func:`split_tasks`).
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ class UnitLayout:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """``units`` u16 [steps * BUNDLE, size]; ``steps`` i64 [bundles + 1]: first step of every bundle; ``rows`` [bundles * BUNDLE]: the row of
+    """``units`` u16 [BUNDLE, steps, size]; ``steps`` i64 [bundles + 1]: first step of every bundle; ``rows`` [bundles * BUNDLE]: the row of
     each place in a bundle, -1 where there is none; ``factors`` f32 [bundles * BUNDLE]: what the integer scales of a row are multiples of."""
 
     units: Array
@@ -251,7 +252,7 @@ def pack_units(b: Blocks, lay: UnitLayout) -> Stream:
     else:
         low = (v & 255).astype(np.uint16)
         stream[:, lay.values :] = (low[:, 0::2] | low[:, 1::2] << 8).reshape(total, -1)
-    return Stream(stream, steps, np.where(np.arange(bundles * BUNDLE) < rows, np.pad(order, (0, bundles * BUNDLE - rows)), -1), factors)
+    return Stream(stream.reshape(-1, BUNDLE, lay.size).swapaxes(0, 1), steps, np.where(np.arange(bundles * BUNDLE) < rows, np.pad(order, (0, bundles * BUNDLE - rows)), -1), factors)
 
 
 @dataclass(frozen=True, slots=True)
