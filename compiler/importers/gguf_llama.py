@@ -1,4 +1,4 @@
-"""The Llama architecture of a GGUF file as a graph: one function for prompts and for single steps, over a cache that the caller keeps.
+"""The Llama architecture of a GGUF file, and those that differ from it by little (:mod:`luthier.importers.gguf_architectures`), as a graph: one function for prompts and for single steps, over a cache that the caller keeps.
 
 Inputs: ``cache.N`` f16 [2, kv_heads, capacity, head] of every layer (or i8, then all ``cache.N.scale`` f32 [2, kv_heads, capacity]), which are
 changed in place and come first, ``tokens`` i64 [S], ``pos``
@@ -18,6 +18,7 @@ import numpy as np
 from luthier.errors import InvalidModel
 from luthier.importers.builder import GraphBuilder
 from luthier.importers.gguf import GGUF, Tensor
+from luthier.importers.gguf_architectures import architecture, check_tensors
 from luthier.importers.gguf_blocks import BLOCKS, Grouped
 from luthier.importers.requantize import Requantize, permute_rows, stack_blocks
 from luthier.importers.rope_scaling import check_scaling, rope_angles
@@ -36,7 +37,7 @@ Weight = Grouped | BlockSparse | Array
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
     """Extents of a model; ``head``: size of one head; ``window``: positions that attention looks back (0: all); ``experts``: of a layer, of which
-    ``chosen`` work on a token (0: none)."""
+    ``chosen`` work on a token (0: none); ``hidden``: of the feed-forward net, or of an expert."""
 
     layers: int
     width: int
@@ -51,29 +52,34 @@ class LlamaConfig:
     window: int = 0
     experts: int = 0
     chosen: int = 0
+    arch: str = "llama"
 
 
 def config(g: GGUF) -> LlamaConfig:
     """Raises InvalidModel for another architecture or features that are not supported."""
-    arch = g.get("general.architecture", str)
-    if arch != "llama":
-        raise InvalidModel(f"{g.path} holds a model of architecture {arch!r}; only 'llama' is supported")
+    arch, _ = architecture(g)
     check_scaling(g, arch)
-    experts, chosen = (int(g.metadata.get(f"llama.expert_{n}", 0)) for n in ("count", "used_count"))
+    check_tensors(g)
+    experts, chosen = (int(g.metadata.get(f"{arch}.expert_{n}", 0)) for n in ("count", "used_count"))
     if experts and not 1 <= chosen <= experts:
         raise InvalidModel(f"{g.path} has {experts} experts a layer of which {chosen} are used")
-    if int(g.metadata.get("llama.attention.sliding_window", 0)) < 0:
-        raise InvalidModel(f"{g.path} has a sliding window of {g.metadata['llama.attention.sliding_window']} positions")
-    width, heads = g.get("llama.embedding_length", int), g.get("llama.attention.head_count", int)
-    head = int(g.metadata.get("llama.attention.key_length", width // heads))
-    if int(g.metadata.get("llama.rope.dimension_count", head)) != head:
+    if int(g.metadata.get(f"{arch}.attention.sliding_window", 0)) < 0:
+        raise InvalidModel(f"{g.path} has a sliding window of {g.metadata[f'{arch}.attention.sliding_window']} positions")
+    width, heads = g.get(f"{arch}.embedding_length", int), g.get(f"{arch}.attention.head_count", int)
+    head = int(g.metadata.get(f"{arch}.attention.key_length", width // heads))
+    if int(g.metadata.get(f"{arch}.rope.dimension_count", head)) != head:
         raise InvalidModel(f"{g.path} rotates only a part of a head, which is not supported")
+    if int(g.metadata.get(f"{arch}.attention.value_length", head)) != head:
+        raise InvalidModel(f"{g.path} has values of another size than keys, which is not supported")
+    hidden = g.get(f"{arch}.feed_forward_length", int)
+    if experts:
+        hidden = int(g.metadata.get(f"{arch}.expert_feed_forward_length", hidden))
     emb = g.tensor("token_embd.weight")
     return LlamaConfig(
-        g.get("llama.block_count", int), width, g.get("llama.feed_forward_length", int), heads,
-        int(g.metadata.get("llama.attention.head_count_kv", heads)), head, emb.shape[0], g.get("llama.context_length", int),
-        g.get("llama.attention.layer_norm_rms_epsilon", float), g.get("llama.rope.freq_base", float, 10000.0),
-        int(g.metadata.get("llama.attention.sliding_window", 0)), experts, chosen,
+        g.get(f"{arch}.block_count", int), width, hidden, heads,
+        int(g.metadata.get(f"{arch}.attention.head_count_kv", heads)), head, emb.shape[0], g.get(f"{arch}.context_length", int),
+        g.get(f"{arch}.attention.layer_norm_rms_epsilon", float), g.get(f"{arch}.rope.freq_base", float, 10000.0),
+        int(g.metadata.get(f"{arch}.attention.sliding_window", 0)), experts, chosen, arch,
     )  # fmt: skip
 
 
@@ -115,7 +121,8 @@ class _Llama:
     def __init__(self, g: GGUF, capacity: int, exact: bool, all_logits: bool, cache_bits: int, requantize: Requantize | None = None) -> None:
         self.requantize = requantize
         self.g, self.c, self.capacity, self.exact, self.all_logits, self.cache_bits = g, config(g), capacity, exact, all_logits, cache_bits
-        self.b = GraphBuilder("llama")
+        self.arch = architecture(g)[1]
+        self.b = GraphBuilder(self.c.arch)
 
     def product(self, x: Value, parts: list[Weight], name: str) -> list[Value]:
         """``x`` times each matrix's transpose: one product where the matrices have one form, then slices."""
@@ -163,7 +170,7 @@ class _Llama:
             raise InvalidModel(f"weights of {w.rows} x {w.columns} were given for tensor {name!r} of {rows} x {columns}")
         if w is None:
             w = self.stored(name, rows, columns)
-        if heads:
+        if heads and self.arch.pairs:
             fn = lambda a: halves(a, heads, self.c.head)  # noqa: E731
             w = fn(w) if isinstance(w, np.ndarray) else map_rows(w, fn)
         return w  # type: ignore[no-any-return]
@@ -197,25 +204,41 @@ class _Llama:
             y = b.op("Add", y, pick("embedding.offset", w.offset))
         return b.op("Reshape", y, b.ints(-1, c.width))
 
-    def feed_forward(self, h: Value, p: str) -> Value:
+    def feed_forward(self, h: Value, p: str, hidden: int, kind: str = "") -> Value:
         b, c = self.b, self.c
-        gate, up = (self.weight(p + f"ffn_{n}.weight", c.hidden, c.width) for n in ("gate", "up"))
-        made = self.product(h, [gate, up], p + "gate_up")
+        if self.arch.joined:
+            parts = [self.weight(p + "ffn_up.weight", 2 * hidden, c.width)]
+        else:
+            parts = [self.weight(p + f"ffn_{n}{kind}.weight", hidden, c.width) for n in ("gate", "up")]
+        made = self.product(h, parts, p + "gate_up" + kind)
         if len(made) == 1:
-            made = [b.op("Slice", made[0], b.ints(lo), b.ints(lo + c.hidden), b.ints(1)) for lo in (0, c.hidden)]
-        y = b.op("Mul", b.op("Mul", made[0], b.op("Sigmoid", made[0])), made[1])
-        return self.product(y, [self.weight(p + "ffn_down.weight", c.width, c.hidden)], p + "ffn_down")[0]
+            made = [b.op("Slice", made[0], b.ints(lo), b.ints(lo + hidden), b.ints(1)) for lo in (0, hidden)]
+        y = b.op("Mul", self.activation(made[0]), made[1])
+        return self.product(y, [self.weight(p + f"ffn_down{kind}.weight", c.width, hidden)], p + "ffn_down" + kind)[0]
+
+    def activation(self, x: Value) -> Value:
+        return self.b.op("Gelu", x, approximate="tanh") if self.arch.gelu else self.b.op("Mul", x, self.b.op("Sigmoid", x))
 
     def experts(self, h: Value, p: str) -> Value:
-        """The sum of the chosen experts' outputs, weighted by the softmax of their scores alone."""
+        """The sum of the chosen experts' outputs, weighted by the softmax of their scores (alone, or among all); and of the shared expert, where
+        there is one, times its gate."""
         b, c = self.b, self.c
         scores = self.product(h, [self.weight(p + "ffn_gate_inp.weight", c.experts, c.width)], p + "router")[0]
+        if self.arch.share == "all":
+            scores = b.op("Softmax", scores, axis=-1)
         top, chosen = b.ops("TopK", 2, scores, b.ints(c.chosen), axis=-1, largest=1, sorted=1, name=p + "choice")
-        share = b.op("Softmax", top, axis=-1)
+        share = top if self.arch.share == "all" else b.op("Softmax", top, axis=-1)
         gate, up = (self.expert_product(h, chosen, p + f"ffn_{n}_exps.weight", c.hidden, c.width) for n in ("gate", "up"))
-        y = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
+        y = b.op("Mul", self.activation(gate), up)
         y = self.expert_product(y, chosen, p + "ffn_down_exps.weight", c.width, c.hidden)
-        return b.op("ReduceSum", b.op("Mul", y, b.op("Unsqueeze", share, b.ints(-1))), b.ints(1), keepdims=0)
+        y = b.op("ReduceSum", b.op("Mul", y, b.op("Unsqueeze", share, b.ints(-1))), b.ints(1), keepdims=0)
+        if p + "ffn_up_shexp.weight" not in self.g.tensors:
+            return y
+        always = self.feed_forward(h, p, self.g.tensor(p + "ffn_up_shexp.weight").shape[0], "_shexp")
+        if p + "ffn_gate_inp_shexp.weight" in self.g.tensors:
+            w = self.g.tensor(p + "ffn_gate_inp_shexp.weight", (c.width,)).numpy()
+            always = b.op("Mul", always, b.op("Sigmoid", b.op("MatMul", h, b.const(p + "shared_gate", w[:, None]))))
+        return b.op("Add", y, always)
 
     def expert_product(self, x: Value, chosen: Value, name: str, rows: int, columns: int) -> Value:
         """4-bit experts keep their bits, others take a byte a weight; floats are rounded to 8 bits in groups of 32."""
@@ -231,6 +254,38 @@ class _Llama:
             ins.append(b.const(f"{name}.offset", w.offset.astype(np.float16).reshape(n, rows, -1)))
         return b.op("luthier::ExpertMatMul", *ins, name=name, bits=bits, group=w.group, zero=zero)
 
+    def queries_keys_values(self, h: Value, p: str) -> Value:
+        """[S, (heads + 2 kv_heads) head], with biases and norms where the file has them."""
+        b, c, g = self.b, self.c, self.g
+        kv = c.kv_heads * c.head
+        sizes = (c.heads * c.head, kv, kv)
+        if self.arch.joined:
+            parts = [self.weight(p + "attn_qkv.weight", sum(sizes), c.width)]
+        else:
+            parts = [self.weight(p + f"attn_{n}.weight", rows, c.width, heads) for n, rows, heads in zip("qkv", sizes, (c.heads, c.kv_heads, 0), strict=True)]
+        made = self.product(h, parts, p + "qkv")
+        qkv = made[0] if len(made) == 1 else b.op("Concat", *made, axis=-1)
+        if any(p + f"attn_{n}.bias" in g.tensors for n in "qkv"):
+            bias = [g.tensor(p + f"attn_{n}.bias", (rows,)).numpy() for n, rows in zip("qkv", sizes, strict=True)]
+            if self.arch.pairs:
+                bias[:2] = [halves(v[:, None], n, c.head)[:, 0] for v, n in zip(bias[:2], (c.heads, c.kv_heads), strict=True)]
+            qkv = b.op("Add", qkv, b.const(p + "qkv.bias", np.concatenate(bias)))
+        if p + "attn_q_norm.weight" not in g.tensors:
+            return qkv
+        ends = np.cumsum([0, *sizes])
+        out = []
+        for k, n in enumerate("qkv"):
+            v = b.op("Slice", qkv, b.ints(int(ends[k])), b.ints(int(ends[k + 1])), b.ints(1))
+            if n != "v":
+                scale = g.tensor(p + f"attn_{n}_norm.weight", (c.head,)).numpy()
+                if self.arch.pairs:
+                    scale = halves(scale[:, None], 1, c.head)[:, 0]
+                v = b.op("Reshape", v, b.ints(-1, sizes[k] // c.head, c.head))
+                v = b.op("RMSNormalization", v, b.const(p + f"{n}_norm", scale), axis=-1, epsilon=c.epsilon)
+                v = b.op("Reshape", v, b.ints(-1, sizes[k]))
+            out.append(v)
+        return b.op("Concat", *out, axis=-1)
+
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
         rows = var("S", lo=1)
@@ -239,27 +294,26 @@ class _Llama:
         scales = [] if kind is f16 else [b.input(f"cache.{i}.scale", f32, [2, c.kv_heads, self.capacity]) for i in range(c.layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
-        angles, size = rope_angles(g, "llama", self.capacity, c.head, c.rope_base, c.context)
+        angles, size = rope_angles(g, c.arch, self.capacity, c.head, c.rope_base, c.context)
         cos, sin = b.const("cos", (np.cos(angles) * size).astype(np.float32)), b.const("sin", (np.sin(angles) * size).astype(np.float32))
         emb = g.tensor("token_embd.weight", (c.vocabulary, c.width))
         x = self.embedding(emb, tokens)
-        kv = c.kv_heads * c.head
+        if self.arch.scaled:
+            x = b.op("Mul", x, b.const("embedding.size", np.array(c.width**0.5, np.float32)))
         for i in range(c.layers):
             p = f"blk.{i}."
             h = self.norm(x, p + "attn_norm.weight")
-            parts = [
-                self.weight(p + "attn_q.weight", c.heads * c.head, c.width, c.heads), self.weight(p + "attn_k.weight", kv, c.width, c.kv_heads),
-                self.weight(p + "attn_v.weight", kv, c.width),
-            ]  # fmt: skip
-            made = self.product(h, parts, p + "qkv")
-            qkv = made[0] if len(made) == 1 else b.op("Concat", *made, axis=-1)
+            qkv = self.queries_keys_values(h, p)
             own = scales[i : i + 1]
             heads = {"heads": c.heads, "kv_heads": c.kv_heads}
             cache, q, *own = b.ops("luthier::RotateIntoCache", 2 + len(own), caches[i], qkv, cos, sin, pos, *own, **heads, scale=c.head**-0.5, name=p + "rotate")
             a = b.op("luthier::CachedAttention", cache, q, pos, *own, **heads, window=c.window, name=p + "attention")
-            x = b.op("Add", self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0], x)
+            y = self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0]
+            if p + "attn_output.bias" in g.tensors:
+                y = b.op("Add", y, b.const(p + "attn_output.bias", g.tensor(p + "attn_output.bias", (c.width,)).numpy()))
+            x = b.op("Add", y, x)
             h = self.norm(x, p + "ffn_norm.weight")
-            x = b.op("Add", self.experts(h, p) if c.experts else self.feed_forward(h, p), x)
+            x = b.op("Add", self.experts(h, p) if c.experts else self.feed_forward(h, p, c.hidden), x)
         if last is not None:
             x = b.op("Gather", x, last, axis=0)
         x = self.norm(x, "output_norm.weight")

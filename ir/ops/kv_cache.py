@@ -100,7 +100,11 @@ class RotateIntoCache(Op):
                 c, w = get(cos, (pos + s) * half + i), get(sin, (pos + s) * half + i)
                 return block(store(i, a * c - b * w), store(i + half, a * w + b * c))
 
-            return for_("io", half // LANES, lambda io: for_("ii", LANES, lambda ii: lane(io * LANES + ii), kind="vectorize"))
+            whole = half // LANES
+            parts = [for_("io", whole, lambda io: for_("ii", LANES, lambda ii: lane(io * LANES + ii), kind="vectorize"))] if whole else []
+            if half % LANES:  # heads of 8 k, k odd
+                parts.append(for_("ir", half % LANES, lambda i: lane(whole * LANES + i)))
+            return block(*parts)
 
         def row(s: Expr) -> Stmt:
             base = s * width
