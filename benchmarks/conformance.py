@@ -50,7 +50,8 @@ STATUSES = ("pass", "wrong", "refused", "error", "crash", "timeout")
 
 @dataclass
 class Result:
-    """One test. ``phase``: where it ended (compile, run). Times in milliseconds, -1 where the phase was not reached."""
+    """One test. ``phase``: where it ended (compile, run). Times in milliseconds, -1 where the phase was not reached. ``dispatches``:
+    of a GPU in all runs, -1 on other targets."""
 
     test: str
     status: str
@@ -61,6 +62,7 @@ class Result:
     message: str = ""
     compile_ms: float = -1.0
     run_ms: float = -1.0
+    dispatches: int = -1
 
 
 # Worker side
@@ -94,14 +96,17 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
     data = pickle.loads(Path(job["data"]).read_bytes())
     start = time.perf_counter()
     module = luthier.load(job["artifact"])
+    dispatches = 0 if hasattr(module, "counters") else -1
     for inputs, expected in data["sets"]:
         feeds = {name: value for name, value in zip(data["inputs"], inputs) if value is not None}
         outputs = module.run(feeds)
+        if hasattr(module, "counters"):
+            dispatches += module.counters()["dispatches"]
         try:
             onnx_suite.check_outputs(expected, [outputs[name] for name in data["outputs"][: len(expected)]], data["rtol"], data["atol"])
         except AssertionError as error:
             return {"status": "wrong", "message": str(error)}
-    return {"status": "ok", "ms": (time.perf_counter() - start) * 1e3}
+    return {"status": "ok", "ms": (time.perf_counter() - start) * 1e3, "dispatches": dispatches}
 
 
 def worker(phase: str) -> None:
@@ -213,6 +218,7 @@ def run_one(name: str, options: argparse.Namespace, compiler: Worker, runner: Wo
                 setattr(result, key, reply.get(key, ""))
             break
         setattr(result, f"{phase}_ms", round(reply["ms"], 2))
+        result.dispatches = reply.get("dispatches", -1)
     if not options.keep:
         shutil.rmtree(artifact, ignore_errors=True)
     return result
@@ -279,6 +285,10 @@ def print_report(results: list[Result], seconds: float) -> None:
                 print(f"  {r.test} [{r.phase}] {r.kind + ': ' if r.kind else ''}{r.message[:150]}")
             if len(group) > 40:
                 print(f"  and {len(group) - 40} more in the csv file")
+    idle = [r.test for r in results if r.status == "pass" and r.dispatches == 0]
+    if idle:
+        print(f"\npassed without a dispatch (nothing but shapes and constants to compute): {len(idle)}")
+        print("  " + " ".join(idle))
     unnamed = [r for r in refused if not (r.node and r.op)]
     print(f"\nrefusals that do not name node and operator: {len(unnamed)} of {len(refused)}")
     for r in unnamed[:10]:
@@ -303,8 +313,8 @@ def read_csv(path: Path) -> list[Result]:
         return []
     with open(path, newline="") as file:
         rows = [dict(r) for r in csv.DictReader(file)]
-    times = [(float(r.pop("compile_ms")), float(r.pop("run_ms"))) for r in rows]
-    return [Result(**r, compile_ms=c, run_ms=t) for r, (c, t) in zip(rows, times, strict=True)]
+    numbers = [(float(r.pop("compile_ms")), float(r.pop("run_ms")), int(r.pop("dispatches", -1))) for r in rows]
+    return [Result(**r, compile_ms=c, run_ms=t, dispatches=d) for r, (c, t, d) in zip(rows, numbers, strict=True)]
 
 
 def write_csv(results: list[Result], path: Path) -> None:
