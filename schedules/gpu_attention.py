@@ -248,6 +248,7 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
         grid = grid * x.extent
     qs, sc, part = (Buffer(n, f32, tuple(as_expr(x) for x in shape), "shared") for n, shape in (("q.s", (r, depth)), ("s.s", (r, THREADS)), ("part", (r, lanes))))
     top, total, acc = _local("top", r, lanes), _local("total", r, lanes), _local("acc", r, lanes, turns)
+    merged = _local("merged")  # of one row: what all threads have together
     whole = var("group", lo=0, hi=grid - 1)
     env: dict[Expr, Expr] = {}
     left = whole // tiles
@@ -303,9 +304,20 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
         step = g.loop("j", THREADS // lanes, lambda j: Store(m, (), select(first + j * lanes + x < n_keys, maximum(load(m, ()), load(sc, (y, j * lanes + x))), load(m, ()))))
         return Alloc(m, block(Store(m, (), lowest), step, Store(part, (y, x), load(m, ()))))
 
+    def merge(start: Expr, op: Callable[[Expr, Expr], Expr]) -> Stmt | None:
+        """The partial results of the only row, merged by all threads alike."""
+        if r > 1:
+            return None
+        j = g.fresh("j", lanes)
+        step = For(j, const(0), as_expr(lanes), "subgroup", Store(merged, (), op(load(merged, ()), load(part, (const(0), j)))))
+        return block(Store(merged, (), start), step)
+
     def rescale(first: Expr, y: Expr, x: Expr) -> Stmt:
         m, c = _local("m"), _local("c")
-        found = g.loop("j", lanes, lambda j: Store(m, (), maximum(load(m, ()), load(part, (y, j)))))
+        if r == 1:
+            found: Stmt = Store(m, (), maximum(load(m, ()), load(merged, ())))
+        else:
+            found = g.loop("j", lanes, lambda j: Store(m, (), maximum(load(m, ()), load(part, (y, j)))))
 
         def weigh(j: Expr) -> Stmt:
             place = (y, j * lanes + x)
@@ -333,17 +345,19 @@ def _kernel(a: Attention, rows: int | None) -> Stmt:
             return _within((base + y < n_rows) & (e < last.extent), s)
 
         some = select(load(z, ()).eq(zero), const(1.0, f32), load(z, ()))
-        return Alloc(z, block(Store(z, (), zero), g.loop("j", lanes, lambda j: Store(z, (), load(z, ()) + load(part, (y, j)))), Store(z, (), some), g.each(turns, store)))
+        summed = g.loop("j", lanes, lambda j: Store(z, (), load(z, ()) + load(part, (y, j)))) if r > 1 else Store(z, (), load(merged, ()))
+        return Alloc(z, block(Store(z, (), zero), summed, Store(z, (), some), g.each(turns, store)))
 
     def tile(k: Expr) -> Stmt:
         f = k * THREADS
-        return block(*(g.threads(lambda y, x, step=step: step(f, y, x)) for step in (scores, peak, rescale, values)))  # type: ignore[misc]
+        do = [g.threads(lambda y, x, step=step: step(f, y, x)) for step in (scores, peak, rescale, values)]  # type: ignore[misc]
+        return block(*do[:2], merge(lowest, maximum), *do[2:])
 
     body = block(
         g.threads(fill), g.threads(start), g.loop("tile", (n_keys + (THREADS - 1)) // THREADS, tile),
-        g.threads(lambda y, x: Store(part, (y, x), load(total, (y, x)))), g.threads(finish),
+        g.threads(lambda y, x: Store(part, (y, x), load(total, (y, x)))), merge(zero, lambda a, b: a + b), g.threads(finish),
     )  # fmt: skip
-    for b in (acc, total, top, part, sc, qs):
+    for b in (*((merged,) if r == 1 else ()), acc, total, top, part, sc, qs):
         body = Alloc(b, body)
     return For(whole, const(0), grid, "block.x", body)
 

@@ -141,6 +141,11 @@ def attention(b: Any, n: Any, d: int) -> Any:
     return nodes, {x: (b, 2, n, d) for x in "qkv"}, None
 
 
+def one_query(n: Any, d: int) -> Any:
+    nodes, inputs, w = attention(1, n, d)
+    return nodes, inputs | {"q": (1, 2, 1, d)}, w
+
+
 def softmax(n: Any, m: Any) -> Any:
     return [h.make_node("Softmax", ["x"], ["y"])], {"x": (n, m)}, None
 
@@ -202,7 +207,7 @@ def test_declared_types(name: str) -> None:
     assert declared(print_wgsl(legalize_wgsl(f)).source) == want
 
 
-RUN: dict[str, tuple[Any, tuple[int, ...]]] = {
+RUN: dict[str, tuple[Any, Any]] = {
     "points": (bias("n", 384), (37, 384)), "points, odd": (bias("n", 387), (37, 387)), "softmax": (softmax("n", 500), (5, 500)),
     "softmax, odd": (softmax("n", 501), (5, 501)), "softmax, open": (softmax("n", "m"), (5, 260)), "softmax, long": (softmax(3, 4096), (3, 4096)),
     "layer norm": (layer_norm("n", 384), (7, 384)), "product": (product("n", 384, 200), (37, 384)), "product, odd": (product("n", 63, 97), (130, 63)),
@@ -210,13 +215,15 @@ RUN: dict[str, tuple[Any, tuple[int, ...]]] = {
     "vectors": (product(3, 500, 132), (3, 500)), "vectors, short": (product(4, 70, 36), (4, 70)), "vector, rows": (rows(96, 512), (1, 512)),
     "attention": (attention("b", "n", 32), (2, 2, 37, 32)),
     "attention, wide": (attention("b", "n", 64), (1, 2, 150, 64)), "attention, odd": (attention("b", "n", 10), (1, 2, 19, 10)),
+    "attention, one row": (one_query(200, 64), {"q": (1, 2, 1, 64), "k": (1, 2, 200, 64), "v": (1, 2, 200, 64)}),
     "conv": (conv("n", 16, (20, 20), 32, 3), (2, 16, 20, 20)), "conv, 1x1": (conv(1, 32, (14, 14), 64, 1), (1, 32, 14, 14)),
     "conv, open": (conv(1, 8, ("h", "w"), 16, 3), (1, 8, 9, 11)),
 }  # fmt: skip
 
 
-def feeds_of(args: Any, shape: tuple[int, ...]) -> dict[str, Array]:
-    return {n: normal(*shape, seed=7 + k) for k, n in enumerate(args[1])}
+def feeds_of(args: Any, shape: Any) -> dict[str, Array]:
+    """``shape``: of all inputs, or {input: shape}."""
+    return {n: normal(*(shape[n] if isinstance(shape, dict) else shape), seed=7 + k) for k, n in enumerate(args[1])}
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -239,7 +246,7 @@ def test_results(name: str) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * float(np.abs(want).max()))
 
 
-@pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "vector, rows", "attention"])
+@pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "vector, rows", "attention", "attention, one row"])
 def test_cuda(name: str) -> None:
     """The same kernels compile to a cubin; those of whole vectors take pointers to them, and rows sum with shuffles."""
     from luthier.codegen.nvrtc import compile_cubin, library
@@ -255,9 +262,49 @@ def test_cuda(name: str) -> None:
         assert compile_cubin(k.source, name=f.name)[:4] == b"\x7fELF"
 
 
+# ---------------------------------------------------------------- elements narrower than a word
+
+
+def narrow(kind: str, n: Any, m: int) -> tuple[Any, Any]:
+    """(a model with an output of ``kind``, the same in numpy)."""
+    if kind == "half":
+        nodes, d = [h.make_node("Add", ["x", "x"], ["y"])], T.FLOAT16
+        ins, want = d, lambda x: x + x
+    elif kind == "bool":
+        nodes, d = [h.make_node("Less", ["x", "zero"], ["y"])], T.BOOL
+        ins, want = T.FLOAT, lambda x: x < 0
+    else:
+        nodes, d = [h.make_node("QuantizeLinear", ["x", "step", "point"], ["y"])], T.UINT8
+        ins, want = T.FLOAT, lambda x: np.clip(np.rint(x / np.float32(0.02)) + 128, 0, 255).astype(np.uint8)
+    weights = {"zero": np.float32(0), "step": np.float32(0.02), "point": np.uint8(128)}
+    used = {i for node in nodes for i in node.input}
+    init = [numpy_helper.from_array(np.asarray(a), k) for k, a in weights.items() if k in used]
+    g = h.make_graph(nodes, "g", [h.make_tensor_value_info("x", ins, [n, m])], [h.make_tensor_value_info("y", d, [n, m])], init)
+    return h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=8), want
+
+
+@pytest.mark.parametrize("kind", ["half", "bool", "byte"])
+@pytest.mark.parametrize("m", [384, 387])
+def test_whole_words_need_no_atomics(kind: str, m: int) -> None:
+    """Four neighbours are one word, or two: nobody else writes it. Otherwise bits are set atomically."""
+    pytest.importorskip("wgpu")
+    import luthier
+    from luthier.webgpu_device import device
+
+    made, want = narrow(kind, "n", m)
+    (f,) = compile_program(import_onnx(made), parse_target("webgpu").caps).kernels.values()
+    assert ("atomicOr" in print_wgsl(legalize_wgsl(f)).source) == (m == 387)
+    try:
+        device()
+    except TargetError as e:
+        pytest.skip(str(e))
+    x = normal(21, m).astype(np.float16 if kind == "half" else np.float32)
+    np.testing.assert_array_equal(luthier.compile(made, target="webgpu").run({"x": x})["y"], want(x))
+
+
 # ---------------------------------------------------------------- subgroups
 
-ROWS = ["softmax", "softmax, odd", "softmax, open", "softmax, long", "layer norm", "vector, rows"]
+ROWS = ["softmax", "softmax, odd", "softmax, open", "softmax, long", "layer norm", "vector, rows", "attention, one row"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -279,6 +326,10 @@ def test_interpreted_with_and_without(name: str, monkeypatch: pytest.MonkeyPatch
 
 def exact(name: str, feeds: dict[str, Array]) -> Array:
     """The result in f64."""
+    if name.startswith("attention"):
+        q, k, v = (feeds[n].astype(np.float64) for n in "qkv")
+        e = np.exp(q @ k.transpose(0, 1, 3, 2))
+        return e / e.sum(-1, keepdims=True) @ v
     x = feeds["x"].astype(np.float64)
     w: dict[str, Array] = RUN[name][0][2] or {}
     if name.startswith("softmax"):
