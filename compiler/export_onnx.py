@@ -1,8 +1,9 @@
 """Graphs back to ONNX, so that other runtimes can run what was quantized here.
 
 ``portable``: low-bit products become com.microsoft::MatMulNBits (2, 4 or 8 bits: narrower codes are stored in the next width that
-onnxruntime has, with the same values), or DequantizeLinear in front of MatMul where its block sizes do not fit. ``luthier``: they stay
-luthier::GroupedMatMul, which only this package reads, in their own bits.
+onnxruntime has, with the same values), or DequantizeLinear in front of MatMul where its block sizes do not fit; group-sparse products become
+the same with dropped blocks stored as zeros. ``luthier``: they stay luthier::GroupedMatMul and luthier::SparseMatMul, which only this package
+reads, in their own bits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from luthier.importers.onnx_tensors import ELEMENT
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.ops.lowbit import pack_bits, unpack_bits
 from luthier.ir.ops.lowbit_matmul import unpack_trits
+from luthier.passes.densify_sparse import dense_form
 
 __all__ = ["FORMS", "OPSET", "export_onnx", "save_onnx"]
 
@@ -107,6 +109,8 @@ class _Writer:
             return [helper.make_node("Identity", self.reads(n.inputs[:1], constants), [n.outputs[0].name], n.name)]
         if n.op == _GROUPED and self.form == "portable":
             return self.grouped(n, constants)
+        if n.op == "luthier::SparseMatMul" and self.form == "portable":
+            return self.sparse(n, constants)
         domain, _, op = n.op.rpartition("::")
         known = None
         if not domain:
@@ -136,16 +140,27 @@ class _Writer:
 
     def grouped(self, n: Node, constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
         """``luthier::GroupedMatMul`` in operators of onnxruntime, with the same weights."""
-        x, raw, scale, zero, bias = (n.input(i) for i in range(5))
-        assert x is not None and raw is not None and raw.data is not None and scale is not None and scale.data is not None
+        raw, scale, zero, bias = (n.input(i) for i in range(1, 5))
+        assert raw is not None and raw.data is not None and scale is not None and scale.data is not None
         k, bits, group = (int(n.attrs[a]) for a in ("K", "bits", "group"))
-        rows = raw.data.shape[0]
         codes = (unpack_bits(raw.data, bits)[:, :k] if bits else unpack_trits(raw.data, k)).astype(np.int32)
-        scales = scale.data.astype(np.float32)
+        return self.product(n, codes, scale.data.astype(np.float32), None if zero is None else zero.data, bias, k, group, constants)
+
+    def sparse(self, n: Node, constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+        """``luthier::SparseMatMul`` as a dense product whose groups are the blocks; dropped ones have scale 0."""
+        codes, scales, zeros = dense_form(n)
+        return self.product(n, codes.astype(np.int32), scales.astype(np.float32), zeros, n.input(6), int(n.attrs["K"]), int(n.attrs["block"]), constants)
+
+    def product(
+        self, n: Node, codes: Array, scales: Array, zero: Array | None, bias: Value | None, k: int, group: int, constants: dict[str, onnx.TensorProto]
+    ) -> list[onnx.NodeProto]:
+        """``codes`` i32 [rows, k], ``scales`` f32 and ``zero`` [rows, ceil(k / group)] as MatMulNBits, or DequantizeLinear and MatMul."""
+        x, rows = n.inputs[0], len(codes)
+        assert x is not None
         middle = float(n.attrs.get("zero", 0))
         if middle != int(middle):  # 1 bit: (q - 1/2) s = (2 q - 1) s / 2
             codes, scales, middle = 2 * codes, scales / 2, 2 * middle
-        zeros = np.full(scales.shape, middle, np.float32) if zero is None or zero.data is None else zero.data.astype(np.float32)
+        zeros = np.full(scales.shape, middle, np.float32) if zero is None else zero.astype(np.float32)
         if int(n.attrs.get("offset", 0)):
             zeros = -zeros / scales
         width = next(b for b in (2, 4, 8) if (1 << b) > max(int(codes.max(initial=0)), 1 if zeros.size == 0 else int(min(zeros.max(), 255))))
@@ -160,7 +175,8 @@ class _Writer:
 
         if fits:
             self.domains.add("com.microsoft")
-            blocks = k // group
+            blocks = -(-k // group)
+            codes = np.pad(codes, ((0, 0), (0, blocks * group - k)))
             packed = pack_bits(codes.reshape(rows, blocks, group).astype(np.uint8), width)
             ins = self.reads([x], constants) + [const("weights", packed), const("scales", scales.astype(dtype).reshape(rows, blocks))]
             if whole:
@@ -173,12 +189,12 @@ class _Writer:
                 ins.pop()
             level = {"accuracy_level": 4} if int(n.attrs.get("act_group", 0)) else {}
             return [helper.make_node("MatMulNBits", ins, [y], n.name, domain="com.microsoft", K=k, N=rows, bits=width, block_size=group, **level)]
-        return self.dequantized(n, codes, scales, zeros, whole, const, constants)
+        return self.dequantized(n, codes, scales, zeros, whole, group, bias, const, constants)
 
-    def dequantized(self, n: Node, codes: Array, scales: Array, zeros: Array, whole: bool, const: Any, constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
-        x, bias, y = n.inputs[0], n.input(4), n.outputs[0].name
+    def dequantized(self, n: Node, codes: Array, scales: Array, zeros: Array, whole: bool, group: int, bias: Value | None, const: Any, constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+        x, y = n.inputs[0], n.outputs[0].name
         assert x is not None
-        k, group = codes.shape[1], int(n.attrs["group"])
+        k = codes.shape[1]
         dtype = x.dtype.numpy
         nodes = []
         attrs = {"axis": 1} if group == k else {"axis": 0, "block_size": group}
@@ -188,7 +204,7 @@ class _Writer:
             nodes.append(helper.make_node("DequantizeLinear", [*ins, const("zeros", flat(zeros).astype(np.uint8))], [f"{y}.w"], f"{n.name}.dequantize", **attrs))
         else:  # zero points with a fraction: q s - z s
             nodes.append(helper.make_node("DequantizeLinear", ins, [f"{y}.qs"], f"{n.name}.dequantize", **attrs))
-            offset = np.repeat((-zeros * scales).T, group, 0) if group != k else (-zeros * scales).T
+            offset = np.repeat((-zeros * scales).T, group, 0)[:k] if group != k else (-zeros * scales).T
             nodes.append(helper.make_node("Add", [f"{y}.qs", const("offsets", offset.astype(dtype))], [f"{y}.w"], f"{n.name}.offset"))
         product = y if bias is None else f"{y}.product"
         nodes.append(helper.make_node("MatMul", [x.name, f"{y}.w"], [product], n.name))

@@ -7,13 +7,17 @@ operator allows it (attribute ``dense_act``), and where the density is above the
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.graph import Graph, Node, Value
 from luthier.ir.ops.lowbit import pack_bits, unpack_bits
 
-__all__ = ["densify_sparse"]
+__all__ = ["dense_form", "densify_sparse"]
+
+Array = np.ndarray[Any, Any]
 
 # (bits, block): kept weights a second over weights a second of the dense kernel of that width, one thread, from memory, 4096 x 4096 on Zen 3
 # (benchmarks/results/sparse_zen3.md). A density above it is faster dense. Blocks of 8 have no dense kernel.
@@ -42,30 +46,41 @@ def _faster_dense(n: Node) -> bool:
     return bool(len(cols.data) > limit * (len(ptr.data) - 1) * (k // int(a["block"])))
 
 
-def _dense(n: Node, names: Names) -> Node:
+def dense_form(n: Node) -> tuple[Array, Array, Array | None]:
+    """(codes u8 [rows, K], scales [rows, blocks], zero points u8 [rows, blocks] or None where attribute ``zero`` holds for all) of a
+    ``luthier::SparseMatMul``: dropped blocks have the code of zero and scale 0."""
     ptr, cols, values, scales = (v.data for v in n.inputs[1:5] if v is not None)
     assert ptr is not None and cols is not None and values is not None and scales is not None
     k, block, bits, zero = (int(n.attrs[name]) for name in ("K", "block", "bits", "zero"))
-    rows = len(ptr) - 1
+    rows, count = len(ptr) - 1, -(-k // block)
     at = np.repeat(np.arange(rows), np.diff(ptr)), cols
-    q = np.full((rows, k // block, block), zero, np.uint8)
+    q = np.full((rows, count, block), zero, np.uint8)
     q[at] = unpack_bits(values, bits)
-    s = np.zeros((rows, k // block), scales.dtype)
+    s = np.zeros((rows, count), scales.dtype)
     s[at] = scales
+    zeros = n.input(5)
+    if zeros is None:
+        return q.reshape(rows, -1)[:, :k], s, None
+    assert zeros.data is not None
+    z = np.full((rows, count), zero, np.uint8)
+    z[at] = zeros.data
+    return q.reshape(rows, -1)[:, :k], s, z
 
-    def const(part: str, data: np.ndarray) -> Value:  # type: ignore[type-arg]
+
+def _dense(n: Node, names: Names) -> Node:
+    codes, scales, zeros = dense_form(n)
+    k, block, bits = (int(n.attrs[name]) for name in ("K", "block", "bits"))
+
+    def const(part: str, data: Array) -> Value:
         return Value.const(names.fresh(f"{n.name}.{part}"), data)
 
-    ins: list[Value | None] = [n.inputs[0], const("bits", pack_bits(q.reshape(rows, k), bits)), const("scale", s)]
-    zeros, bias = n.input(5), n.input(6)
+    ins: list[Value | None] = [n.inputs[0], const("bits", pack_bits(codes, bits)), const("scale", scales)]
+    bias = n.input(6)
     attrs = {"K": k, "bits": bits, "group": block, "act_group": int(n.attrs["dense_act"])}
     if zeros is None:
-        attrs["zero"] = zero
+        attrs["zero"] = int(n.attrs["zero"])
     else:
-        assert zeros.data is not None
-        z = np.zeros((rows, k // block), np.uint8)
-        z[at] = zeros.data
-        ins.append(const("zero", z))
+        ins.append(const("zero", zeros))
     if bias is not None:
         ins += [None] * (4 - len(ins)) + [bias]
     return infer_node(Node("luthier::GroupedMatMul", tuple(ins), n.outputs, attrs, n.name, n.source))

@@ -277,3 +277,29 @@ def test_bad_attributes() -> None:
         b.op("luthier::SparseMatMul", x, ptr, *ins[1:], **w.attrs())
     with pytest.raises(ValueError, match="keep must be"):
         quantize_blocks(np.zeros((4, 64), np.float32), np.ones((4, 5), bool), 16, 4)
+
+
+@pytest.mark.parametrize(("block", "k"), [(8, 96), (16, 96), (32, 96), (16, 72), (32, 80)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_saved_as_onnx_for_other_runtimes(block: int, k: int, bits: int, zeros: bool) -> None:
+    """Dropped blocks are zeros of a dense product that onnxruntime runs; ``form="luthier"`` keeps what is stored."""
+    import onnxruntime
+
+    from luthier.export_onnx import export_onnx
+    from luthier.importers.onnx import import_onnx
+
+    rng = np.random.default_rng(block + k)
+    w = random_blocks(24, k, block, bits, 0.5, rng, zeros)
+    bias = rng.standard_normal(24).astype(np.float32)
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    want = x.astype(np.float64) @ w.dense().astype(np.float64).T + bias
+    model = export_onnx(sparse_graph(w, 3, 0, bias))
+    assert all(n.domain in ("", "com.microsoft") for n in model.graph.node)
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    assert nmse(got, want) < 1e-10
+    own = export_onnx(sparse_graph(w, 3, 0, bias), "luthier")
+    graph = import_onnx(own)
+    (node,) = (n for n in graph.nodes if n.op == "luthier::SparseMatMul")
+    np.testing.assert_array_equal(node.inputs[2].data, w.cols)  # type: ignore[union-attr]
+    assert nmse(compile_graph(graph, threads=1)(x)[0], want) < 1e-10
