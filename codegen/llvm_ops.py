@@ -175,8 +175,11 @@ def saturated(p: Emitter, a: str, src: DType, dst: DType, nearest: bool = False)
     low, high = dst.scalar.limits()
     top = 2147483520.0 if dst.bits == 32 and src.bits == 32 else float(high)  # the largest float that fits
     lo, hi = (splat(float_text(x, src.bits), src, "float" if src.bits == 32 else "double") for x in (float(low), top))
-    x = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {lo}')}, {t} {a}, {t} {lo}")
-    x = p.ins(f"select {c} {p.ins(f'fcmp olt {t} {x}, {hi}')}, {t} {x}, {t} {hi}")
+    if nearest and low == 0 and dst.bits == 8 and dst.lanes > 1:  # below the range and NaN convert to what the packs below turn into 0
+        x = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {hi}')}, {t} {hi}, {t} {a}")
+    else:
+        x = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {lo}')}, {t} {a}, {t} {lo}")
+        x = p.ins(f"select {c} {p.ins(f'fcmp olt {t} {x}, {hi}')}, {t} {x}, {t} {hi}")
     r = intrinsic(p, "lrint", t, x, ret=w) if nearest else p.ins(f"fptosi {t} {x} to {w}")
     if top != high:
         r = p.ins(f"select {c} {p.ins(f'fcmp ogt {t} {a}, {hi}')}, {w} {_k(dst, 32, high)}, {w} {r}")

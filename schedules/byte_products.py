@@ -61,6 +61,7 @@ from luthier.schedules.schedule import Schedule
 
 RUN = 8  # columns that stand together are a multiple of this
 SAMPLE = 4  # panels from which the number of operations is estimated
+ROOM = 24 << 10  # bytes of planes that stay in the first cache beside weights
 LEAST = 16  # rows that pay for collecting the activations
 GAIN = 0.84  # share of the operations of 16-bit products at which the lists are chosen (measured)
 
@@ -140,7 +141,7 @@ def apply(
     a = np.asarray(constants[w.buf.name])
     m = make.matrix(a)
     some = m[:, : SAMPLE * lanes]  # a few panels tell what all of them will take
-    options = [(chains(some, lanes, d).operations + 0.3 * d * m.shape[0] * some.shape[1] / m.shape[1], d) for d in ((planes,) if planes else (1, 2))]
+    options = [(chains(some, lanes, d).operations + 0.3 * d * m.shape[0] * some.shape[1] / m.shape[1], d) for d in ((planes,) if planes else (1, 2, 3) if 3 * 10 * m.shape[0] <= ROOM else (1, 2))]
     cost, d = min(options, key=lambda o: o[0] * (1 + 0.02 * o[1]))
     if not always and cost > GAIN * m.shape[0] * -(-some.shape[1] // lanes):
         return None
@@ -266,7 +267,7 @@ class Builder:
         for a in self.taps:
             self.columns *= a.extent.attr
         self.mu = self.rows or best_rows(self.m)
-        tiles = self.tiles or max(1, min((24 << 10) // (self.mu * d * self.columns), 8))
+        tiles = self.tiles or max(1, min(ROOM // (self.mu * d * self.columns), 8))
         count = -(-self.m.attr // self.mu) if self.m.op == "const" else None
         while count is not None and tiles > 1 and count % tiles:
             tiles -= 1

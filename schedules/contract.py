@@ -306,7 +306,7 @@ def _flat_rows(s: Schedule, name: str) -> Schedule:
 
 def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
     """For a depthwise convolution, whose input is read once: the padded rows of one block of output rows and one panel of
-    channels are made in a local buffer, instead of a padded copy of the whole input in memory.
+    channels (bytes: all channels) are made in a local buffer, instead of a padded copy of the whole input in memory.
 
     Returns (schedule, loops between the panel and the tile, name of the padded tensor); the name is None when it stays outside."""
     st = s.stages[acc]
@@ -319,7 +319,8 @@ def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], n
     if any(a.extent.op != "const" for a in shape) or len(shape) < 3:
         return s, rest, None
     rows_in = shape[-3].extent.attr
-    per_row = shape[-2].extent.attr * nv * 4
+    itemsize = int(s.stages[name].buf.dtype.itemsize)
+    per_row = shape[-2].extent.attr * (nv * itemsize if itemsize > 1 else shape[-1].extent.attr)
     size = max(1, min(n, (block // per_row) * n // max(rows_in, 1)))
     while n % size:
         size -= 1
@@ -475,6 +476,7 @@ def _packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bo
 
 
 LINE = 64  # bytes of a cache line
+BLOCKS = 8  # blocks of rows that threads can share evenly
 REUSE = 64  # rows that pay for a copy of the other factor
 
 
@@ -513,7 +515,8 @@ def _tile(
     s: Schedule, acc: str, out: str, v_axis: Expr, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
     mblock: int | None, order: str | None, panel: int = 0,
 ) -> Schedule:
-    """``panel``: columns that stand together in memory where they are fewer than ``nv`` (0: ``nv``)."""
+    """``panel``: columns that stand together in memory where they are fewer than ``nv`` (0: ``nv``); ``mblock``: rows that all panels
+    walk before the next rows come, at most (0: all rows)."""
     o = s.stages[out]
     names = [lp.name for lp in o.loops]
     upos = [i for i, a in enumerate(s.stages[acc].axes) if a.var in {u.var for u in us}]
@@ -524,33 +527,44 @@ def _tile(
     outer = [x for i, x in enumerate(names) if i not in upos and i != vpos]
     rows = [names[i] for i in upos]
     tail_rows: list[str] = []
+    blocks: list[str] = []
+    weights = _bytes(s, acc)
+    panels_outer = order == "panels" if order else not depthwise and (weights is None or weights > caps.l2 // 2)
     if rows:
         u = rows.pop()
         m = s.static_extent(s.stages[out].loops[s.stages[out].find(u)].var)
+        size = _row_block(m, mu, mblock) if mblock and not rows and not panels_outer and n is not None and n > nv else 0
+        if size:
+            s = split(s, u, size, into=(f"{out}.ub", f"{out}.ur"))
+            u, blocks = f"{out}.ur", [f"{out}.ub"]
         s = split(s, u, mu, "cut" if m is not None else "guard", into=(f"{out}.uo", f"{out}.ui"))
         s = annotate(s, f"{out}.ui", "unroll")
         tail_rows = [f"{out}.uo", f"{out}.ui"]
     padding: str | None = None
     if depthwise and rows:
         s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps.l2 // 8)
-    weights = _bytes(s, acc)
-    panels_outer = order == "panels" if order else not depthwise and (weights is None or weights > caps.l2 // 2)
-    if padding is not None:
+    at = f"{out}.uo" if tail_rows else f"{out}.vo"
+    whole = padding is not None and s.stages[padding].buf.dtype.bits == 8
+    if padding is not None and whole:
+        inner = [f"{out}.vo", f"{out}.uo"] if _window(s, acc, padding) <= caps.l1 * 3 // 4 else [f"{out}.uo", f"{out}.vo"]
+        seq = [*outer, *rows[:-1], f"{out}.ro", rows[-1], *inner, f"{out}.ui", f"{out}.vi"]
+        par = [*outer, *rows[:-1], f"{out}.ro"]
+        at = inner[1]
+    elif padding is not None:
         seq = [*outer, *rows[:-1], f"{out}.ro", f"{out}.vo", rows[-1], *tail_rows, f"{out}.vi"]
         par = [*outer, *rows[:-1], f"{out}.ro", f"{out}.vo"]
     elif panels_outer:
         seq = [*outer, f"{out}.vo", *rows, *tail_rows, f"{out}.vi"]
         par = [*outer, f"{out}.vo"]
     else:
-        seq = [*outer, *rows, f"{out}.vo", *tail_rows, f"{out}.vi"]
-        par = [*outer, *rows, f"{out}.vo"]
+        seq = [*outer, *rows, *blocks, f"{out}.vo", *tail_rows, f"{out}.vi"]
+        par = [*outer, *rows, *(blocks or [f"{out}.vo"])]
     s = reorder(s, *seq)
     if len(par) == 1 and n is not None and n <= nv and not rows and f"{out}.uo" in seq:
         m = s.static_extent(s.stages[out].loops[s.stages[out].find(f"{out}.uo")].var)
         if m is None or m > 2:  # one panel only: share the rows out
             s = reorder(s, f"{out}.uo", f"{out}.vo")
             par = [f"{out}.uo"]
-    at = f"{out}.uo" if tail_rows else f"{out}.vo"
     if par == [f"{out}.uo"]:
         at = f"{out}.vo"
     while len(par) > 1:
@@ -564,7 +578,12 @@ def _tile(
     s = _lanes(s, f"{out}.vi", nv, lanes, panel)
     if padding is not None:
         s = stage(s, padding, at=par[0])
-        s = _lanes(s, s.stages[padding].loops[-1].name, nv, lanes)
+        last = s.stages[padding].loops[-1].name
+        if whole:
+            s = split(s, last, 4 * lanes if s.static_extent(s.stages[padding].loops[-1].var) % (4 * lanes) == 0 else 2 * lanes, "cut")  # type: ignore[operator]
+            s = annotate(s, f"{last}.1", "vectorize")
+        else:
+            s = _lanes(s, last, nv, lanes)
     s = stage(s, acc, at=at, pad=(vpos,) if padded else ())
     a = s.stages[acc]
     reds = [lp.name for lp in a.loops if lp.reduce]
@@ -586,6 +605,23 @@ def _tile(
                 s = annotate(s, f"{r}.1", "unroll")
             break
     return s
+
+
+def _window(s: Schedule, acc: str, padding: str) -> int:
+    """Bytes of the padded rows that one output row of a depthwise convolution reads."""
+    red = s.stages[acc].reduction
+    assert red is not None
+    shape = s.stages[padding].axes
+    return int(red.attr[1][0].extent.attr * shape[-2].extent.attr * shape[-1].extent.attr)
+
+
+def _row_block(m: int | None, mu: int, most: int) -> int:
+    """Rows of a block: a divisor of ``m``, at most ``most`` and such that threads can share the blocks, that leaves few rows over after
+    tiles of ``mu``; 0 for none."""
+    if m is None:
+        return 0
+    sizes = [b for b in range(max(mu, most // 4), min(most, m // BLOCKS) + 1) if m % b == 0]
+    return min(sizes, key=lambda b: (1 + 0.1 * (mu - b % mu) * (b % mu) / b if b % mu else 1.0) + 2 / b, default=0)
 
 
 def _lanes(s: Schedule, loop: str, width: int, lanes: int, panel: int = 0) -> Schedule:

@@ -37,12 +37,14 @@ from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules import contract
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.elementwise import pointwise, stride
+from luthier.schedules.elementwise import collapse, pointwise, stride
 from luthier.schedules.integer_epilogue import EXACT, simplify_epilogue
 from luthier.schedules.integer_packing import CenteredPacking, SumPacking
 from luthier.schedules.intrin import usable
-from luthier.schedules.schedule import Schedule, _pull_stage, annotate, pack, reorder, split, tensorize
+from luthier.schedules.schedule import Schedule, _pull_stage, annotate, pack, reorder, split, stage, tensorize
 from luthier.schedules.simplify_axes import split_reduced_axes
+
+COPY_LANES = 16  # elements that a copy of the activation widens at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,9 +414,26 @@ def _blocked(
     st = s.stages[acc]
     group = next(lp.name for lp in st.loops if st.subst[k] is lp.var)
     s = split(s, group, i.group, "guard")
-    s = contract._tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, None, order)
+    s = contract._tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, _block(s, acc, out, w, x, caps), order)
     s = dotted(s, acc, group, i, ku)
-    return _copies(s, caps)
+    return _copies(_local_copies(s, acc, out), caps)
+
+
+def _block(s: Schedule, acc: str, out: str, w: Expr, x: Expr, caps: Capabilities) -> int:
+    """Rows whose activations and results stay in the first cache while all panels of columns pass: narrow results would otherwise be
+    written a part of a cache line at a time."""
+    st = s.stages[acc]
+    assert st.reduction is not None
+    terms = 1
+    for a in st.reduction.attr[1]:
+        if a.extent.op != "const":
+            return 0
+        terms *= a.extent.attr
+    n = st.axes[-1].extent
+    if n.op != "const" or terms > 512:
+        return 0
+    row = terms * loads(x)[0].dtype.itemsize + n.attr * s.stages[out].buf.dtype.itemsize
+    return int(max(24, caps.l1 // 2 // row))
 
 
 def dotted(s: Schedule, acc: str, group: str, i: Instruction, ku: int) -> Schedule:
@@ -436,6 +455,28 @@ def dotted(s: Schedule, acc: str, group: str, i: Instruction, ku: int) -> Schedu
     if ku > 1:
         s = split(s, f"{group}.0", ku)
         s = annotate(s, f"{group}.0.1", "unroll")
+    return s
+
+
+def _local_copies(s: Schedule, acc: str, out: str) -> Schedule:
+    """Where rows come in blocks, the activation's copy is made for a block, in memory that stays in cache. Only for flat copies:
+    before ``pad[f] = x[f]`` for the whole tensor, after the same for the rows of a block."""
+    block = f"{out}.ub"
+    if not s.stages[out].loops or s.stages[out].loops[0].name != block:
+        return s
+    for ld in loads(s.stages[acc].expr):
+        name = ld.attr[0].name
+        idx = load_parts(ld)[1]
+        if not name.endswith(".pad") or len(idx) != 1:
+            continue
+        t = collapse(s, name)
+        st = t.stages[name]
+        if len(st.axes) != 1 or any(load_parts(x)[2] is not None for x in loads(st.expr)):
+            continue
+        t = stage(t, name, at=block)
+        last = t.stages[name].loops[-1]
+        t = split(t, last.name, COPY_LANES, "guard")
+        s = annotate(t, f"{last.name}.1", "vectorize")
     return s
 
 
@@ -463,9 +504,14 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
         return None
 
     x, w = (b, a) if a.buf.name in constants else (a, b)
-    s, xl = _copy(s, x, None, f32, None)
+    n = st.axes[-1].extent
+    wide = n.op == "const" and n.attr % (2 * caps.lanes(32)) == 0  # two vectors of bytes fill more of each line that is fetched
+    bytewise = wide and caps.registers >= 16 and load_parts(x.ld)[2] is not None and all(e.op == "const" for e in x.buf.shape) and len(st.axes) > 2
+    s, xl = _copy(s, x, None, x.buf.dtype, 0) if bytewise else _copy(s, x, None, f32, None)
     if xl is None:
         return None
+    if bytewise:
+        xl = cast(xl, f32) if x.zero is None else cast(xl, f32) - cast(x.zero, f32)
     constant = w.buf.name in constants and (w.zero is None or w.zero.op == "const")
     wl = load(replace(w.buf, dtype=f32), load_parts(w.ld)[1]) if constant else cast(w.ld, f32)
     if w.zero is not None and not constant:
@@ -487,10 +533,8 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     if constant:
         s = pack(s, w.buf.name, tuple(range(w.buf.rank)), {})
         s = _recentred(s, acc, f"{w.buf.name}.pack", f32, 0 if w.zero is None else w.zero.attr)
-    lanes = caps.lanes(32)
-    n = st.axes[-1].extent
-    wide = n.op == "const" and n.attr % (2 * lanes) == 0  # two vectors of bytes fill more of each line that is fetched
+    if bytewise:  # bytes are converted in registers: one vector of channels leaves room for the row's converted inputs
+        return contract.product(s, acc, out, caps, constants, mu=7, nv=caps.lanes(32))
     if wide and caps.registers >= 16:
-        return contract.product(s, acc, out, caps, constants, mu=6, nv=2 * lanes)
+        return contract.product(s, acc, out, caps, constants, mu=6, nv=2 * caps.lanes(32))
     return contract.product(s, acc, out, caps, constants)
-
