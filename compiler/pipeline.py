@@ -12,6 +12,7 @@ from luthier.ir.loop import Func
 from luthier.ir.program import Program
 from luthier.ir.verify_graph import verify_graph
 from luthier.override import override_kernels, write_kernels
+from luthier.passes.attend_cache import attend_cache
 from luthier.passes.build_program import build_program
 from luthier.passes.canonicalize import canonicalize
 from luthier.passes.choose_layout import choose_layout
@@ -51,6 +52,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     recognise_softmax,
     recognise_rotary,
     recognise_attention,
+    attend_cache,
     fold_batch_norm,
     split_transposed_conv,
     eliminate_dead,

@@ -175,7 +175,7 @@ STORED = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q2_K": 2, "Q3_
 def test_weights_of_every_type(tmp_path: Path, kind: str) -> None:
     """A layer's matrices keep their bits, and the model computes what the dequantized weights give."""
     rng = np.random.default_rng(9)
-    width, heads, head = 256, 4, 64
+    width, heads = 256, 4
     block = BLOCKS[kind]
 
     def matrix(rows: int, columns: int) -> Any:

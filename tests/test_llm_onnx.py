@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks.llm_onnx import Runtime, greedy
 from luthier import llm
 from luthier.errors import InputError, InvalidModel, TargetError
+from luthier.importers.onnx_language import decoder_graph
+from luthier.pipeline import run_graph_passes
 
 Array = np.ndarray[Any, Any]
 LAYERS, HEADS, KV, D, VOCABULARY, LIMIT = 2, 4, 2, 16, 61, 64
@@ -88,7 +91,8 @@ def masked(m: Net, scores: str, total: str, length: str) -> str:
     rows = m("Add", m("Range", m.const(0), m("Squeeze", length), m.const(1)), m("Squeeze", m("Sub", total, length)))
     hidden = m("Greater", m("Unsqueeze", cols, m.const([0])), m("Unsqueeze", rows, m.const([1])))
     pad = m("Equal", m("Unsqueeze", "attention_mask", m.const([1, 2])), m.const(0))
-    return str(m("Where", m("Or", hidden, pad), m.const(-3.4e38, np.float32), scores))
+    low = m("Where", m("Or", hidden, pad), m.const(-3.4e38, np.float32), m.const(0, np.float32))
+    return str(m("Add", scores, low))
 
 
 def llama(path: Path, past_elsewhere: bool = False) -> Path:
@@ -217,6 +221,10 @@ def test_caches_in_place(tmp_path: Path, make: Any) -> None:
     names = {s.name for s in m.module.inputs}
     assert names == {*m.about["state"], "tokens", "last", "past"} and [s.name for s in m.module.outputs] == ["logits"]
     compare(path, m)
+    ops = Counter(n.op for n in run_graph_passes(decoder_graph(path, 32).graph).nodes)
+    assert ops["luthier::AppendToCache"] == 2 * LAYERS and ops["Concat"] == 0
+    if make is not gpt2:  # it masks with Where, which is no attention that the compiler knows
+        assert ops["luthier::AttendFilled"] == LAYERS and ops["luthier::FilledCache"] == 0
     m.module.save(tmp_path / "saved")
     compare(path, llm.load(tmp_path / "saved", threads=1))
     every = llm.load(path, threads=1, capacity=32, chunk=4, all_logits=True).feed(PROMPT)
@@ -299,3 +307,40 @@ def test_bad_models(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(path.read_bytes()[:5000])
     with pytest.raises(InvalidModel, match="no ONNX model"):
         llm.load(tmp_path / "bad.onnx")
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6])
+@pytest.mark.parametrize("masked", [None, "rows", "heads", "nothing"])
+def test_attention_over_caches(heads: int, masked: str | None) -> None:
+    """Against the softmax in f64, for prompts and single tokens; what lies behind the filled positions is NaN and must not be read."""
+    from luthier.importers.builder import GraphBuilder, compile_graph
+    from luthier.ir.dtypes import f32, u8
+    from luthier.ir.expr import var
+
+    b = GraphBuilder("attend")
+    s, p = var("S", lo=1), var("P", lo=0)
+    k, v = (b.input(n, f32, [1, 2, 21, 24]) for n in "kv")
+    q, past = b.input("q", f32, [1, heads, s, 24]), b.input("past", u8, [p])
+    shape = {None: None, "rows": [s, p + s], "heads": [1, heads, 1, p + s], "nothing": [s, p + s]}[masked]
+    mask = [] if shape is None else [b.input("mask", f32, shape)]
+    b.output("y", b.op("luthier::AttendFilled", k, v, q, past, *mask, scale=0.3))
+    module = compile_graph(b.graph(), threads=2)
+    rng = np.random.default_rng(0)
+    for rows, before in ((1, 0), (1, 7), (3, 4), (9, 0), (5, 16), (2, 15)):
+        t = rows + before
+        ks, vs = (np.full((1, 2, 21, 24), np.nan, np.float32) for _ in range(2))
+        for a in (ks, vs):
+            a[:, :, :t] = rng.standard_normal((1, 2, t, 24))
+        x = rng.standard_normal((1, heads, rows, 24)).astype(np.float32)
+        given: list[Array] = []
+        if shape is not None:
+            given = [rng.standard_normal((1, heads, 1, t) if masked == "heads" else (rows, t)).astype(np.float32)]
+        if masked == "nothing":
+            given[0][0] = -np.inf
+        got = module(ks, vs, x, np.zeros(before, np.uint8), *given)[0]
+        kr, vr = (np.repeat(a[:, :, :t].astype(np.float64), heads // 2, 1) for a in (ks, vs))
+        scores = x @ kr.swapaxes(-1, -2) * 0.3 + (given[0] if given else 0)
+        top = scores.max(-1, keepdims=True)
+        e = np.exp(scores - np.where(np.isinf(top), 0, top))
+        want = e / np.maximum(e.sum(-1, keepdims=True), 1e-300) @ vr
+        assert np.abs(got - want).max() < 1e-5, (rows, before)
