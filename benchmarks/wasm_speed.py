@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from wasm_chromium import measure
+from web_rows import rows as row_specs
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "wasm-speed"
@@ -53,6 +54,8 @@ def graphs() -> dict[str, tuple[Any, dict[str, Any]]]:
         model([helper.make_node("LayerNormalization", ["x", "s", "b"], ["y"], axis=-1)], {"x": (1024, 1024)}, (1024, 1024), {"s": normal(1024), "b": normal(1024)}),
         {"x": normal(1024, 1024)},
     )  # fmt: skip
+    for spec in row_specs([f"gemv-4096{shape}-q{bits}" for shape in ("", "x11008") for bits in ("8a8", "4", "4a8", "2", "2a8", "2g64", "2g64a8")]):
+        out[spec.name] = str(spec.model), spec.inputs
     path = ROOT / "build" / "models" / "minilm.onnx"
     if path.exists():
         ids = rng.integers(1000, 20000, (1, 128))

@@ -44,7 +44,7 @@ def speed(measured: dict[str, Any], runtimes: list[Runtime], judged: bool) -> li
         "thread whose result agrees / luthier relaxed on one thread. Scaling: one thread / two threads.\n\n"
         "*In place*: inputs are views of the model's memory (`model.views()`), as tensors of TF.js and jax-js always are in theirs, and one array of "
         "the caller's takes the output (`into`); in every other column luthier and onnxruntime copy inputs in, and outputs are new arrays. "
-        "*q8, q4, q2*: weights of so many bits in groups of 32, activations exact; *a8*: activations rounded to 8 bits (`accuracy_level` 4) by "
+        "*q8, q4, q2*: weights of so many bits in groups of 32 (*g64*: of 64), activations exact; *a8*: activations rounded to 8 bits (`accuracy_level` 4) by "
         "Luthier; onnxruntime-web does not round them, so that its exact rows are the ones that compare like with like."
         if judged
         else "## Times, for information\n\nThe adapter is software (SwiftShader): times rank nothing. Inputs and outputs are typed arrays, so uploads and reads count."

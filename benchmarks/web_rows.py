@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,14 +77,14 @@ def rows(names: list[str]) -> list[RowSpec]:
             out.append(_single(name, "Softmax", {"x": normal(1024, 1024)}, {}, (1024, 1024), "softmax", axis=-1))
         elif name == "layernorm":
             out.append(_single(name, "LayerNormalization", {"x": normal(1024, 1024)}, {"s": normal(1024), "b": normal(1024)}, (1024, 1024), "layernorm", axis=-1))
-        elif name.startswith("gemv-4096-q"):  # q4: 4 bits, activations exact; q4a8: activations rounded to 8 bits
-            k = n = 4096
-            bits, _, rounded = name.removeprefix("gemv-4096-q").partition("a")
-            packed = rng.integers(0, 256, (n, k // 32, 4 * int(bits)), dtype=np.uint8)
-            scales = (rng.random((n, k // 32)).astype(np.float32) + 0.5) / 64
+        elif match := re.fullmatch(r"gemv-(\d+)(?:x(\d+))?-q(\d)(?:g(\d+))?(a8)?", name):  # q4: 4 bits, activations exact; q4g64a8: groups of 64, activations rounded to 8 bits
+            k, n = int(match[1]), int(match[2] or match[1])
+            bits, group, rounded = match[3], int(match[4] or 32), match[5]
+            packed = rng.integers(0, 256, (n, k // group, group // 8 * int(bits)), dtype=np.uint8)
+            scales = (rng.random((n, k // group)).astype(np.float32) + 0.5) / 64
             out.append(_single(
                 name, "MatMulNBits", {"x": normal(1, k)}, {"q": packed, "scales": scales.reshape(-1)}, (1, n), "", k * n,
-                domain="com.microsoft", K=k, N=n, bits=int(bits), block_size=32, **({"accuracy_level": 4} if rounded else {}),
+                domain="com.microsoft", K=k, N=n, bits=int(bits), block_size=group, **({"accuracy_level": 4} if rounded else {}),
             ))  # fmt: skip
         else:
             sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
