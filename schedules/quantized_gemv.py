@@ -121,6 +121,11 @@ class GemvBuilder:
         return bool(p.act) and p.bits == 8 and self.dot is None and self.caps.vector_bits not in SPELLING["bytes.sign"].get(self.caps.printer, {})
 
     @property
+    def unit_words(self) -> int:
+        """Words a lane of ``UNIT`` columns."""
+        return self.p.bits
+
+    @property
     def dot(self) -> Instruction | None:
         """An instruction that adds four byte products to 32 bits, for fields (never above 127) as either operand type."""
         found = [i for i in usable(self.caps) if i.group == 4 and i.adds and i.acc is i32 and i.a.bits == 8 and i.b is i8]
@@ -238,6 +243,13 @@ class GemvBuilder:
         inv = b.let(select(const(0.0, f32) < amax, const(127.0, f32) / amax, const(0.0, f32)), "inv")
         b.put(Store(self.sx, (m * (p.columns // p.act) + g,), amax * const(1 / 127 / (1 << self.shift), f32)))
         q = [b.let(cast(unary("round", x * bcast(inv, w)), i32.vec(w)), "q") for x in v]
+        self.store_rounded(b, q, m, g)
+        if self.summed:
+            self.store_sums(b, q, amax, m, g)
+
+    def store_rounded(self, b: Body, q: list[Expr], m: Expr, g: Expr) -> None:
+        """A group of rounded activations as bytes, or as 16-bit numbers."""
+        p, w = self.p, self.lanes
         base = m * (p.columns // 4) + g * (p.act // 4)
         for j in range(0, len(q), 2) if self.words else ():
             whole = shuffle([cast(x, i16.vec(w)) for x in q[j : j + 2]], range(2 * w))
@@ -247,8 +259,10 @@ class GemvBuilder:
             n = len(some) * w // 4
             whole = shuffle([cast(x, i8.vec(w)) for x in some], range(4 * n))
             b.put(Store(self.xb, (ramp(base + j * w // 4, 1, n),), bitcast(whole, i32.vec(n))))
-        if not self.summed:
-            return
+
+    def store_sums(self, b: Body, q: list[Expr], amax: Expr, m: Expr, g: Expr) -> None:
+        """The sum of every flush interval of a group."""
+        p, w = self.p, self.lanes
         n = self.flush // w
         for f in range(p.act // self.flush):
             part = q[f * n]
@@ -330,8 +344,8 @@ class GemvBuilder:
         b = Body()
         for i in range(r if self.caps.streams == 1 else 0):  # one stream runs ahead of the hardware's prefetch, several do not
             for u in range(span // UNIT):
-                at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * self.lanes)
-                for w in range(0, p.bits, 2):
+                at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (self.unit_words * self.lanes)
+                for w in range(0, self.unit_words, 2):
                     b.put(Call("prefetch", ((self.w, at + (w * self.lanes + PREFETCH // 4)),)))
         emit = self.integer_span if p.act else self.exact_span
         emit(b, first, r, m0, rows, g, span, acc)
@@ -345,7 +359,7 @@ class GemvBuilder:
 
     def words_of(self, b: Body, first: Expr, i: int, g: Expr, span: int, u: int, w: int) -> Expr:
         p = self.p
-        at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (p.bits * self.lanes) + w * self.lanes
+        at = ((first + i) * (p.columns // UNIT) + g * (span // UNIT) + u) * (self.unit_words * self.lanes) + w * self.lanes
         return b.let(load(self.w, [ramp(at, 1, self.lanes)]), "w")
 
     def integer_span(self, b: Body, first: Expr, r: int, m0: Expr, rows: int, g: Expr, span: int, acc: list[list[Buffer]]) -> None:
