@@ -22,6 +22,7 @@ from luthier.passes.eliminate_transposes import eliminate_transposes
 from luthier.passes.fold_batch_norm import fold_batch_norm
 from luthier.passes.fold_constants import fold_constants
 from luthier.passes.fold_dequantize import fold_dequantize
+from luthier.passes.keep_blocked_weights import keep_blocked_weights
 from luthier.passes.legalize_operators import legalize_operators
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
@@ -57,6 +58,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     split_transposed_conv,
     eliminate_dead,
     densify_sparse,
+    keep_blocked_weights,
     quantize_integer,
     fold_dequantize,
     choose_layout,
