@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.errors import InputError, InvalidModel
+from luthier.errors import InputError, InvalidModel, TargetError
 from luthier.llm_onnx import stepper
 
 if TYPE_CHECKING:
@@ -200,6 +200,10 @@ def compile_model(
     activations instead of 8 bits in groups of 16; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
     the memory and bandwidth of keys and values). ``precision``: the layers' matrices are quantized anew, ``w8`` to ``w1`` or ``ternary``; ``weights``: or these are
     taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). Raises InvalidModel, InputError, QuantizationError, TargetError."""
+    from luthier.codegen.target import parse_target
+
+    if parse_target(target).caps.gpu:
+        raise TargetError(f"language models do not run on {target}: their caches are updated in place, which kernels for GPUs cannot do", hint="compile for cpu or wasm")
     if Path(path).suffix == ".onnx":
         if cache_bits != 16 or precision is not None or weights is not None:
             raise InputError("an ONNX export states the types of its weights and caches", hint="leave cache_bits, precision and weights out; luthier quantize changes an export")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from benchmarks.llm_onnx import Runtime, greedy
 from luthier import llm
@@ -259,6 +262,33 @@ def test_on_wasm(tmp_path: Path) -> None:
     pytest.importorskip("wasmtime")
     path = llama(tmp_path / "model.onnx")
     compare(path, llm.load(path, "wasm", threads=1, capacity=32, chunk=3))
+    with pytest.raises(TargetError, match="do not run on webgpu"):
+        llm.load(path, "webgpu")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("make", [llama, grouped], ids=["llama", "grouped"])
+def test_package_for_the_web(tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path / "model.onnx")
+    llm.compile_model(path, "wasm", capacity=32, chunk=3).save(tmp_path / "package", 0.1)
+    (tmp_path / "run.mjs").write_text("""
+    import { load } from "./package/index.js";
+    const m = await load(undefined, { threads: 1 });
+    const prompt = JSON.parse(process.argv[2]);
+    const out = [];
+    for (let k = 0; k < 2; k++) {
+      const tokens = [];
+      m.reset(2 * k);
+      for await (const t of m.generateTokens(prompt.slice(2 * k), { maxTokens: 8 })) tokens.push(t);
+      out.push(tokens);
+    }
+    await m.close();
+    console.log(JSON.stringify(out));
+    """)
+    done = subprocess.run(["node", str(tmp_path / "run.mjs"), json.dumps(PROMPT)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    want = greedy(Runtime(str(path)).feed, PROMPT, 8)
+    assert json.loads(done.stdout.splitlines()[-1]) == [want, want]
 
 
 def test_settings_beside_the_model(tmp_path: Path) -> None:
@@ -344,3 +374,43 @@ def test_attention_over_caches(heads: int, masked: str | None) -> None:
         e = np.exp(scores - np.where(np.isinf(top), 0, top))
         want = e / np.maximum(e.sum(-1, keepdims=True), 1e-300) @ vr
         assert np.abs(got - want).max() < 1e-5, (rows, before)
+
+
+def real(name: str) -> Path:
+    path = Path("build/models") / f"{name}.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there (benchmarks/models.py makes it)")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-ts"])
+def test_gpt2(name: str) -> None:
+    path = real(name)
+    prompt = [464, 3139, 286, 4881, 318, 1969, 13, 383]
+    ours, peer = llm.load(path, threads=2, capacity=64, chunk=5), Runtime(str(path), 2)
+    assert ours.about["by"] == "past"
+    assert list(ours.decode_tokens(prompt, 20)) == greedy(peer.feed, prompt, 20)
+
+
+@pytest.mark.slow
+def test_a_decoder_without_a_past() -> None:
+    """flan-t5's decoder gets the whole sequence every time, and the states of an encoder."""
+    path = real("flan-t5-decoder")
+    rng = np.random.default_rng(2)
+    given = {"encoder_hidden_states": rng.standard_normal((1, 9, 512)).astype(np.float32) / 4, "encoder_attention_mask": np.ones((1, 9), np.int64)}
+    ours = llm.load(path, threads=2, capacity=64, chunk=64)
+    ours.give(**given)
+    model = onnx.load(path)
+    model.opset_import[0].version = 19  # the evaluator has no DequantizeLinear of 18, which is the same
+    reference = ReferenceEvaluator(model)
+    tokens, errors = [0], []
+    with np.errstate(all="ignore"):
+        for _ in range(3):
+            want = reference.run(["logits"], {"input_ids": np.array([tokens]), **given})[0][0, -1]
+            got = ours.feed(tokens[-1:])
+            errors.append(np.abs(got - want).max() / np.abs(want).max())
+            assert int(np.argmax(got)) == int(np.argmax(want))
+            tokens.append(int(np.argmax(want)))
+    # dynamic quantization: a value on the edge between two integers moves what follows; it is one call in three here
+    assert sorted(errors)[1] < 1e-5

@@ -29,7 +29,7 @@ async function makeTokenizer(given, about, base, options) {
   const bytes = await new Files(base, options).checked("tokenizer.json", about.tokenizer);
   const library = new Tokenizer(JSON.parse(new TextDecoder().decode(bytes)), { clean_up_tokenization_spaces: false });
   return {
-    encode: (text) => library.encode(text, { add_special_tokens: false }).ids,
+    encode: (text) => library.encode(text, { add_special_tokens: Boolean(about.special) }).ids,
     decode: (tokens) => library.decode(tokens, { skip_special_tokens: true, clean_up_tokenization_spaces: false }),
   };
 }
@@ -107,7 +107,9 @@ export class LanguageModel {
       for (let at = 0; at < all.length; at += this.chunk) {
         if (signal && signal.aborted) throw new ClosedError("ABORTED", "the call was aborted");
         const part = all.slice(at, at + this.chunk);
-        const inputs = { tokens: BigInt64Array.from(part, BigInt), pos: new BigInt64Array([BigInt(this.length)]) };
+        const inputs = { tokens: BigInt64Array.from(part, BigInt) };
+        if (this.about.by === "past") inputs.past = new Uint8Array(this.length); // only its length counts
+        else inputs.pos = new BigInt64Array([BigInt(this.length)]);
         if (!this.about.all_logits) inputs.last = new BigInt64Array([BigInt(part.length - 1)]);
         logits = (await this.#model.run(inputs)).logits.data;
         this.length += part.length;
