@@ -87,8 +87,10 @@ def ort_outputs(path: str, data: Sequence[Feed], output: str, precise: bool = Tr
     return [s.run([output], {k: v for k, v in f.items() if k in names})[0] for f in data]
 
 
-def ort_static(source: str, data: Sequence[Feed], method: str, out: str, shapes: Mapping[str, Any]) -> None:
-    """onnxruntime.quantization's own static quantization: QDQ, u8 activations, i8 weights by channel; its pre-processing first."""
+def ort_static(source: str, data: Sequence[Feed], method: str, out: str, shapes: Mapping[str, Any], operators: Sequence[str] = ()) -> None:
+    """onnxruntime.quantization's own static quantization: QDQ, u8 activations, i8 weights by channel; its pre-processing first.
+
+    ``operators``: the only ones to quantize, those with two activations left out; none: its defaults."""
     import logging
 
     import onnx
@@ -112,7 +114,10 @@ def ort_static(source: str, data: Sequence[Feed], method: str, out: str, shapes:
     onnx.save(model, pinned)
     quant_pre_process(pinned, out + ".pre.onnx", skip_symbolic_shape=True)
     how = {"minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy, "percentile": CalibrationMethod.Percentile}[method]
-    quantize_static(out + ".pre.onnx", out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=how)
+    quantize_static(
+        out + ".pre.onnx", out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=how,
+        op_types_to_quantize=list(operators) or None, extra_options={"MatMulConstBOnly": bool(operators)},
+    )  # fmt: skip
 
 
 def static(names: Sequence[str], observers: Sequence[str], say: Callable[[str], None]) -> None:
@@ -143,22 +148,25 @@ def static(names: Sequence[str], observers: Sequence[str], say: Callable[[str], 
                 if form == forms[0]:
                     for precise in (True, False):
                         say(f"| Luthier, {label} | onnxruntime{', precise' if precise else ''} | {score(ort_outputs(file, evaluation, output, precise))} | {size:.1f} | |")
-            for method in observers:
-                file = os.path.join(folder, f"{method}.onnx")
+            foreign: list[tuple[str, tuple[str, ...]]] = [(o, ()) for o in observers]
+            foreign += [("minmax", ("MatMul", "Gemm"))] if name != "mobilenetv2" else []
+            for method, only in foreign:
+                file = os.path.join(folder, f"{method}{len(only)}.onnx")
+                label = method + (", products with constants only" if only else "") + ("" if method == "minmax" else " (8 inputs)")
                 start = time.perf_counter()
                 try:
-                    ort_static(str(case.path), calibration[:8] if method != "minmax" else calibration, method, file, shapes)
+                    ort_static(str(case.path), calibration[:8] if method != "minmax" else calibration, method, file, shapes, only)
                 except Exception as error:  # onnxruntime.quantization raises what it likes
-                    say(f"| onnxruntime, {method} | failed: {type(error).__name__}: {str(error)[:80]} | | | | | | |")
+                    say(f"| onnxruntime, {label} | failed: {type(error).__name__}: {str(error)[:80]} | | | | | | |")
                     continue
                 took = time.perf_counter() - start
                 for precise in (True, False):
                     out = ort_outputs(file, evaluation, output, precise)
-                    say(f"| onnxruntime, {method}{'' if method == 'minmax' else ' (8 inputs)'} | onnxruntime{', precise' if precise else ''} | {score(out)} | {os.path.getsize(file) / 1e6:.1f} | {took:.0f} |")
+                    say(f"| onnxruntime, {label} | onnxruntime{', precise' if precise else ''} | {score(out)} | {os.path.getsize(file) / 1e6:.1f} | {took:.0f} |")
                 if method == "minmax":
                     module = luthier.compile(file, shapes=shapes)
                     wanted = {i.name for i in module.inputs}
-                    say(f"| onnxruntime, {method} | Luthier | {score([module.run({k: v for k, v in f.items() if k in wanted})[output] for f in evaluation])} | | |")
+                    say(f"| onnxruntime, {label} | Luthier | {score([module.run({k: v for k, v in f.items() if k in wanted})[output] for f in evaluation])} | | |")
         say("")
 
 
