@@ -5,7 +5,7 @@
 Interleaved rounds as in :mod:`benchmarks.lowbit`: ``dram`` is eight layers in rotation, ``l3`` one layer. Weights a second count the whole
 matrix, dropped ones included. ``vs W4``: the median over rounds of the ratio to the dense 4-bit kernel in the same round, of medians and of
 the rounds' best times (a machine with neighbours disturbs the first more). Cases:
-``w4``, ``w2``, ``w8``, ``w4x`` (dense, exact activations), ``BITSxBLOCK@DENSITY`` (blocks at random places), with ``!`` behind it all of them in as few
+``w4``, ``w2``, ``w8``, ``w4x`` (dense, exact activations), ``4:2:4`` and ``8:2:4`` (two of four weights kept, groups of 32), ``BITSxBLOCK@DENSITY`` (blocks at random places), with ``!`` behind it all of them in as few
 rows as possible.
 """
 
@@ -26,9 +26,10 @@ from luthier.ir.dtypes import f32
 from luthier.ir.graph import Value
 from luthier.ir.ops.lowbit import pack_bits
 from luthier.ir.ops.sparse_matmul import BlockSparse
+from luthier.ir.ops.two_of_four import TwoOfFour
 
 Array = np.ndarray[Any, Any]
-CASES = "w4,4x16@0.5,4x16@0.5!,w2,4x16@0.25,4x16@0.1,4x8@0.5,4x32@0.5,8x16@0.5"
+CASES = "w4,4x16@0.5,4x16@0.5!,4:2:4,w2,4x16@0.25,4x16@0.1,4x8@0.5,4x32@0.5,8x16@0.5"
 Layer = Callable[[GraphBuilder, Value, int], Value]
 
 
@@ -90,9 +91,27 @@ def sparse_case(n: int, k: int, name: str, rng: np.random.Generator) -> tuple[La
     return layer, blocks(0).density * (bits + 32 / block), blocks(0).dense().astype(np.float64)
 
 
+def two_of_four_case(n: int, k: int, bits: int, rng: np.random.Generator) -> tuple[Layer, float, Array]:
+    top = (1 << (bits - 1)) - 1
+    keep = rng.random((n, k // 4, 4)).argsort(-1) < 2
+    v = np.where(keep.reshape(n, k), rng.integers(-top, top + 1, (n, k)), 0).astype(np.int16)
+    w = TwoOfFour(v, (rng.uniform(0.5, 1.5, (n, k // 32)) / np.sqrt(k / 2) / (1 << bits) * 4).astype(np.float16), bits, 32)
+    raw, s = w.arrays()
+
+    def layer(b: GraphBuilder, x: Value, i: int) -> Value:
+        return b.op("luthier::TwoOfFourMatMul", x, b.const("w", np.roll(raw, i, 0)), b.const("s", np.roll(s, i, 0)), **w.attrs())
+
+    return layer, bits / 2 + 1 + 0.5, w.dense().astype(np.float64)
+
+
 def build_case(name: str, n: int, k: int, m: int, layers: int, threads: int, x: Array, rng: np.random.Generator) -> Case:
     dense = {"w4": (4, 32), "w2": (2, 32), "w8": (8, 32), "w4x": (4, 0)}
-    layer, bits, w = dense_case(n, k, *dense[name], rng) if name in dense else sparse_case(n, k, name, rng)
+    if name in dense:
+        layer, bits, w = dense_case(n, k, *dense[name], rng)
+    elif name.endswith(":2:4"):
+        layer, bits, w = two_of_four_case(n, k, int(name[0]), rng)
+    else:
+        layer, bits, w = sparse_case(n, k, name, rng)
 
     def build(count: int) -> Any:
         b = GraphBuilder("gemv")
