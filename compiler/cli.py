@@ -123,12 +123,14 @@ def luthier() -> None:
 @_compile_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
+@click.option("--language", is_flag=True, help="MODEL is an ONNX decoder: make a language model of it (docs/llm.md).")
 @quantize_options
 @_debug
 def compile_command(
-    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, debug: str | None, **quantization: Any
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, language: bool, debug: str | None,
+    **quantization: Any,
 ) -> None:
-    """Compile an ONNX MODEL into an artifact: a folder that runs without Python."""
+    """Compile an ONNX MODEL (or a GGUF language model) into an artifact: a folder that runs without Python."""
     import luthier as package
 
     out = output or Path(f"{_existing(model).stem}.luthier")
@@ -138,7 +140,14 @@ def compile_command(
 
         source, shapes = quantize_file(model, precision, dict(shapes) or None, threads, quantization).graph, ()
     start = time.perf_counter()
-    module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
+    if language:
+        from luthier.llm import compile_gguf
+
+        if precision is not None:
+            raise InputError("--language and --precision exclude each other", hint="quantize the export first: luthier quantize")
+        module = compile_gguf(model, target, dict(shapes), threads, _checks(debug))
+    else:
+        module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

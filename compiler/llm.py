@@ -264,7 +264,7 @@ def _sizes(graph: Graph) -> dict[str, int]:
 
 
 def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:
-    """What ``luthier.compile`` does for a GGUF file: :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
+    """What ``luthier.compile`` does for a GGUF file (and ``luthier compile --language`` for an ONNX decoder): :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
     and ``tokens`` (of one call). Raises its errors, InputError for other names."""
     given = {k: tuple(v) for k, v in (shapes or {}).items()}
     bad = [k for k, v in given.items() if k not in ("cache", "tokens") or len(v) != 1 or not isinstance(v[0], int)]

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from benchmarks.llm_onnx import Runtime, greedy
 from luthier import llm
+from luthier.cli import luthier as luthier_command
 from luthier.errors import InputError, InvalidModel, TargetError
 from luthier.importers.onnx_language import decoder_graph
 from luthier.pipeline import run_graph_passes
@@ -306,6 +308,12 @@ def test_settings_beside_the_model(tmp_path: Path) -> None:
     assert text.split() == [t.id_to_token(i) for i in m.decode_tokens([1, 2, 3], 4)]
     with pytest.raises(InputError, match="capacity of 65"):
         llm.load(path, capacity=65)
+    cli = CliRunner()
+    done = cli.invoke(luthier_command, ["compile", str(path), "--language", "--shape", "cache=16", "-o", str(tmp_path / "made")])
+    assert done.exit_code == 0, done.output
+    for source in (path, tmp_path / "made"):
+        done = cli.invoke(luthier_command, ["generate", str(source), "b c d", "-n", "4"])
+        assert done.exit_code == 0 and done.output.strip() == text.strip(), done.output
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InvalidModel, match=r"cannot read .*config\.json"):
         llm.load(path)
