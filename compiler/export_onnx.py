@@ -20,8 +20,10 @@ from onnx import ModelProto, helper, numpy_helper
 from luthier.errors import InputError, UnsupportedOperator
 from luthier.importers.onnx_tensors import ELEMENT
 from luthier.ir.graph import Graph, Node, TensorType, Value
+from luthier.ir.ops.common import need
 from luthier.ir.ops.lowbit import pack_bits, unpack_bits
 from luthier.ir.ops.lowbit_matmul import unpack_trits
+from luthier.ir.ops.two_of_four import unpack_two_of_four
 from luthier.passes.densify_sparse import dense_form
 
 __all__ = ["FORMS", "OPSET", "export_onnx", "save_onnx"]
@@ -111,6 +113,8 @@ class _Writer:
             return self.grouped(n, constants)
         if n.op == "luthier::SparseMatMul" and self.form == "portable":
             return self.sparse(n, constants)
+        if n.op == "luthier::TwoOfFourMatMul" and self.form == "portable":
+            return self.two_of_four(n, constants)
         domain, _, op = n.op.rpartition("::")
         known = None
         if not domain:
@@ -150,6 +154,16 @@ class _Writer:
         """``luthier::SparseMatMul`` as a dense product whose groups are the blocks; dropped ones have scale 0."""
         codes, scales, zeros = dense_form(n)
         return self.product(n, codes.astype(np.int32), scales.astype(np.float32), zeros, n.input(6), int(n.attrs["K"]), int(n.attrs["block"]), constants)
+
+    def two_of_four(self, n: Node, constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+        """``luthier::TwoOfFourMatMul`` as a dense product with zeros."""
+        raw, scale = need(n, 1).data, need(n, 2).data
+        if raw is None or scale is None:
+            raise UnsupportedOperator(f"operator {n.op} with weights that are no constants has no ONNX form", node=n.name, op=n.op)
+        k, bits, group = (int(n.attrs[a]) for a in ("K", "bits", "group"))
+        middle = 1 << (bits - 1)
+        codes = unpack_two_of_four(raw, k, bits) + middle
+        return self.product(n, codes, scale.astype(np.float32), np.full(scale.shape, middle, np.uint8), n.input(3), k, group, constants)
 
     def product(
         self, n: Node, codes: Array, scales: Array, zero: Array | None, bias: Value | None, k: int, group: int, constants: dict[str, onnx.TensorProto]

@@ -20,9 +20,11 @@ from luthier.calibrate import Layer, collect, load_graph, read_data, weight_laye
 from luthier.errors import QuantizationError
 from luthier.ir.graph import Graph, Node
 from luthier.ir.ops.sparse_matmul import LEVELS, BlockSparse
+from luthier.ir.ops.two_of_four import TwoOfFour
 from luthier.passes.copy_graph import copy_graph
 from luthier.passes.eliminate_dead import eliminate_dead
 from luthier.passes.prune_groups import prune_groups, sparsify_products
+from luthier.passes.prune_two_of_four import prune_two_of_four
 from luthier.passes.quantize_weights import output_error
 from luthier.quantization import Quantized
 from luthier.quantize_report import LayerReport, Report, compare_graphs, constant_bytes
@@ -34,23 +36,28 @@ __all__ = ["Sparsified", "sparsify"]
 class Sparsified(Quantized):
     """``weights``: by name of the node; ``steps``: NMSE of every output on the calibration data after each step of recovery."""
 
-    weights: dict[str, BlockSparse] = field(default_factory=dict)
+    weights: dict[str, BlockSparse | TwoOfFour] = field(default_factory=dict)
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def sparsify(
     model: Any, sparsity: float = 0.5, *, calibration: Any = None, shapes: Mapping[str, Sequence[Any]] | None = None, block: int = 16, bits: int = 4,
     method: str | None = None, scope: str = "layer", recover: bool = False, exclude: Sequence[str] = (), samples: int | None = None,
-    act_levels: int = LEVELS, epochs: int = 4, progress: bool = False,
+    act_levels: int = LEVELS, epochs: int = 4, progress: bool = False, pattern: str = "blocks",
 ) -> Sparsified:  # fmt: skip
     """Drop ``sparsity`` of the ``1 x block`` blocks of every matrix product's weights and store the others in ``bits`` (4 or 8).
 
     ``model``: path, ``onnx.ModelProto`` or Graph. ``calibration``: see :func:`luthier.calibrate.read_data`, at most ``samples`` of it; without it
     magnitudes decide. ``method``, ``scope``: see :func:`luthier.passes.prune_groups.prune_groups` (``method``: default compensate with calibration data).
     ``recover``: tune on the calibration data, ``epochs`` passes a stage; needs torch. ``exclude``: patterns of node names that stay.
+    ``pattern``: ``blocks``, or ``2:4`` (two of four neighbouring weights stay; ``block`` and ``scope`` do not matter, no recovery).
     ``act_levels``: steps of the rounded activations (2047 fastest, up to 8191; 0 keeps them exact, slowly).
 
     Raises QuantizationError, InputError, and what ``luthier.compile`` raises."""
+    if pattern not in ("blocks", "2:4"):
+        raise QuantizationError(f"unknown pattern {pattern!r}", hint="choose blocks or 2:4")
+    if pattern == "2:4" and (sparsity != 0.5 or recover):
+        raise QuantizationError("2:4 keeps half of the weights and has no recovery", hint="leave sparsity= and recover= out")
     if recover and calibration is None:
         raise QuantizationError("recovery needs calibration data", hint="give calibration= an iterable of {input: array}, or a file")
     if recover:
@@ -62,14 +69,16 @@ def sparsify(
     how = method or ("compensate" if data else "nearest")
     layers = [x for x in weight_layers(graph, ("MatMul", "Gemm")) if not any(fnmatch.fnmatch(x.name, p) for p in exclude)]
     stats = collect(graph, data, hessians=layers, progress=progress) if data else None
-    report = Report(f"w{bits}s{round(sparsity * 100)}", {"block": block, "method": how, "scope": scope, "recover": recover}, batches=len(data))
+    report = Report(f"w{bits}s{round(sparsity * 100)}" if pattern == "blocks" else f"w{bits} 2:4", {"block": block, "method": how, "scope": scope, "recover": recover}, batches=len(data))
     report.bytes_before = constant_bytes(graph)
     original, found = copy_graph(graph)
-    weights: dict[Node, BlockSparse] = {}
+    weights: dict[Node, Any] = {}
     for x in layers:
         h = None if stats is None else stats.hessian(x)
         try:
-            weights[x.node] = prune_groups(x.matrix(), sparsity, block, bits, h, how, scope)
+            weights[x.node] = (
+                prune_groups(x.matrix(), sparsity, block, bits, h, how, scope) if pattern == "blocks" else prune_two_of_four(x.matrix(), bits, hessian=h, method=how)
+            )
         except QuantizationError as error:
             raise error.at(node=x.name, op=x.node.op) from None
     steps: dict[str, dict[str, float]] = {}
@@ -95,7 +104,7 @@ def sparsify(
     return Sparsified(graph, report, by_name, steps)
 
 
-def _outputs(original: Graph, graph: Graph, weights: dict[Node, BlockSparse], data: list[Any], act_levels: int) -> dict[str, float]:
+def _outputs(original: Graph, graph: Graph, weights: Mapping[Node, BlockSparse | TwoOfFour], data: list[Any], act_levels: int) -> dict[str, float]:
     """NMSE of every output with ``weights`` in place."""
     sparse, values = copy_graph(graph)
     made = {v: n for n in sparse.nodes for v in n.outputs}
@@ -103,9 +112,10 @@ def _outputs(original: Graph, graph: Graph, weights: dict[Node, BlockSparse], da
     return {name: d.nmse for name, d in compare_graphs(original, sparse, data, {}, 0)[0].items()}
 
 
-def _row(x: Layer, w: BlockSparse, hessian: Any) -> LayerReport:
+def _row(x: Layer, w: BlockSparse | TwoOfFour, hessian: Any) -> LayerReport:
     assert x.weight.data is not None
     size = sum(a.nbytes for a in w.arrays() if a is not None)
+    form = f"w{w.bits} 2:4, g{w.group}" if isinstance(w, TwoOfFour) else f"w{w.bits} g{w.block}, {w.density:.0%} kept"
     return LayerReport(
-        x.name, x.node.op, f"w{w.bits} g{w.block}, {w.density:.0%} kept", x.n, x.k, x.weight.data.nbytes, size, output_error(x.matrix(), w.dense(), hessian)
+        x.name, x.node.op, form, x.n, x.k, x.weight.data.nbytes, size, output_error(x.matrix(), w.dense(), hessian)
     )

@@ -9,12 +9,16 @@ that are still to come, as GPTQ does (:mod:`luthier.passes.compensate_errors`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import gcd
+
 import numpy as np
 
 from luthier.errors import QuantizationError
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.ops.sparse_matmul import BLOCKS, LEVELS, BlockSparse
+from luthier.ir.ops.two_of_four import TwoOfFour
 from luthier.passes.compensate_errors import inverse_factor
 from luthier.passes.weight_grid import Array
 
@@ -152,9 +156,10 @@ def _compensated(w: Array, keep: Array, block: int, bits: int, factor: Array) ->
     return scales, codes
 
 
-def sparsify_products(graph: Graph, weights: dict[Node, BlockSparse], act_levels: int = LEVELS) -> bool:
+def sparsify_products(graph: Graph, weights: Mapping[Node, BlockSparse | TwoOfFour], act_levels: int = LEVELS) -> bool:
     """In place; True when something changed. Before: ``y = MatMul(x, const f32 [K, N])``, or Gemm with bias. After:
-    ``y = luthier::SparseMatMul(x, row_ptr, cols, values, scales, zeros, bias)``; a bias that is no vector is added afterwards."""
+    ``y = luthier::SparseMatMul(x, row_ptr, cols, values, scales, zeros, bias)``, or ``luthier::TwoOfFourMatMul(x, bytes, scales, bias)``; a bias that
+    is no vector is added afterwards."""
     if not weights:
         return False
     names = Names(graph)
@@ -166,20 +171,25 @@ def sparsify_products(graph: Graph, weights: dict[Node, BlockSparse], act_levels
     return True
 
 
-def _product(n: Node, w: BlockSparse, names: Names, act_levels: int) -> list[Node]:
+def _product(n: Node, w: BlockSparse | TwoOfFour, names: Names, act_levels: int) -> list[Node]:
     def const(part: str, data: Array) -> Value:
         return Value.const(names.fresh(f"{n.name}.{part}"), np.ascontiguousarray(data))
 
-    parts = ("rows", "columns", "values", "scales", "zeros")
+    if isinstance(w, TwoOfFour):
+        op, rows, parts, attrs = "luthier::TwoOfFourMatMul", len(w.values), ("values", "scales"), w.attrs(gcd(DENSE_ACT, w.group) if act_levels else 0)
+    else:
+        op, rows, parts = "luthier::SparseMatMul", w.rows, ("rows", "columns", "values", "scales", "zeros")  # type: ignore[assignment]
+        attrs = w.attrs(act_levels, DENSE_ACT if act_levels else 0)
     ins: list[Value | None] = [n.inputs[0], *(None if a is None else const(p, a) for p, a in zip(parts, w.arrays()))]
     bias, beta, out = n.input(2), float(n.attrs.get("beta", 1.0)), n.outputs[0]
-    if bias is None or beta == 0:
-        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
-    if bias.data is not None and bias.data.size == w.rows and bias.rank <= 2:
-        ins.append(const("bias", bias.data.reshape(-1) * bias.data.dtype.type(beta)))
-        return [infer_node(Node("luthier::SparseMatMul", tuple(ins), (out,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
+    inside = bias is not None and bias.data is not None and bias.data.size == rows and bias.rank <= 2
+    if bias is None or beta == 0 or inside:
+        if inside and beta != 0:
+            assert bias is not None and bias.data is not None
+            ins.append(const("bias", bias.data.reshape(-1) * bias.data.dtype.type(beta)))
+        return [infer_node(Node(op, tuple(ins), (out,), dict(attrs), n.name, n.source))]
     product = Value(names.fresh(f"{n.name}.product"), TensorType(out.dtype, out.shape))
-    done = [infer_node(Node("luthier::SparseMatMul", tuple(ins), (product,), dict(w.attrs(act_levels, DENSE_ACT if act_levels else 0)), n.name, n.source))]
+    done = [infer_node(Node(op, tuple(ins), (product,), dict(attrs), n.name, n.source))]
     if beta != 1.0:
         scaled = Value(names.fresh(f"{n.name}.beta"), bias.type)
         done.append(infer_node(Node("Mul", (bias, const("factor", np.array(beta, bias.dtype.numpy))), (scaled,), {}, f"{n.name}.beta", n.source)))

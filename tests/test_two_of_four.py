@@ -17,6 +17,7 @@ from luthier.ir.expr import var
 from luthier.ir.graph import Graph
 from luthier.ir.ops.two_of_four import TwoOfFour, pack_two_of_four, unpack_two_of_four
 from luthier.ir.run_program import run_program
+from luthier.passes.prune_two_of_four import prune_two_of_four
 from luthier.pipeline import compile_program
 
 Array = np.ndarray[Any, Any]
@@ -151,3 +152,62 @@ def test_bad_input() -> None:
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
             b.op("luthier::TwoOfFourMatMul", x, *ins, **{**w.attrs(), **attrs})
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 16), (4, 8)])
+def test_saved_as_onnx_for_other_runtimes(bits: int, group: int) -> None:
+    import onnxruntime
+
+    from luthier.export_onnx import export_onnx
+
+    rng = np.random.default_rng(bits)
+    w = random_weights(24, 96, bits, group, rng)
+    bias, x = rng.standard_normal(24).astype(np.float32), rng.standard_normal((3, 96)).astype(np.float32)
+    model = export_onnx(product_graph(w, 3, 0, bias))
+    (got,) = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    assert nmse(got, x.astype(np.float64) @ w.dense().astype(np.float64).T + bias) < 1e-10
+
+
+def test_the_most_salient_two_are_kept_and_compensation_gains() -> None:
+    rng = np.random.default_rng(0)
+    moments = rng.uniform(0.1, 9, 64)
+    weight = rng.standard_normal((40, 64)).astype(np.float32)
+    w = prune_two_of_four(weight, 8, moments=moments)
+    score = (np.square(weight) * moments).reshape(40, 16, 4)
+    dropped = w.values.reshape(40, 16, 4) == 0
+    assert (dropped.sum(-1) == 2).all()
+    assert (np.where(dropped, score, 0).max(-1) <= np.where(dropped, np.inf, score).min(-1)).all()
+    kept = w.values != 0
+    step = np.repeat(w.scales.astype(np.float32), 32, 1)
+    assert (np.abs(w.dense() - weight)[kept] <= np.maximum(0.5001 * step, 0.3 * np.abs(weight))[kept]).all()
+    x = rng.standard_normal((500, 16)) @ rng.standard_normal((16, 64)) + 0.3 * rng.standard_normal((500, 64))
+    hessian = x.T @ x
+    errors = [nmse(x @ prune_two_of_four(weight, 4, hessian=hessian, method=m).dense().T, x @ weight.T) for m in ("nearest", "compensate")]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_model_is_pruned_compiled_and_saved(tmp_path: Any) -> None:
+    import onnxruntime
+
+    from luthier.errors import QuantizationError
+    from luthier.sparsify import sparsify
+
+    rng = np.random.default_rng(0)
+    b = GraphBuilder("mlp")
+    v = b.input("x", f32, [4, 64])
+    for i in range(2):
+        w = (rng.standard_normal((64, 64)) / 8).astype(np.float32)
+        v = b.op("Tanh", b.op("Gemm", v, b.const("w", w), b.const("c", rng.standard_normal(64).astype(np.float32)), name=f"product{i}"))
+    b.output("y", v)
+    graph = b.graph()
+    data = [{"x": rng.standard_normal((4, 64)).astype(np.float32)} for _ in range(8)]
+    small = sparsify(graph, calibration=data, pattern="2:4", act_levels=0)
+    assert [n.op for n in small.graph.nodes].count("luthier::TwoOfFourMatMul") == 2
+    (y,) = small.compile(threads=1)(data[0]["x"])
+    session = onnxruntime.InferenceSession(str(small.save(tmp_path / "m.onnx")), providers=["CPUExecutionProvider"])
+    assert nmse(session.run(None, data[0])[0], y) < 1e-9
+    for options, message in (({"pattern": "1:4"}, "unknown pattern"), ({"pattern": "2:4", "sparsity": 0.6}, "keeps half")):
+        with pytest.raises(QuantizationError, match=message):
+            sparsify(graph, **options)
+    with pytest.raises(QuantizationError, match="multiple of 8"):
+        prune_two_of_four(np.ones((4, 12), np.float32))
