@@ -115,6 +115,7 @@ class _Wgsl(CStyle):
         if d.is_bool:
             return x if s.is_bool else f"({x} != {self.zero(s)})"
         if s.is_float and not d.is_float:  # t(x) stops at the largest float below the limit; NaN is whatever
+            x = f"f32({x})" if s.bits == 16 else x  # f16 has no limits of integers
             r = self.choose(f"({x} == {x})", f"{t}({x})", f"{t}(0)")
             if d.bits >= 32:
                 top = ("4294967295u", "4294967296.0") if t == "u32" else ("2147483647i", "2147483648.0")
