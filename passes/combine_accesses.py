@@ -52,6 +52,8 @@ Place = tuple[Expr, int]  # index without its constant, number of the vector beh
 
 def combine_accesses(f: Func, lanes: int = 4, fits: Callable[[Buffer], bool] = lambda b: not b.dtype.is_bool) -> Func:
     """``f`` is scalar, and its buffers have one dimension. ``fits``: the buffers whose elements may become vectors."""
+    if not any(fits(b) for b in f.buffers) and not any(isinstance(s, Alloc) and fits(s.buf) for s in walk_stmts(f.body)):
+        return f
     c = _Combiner(f, lanes, fits)
     c.collect(f.body)
     c.decide()
