@@ -19,8 +19,8 @@ OFFSET_ALIGN = 256
 GRID_LIMIT = 65535
 
 CAPS = Capabilities(
-    vector_bits=32, registers=128, features=frozenset({"fma"}), l1=16 << 10, l2=4 << 20, l3=4 << 20, gpu=True, max_threads_per_block=256,
-    shared_bytes=16 << 10, index_bits=32, merge_siblings=True,
+    vector_bits=32, registers=128, features=frozenset({"fma", "dp4a"}), l1=16 << 10, l2=4 << 20, l3=4 << 20, gpu=True, max_threads_per_block=256,
+    shared_bytes=16 << 10, index_bits=32, merge_siblings=True, printer="wgsl",
 )
 
 

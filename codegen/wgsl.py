@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.codegen.c_style import CStyle
-from luthier.codegen.webgpu_features import ALL, F16, STANDARD, SUBGROUPS, Dialect
+from luthier.codegen.webgpu_features import ALL, F16, PACKED_DOT, STANDARD, SUBGROUPS, Dialect
 from luthier.ir.dtypes import DType, f16, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
-from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, contents_of, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, contents_of, nodes_of, walk_stmts
+from luthier.ir.words import WORDS
 from luthier.passes.combine_accesses import combine_accesses
 from luthier.passes.flatten import flatten
 from luthier.passes.legalize_dtype import CODES, WGSL_RULES, legalize_dtype
@@ -91,6 +92,8 @@ class _Wgsl(CStyle):
         raise CompilationError(f"WGSL has no type {d}", op=self.f.name, hint="run legalize_dtype first")
 
     def literal(self, v: Any, d: DType) -> str:
+        if d.lanes > 1:
+            return self.vector([self.literal(v, d.scalar)], d)
         if d.is_bool:
             return "true" if v else "false"
         t = self.type(d)
@@ -206,6 +209,9 @@ class _Wgsl(CStyle):
     def instruction(self, e: Expr) -> str:
         name = e.attr[0]
         args = ", ".join(self.expr(a) for a in e.args)
+        if name in WORDS:
+            self.features.add(PACKED_DOT)
+            return f"{WORDS[name].spelling['wgsl'][32]}({args})"
         if name == "decode.f16":
             return f"unpack2x16float({args}).x"
         return f"{self.function(name)}({args})" if name in CODES else super().instruction(e)
@@ -289,6 +295,8 @@ def optional_features(f: Func) -> frozenset[str]:
     inside = contents_of(f.body)
     if any(d.scalar is f16 for d in (*(b.dtype for b in (*f.buffers, *inside.allocated)), *inside.dtypes)):
         found.add(F16)
+    if any(d.bits == 8 for d in inside.dtypes) and any(e.op == "call" and e.attr[0] in WORDS for e in nodes_of(f.body)):
+        found.add(PACKED_DOT)
     return frozenset(found)
 
 
@@ -297,7 +305,7 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Colle
     for each of ``groups`` of buffers. ``features``: the optional ones that the device has."""
     if SUBGROUPS not in features:
         f = spread_subgroups(f)
-    rules = replace(WGSL_RULES, half=F16 in features)
+    rules = replace(WGSL_RULES, half=F16 in features, dots=PACKED_DOT in features)
     f = scalarize(split_grid(map_parallel(flatten(f))))
     f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules)  # whole words of narrow elements
     return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16))

@@ -19,11 +19,12 @@ from luthier.ir.expr import Expr, cast, shuffle, var
 @dataclass(frozen=True, slots=True)
 class Intrinsic:
     """``evaluate(dtype, attr, *args)`` for a pure one: the result as a numpy value of ``dtype`` (lanes on the last axis).
-    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place."""
+    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place. ``lanewise``: on vectors it is the same in every lane."""
 
     name: str
     evaluate: Callable[..., Any]
     doc: str = ""
+    lanewise: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ EFFECT: dict[str, Intrinsic] = {}
 DOTS: dict[str, Instruction] = {}
 
 
-def register(name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False) -> None:
+def register(name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False, lanewise: bool = False) -> None:
     """Declare an intrinsic; the same name may be registered again only with the same meaning (last one wins)."""
-    (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc)
+    (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc, lanewise)
 
 
 def declare(i: Instruction) -> Instruction:

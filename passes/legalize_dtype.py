@@ -11,6 +11,7 @@ Rules (each is data in :class:`Rules`):
 * memory without 8- and 16-bit elements: a parameter (of elements down to one bit) becomes 32-bit words, a load extracts its part, a store is
   ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Elements that are vectors of whole
   words (:mod:`luthier.passes.combine_accesses`) are stored as such. Buffers of a kernel's own get 32-bit elements.
+* dot products of bytes in words (:mod:`luthier.ir.words`) without the instruction: the bytes are taken apart.
 * ``f64`` where there is none is refused.
 
 Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4]``, ``call atomic_store_bits(&Y, i // 4, 255 <<
@@ -50,6 +51,7 @@ from luthier.ir.expr import (
     vreduce,
 )
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of
+from luthier.ir.words import WORD, WORDS, word_dot, word_of_bytes
 from luthier.passes import float8
 
 
@@ -57,7 +59,7 @@ from luthier.passes import float8
 class Rules:
     """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own, in memory as well; ``subbyte``: values of 2 and 4 bits;
     ``small_memory``: loads and stores of 8 and 16 bits. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
-    floats need not be taken apart wherever there are some."""
+    floats need not be taken apart wherever there are some. ``dots``: dot products of the bytes of two words are instructions."""
 
     int64: bool = True
     float64: bool = True
@@ -66,9 +68,10 @@ class Rules:
     subbyte: bool = True
     small_memory: bool = True
     codes: bool = False
+    dots: bool = True
 
 
-WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False, codes=True)
+WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False, codes=True, dots=False)
 DEFAULT_RULES = Rules()
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
@@ -273,6 +276,10 @@ class _Legalizer:
         args = tuple(self.expr(a) for a in e.args)
         c = self.carried(d)
         src = e.args[0].dtype
+        if op == "call" and e.attr[0] == WORD:
+            return self.word(e.args, args)
+        if op == "call" and e.attr[0] in WORDS and not self.r.dots:
+            return word_dot(WORDS[e.attr[0]], *args)
         if op == "cast":
             if self.soft(d):
                 v = cast(args[0], f32)
@@ -324,6 +331,20 @@ class _Legalizer:
         shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
         v = self.decode(binary("shr", word, shift) & ((1 << (32 // w)) - 1), b.dtype.vec(n))
         return v if mm is None or oo is None else select(mm, v, oo)
+
+    def word(self, old: tuple[Expr, ...], new: tuple[Expr, ...]) -> Expr:
+        """Four bytes in a word: the word itself where they are the lanes of one in memory."""
+        v = old[0].args[0] if old[0].op == "extract" else None
+        if v is not None and v.op == "load" and v.dtype.lanes == 4 and all(x.op == "extract" and x.attr == k and x.args[0] is v for k, x in enumerate(old)):
+            b, idx, mask, other = load_parts(v)
+            if b.scope == "param" and self.words(b.dtype) == 4:
+                one = None if mask is None else extract(self.expr(mask), 0) if mask.dtype.lanes > 1 else self.expr(mask)
+                w = load(self.buffer(b), (self.expr(idx[0]),), one)
+                if one is None or other is None:
+                    return w
+                o = self.expr(other)
+                return select(one, w, word_of_bytes([cast(cast(extract(o, k) if o.dtype.lanes > 1 else o, i32), u32) for k in range(4)]))
+        return word_of_bytes([cast(x if x.dtype is u32 else cast(x, i32), u32) for x in new])
 
     def decode(self, bits: Expr, d: DType) -> Expr:
         """A value of ``d`` from the low bits of a word."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from luthier.ir import intrin
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, binary, bitcast, cast, extract, is_const, load, load_parts, rebuild, select, var
+from luthier.ir.expr import Expr, binary, bitcast, call, cast, extract, is_const, load, load_parts, rebuild, select, var
 from luthier.ir.loop import Alloc, Buffer, For, Func, If, Let, Stmt, Store, While, block, map_children, map_exprs
 
 _LEAF = frozenset(("var", "const"))
@@ -66,6 +67,8 @@ class _Scalarize:
                 if p < a.dtype.lanes:
                     return self.lane(a, p)
                 p -= a.dtype.lanes
+        if op == "call" and intrin.lookup(e.attr[0]).lanewise:
+            return call(e.attr[0], d.scalar, *(self.lane(a, k) for a in e.args), attr=e.attr[1])
         if op in ("bitcast", "call", "shuffle"):
             raise CompilationError(f"{e.attr[0] if op == 'call' else op} on {d} has no lanes", op=self.name)
         return rebuild(e, tuple(self.lane(a, k) for a in e.args))

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from luthier.ir import intrin
 from luthier.ir.compute import MONOIDS
-from luthier.ir.expr import Expr, bcast, bounds, is_const, load, load_parts, ramp, rebuild, select, var, vreduce
+from luthier.ir.expr import Expr, bcast, bounds, call, is_const, load, load_parts, ramp, rebuild, select, var, vreduce
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, map_children
 
 
@@ -70,9 +71,16 @@ class _Vec:
             same = all(x is y for x, y in zip(args, e.args, strict=True))
             if not same and e.op in ("ramp", "bcast", "vreduce", "shuffle", "extract") and any(a.dtype.lanes > 1 for a in args if a.dtype.lanes != 1) and e.dtype.lanes > 1:
                 raise _CannotVectorize("nested vectors")
-            r = e if same else rebuild(e, args)
+            r = e if same else self.wide_call(e, args) if e.op == "call" else rebuild(e, args)
         self.memo[key] = r
         return r
+
+    def wide_call(self, e: Expr, args: tuple[Expr, ...]) -> Expr:
+        """An intrinsic that is the same in every lane, on vectors."""
+        if e.dtype.lanes > 1 or not intrin.lookup(e.attr[0]).lanewise:
+            raise _CannotVectorize(f"{e.attr[0]} on vectors")
+        n = max(a.dtype.lanes for a in args)
+        return call(e.attr[0], e.dtype.vec(n), *(a if a.dtype.lanes == n else bcast(a, n) for a in args), attr=e.attr[1])
 
     def load(self, e: Expr, mask: Expr | None) -> Expr:
         buf, idx, m, o = load_parts(e)

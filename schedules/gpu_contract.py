@@ -18,9 +18,10 @@ from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import UNARY, Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute, walk
 from luthier.ir.loop import Buffer
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.contract import _accumulator, _factors, _split_epilogue
+from luthier.schedules.contract import _accumulator, _split_epilogue
 from luthier.schedules.elementwise import flat, stride
 from luthier.schedules.gpu_elementwise import LANES, fuse_all, whole
+from luthier.schedules.packed_words import factors, pack_words
 from luthier.schedules.rowwise import positions
 from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, inline, reorder, split, stage
 
@@ -48,9 +49,10 @@ def apply(
     length = _reduced(s, acc)
     if length is not None and length < 8:
         return None
+    s = pack_words(s, acc, out, caps, constants)
     auto_m, auto_n = tile(rows, cols, _product(s, acc, [i for i in range(len(s.stages[acc].axes)) if i not in (*us, *vs)]))
     tm, tn = tm or auto_m, tn or auto_n
-    step = step or _step(tm, tn, length)
+    step = step or _step(tm, tn, _reduced(s, acc))
     s, m, n = _normal_form(s, acc, out, us, vs, step)
     return _tile(s, acc, out, m, n, tm, tn, step, caps)
 
@@ -103,7 +105,7 @@ def _fit(t: int, extent: int) -> int:
 
 def _classify(st: Stage) -> tuple[list[int], list[int]] | None:
     """Positions of the axes that only the first, and only the second factor has: each a run of neighbours. None when one has none."""
-    p, q = _factors(st)
+    p, q = factors(st)
     fp, fq = free_vars(p), free_vars(q)
     only_p = [i for i, a in enumerate(st.axes) if a.var in fp and a.var not in fq and not is_const(a.extent, 1)]
     only_q = [i for i, a in enumerate(st.axes) if a.var in fq and a.var not in fp and not is_const(a.extent, 1)]
@@ -167,7 +169,7 @@ def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], 
         x = k.var // inner if not is_const(inner, 1) else k.var
         env[a.var] = x % a.extent if j else x
         inner = inner * a.extent
-    p, q = _factors(a_st)
+    p, q = factors(a_st)
     inside = None if padded is total else k.var < total
     new: dict[str, Stage] = {}
     ext = {key: v for key, v in s.ext.items() if key.attr[0].rsplit(".", 1)[0] not in (acc, out)}

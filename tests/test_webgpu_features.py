@@ -37,6 +37,21 @@ def half(*shape: int, seed: int = 0) -> Array:
     return normal(*shape, seed=seed).astype(np.float16)
 
 
+def bytes_of(dtype: Any, *shape: int, seed: int = 0, lo: int | None = None, hi: int | None = None) -> Array:
+    info = np.iinfo(dtype)
+    return np.random.default_rng(seed).integers(info.min if lo is None else lo, info.max if hi is None else hi, shape, endpoint=True).astype(dtype)
+
+
+def product_of(x: Array, zx: int, w: Array, zw: int) -> Array:
+    return ((x.astype(np.int64) - zx) @ (w.astype(np.int64) - zw)).astype(np.int32)
+
+
+def integer_product(x: int, w: Array, zw: int, k: int) -> onnx.ModelProto:
+    """MatMulInteger with a zero point of the run for x and a constant one for w."""
+    zero = np.array(zw, w.dtype)
+    return graph([h.make_node("MatMulInteger", ["x", "w", "zx", "zw"], ["y"])], {"x": (x, ["n", k]), "zx": (x, [])}, ["y"], {"w": w, "zw": zero})
+
+
 CASES: dict[str, tuple[onnx.ModelProto, dict[str, Array], str]] = {  # model, inputs, feature
     "rows": (graph([h.make_node("Softmax", ["x"], ["y"])], {"x": (T.FLOAT, ["n", 600])}, ["y"]), {"x": normal(9, 600)}, wf.SUBGROUPS),
     "half product": (graph([h.make_node("MatMul", ["x", "w"], ["y"])], {"x": (H, ["n", 256])}, ["y"], {"w": half(256, 128)}), {"x": half(96, 256)}, wf.F16),
@@ -49,9 +64,25 @@ CASES: dict[str, tuple[onnx.ModelProto, dict[str, Array], str]] = {  # model, in
         graph([h.make_node("Conv", ["x", "w", "b"], ["a"], pads=[1, 1, 1, 1]), h.make_node("Relu", ["a"], ["y"])], {"x": (H, [2, 16, 15, 14])}, ["y"], {"w": half(40, 16, 3, 3), "b": half(40)}),
         {"x": half(2, 16, 15, 14)}, wf.F16,
     ),
+    "bytes": (integer_product(T.UINT8, bytes_of(np.int8, 256, 128), 0, 256), {"x": bytes_of(np.uint8, 96, 256), "zx": np.array(7, np.uint8)}, wf.PACKED_DOT),
+    "signed bytes": (integer_product(T.INT8, bytes_of(np.int8, 64, 40), 0, 64), {"x": bytes_of(np.int8, 33, 64), "zx": np.array(-5, np.int8)}, wf.PACKED_DOT),
+    "unsigned weights": (integer_product(T.UINT8, bytes_of(np.uint8, 128, 96), 128, 128), {"x": bytes_of(np.uint8, 50, 128), "zx": np.array(200, np.uint8)}, wf.PACKED_DOT),
+    "bytes and a tail": (integer_product(T.UINT8, bytes_of(np.int8, 99, 37), 0, 99), {"x": bytes_of(np.uint8, 41, 99), "zx": np.array(0, np.uint8)}, wf.PACKED_DOT),
 }
-TOLERANCE = {wf.SUBGROUPS: 1e-5, wf.PACKED_DOT: 1e-6, wf.F16: 1e-3}
+EXACT = {  # onnxruntime saturates products of u8 and i8 on processors without a dot product
+    "bytes": (7, 0), "signed bytes": (-5, 0), "unsigned weights": (200, 128), "bytes and a tail": (0, 0),
+}  # fmt: skip
+TOLERANCE = {wf.SUBGROUPS: 1e-5, wf.PACKED_DOT: 0.0, wf.F16: 1e-3}
 USES = {wf.SUBGROUPS: re.compile(r"\bsubgroup(Add|Max|Min)\("), wf.PACKED_DOT: re.compile(r"\bdot4[IU]8Packed\("), wf.F16: re.compile(r"\bf16\b")}
+
+
+def wanted(name: str) -> Array:
+    """onnxruntime's result, numpy's for integer products."""
+    model, feeds, _ = CASES[name]
+    if name in EXACT:
+        w = onnx.numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == "w"))
+        return product_of(feeds["x"], EXACT[name][0], w, EXACT[name][1])
+    return peer(model, feeds)[0]
 
 
 def build(name: str) -> WebGpuModule:
@@ -78,10 +109,10 @@ def compiled(m: WebGpuModule) -> str:
 @pytest.mark.parametrize("name", CASES)
 def test_chosen_by_the_adapter(name: str) -> None:
     """All that is there, then nothing: results against onnxruntime, by the shaders that were meant."""
-    model, feeds, feature = CASES[name]
+    _, feeds, feature = CASES[name]
     if feature not in here():
         pytest.skip(f"the adapter lacks {feature}")
-    m, want = build(name), peer(model, feeds)[0]
+    m, want = build(name), wanted(name)
     for allowed in (None, [], [feature]):
         m.allow_features(allowed)
         close(m.run(feeds)["y"], want, TOLERANCE[feature])
@@ -97,6 +128,51 @@ def test_half_sums_are_f32() -> None:
     s = luthier.compile(graph([h.make_node("ReduceMean", ["x"], ["y"], axes=[1])], {"x": (H, [64, 4096])}, ["y"]), target="webgpu")
     assert (g.run({"x": ones})["y"] == 4096).all() and (s.run({"x": ones})["y"] == 1).all()
     assert isinstance(g, WebGpuModule) and g.features == (wf.F16,)
+
+
+def test_convolution_of_bytes() -> None:
+    """Padded with the zero point, strides, three channels; the same integers with the dot product and without."""
+    x, w = bytes_of(np.uint8, 2, 3, 15, 14), bytes_of(np.int8, 40, 3, 3, 3, seed=1)
+    node = h.make_node("ConvInteger", ["x", "w", "zx"], ["y"], pads=[1, 1, 1, 1], strides=[2, 2])
+    m = luthier.compile(graph([node], {"x": (T.UINT8, [2, 3, 15, 14])}, ["y"], {"w": w, "zx": np.array(9, np.uint8)}), target="webgpu")
+    assert isinstance(m, WebGpuModule)
+    p = np.pad(x.astype(np.int64) - 9, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    want = np.zeros((2, 40, 8, 7), np.int64)
+    for i in range(3):
+        for j in range(3):
+            want += np.einsum("bchw,oc->bohw", p[:, :, i : i + 15 : 2, j : j + 14 : 2], w[:, :, i, j].astype(np.int64))
+    for allowed in (None, []):
+        m.allow_features(allowed)
+        np.testing.assert_array_equal(m.run({"x": x})["y"], want)
+    assert any(wf.PACKED_DOT in fs for fs in m.host["features"])
+
+
+def test_quantized_product_with_weights_that_do_not_fit() -> None:
+    """Weights less their zero point need nine bits: no words, right results."""
+    w, x = bytes_of(np.uint8, 64, 48), bytes_of(np.uint8, 40, 64, seed=2)
+    m = luthier.compile(integer_product(T.UINT8, w, 3, 64), target="webgpu")
+    assert isinstance(m, WebGpuModule) and not any(wf.PACKED_DOT in fs for fs in m.host["features"])
+    np.testing.assert_array_equal(m.run({"x": x, "zx": np.array(11, np.uint8)})["y"], product_of(x, 11, w, 3))
+
+
+def test_meaning_of_words() -> None:
+    """The dot products of two words in the interpreter, in plain operations, and in numpy."""
+    from luthier.ir import words
+    from luthier.ir.dtypes import i8, u8
+    from luthier.ir.expr import call, var
+    from luthier.ir.interp import evaluate_expr
+
+    a, b = bytes_of(np.uint8, 400), bytes_of(np.uint8, 400, seed=1)
+    assert {i.a for i in words.WORDS.values()} == {i8, u8}
+    for name, i in words.WORDS.items():
+        x, y = var("x", words.u32, None), var("y", words.u32, None)
+        want = (a.view(i.a.numpy).astype(np.int64) * b.view(i.b.numpy).astype(np.int64)).reshape(-1, 4).sum(1)
+        for e in (call(name, i.acc, x, y), words.word_dot(i, x, y)):
+            got = [evaluate_expr(e, {x: p, y: q}) for p, q in zip(a.view(np.uint32), b.view(np.uint32), strict=True)]
+            np.testing.assert_array_equal(np.array(got, np.int64).reshape(-1), want)
+    parts = [var(f"b{k}", words.u32, None) for k in range(4)]
+    for e in (call(words.WORD, words.u32, *parts), words.word_of_bytes(parts)):
+        assert int(evaluate_expr(e, dict(zip(parts, np.array([1, 2, 3, 255], np.uint32), strict=True)))) == 0xFF030201
 
 
 def test_switched_off_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +276,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 @pytest.mark.parametrize("name", CASES)
 def test_in_chromium(page: Page, name: str) -> None:
     """The browser's adapter decides (SwiftShader has no f16, so there the shaders without it run); ``features: []`` switches all off."""
-    model, feeds, feature = CASES[name]
+    _, feeds, feature = CASES[name]
     have = page.call("/watch.js", "features")
-    folder, want = name.replace(" ", "-"), peer(model, feeds)[0]
+    folder, want = name.replace(" ", "-"), wanted(name)
     page.call("/watch.js", "texts")
     for options, on in (({}, feature in have), ({"features": []}, False)):
         loaded = page.call("/page.js", "load", {"url": f"/{folder}/", "options": {"worker": False, **options}})
