@@ -5,7 +5,7 @@
 
 The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize_weights.quantize` and
 :func:`luthier.passes.prune_groups.prune_groups`; the embedding, which is the output matrix too, stays as it is in the file. ``gptq`` and
-the sparse steps take the sums ``X.T X`` of calibration text, layer after layer, of what the quantized layers before let through. Evaluation
+the sparse steps take the sums ``X.T X`` of half of the calibration text, layer after layer, of what the quantized layers before let through. Evaluation
 text: documentation strings of Python's standard library (:func:`benchmarks.llm.sample_text`); calibration text: those of other modules of it and of
 numpy. Recovery (:mod:`benchmarks.llm_recover`) has two steps after arXiv 2412.17560: values, scales and zero points of a layer fitted to the
 original's layer, one after another; then the scales and zero points of all layers to the original's distribution of the next token.
@@ -193,7 +193,7 @@ class Ladder:
         """Layer by layer; with statistics, on what the quantized layers before let through."""
         m = self.model
         needs = v.method in ("gptq", "moments", "compensate")
-        x = m.embed(self.calibration) if needs else None
+        x = m.embed(self.calibration[: max(1, len(self.calibration) // 2)]) if needs else None
         for i in range(m.c.layers):
             p = f"blk.{i}."
             made = self.known(v, i) or {}

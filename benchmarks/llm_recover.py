@@ -24,7 +24,7 @@ from luthier.passes.quantize_weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse
-CODE_RATE, ZERO_RATE, SCALE_RATE, END_RATE = 0.03, 0.02, 3e-3, 3e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+CODE_RATE, ZERO_RATE, SCALE_RATE, END_RATE = 0.03, 0.02, 3e-3, 8e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
 
 
 class Tunable:
@@ -104,7 +104,7 @@ def descend(loss: Callable[[int], torch.Tensor], groups: list[dict[str, Any]], o
 
 def fit_layers(
     model: TorchLlama, calibration: Array, start: Mapping[str, Weight], save: Callable[[int, dict[str, Weight]], None],
-    known: Callable[[int], dict[str, Weight] | None], epochs: int = 3, batch: int = 2,
+    known: Callable[[int], dict[str, Weight] | None], epochs: int = 2, batch: int = 1,
 ) -> None:  # fmt: skip
     """Step 1. ``calibration``: token numbers [windows, n]; ``save`` is given every layer's weights, ``known`` gives those that exist already."""
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def fit_layers(
             here = model.block(i, here, model.using({n: Tunable(w).matrix() for n, w in made.items()}))
 
 
-def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 3, every: int = 14) -> dict[str, Weight]:
+def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 2, every: int = 4) -> dict[str, Weight]:
     """Step 2. ``state``: file from which it goes on, written after every ``every`` steps."""
     torch.manual_seed(0)
     tuned = {n: Tunable(w) for n, w in start.items()}
