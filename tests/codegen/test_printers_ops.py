@@ -223,7 +223,7 @@ def test_wgsl_native_half(name: str, adapter: None) -> None:
         shader = print_wgsl(legalize_wgsl(build_kernel(f, SCALAR), features=(F16,)))
         assert (shader.features == (F16,)) == (f16 in (d, *ins)) and "unpack2x16float" not in shader.source
         run_wgsl(shader, {**arrays, **got}, {})
-        same(got, want, part, lambda c: 1e-3 if d is f16 else _wgsl_loose(c))
+        same(got, want, part, lambda c, d=d: 1e-3 if d is f16 else _wgsl_loose(c))
 
 
 def test_cuda_compiles_every_operator() -> None:
