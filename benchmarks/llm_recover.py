@@ -4,7 +4,7 @@
    the layers already tuned. Rounding passes gradients straight through. The error of a token counts relative to the size of its vector.
 2. End to end: codes are fixed; scales and zero points of all layers are tuned on the divergence of the next token's distribution from the original's.
 
-One window in eight is kept apart: a layer keeps its start where tuning does not make that window better.
+One window in eight is kept apart: a layer, and the whole model in the second step, keeps the best of what was seen on those windows, the start included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from luthier.passes.quantize_weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse
-CODE_RATE, ZERO_RATE, SCALE_RATE, END_RATE = 0.03, 0.02, 3e-3, 8e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+CODE_RATE, ZERO_RATE, SCALE_RATE, END_RATE = 0.03, 0.02, 3e-3, 1e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
 
 
 class Tunable:
@@ -104,7 +104,7 @@ def descend(loss: Callable[[int], torch.Tensor], groups: list[dict[str, Any]], o
 
 def fit_layers(
     model: TorchLlama, calibration: Array, start: Mapping[str, Weight], save: Callable[[int, dict[str, Weight]], None],
-    known: Callable[[int], dict[str, Weight] | None], epochs: int = 2, batch: int = 1,
+    known: Callable[[int], dict[str, Weight] | None], epochs: int = 4, batch: int = 1,
 ) -> None:  # fmt: skip
     """Step 1. ``calibration``: token numbers [windows, n]; ``save`` is given every layer's weights, ``known`` gives those that exist already."""
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def fit_layers(
             here = model.block(i, here, model.using({n: Tunable(w).matrix() for n, w in made.items()}))
 
 
-def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 2, every: int = 4) -> dict[str, Weight]:
+def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 4, every: int = 7) -> dict[str, Weight]:
     """Step 2. ``state``: file from which it goes on, written after every ``every`` steps."""
     torch.manual_seed(0)
     tuned = {n: Tunable(w) for n, w in start.items()}
@@ -168,14 +168,15 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
     first = 0
     if state.exists():
         kept = torch.load(state)
-        first = int(kept["step"])
+        first, least, best = int(kept["step"]), float(kept["least"]), kept["best"]
         with torch.no_grad():
             for p, k in zip(params, kept["params"], strict=True):
                 p.copy_(k)
         adam.load_state_dict(kept["adam"])
         schedule.load_state_dict(kept["schedule"])
-    elif start:
-        print(f"  divergence on windows kept apart: {apart():.3f}", flush=True)
+    else:
+        least, best = apart(), [p.detach().clone() for p in params]
+        print(f"  divergence on windows kept apart: {least:.3f}", flush=True)
     t = time.perf_counter()
     for step in range(first, len(order)):
         adam.zero_grad()
@@ -184,10 +185,16 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
         adam.step()
         schedule.step()
         if (step + 1) % every == 0 or step + 1 == len(order):
+            now = apart()
+            if now < least:
+                least, best = now, [p.detach().clone() for p in params]
             state.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"step": step + 1, "params": [p.detach() for p in params], "adam": adam.state_dict(), "schedule": schedule.state_dict()}, state)
-            print(f"  step {step + 1} of {len(order)}: {float(y):.3f}, {(time.perf_counter() - t) / (step + 1 - first):.1f} s each", flush=True)
-    for p in params:
-        p.requires_grad_(False)
-    print(f"  divergence on windows kept apart: {apart():.3f}", flush=True)
+            kept = {"step": step + 1, "params": [p.detach() for p in params], "adam": adam.state_dict(), "schedule": schedule.state_dict()}
+            torch.save(kept | {"least": least, "best": best}, state)
+            took = (time.perf_counter() - t) / (step + 1 - first)
+            print(f"  step {step + 1} of {len(order)}: {float(y):.3f}, {now:.3f} on windows kept apart, {took:.1f} s each", flush=True)
+    with torch.no_grad():
+        for p, k in zip(params, best, strict=True):
+            p.requires_grad_(False)
+            p.copy_(k)
     return {n: w.stored() for n, w in tuned.items()}

@@ -43,8 +43,8 @@ def stack_blocks(parts: list[BlockSparse]) -> BlockSparse | None:
         return None
     starts = np.cumsum([0, *(len(p.cols) for p in parts)])
     ptr = np.concatenate([[0], *(p.row_ptr[1:] + s for p, s in zip(parts, starts, strict=False))]).astype(np.int32)
-    joined = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("cols", "values", "scales")}
-    return replace(a, rows=sum(p.rows for p in parts), row_ptr=ptr, **joined)
+    cols, values, scales = (np.concatenate([getattr(p, k) for p in parts]) for k in ("cols", "values", "scales"))
+    return replace(a, rows=sum(p.rows for p in parts), row_ptr=ptr, cols=cols, values=values, scales=scales)
 
 
 def requantizer(precision: str | None, weights: Weights | None) -> Requantize | None:
