@@ -172,15 +172,16 @@ STORED = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8, "Q2_K": 2, "Q3_
 
 
 @pytest.mark.parametrize("kind", sorted(BLOCKS))
-def test_weights_of_every_type(tmp_path: Path, kind: str) -> None:
+def test_weights_of_every_type(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer's matrices keep their bits, and the model computes what the dequantized weights give."""
     rng = np.random.default_rng(9)
+    monkeypatch.setattr("tests.test_gguf.RNG", np.random.default_rng(9))  # whatever ran before
+    blocks = [reference(kind)[0] for _ in range(64)]
     width, heads = 256, 4
     block = BLOCKS[kind]
 
     def matrix(rows: int, columns: int) -> Any:
-        unit = reference(kind)
-        raw = [reference(kind)[0] if rows * columns <= 4096 else unit[0] for _ in range(rows * columns // block.columns)]
+        raw = [blocks[k] for k in rng.integers(0, len(blocks), rows * columns // block.columns)]
         data = np.frombuffer(b"".join(raw), np.uint8).reshape(-1, block.size).copy()
         order = rng.permuted(np.tile(np.arange(8, block.size - 4), (len(data), 1)), axis=1) if kind == "Q8_0" else None
         if order is not None:
