@@ -244,7 +244,13 @@ class CStyle:
             return self.shift(e, a, b)
         if op in ("div", "rem", "floordiv", "mod") and not d.is_float:
             return self.divide(e, a, b)
+        if op == "rem":
+            return self.remainder(a, b, d)
         raise CompilationError(f"{self.target}: {op} must be expanded first: {e!r}", op=self.f.name)
+
+    def remainder(self, a: str, b: str, d: DType) -> str:
+        """C's ``fmod`` of floats, which is exact."""
+        raise NotImplementedError
 
     def shift(self, e: Expr, a: str, b: str) -> str:
         d, by = e.dtype, e.args[1]

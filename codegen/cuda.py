@@ -143,6 +143,9 @@ class _Cuda(CStyle):
         names = {"abs": "fabs", "floor": "floor", "ceil": "ceil", "round": "rint", "trunc": "trunc", "sqrt": "sqrt", "rsqrt": "rsqrt"}
         return f"{names[op]}{'f' if d.bits == 32 else ''}({x})" if op in names else None
 
+    def remainder(self, a: str, b: str, d: DType) -> str:
+        return f"fmod{'f' if d.bits == 32 else ''}({a}, {b})"
+
     def declare(self, name: str, d: DType, v: str) -> str:
         return f"const {self.type(d)} {name} = {v};"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.codegen.c_style import CStyle
 from luthier.codegen.webgpu_features import ALL, F16, PACKED_DOT, STANDARD, SUBGROUPS, Dialect
-from luthier.ir.dtypes import DType, f16, i32
+from luthier.ir.dtypes import DType, f16, f32, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, contents_of, nodes_of, walk_stmts
@@ -43,6 +43,33 @@ KEYWORDS = frozenset(
     sample self set shared sizeof smooth static std super super_ switch template this throw trait try type typedef union unless use
     using varying virtual void volatile where with yield wgsl of""".split()
 )
+
+# C's fmod on the bits, because WGSL's % divides and rounds: a shift and a subtraction for every power of two between the operands
+REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{
+    let sign = bitcast<u32>(x) & 2147483648u;
+    let a = bitcast<u32>(x) & 2147483647u;
+    let b = bitcast<u32>(y) & 2147483647u;
+    if (a >= 2139095040u || b > 2139095040u || b == 0u) {{ return {nan}; }}
+    if (a < b) {{ return x; }}
+    var r = select(a, a & 8388607u | 8388608u, a >= 8388608u);
+    var m = select(b, b & 8388607u | 8388608u, b >= 8388608u);
+    var up = countLeadingZeros(r) - 8u;
+    r <<= up;
+    var e = max(i32(a >> 23u), 1i) - i32(up);
+    up = countLeadingZeros(m) - 8u;
+    m <<= up;
+    let low = max(i32(b >> 23u), 1i) - i32(up);
+    for (; e > low; e--) {{
+        r = select(r, r - m, r >= m) << 1u;
+    }}
+    r = select(r, r - m, r >= m);
+    if (r == 0u) {{ return bitcast<f32>(sign); }}
+    up = countLeadingZeros(r) - 8u;
+    r <<= up;
+    e = low - i32(up);
+    r = select(r >> u32(1i - e), r & 8388607u | u32(max(e, 0i)) << 23u, e > 0i);
+    return bitcast<f32>(r | sign);
+}}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +187,13 @@ class _Wgsl(CStyle):
         if op in names and d.is_float:
             return f"{names[op]}({x})"
         return f"(1.0 / sqrt({x}))" if op == "rsqrt" else None
+
+    def remainder(self, a: str, b: str, d: DType) -> str:
+        name = self.functions.get("rem")
+        if name is None:
+            name = self.functions["rem"] = self.name("rem()")
+            self.globals.append(REMAINDER.format(name=name, nan=self.literal(math.nan, f32)))
+        return f"f16({name}(f32({a}), f32({b})))" if d.bits == 16 else f"{name}({a}, {b})"
 
     def shift_amount(self, x: str) -> str:
         return f"u32({x})"
@@ -305,7 +339,9 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Colle
     for each of ``groups`` of buffers. ``features``: the optional ones that the device has."""
     if SUBGROUPS not in features:
         f = spread_subgroups(f)
-    rules = replace(WGSL_RULES, half=F16 in features, dots=PACKED_DOT in features)
+    halves = {b.name for b in f.buffers if b.dtype.scalar is f16}
+    shared = any(halves & {*g} for g in groups if len(g) > 1)  # a binding of several buffers has whole words
+    rules = replace(WGSL_RULES, half=F16 in features and not shared, dots=PACKED_DOT in features)
     f = scalarize(split_grid(map_parallel(flatten(f))))
     f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules)  # whole words of narrow elements
     return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16))
