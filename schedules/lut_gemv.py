@@ -2,15 +2,19 @@
 
 Pattern: :mod:`luthier.schedules.lowbit` with activations that may be rounded. A first kernel makes a table of 16 bytes for every
 four columns (every three of ternary weights): the sums of the activations for each pattern of bits, rounded to 8 bits with
-one step for a flush interval. The second looks up 32 rows with one byte shuffle, a bit plane of the weights at a time. A ternary triple
-is one of 13 patterns up to its sign: four bits and a sign bit, 5/3 bits a weight.
+one step for a flush interval. The second looks up 32 rows with one byte shuffle, a bit plane of the weights at a time.
 
-Two bits: both planes of a row stand in neighbouring bytes, so a byte product with (1, 2) sums their look-ups, signed, in 16 bits.
-Otherwise bytes are summed in 16 bits without unpacking: ``A`` sums words, ``B`` their high bytes, so the low bytes' sum is ``A - 256 B``.
-Complementing a byte negates an entry of a ternary table, because those are stored around 127.5.
+* One bit: the look-ups of two neighbouring tables are summed in a byte (their step is chosen for the sum). Bytes are summed in 16 bits
+  without unpacking: ``A`` sums words, ``B`` their high bytes, so the low bytes' sum is ``A - 256 B``. Three bits: the same, one table a time.
+* Two bits: both planes of a row stand in neighbouring bytes, so a byte product with (1, 2) sums their look-ups, signed, in 16 bits.
+* Ternary: a triple is one of 13 patterns up to its sign, four bits and a sign bit. Signs stand seven to a byte above a bit that is always
+  set, so a shifted byte is never zero and one instruction gives it to a look-up. Every table has a step of its own, a small multiple of the
+  interval's, kept in the table's two unused entries; byte products with (multiple, 0) and (0, multiple) widen and scale in one.
 
-NMSE against f64 on normally distributed activations: at most 5e-4 (about 4e-5 at 64 columns a flush, 1.2e-4 for ternary at 256). With one
-activation that outweighs all others of its interval, ternary products reach 2e-3: entries of zero are half a step off.
+Rows of several registers stand interleaved in one stream where they share the tables' loads.
+
+NMSE against f64 on normally distributed activations: at most 5e-4 (3.5e-5 for two bits at 64 columns a flush, 1.2e-4 for one bit at 128,
+3e-5 for ternary at 256).
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from luthier.ir.expr import (
     const,
     load,
     maximum,
+    minimum,
     ramp,
     select,
     shuffle,
@@ -43,13 +48,15 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes, madd_small
+from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, lookup_bytes, madd_small, sign_bytes
 from luthier.schedules.lowbit import LowbitPacking, LowbitProduct, match, pad_rows, row_point
 from luthier.schedules.make_func import make_func
-from luthier.schedules.quantized_gemv import PREFETCH, Body, GemvBuilder
+from luthier.schedules.quantized_gemv import Body, GemvBuilder
 from luthier.schedules.schedule import Schedule
 
 Array = np.ndarray[Any, Any]
+AHEAD = 8192  # bytes that are fetched ahead of the loads
+
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 2)) -> Any:
     """Kernels of a matching Compute, or None. ``streams``: tiles of 32 rows at once; ``widths``: bits for which look-ups are chosen
@@ -113,18 +120,15 @@ def pack_pairs(size: int) -> Callable[[Array], Array]:
 
 
 def pack_triples(flush: int, size: int) -> Callable[[Array], Array]:
-    """[rows, columns] values 0, 1, 2 to [rows / size, columns / flush, steps, size] bytes: for eight triples their signs and
-    four bytes of pattern numbers."""
+    """[rows, columns] values 0, 1, 2 to [rows / size, columns / flush, bytes, size] in the order of :func:`triple_bytes`."""
     table = patterns(True)[:14]
     code = np.zeros((3, 3, 3), np.uint8)
-    for i, t in enumerate(table[:14]):
+    for i, t in enumerate(table):
         a = tuple(int(c) for c in t)
-        if i and not any(a):
-            continue
-        code[a[0] + 1, a[1] + 1, a[2] + 1] = i
         if any(a):
+            code[a[0] + 1, a[1] + 1, a[2] + 1] = i
             code[1 - a[0], 1 - a[1], 1 - a[2]] = i | 16
-    n, steps, signs = triple_steps(flush)
+    n, order = triples(flush), triple_bytes(triples(flush))
 
     def go(u: Array) -> Array:
         p = pad_rows(u.astype(np.uint8), size)
@@ -133,27 +137,34 @@ def pack_triples(flush: int, size: int) -> Callable[[Array], Array]:
         full = np.ones((rows, v.shape[1], n * 3), np.uint8)
         full[:, :, :flush] = v
         t = full.reshape(rows, v.shape[1], n, 3)
-        c = code[t[..., 0], t[..., 1], t[..., 2]]
-        odd = (np.arange(n) & 1).astype(np.uint8) * 16
-        c = np.where(c == 0, odd, c)  # all zero: alternating signs, so that the half step of entry 0 cancels
-        low = np.zeros((rows, v.shape[1], 2 * steps), np.uint8)
-        low[:, :, :n] = c & 15
-        sg = np.zeros((rows, v.shape[1], 8 * signs), np.uint8)
-        sg[:, :, :n] = c >> 4
-        out = np.empty((rows, v.shape[1], steps + signs), np.uint8)
-        at = np.arange(steps)
-        out[..., at + at // 4 + 1] = low[..., 0::2] | (low[..., 1::2] << 4)
-        out[..., np.arange(signs) * 5] = np.packbits(sg, axis=-1, bitorder="little")
-        out = out.reshape(-1, size, v.shape[1], steps + signs).transpose(0, 2, 3, 1)
+        c = np.zeros((rows, v.shape[1], n + 7), np.uint8)
+        c[..., :n] = code[t[..., 0], t[..., 1], t[..., 2]]
+        out = np.empty((rows, v.shape[1], len(order)), np.uint8)
+        for i, (kind, at) in enumerate(order):
+            if kind == "pattern":
+                out[..., i] = (c[..., at] & 15) | ((c[..., at + 1] & 15) << 4)
+            else:
+                out[..., i] = 1 | np.bitwise_or.reduce([(c[..., at + j] >> 4) << (7 - j) for j in range(7)])
+        out = out.reshape(-1, size, v.shape[1], len(order)).transpose(0, 2, 3, 1)
         return _lanes(out).view(np.int32).reshape(-1)
 
     return go
 
 
-def triple_steps(flush: int) -> tuple[int, int, int]:
-    """(triples, bytes of pattern numbers, bytes of signs) of a flush interval."""
-    n = -(-flush // 3)
-    return n, -(-n // 2), -(-n // 8)
+def triples(flush: int) -> int:
+    """Triples of a flush interval; the last one may reach beyond it (columns of zero)."""
+    return -(-flush // 3)
+
+
+def triple_bytes(n: int) -> list[tuple[str, int]]:
+    """The bytes of ``n`` triples of a row: ``("sign", t)`` holds bit ``7 - j`` for triple ``t + j`` (seven of them) and a set bit 0,
+    ``("pattern", t)`` the numbers of the patterns of two triples. 14 triples take nine bytes."""
+    return [(kind, t) for t in range(n) for kind, every in (("sign", 7), ("pattern", 2)) if t % every == 0]
+
+
+def interleave(fn: Callable[[Array], Array], steps: int, width: int, count: int) -> Callable[[Array], Array]:
+    """``fn``'s stream of ``steps`` registers of ``width`` words a block, with ``count`` blocks side by side."""
+    return lambda u: np.ascontiguousarray(fn(u).reshape(-1, count, steps, width).transpose(0, 2, 1, 3)).reshape(-1)
 
 
 def _lanes(a: Array) -> Array:
@@ -195,14 +206,24 @@ class _Tables(GemvBuilder):
         return 3 if self.ternary else 4
 
     @property
+    def joined(self) -> bool:
+        """Look-ups of two neighbouring tables are summed in a byte."""
+        return self.p.bits == 1
+
+    @property
     def middle(self) -> float:
-        """The byte of an entry of zero. A complement negates around 127.5; where nothing is negated zero is exact. Pairs are signed."""
-        return 127.5 if self.ternary else 0.0 if self.paired else 128.0
+        """The byte of an entry of zero; 0 where bytes are signed."""
+        return 0.0 if self.ternary or self.paired else 64.0 if self.joined else 128.0
+
+    @property
+    def multiples(self) -> int:
+        """Highest multiple of the interval's step that a ternary table may have: 16-bit sums stay in range."""
+        return min(15, 32767 // (127 * self.tables))
 
     @property
     def tables(self) -> int:
         """Tables of a flush interval."""
-        return triple_steps(self.flush)[0] if self.ternary else self.flush // 4
+        return triples(self.flush) if self.ternary else self.flush // 4
 
     @property
     def base(self) -> int:
@@ -213,29 +234,38 @@ class _Tables(GemvBuilder):
         self.prepare_groups(self.base)
         name, blocks = p.out.name, self.blocks // self.parts
         if self.ternary:
-            _, steps, signs = triple_steps(self.flush)
-            self.step_words = (steps + signs) * self.lanes
-            fn = pack_triples(self.flush, self.bytes)
+            steps, fn = len(triple_bytes(self.tables)), pack_triples(self.flush, self.bytes)
         elif self.paired:
-            self.step_words = self.flush // 8 * self.lanes
-            fn = pack_pairs(self.bytes)
+            steps, fn = self.flush // 8, pack_pairs(self.bytes)
         else:
-            self.step_words = self.flush // 8 * p.bits * self.lanes
-            fn = pack_planes(p.bits, self.bytes)
-        size = blocks * (p.columns // self.flush) * self.step_words
-        self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
-        self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, fn, self.w))
-        r = self.streams or (self.caps.streams if self.paired or self.ternary else max(1, self.caps.streams // p.bits))  # sums stay in registers
+            steps, fn = self.flush // 8 * p.bits, pack_planes(p.bits, self.bytes)
+        self.step_words = steps * self.lanes
+        spans = p.columns // self.flush
+        # one stream: several registers of rows share the tables' loads; several streams are as many registers
+        r = self.streams or (4 if self.paired else 1 if p.bits == 3 else 2)
+        if self.caps.streams > 1:
+            r = self.streams or (self.caps.streams if self.paired or self.ternary else max(1, self.caps.streams // p.bits))
         while blocks % r:
             r //= 2
         self.r = r
-        spans = p.columns // self.flush
-        self.xb = Buffer(f"{name}.tables", i32, (self.m * (spans * self.tables * 4),), "param", True)
+        self.shared = self.caps.streams == 1
+        if self.shared and r > 1:
+            fn = interleave(fn, spans * steps, self.lanes, r)
+        size = blocks * spans * self.step_words
+        self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
+        self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, lambda u: fn(pad_rows(u, 4 * self.bytes)), self.w))
+        self.xb = Buffer(f"{name}.tables", i16 if self.ternary else i32, (self.m * (spans * self.tables * (8 if self.ternary else 4)),), "param", True)
         self.sx = Buffer(f"{name}.xscale", f32, (self.m * spans,), "param", True)
         self.sums = Buffer(f"{name}.xsum", f32, (self.m * spans,), "param", True)
         self.corr = Buffer(f"{name}.xbase", f32, (self.m * spans,), "param", True)
         streamed = self.zero is not None or self.off is not None
-        self.temps = [self.xb, self.sx, self.corr, *([self.sums] if streamed else [])]
+        self.plain = self.middle == 0 and self.mean == 0  # a sum of entries needs no correction
+        self.temps = [self.xb, self.sx, *([] if self.plain else [self.corr]), *([self.sums] if streamed else [])]
+
+    @property
+    def mean(self) -> float:
+        """What every weight lacks in the tables' sums, in steps of the weights."""
+        return (0.0 if self.ternary else ((1 << self.p.bits) - 1) / 2) - (self.zc or 0)
 
     # ------------------------------------------------------------ tables
 
@@ -246,7 +276,6 @@ class _Tables(GemvBuilder):
         g = var("g", lo=0, hi=spans - 1)
         cols = self.tables * self.width
         tile = Buffer("tile", f32, (const(-(-max(cols, self.flush) // f) * f),), "local")
-        sums = Buffer("entries", f32, (const(self.tables * 16),), "local")
         lane = var("lane", lo=0, hi=f - 1)
         at = row_point(p.rows, m)
         jv = var("j", lo=0, hi=self.flush // f - 1)
@@ -254,49 +283,71 @@ class _Tables(GemvBuilder):
         fill: list[Stmt] = [For(jv, const(0), const(self.flush // f), "serial", For(lane, const(0), const(f), "vectorize", Store(tile, (jv * f + lane,), x)))]
         fill += [Store(tile, (const(i),), const(0.0, f32)) for i in range(self.flush, cols)]
         top, total = Buffer("top", f32.vec(f), (), "local"), Buffer("total", f32.vec(f), (), "local")
-        t = var("t", lo=0, hi=self.tables - 1)
-        rows = patterns(self.ternary)
-        halves = [[shuffle([const(float(c), f32) for c in rows[h * f : h * f + f, i]], range(f)) for i in range(self.width)] for h in range(16 // f)]
-        xs = [b.let(bcast(load(tile, [t * self.width + i]), f), "x") for i in range(self.width)]
-        for h in range(16 // f):
-            e = xs[0] * halves[h][0]
-            for i in range(1, self.width):
-                e = e + xs[i] * halves[h][i]
-            v = b.let(e, "e")
-            b.put(Store(sums, (ramp(t * 16 + h * f, 1, f),), v))
-            b.put(Store(top, (), maximum(load(top, ()), unary("abs", v))))
-        make = For(t, const(0), const(self.tables), "serial", b.take())
+        whole = 1.0 if self.ternary else 0.5  # the largest entry of a table is that part of the sum of magnitudes
+
+        def read(b: Body, t: Expr) -> tuple[list[Expr], Expr]:
+            """The columns of a table in every lane, and its largest entry."""
+            xs = [b.let(bcast(load(tile, [t * self.width + i]), f), "x") for i in range(self.width)]
+            mag = unary("abs", xs[0])
+            for v in xs[1:]:
+                mag = mag + unary("abs", v)
+            return xs, b.let(mag * bcast(const(whole, f32), f) if whole != 1 else mag, "m")
+
+        per = 2 if self.joined else 1
+        t = var("t", lo=0, hi=self.tables // per - 1)
+        mags = [read(b, t * per + i)[1] for i in range(per)]
+        b.put(Store(top, (), maximum(load(top, ()), sum(mags[1:], mags[0]))))
+        find = For(t, const(0), const(self.tables // per), "serial", b.take())
         add = For(jv, const(0), const(self.flush // f), "serial", Store(total, (), load(total, ()) + load(tile, [ramp(jv * f, 1, f)])))
         amax = b.let(vreduce("max", load(top, ())), "amax")
-        step = b.let(amax * const(1 / 127, f32), "step")
-        inv = b.let(select(const(0.0, f32) < amax, const(127.0, f32) / amax, const(0.0, f32)), "inv")
-        whole = b.let(vreduce("add", load(total, ())), "sum")
+        levels = 127.0 * self.multiples if self.ternary else 126.0 if self.joined else 127.0  # two roundings stay below 128
+        step = b.let(amax * const(1 / levels, f32), "step")
+        inv = b.let(bcast(select(const(0.0, f32) < amax, const(levels, f32) / amax, const(0.0, f32)), f), "inv")
         where = m * spans + g
         b.put(Store(self.sx, (where,), step))
         weight = 1 if self.ternary else (1 << p.bits) - 1
-        part = step * const(-self.middle * self.tables * weight, f32) if self.middle else const(0.0, f32)
-        mean = 0.0 if self.ternary else weight / 2
-        const_zero = mean - (self.zc or 0)
-        b.put(Store(self.corr, (where,), part + whole * const(const_zero, f32) if const_zero else part))
-        if self.zero is not None or self.off is not None:
-            b.put(Store(self.sums, (where,), whole))
-        t2 = var("t2", lo=0, hi=self.tables - 1)
+        if not self.plain or self.zero is not None or self.off is not None:
+            every = b.let(vreduce("add", load(total, ())), "sum")
+            if not self.plain:
+                b.put(Store(self.corr, (where,), step * const(-self.middle * self.tables * weight, f32) + every * const(self.mean, f32)))
+            if self.zero is not None or self.off is not None:
+                b.put(Store(self.sums, (where,), every))
         scale, body = b.take(), Body()
-        parts = []
-        for h in range(16 // f):
-            e = load(sums, [ramp(t2 * 16 + h * f, 1, f)]) * bcast(inv, f)
-            if self.middle:
-                e = e + bcast(const(self.middle, f32), f)
-            parts.append(body.let(cast(cast(unary("round", e), i32.vec(f)), i8.vec(f)), "q"))
-        body.put(Store(self.xb, (ramp((where * self.tables + t2) * 4, 1, 4),), bitcast(shuffle(parts, range(16)), i32.vec(4))))
+        t2 = var("t2", lo=0, hi=self.tables - 1)
+        body.put(self.entries(body, *read(body, t2), inv, where * self.tables + t2))
         write = For(t2, const(0), const(self.tables), "serial", body.take())
         zero = bcast(const(0.0, f32), f)
-        nest: Stmt = block(*fill, Store(top, (), zero), Store(total, (), zero), make, add, scale, write)
-        for buf in (total, top, sums, tile):
+        nest: Stmt = block(*fill, Store(top, (), zero), Store(total, (), zero), find, add, scale, write)
+        for buf in (total, top, tile):
             nest = Alloc(buf, nest)
         kind = "serial" if self.m.op == "const" and self.m.attr == 1 else "parallel"
         loop = For(m, const(0), self.m, kind, For(g, const(0), const(spans), "serial", nest))
         return make_func(f"{self.s.compute.name}.tables", loop, self.s.compute.dims)
+
+    def entries(self, b: Body, xs: list[Expr], mag: Expr, inv: Expr, where: Expr) -> Stmt:
+        """Table number ``where`` of the columns ``xs``, rounded to bytes."""
+        f, rows = self.lanes, patterns(self.ternary)
+        times: Expr | None = None
+        if self.ternary:  # the smallest multiple of the step that holds the table
+            most = self.multiples
+            need = unary("ceil", mag * inv * bcast(const(1 / 127, f32), f))
+            times = b.let(maximum(minimum(need, bcast(const(float(most), f32), f)), bcast(const(1.0, f32), f)), "times")
+            inv = b.let(inv / times, "inv")
+        parts = []
+        for h in range(16 // f):
+            cs = [shuffle([const(float(c), f32) for c in rows[h * f : h * f + f, i]], range(f)) for i in range(self.width)]
+            e = xs[0] * cs[0]
+            for x, c in zip(xs[1:], cs[1:], strict=True):
+                e = e + x * c
+            e = e * inv
+            if self.middle:
+                e = e + bcast(const(self.middle, f32), f)
+            e = unary("round", e)
+            if times is not None and h == 14 // f:
+                e = e + times * shuffle([const(float(i == 14 % f), f32) for i in range(f)], range(f))
+            parts.append(b.let(cast(cast(e, i32.vec(f)), i8.vec(f)), "q"))
+        n = 8 if self.ternary else 4
+        return Store(self.xb, (ramp(where * n, 1, n),), bitcast(shuffle(parts, range(16)), self.xb.dtype.vec(n)))
 
     # ------------------------------------------------------------ product
 
@@ -316,101 +367,158 @@ class _Tables(GemvBuilder):
         spans = p.columns // self.flush
         g = var("g", lo=0, hi=spans - 1)
         b = Body()
-        base = [b.let(((first + i) * spans + g) * self.step_words, "at") for i in range(r)]
+        if self.shared:
+            start = b.let((first * spans + g * r) * self.step_words, "at")
+            self.starts = [start + i * self.lanes for i in range(r)]
+        else:
+            self.starts = [b.let(((first + i) * spans + g) * self.step_words, "at") for i in range(r)]
+        self.sums16: dict[Any, Buffer] = {}
+        self.read = 0
         look_up = self.look_up_triples if self.ternary else self.look_up_pairs if self.paired else self.look_up_planes
-        look_up(b, base, r, m, g, acc, first)
-        loop = For(g, const(0), const(spans), "serial", b.take())
+        look_up(b, r, m, g, acc, first)
+        nest = b.take()
+        for buf in self.sums16.values():
+            nest = Alloc(buf, nest)
         flat = [x for row in acc for x in row]
-        start = [Store(x, (), bcast(const(0.0, f32), self.lanes)) for x in flat]
-        body = block(*start, loop, self.epilogue(first * self.parts, r * self.parts, m, 1, [[x] for x in flat]))
+        begin = [Store(x, (), bcast(const(0.0, f32), self.lanes)) for x in flat]
+        body = block(*begin, For(g, const(0), const(spans), "serial", nest), self.epilogue(first * self.parts, r * self.parts, m, 1, [[x] for x in flat]))
         for x in reversed(flat):
             body = Alloc(x, body)
         return body
 
-    def word(self, b: Body, at: Expr, step: int) -> Expr:
-        if step % 2 == 0 and self.caps.streams == 1:  # beside the loads, so that requests do not come in bursts; the distance is measured
-            ahead = 3 * PREFETCH if self.ternary else PREFETCH
-            b.put(Call("prefetch", ((self.w, at + (step * self.lanes + ahead // 4)),)))
-        return b.let(bitcast(load(self.w, [ramp(at + step * self.lanes, 1, self.lanes)]), u8.vec(self.bytes)), "w")
+    def word(self, b: Body, i: int, step: Expr) -> Expr:
+        """Register ``i`` of step ``step`` of the interval."""
+        at = self.starts[i] + step * (self.lanes * (self.r if self.shared else 1))
+        if self.shared and self.read % max(1, 16 // self.lanes) == 0:  # one for a line, beside the loads, so that requests do not come in bursts
+            b.put(Call("prefetch", ((self.w, at + AHEAD // 4),)))
+        self.read += 1
+        return b.let(bitcast(load(self.w, [ramp(at, 1, self.lanes)]), u8.vec(self.bytes)), "w")
 
-    def table(self, b: Body, m: Expr, g: Expr, t: int) -> Expr:
-        spans = self.p.columns // self.flush
-        raw = load(self.xb, [ramp(((m * spans + g) * self.tables + t) * 4, 1, 4)])
-        return b.let(bitcast(shuffle([raw], [0, 1, 2, 3] * (self.lanes // 4)), u8.vec(self.bytes)), "t")
+    def table(self, b: Body, m: Expr, g: Expr, t: Expr) -> Expr:
+        spans, n = self.p.columns // self.flush, 8 if self.ternary else 4
+        raw = load(self.xb, [ramp(((m * spans + g) * self.tables + t) * n, 1, n)])
+        return b.let(bitcast(shuffle([raw], [*range(n)] * (self.lanes // 4)), u8.vec(self.bytes)), "t")
 
-    def add(self, b: Body, sums: dict[Any, Expr], key: Any, v: Expr) -> None:
+    def zero16(self, b: Body, *keys: Any) -> None:
+        """Running sums of 16 bits that start at zero."""
+        for key in keys:
+            self.sums16[key] = buf = Buffer("sum." + ".".join(str(k) for k in key), u16.vec(2 * self.lanes), (), "local")
+            b.put(Store(buf, (), bcast(const(0, u16), 2 * self.lanes)))
+
+    def add16s(self, b: Body, key: Any, v: Expr) -> None:
+        buf = self.sums16[key]
+        b.put(Store(buf, (), load(buf, ()) + bitcast(v, u16.vec(2 * self.lanes))))
+
+    def add_bytes(self, b: Body, key: tuple[Any, ...], v: Expr) -> None:
         """Bytes into the two running sums of words."""
         words = bitcast(v, u16.vec(2 * self.lanes))
-        for which, x in (("A", words), ("B", words >> 8)):
-            old = sums.get((which, key))
-            sums[which, key] = b.let(x if old is None else old + x, which)
+        self.add16s(b, ("A", *key), words)
+        self.add16s(b, ("B", *key), words >> 8)
 
-    def look_up_planes(self, b: Body, base: list[Expr], r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+    def repeat(self, b: Body, count: int, body: Callable[[Body, Expr], None]) -> None:
+        """``body`` for 0 .. count - 1, as a loop: whole intervals in one block of code are more than a register allocator copes with."""
+        if count == 1:
+            body(b, const(0))
+        elif count:
+            u, inner = var("u", lo=0, hi=count - 1), Body()
+            inner.n = b.n + 1000
+            body(inner, u)
+            b.put(For(u, const(0), const(count), "serial", inner.take()))
+
+    def nibble(self, w: Expr, half: int) -> Expr:
+        return (w if not half else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
+
+    def look_up_planes(self, b: Body, r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
         p = self.p
-        sums: dict[Any, Expr] = {}
-        for s in range(self.flush // 8):
-            ts = [self.table(b, m, g, 2 * s + h) for h in (0, 1)]
-            for i in range(r):
-                for plane in range(p.bits):
-                    w = self.word(b, base[i], s * p.bits + plane)
-                    for h in (0, 1):
-                        which = (w if not h else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
-                        self.add(b, sums, (i, plane), b.let(lookup_bytes(ts[h], which), "v"))
+        self.zero16(b, *[(w, i, plane) for i in range(r) for plane in range(p.bits) for w in "AB"])
+
+        def steps(b: Body, u: Expr) -> None:
+            for s in range(4):
+                ts = [self.table(b, m, g, u * 8 + (2 * s + h)) for h in (0, 1)]
+                for i in range(r):
+                    for plane in range(p.bits):
+                        w = self.word(b, i, u * (4 * p.bits) + (s * p.bits + plane))
+                        vs = [b.let(lookup_bytes(ts[h], self.nibble(w, h)), "v") for h in (0, 1)]
+                        for v in [vs[0] + vs[1]] if self.joined else vs:
+                            self.add_bytes(b, (i, plane), b.let(v, "v"))
+
+        self.repeat(b, self.flush // 32, steps)
         for i in range(r):
             low = high = None
             for plane in range(p.bits):
-                hb = sums["B", (i, plane)]
-                lb = sums["A", (i, plane)] - (hb << 8)
+                a, hb = (b.let(load(self.sums16[w, i, plane], ()), "s") for w in "AB")
+                lb = a - (hb << 8)
                 low = lb if low is None else low + (lb << plane)
                 high = hb if high is None else high + (hb << plane)
             assert low is not None and high is not None
             self.flush_rows(b, [b.let(low, "lo"), b.let(high, "hi")], acc[i], first + i, m, g)
 
-    def look_up_pairs(self, b: Body, base: list[Expr], r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+    def look_up_pairs(self, b: Body, r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
         weights = shuffle([const(1, u8), const(2, u8)] * (self.bytes // 2), range(self.bytes))
-        sums: dict[int, Expr] = {}
-        for s in range(self.flush // 8):
-            ts = [bitcast(self.table(b, m, g, 2 * s + h), i8.vec(self.bytes)) for h in (0, 1)]
-            for i in range(r):
-                w = self.word(b, base[i], s)
-                for h in (0, 1):
-                    which = (w if not h else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
-                    v = madd_small(weights, b.let(lookup_bytes(ts[h], which), "v"))
-                    sums[i] = b.let(sums[i] + v if i in sums else v, "s")
-        for i in range(r):
-            self.flush_rows(b, [sums[i]], acc[i], first + i, m, g)
+        self.zero16(b, *[("A", i) for i in range(r)])
 
-    def look_up_triples(self, b: Body, base: list[Expr], r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
-        n, *_ = triple_steps(self.flush)
-        sums: dict[Any, Expr] = {}
-        sign: dict[int, Expr] = {}
-        for t in range(n):
-            table = self.table(b, m, g, t)
-            for i in range(r):
-                if t % 8 == 0:
-                    sign[i] = self.word(b, base[i], t // 8 * 5)
-                if t % 2 == 0:
-                    sign[-1 - i] = self.word(b, base[i], t // 2 + t // 8 + 1)
-                w = sign[-1 - i]
-                which = (w if t % 2 == 0 else bitcast(bitcast(w, u16.vec(2 * self.lanes)) >> 4, u8.vec(self.bytes))) & 15
-                up = bitcast(sign[i], u16.vec(2 * self.lanes))
-                moved = bitcast(bitcast(up << (7 - t % 8), i16.vec(2 * self.lanes)) if t % 8 < 7 else up, i8.vec(self.bytes))
-                mask = cast(compare("lt", moved, bcast(const(0, i8), self.bytes)), i8.vec(self.bytes))
-                flip = bitcast(unary("neg", mask), u8.vec(self.bytes))
-                self.add(b, sums, i, b.let(lookup_bytes(table, which) ^ flip, "v"))
+        def steps(b: Body, u: Expr) -> None:
+            for s in range(4):
+                ts = [bitcast(self.table(b, m, g, u * 8 + (2 * s + h)), i8.vec(self.bytes)) for h in (0, 1)]
+                for i in range(r):
+                    w = self.word(b, i, u * 4 + s)
+                    for h in (0, 1):
+                        self.add16s(b, ("A", i), madd_small(weights, b.let(lookup_bytes(ts[h], self.nibble(w, h)), "v")))
+
+        self.repeat(b, self.flush // 32, steps)
         for i in range(r):
-            hb = sums["B", i]
-            self.flush_rows(b, [b.let(sums["A", i] - (hb << 8), "lo"), hb], acc[i], first + i, m, g)
+            self.flush_rows(b, [b.let(bitcast(load(self.sums16["A", i], ()), i16.vec(2 * self.lanes)), "s")], acc[i], first + i, m, g)
+
+    def look_up_triples(self, b: Body, r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+        self.zero16(b, *[(w, i) for i in range(r) for w in "AB"])
+        spans = self.p.columns // self.flush
+
+        def steps(count: int) -> Callable[[Body, Expr], None]:
+            def go(b: Body, u: Expr) -> None:
+                sign: list[Expr] = []
+                which: list[Expr] = []
+                at = {x: i for i, x in enumerate(triple_bytes(count))}
+                for t in range(count):
+                    table = bitcast(self.table(b, m, g, u * 14 + t), i8.vec(self.bytes))
+                    times = load(self.xb, [((m * spans + g) * self.tables + u * 14 + t) * 8 + 7])
+                    low = b.let(bcast(bitcast(times, u16), 2 * self.lanes), "k")
+                    high = b.let(low << 8, "k")
+                    if t % 7 == 0:
+                        sign = [self.word(b, i, u * 9 + at["sign", t]) for i in range(r)]
+                    if t % 2 == 0:
+                        which = [self.word(b, i, u * 9 + at["pattern", t]) for i in range(r)]
+                    for i in range(r):
+                        moved = bitcast(bitcast(sign[i], u16.vec(2 * self.lanes)) << (t % 7), i8.vec(self.bytes))
+                        v = b.let(self.signed(b.let(lookup_bytes(table, self.nibble(which[i], t % 2)), "v"), moved), "v")
+                        for part, k in (("A", low), ("B", high)):
+                            self.add16s(b, (part, i), madd_small(bitcast(k, u8.vec(self.bytes)), v))
+
+            return go
+
+        n = self.tables
+        self.repeat(b, n // 14, steps(14))
+        if n % 14:
+            steps(n % 14)(b, const(n // 14))
+        for i in range(r):
+            self.flush_rows(b, [b.let(bitcast(load(self.sums16[w, i], ()), i16.vec(2 * self.lanes)), "s") for w in "AB"], acc[i], first + i, m, g)
+
+    def signed(self, v: Expr, s: Expr) -> Expr:
+        """``v`` with the sign of ``s``, which is never zero."""
+        if self.caps.vector_bits in SPELLING["bytes.sign"].get(self.caps.printer, {}):
+            return sign_bytes(v, s)
+        return select(compare("lt", s, bcast(const(0, i8), self.bytes)), unary("neg", v), v)
 
     def flush_rows(self, b: Body, halves: list[Expr], acc: list[Buffer], tile: Expr, m: Expr, g: Expr) -> None:
         """The rows of a register over an interval: sums of table entries to floats, scaled."""
         p = self.p
         where = m * (p.columns // self.flush) + g
-        step, corr = (b.let(bcast(load(x, [where]), self.lanes), "c") for x in (self.sx, self.corr))
+        step = b.let(bcast(load(self.sx, [where]), self.lanes), "c")
+        corr = None if self.plain else b.let(bcast(load(self.corr, [where]), self.lanes), "c")
         total = b.let(bcast(load(self.sums, [where]), self.lanes), "xs") if self.zero is not None or self.off is not None else None
         for c in range(self.parts):
             part = shuffle([halves[c // 2]], range(c % 2 * self.lanes, (c % 2 + 1) * self.lanes))
-            v = cast(cast(part, i32.vec(self.lanes)), f32.vec(self.lanes)) * step + corr
+            v = cast(cast(part, i32.vec(self.lanes)), f32.vec(self.lanes)) * step
+            v = v if corr is None else v + corr
             s, z, o = self.group_values(b, tile * self.parts + c, g * self.flush)
             if z is not None:
                 assert total is not None
