@@ -86,7 +86,7 @@ def luthier_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Arr
         c = build(layers)
         one = build(1) if layers > 1 else c
         error = nmse(first(one(x)), x.astype(np.float64) @ w.T)
-        stored = (bits or 5 / 3 + 2 / 96) + 16 / group
+        stored = 8 * one._weights.nbytes / (n * k)
         out.append(Candidate(f"luthier {template}".strip(), width, stored, lambda c=c: c(x), error))  # type: ignore[misc]
     return out
 
