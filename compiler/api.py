@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from luthier.collection import collection_paused
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
-    debug: str | None = None,
+    debug: str | None = None, tune: bool = False,
 ) -> Module:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`; a Graph,
     such as ``luthier.quantize`` gives) for ``target``.
@@ -25,7 +26,9 @@ def compile(
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
     ``debug="bounds"``: every access of every kernel is checked, and a call raises KernelError naming kernel, buffer, index, extent
     and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
-    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other
+    ``tune``: where several templates fit a kernel, they are measured on this machine, once (:mod:`luthier.tuner.choose`); without it the
+    one that was fastest where it was written is taken.
+    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError, SettingError or TuningError (all LuthierError). Any other
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
     from luthier import settings
     from luthier.codegen.target import parse_target
@@ -36,7 +39,7 @@ def compile(
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
         from luthier.llm import compile_gguf
 
-        return compile_gguf(os.fspath(model), target, shapes, threads, debug)
+        return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
     chosen = parse_target(target)
     make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
@@ -50,7 +53,7 @@ def compile(
         return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes)
 
     def build() -> Module:
-        return build_graph(imported, chosen, threads, checked)
+        return build_graph(imported, chosen, threads, checked, tune)
 
     try:
         return build()
@@ -62,21 +65,30 @@ def compile(
         raise
 
 
-def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False) -> Module:
-    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks."""
+def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False, tune: bool = False) -> Module:
+    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks, ``tune`` for measurements."""
+    from luthier.errors import TuningError
     from luthier.pipeline import compile_program
     from luthier.schedules.select import Record
     from luthier.targets import builder
 
     make = builder(target.kind)
     module: Module
-    with collection_paused():
+    with ExitStack() as stack:
+        choose = None
+        if tune:
+            if not getattr(make, "MEASURES", False):
+                raise TuningError(f"kernels for {target.name} cannot be measured here", hint="compile without tuning")
+            from luthier.tuner.choose import Chooser
+
+            choose = stack.enter_context(Chooser(target))
+        stack.enter_context(collection_paused())
+        record = Record(choose) if tune or getattr(make, "RETILES", False) else None
         if hasattr(make, "Ahead") and not checked:
             with make.Ahead(target) as ahead:
-                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel), target, threads, ahead)
+                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel, record), target, threads, ahead)
             return module
-        record = Record() if getattr(make, "RETILES", False) else None
         program = compile_program(graph(), target.caps, record=record)
         program.checked = checked
-        module = make.build_module(program, target, threads, **({} if record is None else {"record": record}))
+        module = make.build_module(program, target, threads, **({"record": record} if getattr(make, "RETILES", False) else {}))
     return module

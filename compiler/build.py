@@ -24,8 +24,9 @@ from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
 from luthier.passes.lower_subbyte import lower_subbyte
 from luthier.passes.plan_memory import roots
 
-__all__ = ["CHECKS_BOUNDS", "build_module"]
+__all__ = ["CHECKS_BOUNDS", "MEASURES", "build_module"]
 
+MEASURES = True  # kernels run in the isolated measurer
 CHECKS_BOUNDS = True  # kernels report an index out of range
 
 

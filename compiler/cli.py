@@ -123,11 +123,12 @@ def luthier() -> None:
 @_compile_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
+@click.option("--tune", is_flag=True, help="Measure kernels on this machine where several templates fit.")
 @click.option("--language", is_flag=True, help="MODEL is an ONNX decoder: make a language model of it (docs/llm.md).")
 @quantize_options
 @_debug
 def compile_command(
-    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, language: bool, debug: str | None,
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, tune: bool, language: bool, debug: str | None,
     **quantization: Any,
 ) -> None:
     """Compile an ONNX MODEL (or a GGUF language model) into an artifact: a folder that runs without Python."""
@@ -145,9 +146,9 @@ def compile_command(
 
         if precision is not None:
             raise InputError("--language and --precision exclude each other", hint="quantize the export first: luthier quantize")
-        module = compile_gguf(model, target, dict(shapes), threads, _checks(debug))
+        module = compile_gguf(model, target, dict(shapes), threads, _checks(debug), tune)
     else:
-        module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug))
+        module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=tune)
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

@@ -192,14 +192,14 @@ class LanguageModel:
 
 def compile_model(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: bool = False,
 ) -> Module:
     """A GGUF file or an ONNX decoder (:mod:`luthier.importers.onnx_language`) as a Module that :class:`LanguageModel` runs and ``save`` writes.
 
     ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
     activations instead of 8 bits in groups of 16; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
     the memory and bandwidth of keys and values). ``precision``: the layers' matrices are quantized anew, ``w8`` to ``w1`` or ``ternary``; ``weights``: or these are
-    taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). Raises InvalidModel, InputError, QuantizationError, TargetError."""
+    taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). ``tune``: as in :func:`luthier.compile`. Raises InvalidModel, InputError, QuantizationError, TargetError, TuningError."""
     from luthier.codegen.target import parse_target
 
     if parse_target(target).caps.gpu:
@@ -209,7 +209,7 @@ def compile_model(
             raise InputError("an ONNX export states the types of its weights and caches", hint="leave cache_bits, precision and weights out; luthier quantize changes an export")
         from luthier.llm_onnx import compile_onnx
 
-        return compile_onnx(path, target, threads, capacity, chunk, all_logits)
+        return compile_onnx(path, target, threads, capacity, chunk, all_logits, tune)
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf
     from luthier.importers.gguf_llama import config, llama_graph
@@ -225,7 +225,7 @@ def compile_model(
     if cache_bits not in (8, 16):
         raise InputError(f"a cache of {cache_bits} bits is not supported", hint="8 or 16")
     graph = llama_graph(file, n, exact, all_logits, cache_bits, requantizer(precision, weights))
-    module = compile_graph(graph, target, threads)
+    module = compile_graph(graph, target, threads, tune)
     ends = (file.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
     begin = file.metadata.get("tokenizer.ggml.bos_token_id") if file.metadata.get("tokenizer.ggml.add_bos_token") else None
     module.manifest["name"] = str(file.metadata.get("general.name", Path(path).stem))
@@ -263,7 +263,7 @@ def _sizes(graph: Graph) -> dict[str, int]:
     return {"parameters": parameters, "picked_bytes": picked, "cache_bytes": cache}
 
 
-def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None) -> Module:
+def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None, tune: bool = False) -> Module:
     """What ``luthier.compile`` does for a GGUF file (and ``luthier compile --language`` for an ONNX decoder): :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
     and ``tokens`` (of one call). Raises its errors, InputError for other names."""
     given = {k: tuple(v) for k, v in (shapes or {}).items()}
@@ -273,12 +273,12 @@ def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug
     if debug:
         raise InputError("language models have no bounds checks", hint="leave debug out")
     more = {name: given[k][0] for k, name in (("cache", "capacity"), ("tokens", "chunk")) if k in given}
-    return compile_model(path, target, threads, **more)
+    return compile_model(path, target, threads, **more, tune=tune)
 
 
 def load(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: bool = False,
 ) -> LanguageModel:
     """A GGUF file or an ONNX decoder compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
     ArtifactError."""
@@ -289,4 +289,4 @@ def load(
             raise InputError(f"{path} is compiled already; its weights stay as they are", hint="give the GGUF file")
 
         return LanguageModel(load_artifact(Path(path), threads))
-    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits, cache_bits, precision, weights))
+    return LanguageModel(compile_model(path, target, threads, capacity, chunk, exact, all_logits, cache_bits, precision, weights, tune))

@@ -88,7 +88,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def compile_onnx(
-    path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, all_logits: bool = False,
+    path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, all_logits: bool = False, tune: bool = False,
 ) -> Module:
     """An ONNX decoder as a Module that ``LanguageModel`` runs, with ``tokenizer.json`` and the configuration of the folder it lies in.
 
@@ -112,7 +112,7 @@ def compile_onnx(
         raise TargetError(f"{path.name} {why}, which language models on {kind} cannot have", hint="compile it for cpu, or as an ordinary model with luthier compile")
     parameters = sum(int(v.data.size) for m in d.graph.nodes for v in m.inputs[1:2] if m.op in ("MatMul", "Gemm") and v is not None and v.data is not None)
     state = [v for v in d.graph.inputs if v.name in d.state]
-    module = compile_graph(d.graph, target, threads)
+    module = compile_graph(d.graph, target, threads, tune)
     module.manifest["name"] = path.stem
     module.manifest["language"] = {
         "vocabulary": d.vocabulary, "capacity": n, "chunk": min(chunk, n), "all_logits": all_logits, "state": d.state,

@@ -313,7 +313,7 @@ class _Tables(GemvBuilder):
             if self.zero is not None or self.off is not None:
                 b.put(Store(self.sums, (where,), every))
         scale, body = b.take(), Body()
-        t2 = var("t2", lo=0, hi=self.tables - 1)
+        t2 = var("table", lo=0, hi=self.tables - 1)
         body.put(self.entries(body, *read(body, t2), inv, where * self.tables + t2))
         write = For(t2, const(0), const(self.tables), "serial", body.take())
         zero = bcast(const(0.0, f32), f)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from luthier.passes.unroll import unroll
 from luthier.passes.vectorize import vectorize
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
+from luthier.schedules.rivals import RIVALS, rivals
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
@@ -74,8 +75,10 @@ Constants = Mapping[str, np.ndarray[Any, Any]]
 
 @dataclass
 class Record:
-    """The Computes whose tiles depend on the number of registers, with the constants and what was made of them."""
+    """The Computes whose tiles depend on the number of registers, with the constants and what was made of them. ``choose``: picks among
+    the kernels of templates that fit one pattern (:mod:`luthier.tuner.choose`)."""
 
+    choose: Callable[[Sequence[Kernels]], Kernels] | None = None
     made: list[tuple[Compute, Constants, Kernels]] = field(default_factory=list)
 
     def note(self, compute: Compute, constants: Constants, k: Kernels) -> Kernels:
@@ -111,6 +114,8 @@ def build(
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
+        if name in RIVALS and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
+            return record.note(compute, consts, record.choose(found))
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)
         if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row

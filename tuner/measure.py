@@ -78,14 +78,17 @@ class Measurer:
         self._stop()
         self.folder.cleanup()
 
-    def measure(self, kernels: Kernels, constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None) -> Measurement:
+    def measure(
+        self, kernels: Kernels, constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None, spread: int = 0
+    ) -> Measurement:
         """All kernels of a Compute, one after another. ``constants``: contents of parameters (others are random); ``dims``: values of the
-        kernels' scalars by name."""
+        kernels' scalars by name. ``spread``: bytes of constants that go by before the same ones are read again, as the weights of a
+        model's other layers do: copies of them take turns."""
         self.count += 1
         base = Path(self.folder.name) / str(self.count)
         base.with_suffix(".txt").write_text("\n".join(str(f) for f in kernels.funcs), encoding="utf-8")
         np.savez(base.with_suffix(".npz"), **{**(constants or {}), **kernels.packed})  # type: ignore[arg-type]
-        job = {"base": str(base), "dims": dict(dims or {}), "target": self.target.name, "repeats": self.repeats, "least": self.least}
+        job = {"base": str(base), "dims": dict(dims or {}), "target": self.target.name, "repeats": self.repeats, "least": self.least, "spread": spread}
         if any(f.data for f in kernels.funcs):
             return Measurement(error="kernels with constant tables cannot be measured")
         answer = self._ask(json.dumps(job))
@@ -122,14 +125,17 @@ class Measurer:
             self.worker = None
 
 
-def compare(measurer: Measurer, candidates: Sequence[Kernels], constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None, rounds: int = 3) -> list[Measurement]:
+def compare(
+    measurer: Measurer, candidates: Sequence[Kernels], constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None,
+    rounds: int = 3, spread: int = 0,
+) -> list[Measurement]:  # fmt: skip
     """Every candidate in every round, in turns; the times of all rounds together. A candidate that fails is not tried again."""
     times: list[list[float]] = [[] for _ in candidates]
     errors = [""] * len(candidates)
     for _ in range(rounds):
         for k, c in enumerate(candidates):
             if not errors[k]:
-                m = measurer.measure(c, constants, dims)
+                m = measurer.measure(c, constants, dims, spread)
                 times[k] += m.seconds
                 errors[k] = m.error
     return [Measurement(() if e else tuple(t), e) for t, e in zip(times, errors, strict=True)]
@@ -155,19 +161,26 @@ def _run(job: Mapping[str, Any]) -> list[float]:
     target = parse_target(job["target"])
     funcs = parse_funcs(base.with_suffix(".txt").read_text(encoding="utf-8"))
     with np.load(base.with_suffix(".npz")) as given:
-        memory = {n: _aligned(given[n]) for n in given.files}
-    calls = []
+        size = sum(given[n].nbytes for n in given.files)
+        sets = [{n: _aligned(given[n]) for n in given.files} for _ in range(min(64, max(1, -(-job.get("spread", 0) // max(size, 1)))))]
+    rest: dict[str, Array] = {}
+    calls: list[list[tuple[Any, ...]]] = [[] for _ in sets]
     for f in funcs.values():
         symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
         lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
         env = {v: job["dims"][v.attr[0]] for v in f.scalars}
-        calls.append((lib, *_call(lib.address(symbol), f, env, memory)))
+        for mine, memory in zip(calls, sets, strict=True):
+            mine.append((lib, *_call(lib.address(symbol), f, env, memory, rest)))
+
+    turn = 0
 
     def once(n: int) -> float:
+        nonlocal turn
         t = time.perf_counter()
         for _ in range(n):
-            for _, fn, args in calls:
+            for _, fn, args in calls[turn]:
                 fn(*args)
+            turn = (turn + 1) % len(calls)
         return time.perf_counter() - t
 
     once(1)
@@ -175,16 +188,17 @@ def _run(job: Mapping[str, Any]) -> list[float]:
     return [once(n) / n for _ in range(job["repeats"])]
 
 
-def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Array]) -> tuple[Any, list[Any]]:
+def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Array], rest: dict[str, Array]) -> tuple[Any, list[Any]]:
+    """``memory``: constants; ``rest``: every other buffer, made here when it is first met."""
     types: list[Any] = []
     args: list[Any] = []
     for p in f.params:
         if isinstance(p, Buffer):
-            if p.name not in memory:
+            if p.name not in memory and p.name not in rest:
                 n = int(evaluate_expr(p.size(), env))
-                memory[p.name] = _aligned(_random(n * max(1, p.dtype.lanes), p))
+                rest[p.name] = _aligned(_random(n * max(1, p.dtype.lanes), p))
             types.append(ctypes.c_void_p)
-            args.append(memory[p.name].ctypes.data)
+            args.append((memory if p.name in memory else rest)[p.name].ctypes.data)
         else:
             types.append(ctypes.c_double if p.dtype.is_float and p.dtype.bits == 64 else ctypes.c_float if p.dtype.is_float else ctypes.c_int64)
             args.append(env[p])

@@ -56,11 +56,11 @@ class GraphBuilder:
         return Graph(self.name, self.inputs, [v for _, v in self.outputs], self.nodes, self.aliases, tuple(n for n, _ in self.outputs))
 
 
-def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None) -> Module:
+def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None, tune: bool = False) -> Module:
     """A graph to a module, as :func:`luthier.compile` does for a model. Raises its errors."""
     from luthier.api import build_graph
     from luthier.codegen.target import parse_target
 
-    return build_graph(lambda: graph, parse_target(target), threads)
+    return build_graph(lambda: graph, parse_target(target), threads, tune=tune)
 
 
