@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -26,9 +27,9 @@ def compile(
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
     ``debug="bounds"``: every access of every kernel is checked, and a call raises KernelError naming kernel, buffer, index, extent
     and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
-    ``tune``: where several templates fit a kernel, they are measured on this machine, once (:mod:`luthier.tuner.choose`); without it the
-    one that was fastest where it was written is taken.
-    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError, SettingError or TuningError (all LuthierError). Any other
+    ``tune``: where several templates fit a kernel, they are measured on this machine, once (:mod:`luthier.tuner.choose`); without it, and for
+    a target whose code does not run here (a warning says so), the one that was fastest where it was written is taken.
+    Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
     from luthier import settings
     from luthier.codegen.target import parse_target
@@ -67,7 +68,6 @@ def compile(
 
 def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False, tune: bool = False) -> Module:
     """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks, ``tune`` for measurements."""
-    from luthier.errors import TuningError
     from luthier.pipeline import compile_program
     from luthier.schedules.select import Record
     from luthier.targets import builder
@@ -76,14 +76,14 @@ def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None 
     module: Module
     with ExitStack() as stack:
         choose = None
-        if tune:
-            if not getattr(make, "MEASURES", False):
-                raise TuningError(f"kernels for {target.name} cannot be measured here", hint="compile without tuning")
+        if tune and (not getattr(make, "MEASURES", False) or target.missing_here()):
+            warnings.warn(f"kernels for {target.name} cannot be measured on this machine: templates are taken in their default order", stacklevel=3)
+        elif tune:
             from luthier.tuner.choose import Chooser
 
-            choose = stack.enter_context(Chooser(target))
+            choose = stack.enter_context(Chooser(target, threads=threads))
         stack.enter_context(collection_paused())
-        record = Record(choose) if tune or getattr(make, "RETILES", False) else None
+        record = Record(choose) if choose is not None or getattr(make, "RETILES", False) else None
         if hasattr(make, "Ahead") and not checked:
             with make.Ahead(target) as ahead:
                 module = make.build_module(compile_program(graph(), target.caps, ahead.kernel, record), target, threads, ahead)

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -141,14 +142,17 @@ def compile_command(
 
         source, shapes = quantize_file(model, precision, dict(shapes) or None, threads, quantization).graph, ()
     start = time.perf_counter()
-    if language:
-        from luthier.llm import compile_gguf
+    if language and precision is not None:
+        raise InputError("--language and --precision exclude each other", hint="quantize the export first: luthier quantize")
+    with warnings.catch_warnings(record=True) as notes:
+        if language:
+            from luthier.llm import compile_gguf
 
-        if precision is not None:
-            raise InputError("--language and --precision exclude each other", hint="quantize the export first: luthier quantize")
-        module = compile_gguf(model, target, dict(shapes), threads, _checks(debug), tune)
-    else:
-        module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=tune)
+            module = compile_gguf(model, target, dict(shapes), threads, _checks(debug), tune)
+        else:
+            module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=tune)
+    for note in notes:
+        click.echo(f"note: {note.message}", err=True)
     compiled = time.perf_counter() - start
     _publish(module, out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())

@@ -199,7 +199,7 @@ def compile_model(
     ``capacity``: positions of the cache (default: the model's context, at most 2048); ``chunk``: prompt tokens of one call; ``exact``: f32
     activations instead of 8 bits in groups of 16; ``all_logits``: the logits of every token; ``cache_bits``: 16, or 8 (half
     the memory and bandwidth of keys and values). ``precision``: the layers' matrices are quantized anew, ``w8`` to ``w1`` or ``ternary``; ``weights``: or these are
-    taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). ``tune``: as in :func:`luthier.compile`. Raises InvalidModel, InputError, QuantizationError, TargetError, TuningError."""
+    taken, by tensor name (:func:`luthier.importers.requantize.requantizer`). ``tune``: as in :func:`luthier.compile`. Raises InvalidModel, InputError, QuantizationError, TargetError."""
     from luthier.codegen.target import parse_target
 
     if parse_target(target).caps.gpu:

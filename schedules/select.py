@@ -114,7 +114,7 @@ def build(
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
-        if name in RIVALS and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
+        if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **knobs)

@@ -4,9 +4,9 @@
         for knobs in ({"mu": 4, "nv": 24}, {"mu": 6, "nv": 16}):
             print(knobs, m.measure(build(compute, target.caps, **knobs)))
 
-The parent schedules; the worker gets loop IR as text, compiles it, makes inputs and runs it alone on one thread. A worker that dies
-or exceeds its time is replaced, and the candidate gets an error instead of a time. What a time is good for is a comparison:
-candidates of one comparison should alternate (:func:`compare`).
+The parent schedules; the worker gets loop IR as text, compiles it, makes inputs and runs it alone, on one thread or with the rounds of
+parallel loops shared out to several. A worker that dies or exceeds its time is replaced, and the candidate gets an error instead of
+a time. What a time is good for is a comparison: candidates of one comparison should alternate (:func:`compare`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,13 +58,14 @@ class Measurement:
 
 class Measurer:
     """``timeout``: seconds for compiling and running one candidate. ``repeats``: times taken, each over at least ``least`` seconds.
+    ``threads``: run a kernel's parallel loop at once.
 
     Raises TuningError when the target's code cannot run on this machine."""
 
-    def __init__(self, target: Target, timeout: float = 30.0, repeats: int = 5, least: float = 0.01) -> None:
+    def __init__(self, target: Target, timeout: float = 30.0, repeats: int = 5, least: float = 0.01, threads: int = 1) -> None:
         if target.missing_here():
             raise TuningError(f"code for {target.name} does not run on this machine", hint="measure on a machine that has it")
-        self.target, self.timeout, self.repeats, self.least = target, timeout, repeats, least
+        self.target, self.timeout, self.repeats, self.least, self.threads = target, timeout, repeats, least, threads
         self.worker: subprocess.Popen[str] | None = None
         self.folder = tempfile.TemporaryDirectory(prefix="luthier-measure-")
         self.count = 0
@@ -84,14 +86,28 @@ class Measurer:
         """All kernels of a Compute, one after another. ``constants``: contents of parameters (others are random); ``dims``: values of the
         kernels' scalars by name. ``spread``: bytes of constants that go by before the same ones are read again, as the weights of a
         model's other layers do: copies of them take turns."""
+        job = self.prepare(kernels, constants, dims, spread)
+        return job if isinstance(job, Measurement) else self.run(job)
+
+    def prepare(
+        self, kernels: Kernels, constants: Mapping[str, Array] | None = None, dims: Mapping[str, int] | None = None, spread: int = 0
+    ) -> dict[str, Any] | Measurement:
+        """What :meth:`run` takes, or an error; arguments as for :meth:`measure`."""
+        if any(f.data for f in kernels.funcs):
+            return Measurement(error="kernels with constant tables cannot be measured")
         self.count += 1
         base = Path(self.folder.name) / str(self.count)
         base.with_suffix(".txt").write_text("\n".join(str(f) for f in kernels.funcs), encoding="utf-8")
         np.savez(base.with_suffix(".npz"), **{**(constants or {}), **kernels.packed})  # type: ignore[arg-type]
-        job = {"base": str(base), "dims": dict(dims or {}), "target": self.target.name, "repeats": self.repeats, "least": self.least, "spread": spread}
-        if any(f.data for f in kernels.funcs):
-            return Measurement(error="kernels with constant tables cannot be measured")
-        answer = self._ask(json.dumps(job))
+        return {
+            "base": str(base), "dims": dict(dims or {}), "target": self.target.name, "repeats": self.repeats, "least": self.least,
+            "spread": spread, "threads": self.threads,
+        }  # fmt: skip
+
+    def run(self, job: Mapping[str, Any], keep: bool = False) -> Measurement:
+        """Times of a prepared job. ``keep``: its code and memory stay in the worker for the next run, which need not compile it again;
+        a run without lets all of them go."""
+        answer = self._ask(json.dumps({**job, "keep": keep}))
         return Measurement(tuple(answer.get("seconds", ())), answer.get("error", ""))
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -130,12 +146,13 @@ def compare(
     rounds: int = 3, spread: int = 0,
 ) -> list[Measurement]:  # fmt: skip
     """Every candidate in every round, in turns; the times of all rounds together. A candidate that fails is not tried again."""
+    jobs = [measurer.prepare(c, constants, dims, spread) for c in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     errors = [""] * len(candidates)
-    for _ in range(rounds):
-        for k, c in enumerate(candidates):
+    for turn in range(rounds):
+        for k, job in enumerate(jobs):
             if not errors[k]:
-                m = measurer.measure(c, constants, dims, spread)
+                m = job if isinstance(job, Measurement) else measurer.run(job, keep=turn < rounds - 1 or k < len(jobs) - 1)
                 times[k] += m.seconds
                 errors[k] = m.error
     return [Measurement(() if e else tuple(t), e) for t, e in zip(times, errors, strict=True)]
@@ -147,49 +164,71 @@ def compare(
 def serve() -> None:
     """Jobs from standard input, one JSON object a line; an answer for each."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
+    kept: dict[str, _Job] = {}
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            answer: dict[str, Any] = {"seconds": _run(job)}
+            ready = kept.get(job["base"]) or _Job(job)
+            answer: dict[str, Any] = {"seconds": ready.times()}
+            kept = {**kept, job["base"]: ready} if job["keep"] else {}
         except (LuthierError, TypeError, ValueError) as e:
             answer = {"error": str(e)}
         out.write(json.dumps(answer) + "\n")
 
 
-def _run(job: Mapping[str, Any]) -> list[float]:
-    base = Path(job["base"])
-    target = parse_target(job["target"])
-    funcs = parse_funcs(base.with_suffix(".txt").read_text(encoding="utf-8"))
-    with np.load(base.with_suffix(".npz")) as given:
-        size = sum(given[n].nbytes for n in given.files)
-        sets = [{n: _aligned(given[n]) for n in given.files} for _ in range(min(64, max(1, -(-job.get("spread", 0) // max(size, 1)))))]
-    rest: dict[str, Array] = {}
-    calls: list[list[tuple[Any, ...]]] = [[] for _ in sets]
-    for f in funcs.values():
-        symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
-        lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
-        env = {v: job["dims"][v.attr[0]] for v in f.scalars}
-        for mine, memory in zip(calls, sets, strict=True):
-            mine.append((lib, *_call(lib.address(symbol), f, env, memory, rest)))
+class _Job:
+    """Compiled kernels with their arguments, ready to run."""
 
-    turn = 0
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        base = Path(job["base"])
+        self.job, target = job, parse_target(job["target"])
+        funcs = parse_funcs(base.with_suffix(".txt").read_text(encoding="utf-8"))
+        with np.load(base.with_suffix(".npz")) as given:
+            size = sum(given[n].nbytes for n in given.files)
+            copies = min(64, max(1, -(-job["spread"] // max(size, 1))))
+            self.sets = [{n: _aligned(given[n]) for n in given.files} for _ in range(copies)]
+        self.rest: dict[str, Array] = {}
+        self.calls: list[list[tuple[Any, ...]]] = [[] for _ in self.sets]
+        self.turn = 0
+        for f in funcs.values():
+            symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
+            lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
+            env = {v: job["dims"][v.attr[0]] for v in f.scalars}
+            for mine, memory in zip(self.calls, self.sets, strict=True):
+                mine.append((lib, *_call(lib.address(symbol), f, env, memory, self.rest)))
 
-    def once(n: int) -> float:
-        nonlocal turn
+    def times(self) -> list[float]:
+        """Seconds a run, ``repeats`` times."""
+        self.once(1)
+        n = max(1, int(self.job["least"] / max(self.once(1), 1e-7)))
+        return [self.once(n) / n for _ in range(self.job["repeats"])]
+
+    def once(self, n: int) -> float:
+        """``n`` runs, each with the next set of constants. Threads take their shares without waiting for each other between runs: a
+        kernel's rounds are independent of each other, and results are of no interest here."""
+        count = self.job["threads"]
+        others = [threading.Thread(target=self.share, args=(n, k, count)) for k in range(1, count)]
         t = time.perf_counter()
-        for _ in range(n):
-            for _, fn, args in calls[turn]:
+        for o in others:
+            o.start()
+        self.share(n, 0, count)
+        for o in others:
+            o.join()
+        took = time.perf_counter() - t
+        self.turn = (self.turn + n) % len(self.calls)
+        return took
+
+    def share(self, n: int, k: int, count: int) -> None:
+        """Thread ``k`` of ``count``; a kernel without a parallel loop is the first one's."""
+        parts = [[(fn, (*args, rounds * k // count, rounds * (k + 1) // count)) for _, fn, args, rounds in one if rounds or not k] for one in self.calls]
+        for i in range(n):
+            for fn, args in parts[(self.turn + i) % len(parts)]:
                 fn(*args)
-            turn = (turn + 1) % len(calls)
-        return time.perf_counter() - t
-
-    once(1)
-    n = max(1, int(job["least"] / max(once(1), 1e-7)))
-    return [once(n) / n for _ in range(job["repeats"])]
 
 
-def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Array], rest: dict[str, Array]) -> tuple[Any, list[Any]]:
-    """``memory``: constants; ``rest``: every other buffer, made here when it is first met."""
+def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Array], rest: dict[str, Array]) -> tuple[Any, list[Any], int]:
+    """(function, arguments, rounds of its parallel loop: 0 without). ``memory``: constants; ``rest``: every other buffer, made here when
+    it is first met."""
     types: list[Any] = []
     args: list[Any] = []
     for p in f.params:
@@ -203,7 +242,7 @@ def _call(address: int, f: Func, env: Mapping[Expr, int], memory: dict[str, Arra
             types.append(ctypes.c_double if p.dtype.is_float and p.dtype.bits == 64 else ctypes.c_float if p.dtype.is_float else ctypes.c_int64)
             args.append(env[p])
     loop = parallel_loop(f)
-    return ctypes.CFUNCTYPE(None, *types, ctypes.c_int64, ctypes.c_int64)(address), [*args, 0, int(evaluate_expr(loop[1], env)) if loop else 0]
+    return ctypes.CFUNCTYPE(None, *types, ctypes.c_int64, ctypes.c_int64)(address), args, int(evaluate_expr(loop[1], env)) if loop else 0
 
 
 def _random(n: int, b: Buffer) -> Array:

@@ -1,0 +1,37 @@
+"""Templates that fit one pattern, with the knobs worth measuring: the search space of a choice by measurement.
+
+Which of them is fastest depends on the machine, the width, the group and the number of activation rows. Without a measurement the first
+that fits with its own defaults is taken (what was fastest where it was written); with one (:mod:`luthier.tuner.choose`) all of them are made
+and timed. They read the same stored bits: each packs them for itself when the model is compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.schedule import Schedule
+
+if TYPE_CHECKING:
+    from luthier.schedules.select import Kernels
+
+# {template: knobs of each candidate}, in the order of preference without a measurement. ``widths``: look-ups for 3 bits as well.
+RIVALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "lut_gemv": tuple({"widths": (1, 2, 3), "streams": n} for n in (None, 1, 2, 4)),
+    "quantized_gemv": (*({"streams": n} for n in (None, 2, 4)), *({"rows": n} for n in (1, 2, 4))),
+}
+
+
+def rivals(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> list[Kernels]:
+    """The kernels of every template of ``RIVALS`` that fits, with each of its knobs, once each; the one that is taken without
+    a measurement comes first. Empty when none fits."""
+    tries: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in RIVALS]
+    tries += [(name, knobs) for name, all_knobs in RIVALS.items() for knobs in all_knobs]
+    out: dict[str, Kernels] = {}
+    for name, knobs in tries:
+        k = importlib.import_module(f"luthier.schedules.{name}").apply(s, caps, constants, **knobs)
+        if k is not None:
+            out.setdefault("\n".join(str(f) for f in k.funcs), k)
+    return list(out.values())
