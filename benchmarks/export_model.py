@@ -10,8 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,27 +81,23 @@ def export(name: str, out: Path, exporter: str, weights: Path | None) -> None:
         torch.onnx.export(model, args, str(out), **kwargs)
 
 
-def quantize(source: Path, out: Path) -> None:
-    """onnxruntime's static quantizer with its defaults: QDQ, u8 activations, s8 weights, calibrated on 16 scenes."""
+def quantize(source: Path, out: Path, rows: Iterator[dict[str, NDArray[Any]]]) -> None:
+    """onnxruntime's static quantizer with its defaults: QDQ, u8 activations, s8 weights, calibrated on ``rows`` of inputs."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Scenes(CalibrationDataReader):
-        """Feeds sixteen scenes, one at a time."""
+    class Rows(CalibrationDataReader):
+        """Feeds one row at a time."""
 
-        def __init__(self) -> None:
-            self.rows: Iterator[NDArray[np.float32]] = iter(model_inputs.images(11, 16, 224, 224))
-
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:  # type: ignore[override]
-            row = next(self.rows, None)
-            return None if row is None else {"image": row[None]}
+        def get_next(self) -> dict[str, NDArray[Any]] | None:  # type: ignore[override]
+            return next(rows, None)
 
     ready = out.with_suffix(".float.onnx")
-    quant_pre_process(str(source), str(ready))
+    quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)  # which stops at shapes that torch leaves open
     quantize_static(
         str(ready),
         str(out),
-        Scenes(),
+        Rows(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         reduce_range=False,
@@ -119,9 +115,12 @@ def main() -> None:
     parser.add_argument("--exporter", choices=("dynamo", "torchscript"), default="dynamo")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--float", type=Path, help="the f32 model to quantize")
+    parser.add_argument("--vocab", type=Path, help="the words of a model of texts; others take images")
     args = parser.parse_args()
-    if args.float is not None:
-        quantize(args.float, args.out)
+    if args.float is not None and args.vocab is not None:
+        quantize(args.float, args.out, (dict(model_inputs.tokens(args.vocab, 11 + i, 1, 128)) for i in range(16)))
+    elif args.float is not None:
+        quantize(args.float, args.out, ({"image": x[None]} for x in model_inputs.images(11, 16, 224, 224)))
     else:
         export(args.name, args.out, args.exporter, args.weights)
 

@@ -153,11 +153,11 @@ def exported(name: str, arch: str, exporter: str = "dynamo") -> Path:
     return produced(name, *options, arch=arch)
 
 
-def quantized(name: str, source: str) -> Path:
-    """The int8 form of an exported model."""
+def quantized(name: str, source: str, *options: str) -> Path:
+    """The int8 form of a model."""
     if (model_dir() / f"{name}.onnx").exists():
         return model_dir() / f"{name}.onnx"
-    return produced(name, "--float", str(get(source).path), arch=source)
+    return produced(name, "--float", str(get(source).path), *options, arch=source)
 
 
 def image_inputs(seed: int, batch: int = 1) -> Inputs:
@@ -357,6 +357,9 @@ REGISTRY: dict[str, Spec] = {
     ),
     "resnet50-int8": Spec(lambda name: quantized(name, "resnet50"), image_inputs, "QDQ", True, QDQ),
     "mobilenetv2-int8": Spec(lambda name: quantized(name, "mobilenetv2"), image_inputs, "QDQ", True, QDQ),
+    "minilm-int8": Spec(
+        lambda name: quantized(name, "minilm", "--vocab", str(package_file("minilm", "vocab.txt"))), minilm_inputs, "QDQ", True, QDQ
+    ),
     "smart-turn": Spec(
         _package("smart-turn", "smart-turn-v3.2-cpu.onnx"), smart_turn_inputs, "QDQ Whisper encoder", True, INT8 | {"sizes": BATCHES}
     ),
