@@ -4,7 +4,7 @@
 
 Prints billions of weights a second (best of interleaved rounds), the stored bits a weight and the NMSE of one product against f64
 with the very weights of the kernel. ``dram``: eight layers in rotation; ``l3``: one layer that stays in the cache. ``--tables``: look-up
-against dot-product kernels of this project for every width. ``--wait``: reads a line from standard input before measuring. Peers that
+against dot-product kernels of this project for every width (:mod:`benchmarks.lut_tables`). ``--wait``: reads a line from standard input before measuring. Peers that
 are not installed are left out; llama.cpp's libraries: :mod:`benchmarks.peer_ggml`.
 """
 
@@ -57,7 +57,7 @@ def weights(width: str, n: int, k: int, rng: np.random.Generator) -> tuple[Array
     return q, s, zero, (q - zero) * np.repeat(s.astype(np.float64), group, 1)
 
 
-def luthier_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, widths: list[str], rng: np.random.Generator, template: str = "") -> list[Candidate]:
+def luthier_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, widths: list[str], rng: np.random.Generator) -> list[Candidate]:
     from luthier.importers.builder import GraphBuilder, compile_graph
     from luthier.ir.dtypes import f32
     from luthier.ir.ops.lowbit import pack_bits
@@ -87,7 +87,7 @@ def luthier_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Arr
         one = build(1) if layers > 1 else c
         error = nmse(first(one(x)), x.astype(np.float64) @ w.T)
         stored = 8 * one._weights.nbytes / (n * k)
-        out.append(Candidate(f"luthier {template}".strip(), width, stored, lambda c=c: c(x), error))  # type: ignore[misc]
+        out.append(Candidate("luthier", width, stored, lambda c=c: c(x), error))  # type: ignore[misc]
     return out
 
 
@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--widths", default=",".join(WIDTHS))
     ap.add_argument("--levels", default="0,4", help="onnxruntime's accuracy levels")
     ap.add_argument("--tables", action="store_true")
+    ap.add_argument("--targets", default="cpu", help="of --tables, with commas")
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--seconds", type=float, default=0.12)
     ap.add_argument("--wait", action="store_true")
@@ -258,26 +259,23 @@ def main(argv: list[str] | None = None) -> None:
     common = (n, k, a.batch, layers, a.threads, x)
     cands: list[Candidate] = []
     if a.tables:
-        from luthier.schedules import lut_gemv
+        from benchmarks.lut_tables import tables
 
-        assert lut_gemv.apply.__kwdefaults__ is not None
-        for template, widths in (("look-up", (1, 2, 3)), ("dot", ())):
-            lut_gemv.apply.__kwdefaults__["widths"] = widths
-            cands += luthier_candidates(*common, [w for w in ("1", "2", "3") if w in a.widths.split(",") and (w != "1" or widths)], rng, template)
-    else:
-        if "luthier" in only:
-            cands += luthier_candidates(*common, a.widths.split(","), rng)
-        if "onnxruntime" in only and importlib.util.find_spec("onnxruntime"):
-            cands += onnx_candidates(*common, [int(v) for v in a.levels.split(",")], rng)
-        if "openvino" in only and importlib.util.find_spec("openvino"):
-            cands += openvino_candidates(*common, rng)
-        if "torch" in only and importlib.util.find_spec("torch"):
-            cands += torch_candidates(*common, rng)
-        if "ggml" in only:
-            try:
-                cands += ggml_candidates(*common, rng)
-            except FileNotFoundError as e:
-                print(f"without llama.cpp: {e}", file=sys.stderr)
+        tables({w: WIDTHS[w] for w in a.widths.split(",")}, n, k, a.batch, a.threads, a.place, a.targets.split(","), a.wait, a.rounds)
+        return
+    if "luthier" in only:
+        cands += luthier_candidates(*common, a.widths.split(","), rng)
+    if "onnxruntime" in only and importlib.util.find_spec("onnxruntime"):
+        cands += onnx_candidates(*common, [int(v) for v in a.levels.split(",")], rng)
+    if "openvino" in only and importlib.util.find_spec("openvino"):
+        cands += openvino_candidates(*common, rng)
+    if "torch" in only and importlib.util.find_spec("torch"):
+        cands += torch_candidates(*common, rng)
+    if "ggml" in only:
+        try:
+            cands += ggml_candidates(*common, rng)
+        except FileNotFoundError as e:
+            print(f"without llama.cpp: {e}", file=sys.stderr)
     if a.wait:
         print("ready", flush=True)
         sys.stdin.readline()

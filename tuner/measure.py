@@ -169,7 +169,7 @@ def serve() -> None:
         job = json.loads(line)
         try:
             ready = kept.get(job["base"]) or _Job(job)
-            answer: dict[str, Any] = {"seconds": ready.times()}
+            answer: dict[str, Any] = {"seconds": ready.times(job["repeats"], job["least"])}
             kept = {**kept, job["base"]: ready} if job["keep"] else {}
         except (LuthierError, TypeError, ValueError) as e:
             answer = {"error": str(e)}
@@ -181,48 +181,51 @@ class _Job:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         base = Path(job["base"])
-        self.job, target = job, parse_target(job["target"])
+        target = parse_target(job["target"])
         funcs = parse_funcs(base.with_suffix(".txt").read_text(encoding="utf-8"))
         with np.load(base.with_suffix(".npz")) as given:
             size = sum(given[n].nbytes for n in given.files)
             copies = min(64, max(1, -(-job["spread"] // max(size, 1))))
             self.sets = [{n: _aligned(given[n]) for n in given.files} for _ in range(copies)]
         self.rest: dict[str, Array] = {}
-        self.calls: list[list[tuple[Any, ...]]] = [[] for _ in self.sets]
-        self.turn = 0
+        self.libraries: list[Library] = []
+        self.turn, self.threads = 0, job["threads"]
+        # [thread][set of constants]: calls. A kernel without a parallel loop is the first thread's
+        self.calls: list[list[list[tuple[Any, tuple[Any, ...]]]]] = [[[] for _ in self.sets] for _ in range(self.threads)]
         for f in funcs.values():
             symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
             lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
+            self.libraries.append(lib)
             env = {v: job["dims"][v.attr[0]] for v in f.scalars}
-            for mine, memory in zip(self.calls, self.sets, strict=True):
-                mine.append((lib, *_call(lib.address(symbol), f, env, memory, self.rest)))
+            for i, memory in enumerate(self.sets):
+                fn, args, n = _call(lib.address(symbol), f, env, memory, self.rest)
+                for k, mine in enumerate(self.calls[: self.threads if n else 1]):
+                    mine[i].append((fn, (*args, n * k // self.threads, n * (k + 1) // self.threads)))
 
-    def times(self) -> list[float]:
-        """Seconds a run, ``repeats`` times."""
+    def times(self, repeats: int, least: float) -> list[float]:
+        """Seconds a run, ``repeats`` times over at least ``least`` seconds."""
         self.once(1)
-        n = max(1, int(self.job["least"] / max(self.once(1), 1e-7)))
-        return [self.once(n) / n for _ in range(self.job["repeats"])]
+        n = max(1, int(least / max(self.once(1), 1e-7)))
+        return [self.once(n) / n for _ in range(repeats)]
 
     def once(self, n: int) -> float:
         """``n`` runs, each with the next set of constants. Threads take their shares without waiting for each other between runs: a
         kernel's rounds are independent of each other, and results are of no interest here."""
-        count = self.job["threads"]
-        others = [threading.Thread(target=self.share, args=(n, k, count)) for k in range(1, count)]
+        others = [threading.Thread(target=self.share, args=(n, c)) for c in self.calls[1:]]
         t = time.perf_counter()
         for o in others:
             o.start()
-        self.share(n, 0, count)
+        self.share(n, self.calls[0])
         for o in others:
             o.join()
         took = time.perf_counter() - t
-        self.turn = (self.turn + n) % len(self.calls)
+        self.turn = (self.turn + n) % len(self.sets)
         return took
 
-    def share(self, n: int, k: int, count: int) -> None:
-        """Thread ``k`` of ``count``; a kernel without a parallel loop is the first one's."""
-        parts = [[(fn, (*args, rounds * k // count, rounds * (k + 1) // count)) for _, fn, args, rounds in one if rounds or not k] for one in self.calls]
-        for i in range(n):
-            for fn, args in parts[(self.turn + i) % len(parts)]:
+    def share(self, n: int, calls: list[list[tuple[Any, tuple[Any, ...]]]]) -> None:
+        """A thread's part of ``n`` runs."""
+        for i in range(self.turn, self.turn + n):
+            for fn, args in calls[i % len(calls)]:
                 fn(*args)
 
 
