@@ -11,8 +11,10 @@ a time. What a time is good for is a comparison: candidates of one comparison sh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
+import mmap
 import os
 import select
 import statistics
@@ -41,6 +43,7 @@ from luthier.passes.lower_subbyte import lower_subbyte
 from luthier.schedules.select import Kernels
 
 Array = np.ndarray[Any, Any]
+HUGE = 2 << 20  # bytes of a huge page
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +261,16 @@ def _random(n: int, b: Buffer) -> Array:
 
 
 def _aligned(a: Array) -> Array:
-    """A copy whose memory starts at a multiple of 64 bytes, with 64 bytes to spare."""
-    raw = np.empty(a.nbytes + 128, np.uint8)
+    """A copy whose memory starts at a multiple of 64 bytes, with 64 bytes to spare; in huge pages where it is large and the system has
+    them, as the weights of a module are."""
+    if a.nbytes >= HUGE:
+        m = mmap.mmap(-1, a.nbytes + 2 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # ordinary pages serve
+                m.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(m, np.uint8)
+    else:
+        raw = np.empty(a.nbytes + 128, np.uint8)
     at = -raw.ctypes.data % 64
     out = raw[at : at + a.nbytes].view(a.dtype).reshape(a.shape)
     out[...] = a
