@@ -75,7 +75,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
             flush //= 2
     if flush < 32:
         return None
-    return _Tables(s, p, caps, constants, flush, streams, None).kernels()
+    return TableBuilder(s, p, caps, constants, flush, streams, None).kernels()
 
 
 def patterns(ternary: bool) -> Array:
@@ -98,7 +98,7 @@ def pack_planes(bits: int, size: int) -> Callable[[Array], Array]:
         for b in range(bits):
             plane = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
             out[:, :, b] = plane.transpose(0, 2, 1)
-        return _lanes(out).view(np.int32).reshape(-1)
+        return lane_order(out).view(np.int32).reshape(-1)
 
     return go
 
@@ -146,7 +146,7 @@ def pack_triples(flush: int, size: int) -> Callable[[Array], Array]:
             else:
                 out[..., i] = 1 | np.bitwise_or.reduce([(c[..., at + j] >> 4) << (7 - j) for j in range(7)])
         out = out.reshape(-1, size, v.shape[1], len(order)).transpose(0, 2, 3, 1)
-        return _lanes(out).view(np.int32).reshape(-1)
+        return lane_order(out).view(np.int32).reshape(-1)
 
     return go
 
@@ -167,7 +167,7 @@ def interleave(fn: Callable[[Array], Array], steps: int, width: int, count: int)
     return lambda u: np.ascontiguousarray(fn(u).reshape(-1, count, steps, width).transpose(0, 2, 1, 3)).reshape(-1)
 
 
-def _lanes(a: Array) -> Array:
+def lane_order(a: Array) -> Array:
     """Bytes of the rows of a register in the order in which even and odd bytes come out as its first and second half."""
     n = a.shape[-1]
     order = np.empty(n, np.int64)
@@ -176,7 +176,7 @@ def _lanes(a: Array) -> Array:
 
 
 @dataclass
-class _Tables(GemvBuilder):
+class TableBuilder(GemvBuilder):
     """Tables instead of rounded activations; scales, offsets and the epilogue are those of the dot-product kernels."""
 
     template = "lut_gemv"
@@ -226,19 +226,37 @@ class _Tables(GemvBuilder):
         return triples(self.flush) if self.ternary else self.flush // 4
 
     @property
+    def planes(self) -> int:
+        """Bit planes with sums of their own."""
+        return self.p.bits
+
+    @property
     def base(self) -> int:
         return 1 if self.ternary else 0  # a ternary pattern is made of -1, 0, 1
+
+    @property
+    def table_words(self) -> int:
+        """Elements of the tables' buffer that a table takes."""
+        return 8 if self.ternary else 4
+
+    def layout(self) -> tuple[int, Callable[[Array], Array]]:
+        """(registers of an interval of the stream, what packs values into it)."""
+        if self.ternary:
+            return len(triple_bytes(self.tables)), pack_triples(self.flush, self.bytes)
+        if self.paired:
+            return self.flush // 8, pack_pairs(self.bytes)
+        return self.flush // 8 * self.p.bits, pack_planes(self.p.bits, self.bytes)
+
+    def look_up(self, b: Body, r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+        """An interval of ``r`` tiles of rows."""
+        how = self.look_up_triples if self.ternary else self.look_up_pairs if self.paired else self.look_up_planes
+        how(b, r, m, g, acc, first)
 
     def prepare(self) -> None:
         p: LowbitProduct = self.p
         self.prepare_groups(self.base)
         name, blocks = p.out.name, self.blocks // self.parts
-        if self.ternary:
-            steps, fn = len(triple_bytes(self.tables)), pack_triples(self.flush, self.bytes)
-        elif self.paired:
-            steps, fn = self.flush // 8, pack_pairs(self.bytes)
-        else:
-            steps, fn = self.flush // 8 * p.bits, pack_planes(p.bits, self.bytes)
+        steps, fn = self.layout()
         self.step_words = steps * self.lanes
         spans = p.columns // self.flush
         # one stream: several registers of rows share the tables' loads; several streams are as many registers
@@ -254,7 +272,7 @@ class _Tables(GemvBuilder):
         size = blocks * spans * self.step_words
         self.w = Buffer(f"{name}.words", i32, (const(size),), "param", False)
         self.packs.insert(0, LowbitPacking(self.source(p.q), p.q, p.n, p.k, 1, lambda u: fn(pad_rows(u, 4 * self.bytes)), self.w))
-        self.xb = Buffer(f"{name}.tables", i16 if self.ternary else i32, (self.m * (spans * self.tables * (8 if self.ternary else 4)),), "param", True)
+        self.xb = Buffer(f"{name}.tables", i16 if self.ternary else i32, (self.m * (spans * self.tables * self.table_words),), "param", True)
         self.sx = Buffer(f"{name}.xscale", f32, (self.m * spans,), "param", True)
         self.sums = Buffer(f"{name}.xsum", f32, (self.m * spans,), "param", True)
         self.corr = Buffer(f"{name}.xbase", f32, (self.m * spans,), "param", True)
@@ -374,8 +392,7 @@ class _Tables(GemvBuilder):
             self.starts = [b.let(((first + i) * spans + g) * self.step_words, "at") for i in range(r)]
         self.sums16: dict[Any, Buffer] = {}
         self.read = 0
-        look_up = self.look_up_triples if self.ternary else self.look_up_pairs if self.paired else self.look_up_planes
-        look_up(b, r, m, g, acc, first)
+        self.look_up(b, r, m, g, acc, first)
         nest = b.take()
         for buf in self.sums16.values():
             nest = Alloc(buf, nest)
@@ -443,9 +460,13 @@ class _Tables(GemvBuilder):
                             self.add_bytes(b, (i, plane), b.let(v, "v"))
 
         self.repeat(b, self.flush // 32, steps)
+        self.flush_planes(b, r, m, g, acc, first)
+
+    def flush_planes(self, b: Body, r: int, m: Expr, g: Expr, acc: list[list[Buffer]], first: Expr) -> None:
+        """The sums ``A`` and ``B`` of every plane to floats."""
         for i in range(r):
             low = high = None
-            for plane in range(p.bits):
+            for plane in range(self.planes):
                 a, hb = (b.let(load(self.sums16[w, i, plane], ()), "s") for w in "AB")
                 lb = a - (hb << 8)
                 low = lb if low is None else low + (lb << plane)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # {template: knobs of each candidate}, in the order of preference without a measurement. ``widths``: look-ups for 3 bits as well.
 RIVALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "lut_gemv": tuple({"widths": (1, 2, 3), "streams": n} for n in (None, 1, 2, 4)),
+    "lut_wide": tuple({"streams": n} for n in (None, 1, 4)),  # never without a measurement
     "quantized_gemv": (*({"streams": n} for n in (None, 2, 4)), *({"rows": n} for n in (1, 2, 4))),
 }
 
