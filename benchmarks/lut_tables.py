@@ -42,7 +42,7 @@ def candidates(width: str, bits: int, group: int, n: int, k: int, m: int, target
         made = rivals(s, caps, constants)
         p = match(s.compute, constants)
         if p is not None and p.bits == 4:
-            made.append(lut_gemv._Tables(s, p, caps, constants, gcd(p.group, 32), None, None).kernels())
+            made.append(lut_gemv.TableBuilder(s, p, caps, constants, gcd(p.group, 32), None, None).kernels())
         return made
 
     q = rng.integers(0, 3 if not bits else 1 << bits, (n, k), dtype=np.uint8)
