@@ -11,7 +11,9 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from luthier.ir.dtypes import i32
 from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.intrin import usable
 from luthier.schedules.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -25,10 +27,17 @@ RIVALS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 }
 
 
+def defaults(name: str, caps: Capabilities) -> Mapping[str, Any]:
+    """Knobs of a template where nothing is measured (benchmarks/results/lut_choice.md): three bits are looked up as well where registers have
+    128 bits and no instruction sums four products of bytes into the accumulator."""
+    dots = caps.printer == "llvm" and any(i.group == 4 and i.adds and i.acc is i32 for i in usable(caps))
+    return {"widths": (1, 2, 3)} if name == "lut_gemv" and caps.vector_bits == 128 and not dots else {}
+
+
 def rivals(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> list[Kernels]:
     """The kernels of every template of ``RIVALS`` that fits, with each of its knobs, once each; the one that is taken without
     a measurement comes first. Empty when none fits."""
-    tries: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in RIVALS]
+    tries = [(name, defaults(name, caps)) for name in RIVALS]
     tries += [(name, knobs) for name, all_knobs in RIVALS.items() for knobs in all_knobs]
     out: dict[str, Kernels] = {}
     for name, knobs in tries:

@@ -29,7 +29,7 @@ from luthier.passes.unroll import unroll
 from luthier.passes.vectorize import vectorize
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.lower import lower
-from luthier.schedules.rivals import RIVALS, rivals
+from luthier.schedules.rivals import RIVALS, defaults, rivals
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
@@ -117,7 +117,7 @@ def build(
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
         t = importlib.import_module(f"luthier.schedules.{name}")
-        s = t.apply(s0, caps, consts, **knobs)
+        s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
         if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own

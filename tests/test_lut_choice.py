@@ -67,6 +67,16 @@ def test_the_faster_one_is_taken(bits: int, template: str, tmp_path: Path) -> No
     assert found[0].template in used(pipeline.compile_program(graph, parse_target(CPU).caps))  # the default comes first
 
 
+@pytest.mark.parametrize(
+    ("target", "template"),
+    [("cpu:x86-64-v3", "quantized_gemv"), ("cpu:x86-64-v2", "lut_gemv"), ("wasm", "lut_gemv"), ("cpu:aarch64+dotprod", "quantized_gemv")],
+)
+def test_three_bits_without_a_measurement(target: str, template: str) -> None:
+    """As benchmarks/results/lut_choice.md has it."""
+    graph, _ = product(64, 128, 64, 3, 32, 1, np.random.default_rng(0))
+    assert template in used(pipeline.compile_program(graph, parse_target(target).caps))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_widths_of_one_template_have_its_knobs(bits: int, tmp_path: Path) -> None:
     seen: Seen = []
