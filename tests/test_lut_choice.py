@@ -18,6 +18,7 @@ from luthier.codegen.target import parse_target
 from luthier.errors import TuningError
 from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
+from luthier.ir.expr import var
 from luthier.ir.graph import Graph
 from luthier.ir.interp import run_func
 from luthier.ir.ops.lowbit import pack_bits
@@ -189,6 +190,22 @@ def test_measured_here(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     times = [x["seconds"] for x in answer["candidates"]]
     assert answer["threads"] == threads and not any(x["error"] for x in answer["candidates"])
     assert min(times) > 0 and times[answer["best"]] <= min(times) * (1 + MARGIN)
+
+
+@pytest.mark.skipif(not BYTES, reason="no byte shuffles on this machine")
+def test_open_rows_are_measured_with_one_and_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def compare(measurer: Measurer, found: Sequence[Kernels], constants: None, dims: dict[str, int], rounds: int, spread: int) -> list[Measurement]:
+        (rows,) = dims.values()
+        seen.append(rows)
+        return [Measurement((1.0 if k.template == "lut_gemv" else 2.0,) if rows == 1 else (9.0 if k.template == "lut_gemv" else 1.0,)) for k in found]
+
+    monkeypatch.setattr("luthier.tuner.choose.compare", compare)
+    graph, _ = product(64, 128, 64, 2, 32, var("N", lo=1), np.random.default_rng(0))
+    with Chooser(parse_target("cpu"), tmp_path / "c.json", threads=1) as choose:
+        program = pipeline.compile_program(graph, parse_target("cpu").caps, record=Record(choose))
+    assert seen == [1, 16] and "quantized_gemv" in used(program)
 
 
 @pytest.mark.skipif(not BYTES, reason="no byte shuffles on this machine")

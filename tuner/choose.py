@@ -6,7 +6,8 @@
 Where templates fit the same pattern (look-ups in tables or dot products for low-bit weights), the compiler makes all of their kernels
 (:mod:`luthier.schedules.rivals`) and asks. Candidates take turns in the isolated measurer, on as many threads as the module will have; their weights
 go by as in a model, where other layers' come in between. Answers are kept in a file by processor, threads and the candidates' loop IR, in
-which names are numbers: width, group, shape, rows and epilogue decide, so a kernel is measured once on a machine, whatever the model.
+which names are numbers: width, group, shape, rows and epilogue decide, so a kernel is measured once on a machine, whatever the model. Where the
+number of rows is open, the geometric mean of the times with one and with 16 rows decides.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = ["Chooser"]
 
 ROUNDS = 3
 SPREAD = 2  # times the last-level cache
+MANY = 16  # rows beside one where their number is open
 MARGIN = 0.03  # by which another candidate has to be faster than the one that is taken without a measurement
 
 
@@ -88,8 +91,17 @@ class Chooser:
 
     def _measure(self, found: Sequence[Kernels]) -> list[Measurement]:
         assert self.measurer is not None
-        dims = {v.attr[0]: 1 for k in found for f in k.funcs for v in f.scalars}  # open extents: a single row, as in decoding
-        return compare(self.measurer, found, None, dims, ROUNDS, SPREAD * self.target.caps.l3)
+        opens = {v.attr[0] for k in found for f in k.funcs for v in f.scalars}
+
+        def at(rows: int) -> list[Measurement]:
+            assert self.measurer is not None
+            return compare(self.measurer, found, None, dict.fromkeys(opens, rows), ROUNDS, SPREAD * self.target.caps.l3)
+
+        one = at(1)
+        if not opens:
+            return one
+        pairs = zip(one, at(MANY), strict=True)  # a prompt counts as much as a step of decoding
+        return [Measurement(tuple(sqrt(x * y) for x, y in zip(sorted(a.seconds), sorted(b.seconds), strict=False)), a.error or b.error) for a, b in pairs]
 
 
 def _read(path: Path) -> dict[str, Any]:
