@@ -13,7 +13,7 @@ one step for a flush interval. The second looks up 32 rows with one byte shuffle
 
 Rows of several registers stand interleaved in one stream where they share the tables' loads.
 
-NMSE against f64 on normally distributed activations: at most 5e-4 (3.5e-5 for two bits at 64 columns a flush, 1.2e-4 for one bit at 128,
+NMSE against f64 on normally distributed activations: at most 5e-4 (3.5e-5 for two bits at 64 columns a flush, 1.3e-4 for one bit at 128,
 3e-5 for ternary at 256).
 """
 
