@@ -5,8 +5,8 @@
 
 The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize_weights.quantize` and
 :func:`luthier.passes.prune_groups.prune_groups`; the embedding, which is the output matrix too, stays as it is in the file. ``gptq`` and
-the sparse steps take the sums ``X.T X`` of half of the calibration text, layer after layer, of what the quantized layers before let through. Evaluation
-text: documentation strings of Python's standard library (:func:`benchmarks.llm.sample_text`); calibration text: those of other modules of it and of
+``moments`` take the sums ``X.T X`` of half of the calibration text, layer after layer, of what the quantized layers before let through; ``compensate``
+takes all of it, and aims at the original's outputs; ``budget`` also gives layers sparsities of their own. Evaluation text: documentation strings of Python's standard library (:func:`benchmarks.llm.sample_text`); calibration text: those of other modules of it and of
 numpy. Recovery (:mod:`benchmarks.llm_recover`) has two steps after arXiv 2412.17560: values, scales and zero points of a layer fitted to the
 original's layer, one after another; then the scales and zero points of all layers to the original's distribution of the next token.
 
@@ -52,6 +52,15 @@ class Variant:
     start: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """``hessian``: ``X.T X`` of ``rows`` inputs X; ``cross``: ``X.T Y`` of the outputs Y to aim at."""
+
+    hessian: Array
+    rows: int
+    cross: Array | None = None
+
+
 def variants() -> dict[str, Variant]:
     found = [Variant("w8-rtn", "8 bits, nearest", 8, "rtn")]
     for name, text, bits in (("w4", "4 bits", 4), ("w3", "3 bits", 3), ("w2", "2 bits", 2), ("ternary", "ternary", 0), ("w1", "1 bit", 1)):
@@ -63,7 +72,8 @@ def variants() -> dict[str, Variant]:
     found.append(Variant("w2-end", "2 bits, then end to end", 2, "end", start="w2-blocks"))
     sparse = (
         ("magnitude", "magnitudes, nearest", ""), ("moments", "second moments, nearest", ""), ("compensate", "compensated", ""),
-        ("blocks", "then layer by layer", "w4s50-compensate"), ("end", "then end to end", "w4s50-blocks"),
+        ("budget", "compensated, layers by damage", ""),
+        ("blocks", "then layer by layer", "w4s50-budget"), ("end", "then scales end to end", "w4s50-blocks"), ("codes", "then values end to end", "w4s50-end"),
     )  # fmt: skip
     found += [Variant(f"w4s50-{m}", f"W4S50, {text}", 4, m, True, start) for m, text, start in sparse]
     return {v.name: v for v in found}
@@ -167,16 +177,18 @@ class Ladder:
         layers = range(self.model.c.layers)
         if not all(self.layer_file(v, i).exists() for i in layers):
             t = time.perf_counter()
-            if v.method in ("blocks", "end"):
+            if v.method in ("blocks", "end", "codes"):
                 from benchmarks.llm_recover import fit_end_to_end, fit_layers
 
                 start = self.weights(variants()[v.start])
                 if v.method == "blocks":
                     fit_layers(self.model, self.calibration, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
                 else:
-                    made = fit_end_to_end(self.model, self.calibration, start, self.folder / v.name / "state.pt")
+                    made = fit_end_to_end(self.model, self.calibration, start, self.folder / v.name / "state.pt", codes=v.method == "codes")
                     for i in layers:
                         save_weights(self.layer_file(v, i), {n: w for n, w in made.items() if n.startswith(f"blk.{i}.")})
+            elif v.method in ("compensate", "budget"):
+                self.prune_layers(v)
             else:
                 self.quantize_layers(v)
             print(f"{v.name}: made in {time.perf_counter() - t:.0f} s", flush=True)
@@ -192,24 +204,24 @@ class Ladder:
     def quantize_layers(self, v: Variant) -> None:
         """Layer by layer; with statistics, on what the quantized layers before let through."""
         m = self.model
-        needs = v.method in ("gptq", "moments", "compensate")
+        needs = v.method in ("gptq", "moments")
         x = m.embed(self.calibration[: max(1, len(self.calibration) // 2)]) if needs else None
         for i in range(m.c.layers):
             p = f"blk.{i}."
             made = self.known(v, i) or {}
             fresh = not made
             if not needs:
-                made = made or {p + n + ".weight": self.quantized(v, p + n + ".weight", None, 0) for n in MATRICES}
+                made = made or {p + n + ".weight": self.quantized(v, p + n + ".weight") for n in MATRICES}
             else:
-                sums: dict[str, tuple[Array, int]] = {}
+                sums: dict[str, Statistics] = {}
 
-                def product(name: str, h: torch.Tensor, made: dict[str, Weight] = made, sums: dict[str, tuple[Array, int]] = sums) -> torch.Tensor:
+                def product(name: str, h: torch.Tensor, made: dict[str, Weight] = made, sums: dict[str, Statistics] = sums) -> torch.Tensor:
                     if name not in made:
                         source = SOURCES[name.split(".")[2]]
                         if source not in sums:
                             flat = h.reshape(-1, h.shape[-1])
-                            sums[source] = (flat.T @ flat).double().numpy(), len(flat)
-                        made[name] = self.quantized(v, name, *sums[source])
+                            sums[source] = Statistics((flat.T @ flat).double().numpy(), len(flat))
+                        made[name] = self.quantized(v, name, sums[source])
                     return h @ dense(made[name]).T
 
                 assert x is not None
@@ -219,12 +231,81 @@ class Ladder:
                 save_weights(self.layer_file(v, i), made)
             print(f"\r{v.name}: layer {i + 1} of {m.c.layers}", end="\n" if i + 1 == m.c.layers else "", flush=True)
 
-    def quantized(self, v: Variant, name: str, hessian: Array | None, rows: int) -> Weight:
+    def prune_layers(self, v: Variant) -> None:
+        """Layer by layer, on what the pruned layers before let through, towards what the original gives."""
+        m = self.model
+        shares = self.shares(v) if v.method == "budget" else [0.5] * m.c.layers
+        want = here = m.embed(self.calibration)
+        with torch.no_grad():
+            for i in range(m.c.layers):
+                after, made = None, self.known(v, i)
+                if made is None:
+                    after, made = self.pruned(v, i, want, here, shares[i])
+                    save_weights(self.layer_file(v, i), made)
+                want, here = m.block(i, want, m.product) if after is None else after, m.block(i, here, m.using({n: dense(w) for n, w in made.items()}))
+                error = float(((here - want).square().sum(-1) / want.square().sum(-1)).mean())
+                print(f"{v.name}: layer {i + 1} of {m.c.layers}, {error:.3f} away after it", flush=True)
+
+    def shares(self, v: Variant) -> list[float]:
+        """Sparsity of every layer under the budget of one half. A layer's damage is the divergence of the next token's distribution with this layer
+        alone pruned; it is taken to grow by the same factor per dropped share everywhere, so the sum is least where the slopes are equal:
+        the logarithm of the damage decides."""
+        m, path = self.model, self.folder / "w4s50-damage.npz"
+        tests = [(i, 0.5) for i in range(m.c.layers)] + [(i, s) for i in range(0, m.c.layers, 6) for s in (0.35, 0.65)]
+        found: dict[str, float] = {k: float(x) for k, x in np.load(path).items()} if path.exists() else {}
+        seen, apart = self.calibration[: len(self.calibration) // 4], self.calibration[-2:]
+        with torch.no_grad():
+            want = m.embed(seen)
+            original = torch.log_softmax(m.forward(apart), -1)
+            for i in range(m.c.layers):
+                for s in [s for j, s in tests if j == i and f"{j}-{s}" not in found]:
+                    made = self.pruned(v, i, want, want, s)[1]
+                    q = torch.log_softmax(m.forward(apart, m.using({n: dense(w) for n, w in made.items()})), -1)
+                    found[f"{i}-{s}"] = float((original.exp() * (original - q)).sum(-1).mean())
+                    print(f"{v.name}: layer {i} alone, {s:.0%} dropped: divergence {found[f'{i}-{s}']:.4f}", flush=True)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    np.savez(path, **found)
+                want = m.block(i, want, m.product)
+        growth = np.mean([np.log(found[f"{i}-0.65"] / found[f"{i}-0.35"]) / 0.3 for i in range(0, m.c.layers, 6)])
+        damage = np.log([found[f"{i}-0.5"] for i in range(m.c.layers)])
+        out = 0.5 - (damage - damage.mean()) / growth
+        for _ in range(50):  # what the ends cut off is shared by the others
+            out = np.clip(out + 0.5 - out.mean(), 0, 0.8)
+        print(f"{v.name}: growth {growth:.1f}, sparsities {' '.join(f'{s:.2f}' for s in out)}", flush=True)
+        return [float(s) for s in out]
+
+    def pruned(self, v: Variant, i: int, want: torch.Tensor, here: torch.Tensor, sparsity: float) -> tuple[torch.Tensor, dict[str, Weight]]:
+        """(What the original layer makes of ``want``, layer ``i``'s pruned weights for the inputs ``here``). A product aims at the original's
+        values, or, where it is added to the residual, at what brings the sum to the original's, tokens relative to their size."""
+        m, p = self.model, f"blk.{i}."
+        originals: dict[str, torch.Tensor] = {}
+        after = m.block(i, want, lambda name, h: originals.setdefault(name, m.product(name, h)))
+        goals = {p + "attn_output.weight": want + originals[p + "attn_output.weight"], p + "ffn_down.weight": after}
+        made: dict[str, Weight] = {}
+        residual = here
+
+        def product(name: str, h: torch.Tensor) -> torch.Tensor:
+            nonlocal residual
+            flat, goal = h.reshape(-1, h.shape[-1]), goals.get(name)
+            y = originals[name] if goal is None else goal - residual
+            share = torch.ones(len(flat)) if goal is None else 1 / goal.reshape(len(flat), -1).square().sum(-1)
+            weighted = flat * (share / share.mean())[:, None]
+            seen = Statistics((weighted.T @ flat).double().numpy(), len(flat), (weighted.T @ y.reshape(len(flat), -1)).double().numpy())
+            made[name] = self.quantized(v, name, seen, sparsity)
+            out = h @ dense(made[name]).T
+            residual = residual if goal is None else residual + out
+            return out
+
+        m.block(i, here, product)
+        return after, made
+
+    def quantized(self, v: Variant, name: str, seen: Statistics | None = None, sparsity: float = 0.5) -> Weight:
         w = self.model.w(name).numpy()
+        h, cross = (None, None) if seen is None else (seen.hessian / seen.rows, None if seen.cross is None else seen.cross / seen.rows)
         if v.sparse:
-            how = {"magnitude": "nearest", "moments": "nearest"}.get(v.method, v.method)
-            return prune_groups(w, 0.5, BLOCK, v.bits, None if hessian is None else hessian / rows, how)
-        return quantize(w, v.bits, GROUP, method=v.method, hessian=hessian, rows=rows or None)
+            how = "nearest" if v.method in ("magnitude", "moments") else "compensate"
+            return prune_groups(w, sparsity, BLOCK, v.bits, h, how, cross=cross)
+        return quantize(w, v.bits, GROUP, method=v.method, hessian=None if seen is None else seen.hessian, rows=seen.rows if seen else None)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -281,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ap.add_argument("model")
     ap.add_argument("--tokens", type=int, default=2048)
     ap.add_argument("--window", type=int, default=512)
-    ap.add_argument("--calibration", type=int, default=8192, help="tokens")
+    ap.add_argument("--calibration", type=int, default=32768, help="tokens")
     ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
     ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
     ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))

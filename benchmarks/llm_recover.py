@@ -3,6 +3,7 @@
 1. Layer by layer: codes, scales and zero points of a layer's matrices are tuned so that the layer gives what the original's gives, with inputs from
    the layers already tuned. Rounding passes gradients straight through. The error of a token counts relative to the size of its vector.
 2. End to end: codes are fixed; scales and zero points of all layers are tuned on the divergence of the next token's distribution from the original's.
+   Beyond the paper, ``codes=True`` tunes the codes of all layers as well.
 
 One window in eight is kept apart: a layer, and the whole model in the second step, keeps the best of what was seen on those windows, the start included.
 """
@@ -104,7 +105,7 @@ def descend(loss: Callable[[int], torch.Tensor], groups: list[dict[str, Any]], o
 
 def fit_layers(
     model: TorchLlama, calibration: Array, start: Mapping[str, Weight], save: Callable[[int, dict[str, Weight]], None],
-    known: Callable[[int], dict[str, Weight] | None], epochs: int = 4, batch: int = 1,
+    known: Callable[[int], dict[str, Weight] | None], epochs: int = 3, batch: int = 1,
 ) -> None:  # fmt: skip
     """Step 1. ``calibration``: token numbers [windows, n]; ``save`` is given every layer's weights, ``known`` gives those that exist already."""
     torch.manual_seed(0)
@@ -139,11 +140,11 @@ def fit_layers(
             here = model.block(i, here, model.using({n: Tunable(w).matrix() for n, w in made.items()}))
 
 
-def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 4, every: int = 7) -> dict[str, Weight]:
+def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 3, every: int = 14, codes: bool = False) -> dict[str, Weight]:
     """Step 2. ``state``: file from which it goes on, written after every ``every`` steps."""
     torch.manual_seed(0)
     tuned = {n: Tunable(w) for n, w in start.items()}
-    groups = [g for w in tuned.values() for g in w.tuned(False)]
+    groups = [g for w in tuned.values() for g in w.tuned(codes)]
     params = [p for g in groups for p in g["params"]]
     held = max(1, len(calibration) // 8)
     order = [p for e in range(epochs) for p in np.random.default_rng(e).permutation(len(calibration) - held).tolist()]
@@ -154,7 +155,7 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
             with torch.no_grad():
                 originals[i] = torch.log_softmax(model.forward(calibration[i]), -1).half()
         p = originals[i].float()
-        q = torch.log_softmax(model.forward(calibration[i], model.using({n: w.matrix(True) for n, w in tuned.items()})), -1)
+        q = torch.log_softmax(model.forward(calibration[i], model.using({n: w.matrix(not codes) for n, w in tuned.items()})), -1)
         return (p.exp() * (p - q)).sum(-1).mean()
 
     def apart() -> float:

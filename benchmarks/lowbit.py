@@ -1,11 +1,12 @@
-"""Matrix-vector products with low-bit weights beside onnxruntime, OpenVINO, torch and llama.cpp.
+"""Matrix-vector products with low-bit weights beside onnxruntime, OpenVINO, torch, llama.cpp and T-MAC.
 
     python -m benchmarks.lowbit [--shape 4096x4096] [--threads 1] [--batch 1] [--place dram|l3] [--only luthier,ggml] [--tables]
 
 Prints billions of weights a second (best of interleaved rounds), the stored bits a weight and the NMSE of one product against f64
 with the very weights of the kernel. ``dram``: eight layers in rotation; ``l3``: one layer that stays in the cache. ``--tables``: look-up
 against dot-product kernels of this project for every width (:mod:`benchmarks.lut_tables`). ``--wait``: reads a line from standard input before measuring. Peers that
-are not installed are left out; llama.cpp's libraries: :mod:`benchmarks.peer_ggml`.
+are not installed are left out; llama.cpp's libraries: :mod:`benchmarks.peer_ggml`; T-MAC's checkout:
+:mod:`benchmarks.peer_tmac`.
 """
 
 from __future__ import annotations
@@ -162,6 +163,29 @@ def ggml_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array,
     return out
 
 
+def tmac_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, widths: list[str], rng: np.random.Generator) -> list[Candidate]:
+    """T-MAC at 4, 3, 2 and 1 bits, and ternary with one scale. It has kernels for one row of activations only."""
+    from benchmarks.peer_tmac import fastest, folder
+
+    root = folder()
+    if root is None:
+        raise FileNotFoundError("LUTHIER_TMAC must name a checkout of T-MAC")
+    out: list[Candidate] = []
+    for width in widths if m == 1 else ():
+        if width == "8":
+            continue
+        q, s, _, _ = weights(width, n, k, rng)
+        bits, zero = WIDTHS[width][0] or 2, float(1 << ((WIDTHS[width][0] or 2) - 1))
+        if width == "1.58":
+            q, s = q + np.uint8(1), s[:1, :1].reshape(1)
+        layer = fastest(root, q, s, bits, layers, threads, x)
+        layer.x[:] = x[0]
+        layer.run()
+        w = (q - zero) * (float(s[0]) if s.size == 1 else np.repeat(s.astype(np.float64), k // s.shape[1], 1))
+        out.append(Candidate("T-MAC", width, layer.bits, layer.run, nmse(layer.y[0], x[0].astype(np.float64) @ w.T)))
+    return out
+
+
 def openvino_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, rng: np.random.Generator) -> list[Candidate]:
     import openvino as ov
     from openvino import opset13 as o
@@ -242,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--batch", type=int, default=1)
     ap.add_argument("--place", choices=("dram", "l3"), default="dram")
-    ap.add_argument("--only", default="luthier,onnxruntime,ggml,openvino,torch")
+    ap.add_argument("--only", default="luthier,onnxruntime,ggml,tmac,openvino,torch")
     ap.add_argument("--widths", default=",".join(WIDTHS))
     ap.add_argument("--levels", default="0,4", help="onnxruntime's accuracy levels")
     ap.add_argument("--tables", action="store_true")
@@ -276,6 +300,11 @@ def main(argv: list[str] | None = None) -> None:
             cands += ggml_candidates(*common, rng)
         except FileNotFoundError as e:
             print(f"without llama.cpp: {e}", file=sys.stderr)
+    if "tmac" in only:
+        try:
+            cands += tmac_candidates(*common, a.widths.split(","), rng)
+        except FileNotFoundError as e:
+            print(f"without T-MAC: {e}", file=sys.stderr)
     if a.wait:
         print("ready", flush=True)
         sys.stdin.readline()

@@ -3,8 +3,8 @@
 A block is ``1 x block`` weights of one row. Its saliency is what dropping it costs: ``sum w[j]^2 E[x[j]^2]`` with the second moments of the
 layer's inputs, or, where the columns' correlations are known, ``sum w[j]^2 / inv(H)[j, j]`` (optimal brain surgeon, as SparseGPT uses it).
 
-``nearest`` rounds what is left. ``compensate`` goes through the columns and adds what each one loses, by dropping or by rounding, to those
-that are still to come, as GPTQ does (:mod:`luthier.passes.compensate_errors`).
+``nearest`` rounds what is left. ``compensate`` chooses blocks and values together, by what the layer's outputs lose
+(:mod:`luthier.passes.alternate_directions`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.ir.builder import Names, infer_node
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.ops.sparse_matmul import BLOCKS, LEVELS, BlockSparse
 from luthier.ir.ops.two_of_four import TwoOfFour
-from luthier.passes.compensate_errors import inverse_factor
+from luthier.passes.alternate_directions import Statistics, fit_kept, round_columns
 from luthier.passes.weight_grid import Array
 
 __all__ = ["SCOPES", "prune_groups", "saliency", "select_groups", "sparsify_products"]
@@ -27,17 +27,13 @@ __all__ = ["SCOPES", "prune_groups", "saliency", "select_groups", "sparsify_prod
 SCOPES = ("layer", "row")
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's largest magnitude, tried as the end of its range
 DENSE_ACT = 32  # columns of activations that share a scale where a layer that kept most of its blocks runs dense
-BATCH = 128  # columns whose losses are moved on together
 
 
-def saliency(w: Array, block: int, moments: Array | None = None, inverse: Array | None = None) -> Array:
-    """[N, ceil(K / block)]. ``w`` f32 [N, K]; ``moments``: E[x^2] of every column [K] (None: all equal); ``inverse``: diagonal of the inverse
-    Hessian [K], used instead when given."""
+def saliency(w: Array, block: int, moments: Array | None = None) -> Array:
+    """[N, ceil(K / block)]. ``w`` f32 [N, K]; ``moments``: E[x^2] of every column [K] (None: all equal)."""
     n, k = w.shape
     each = np.square(w.astype(np.float64))
-    if inverse is not None:
-        each = each / np.asarray(inverse, np.float64)
-    elif moments is not None:
+    if moments is not None:
         each = each * np.asarray(moments, np.float64)
     padded = np.zeros((n, -(-k // block) * block))
     padded[:, :k] = each
@@ -63,13 +59,14 @@ def select_groups(scores: Array, sparsity: float, scope: str = "layer") -> Array
 
 def prune_groups(
     weight: Array, sparsity: float, block: int = 16, bits: int = 4, hessian: Array | None = None, method: str = "nearest", scope: str = "layer",
-    moments: Array | None = None,
+    moments: Array | None = None, cross: Array | None = None,
 ) -> BlockSparse:  # fmt: skip
     """``weight`` f32 [N, K] with ``sparsity`` of its blocks dropped and the others in ``bits``.
 
     ``hessian``: ``X.T X`` [K, K] of the layer's inputs or any multiple; ``moments``: their mean squares [K] where that is all that is known
     (neither: magnitudes decide). ``method``: ``nearest`` or ``compensate`` (needs ``hessian``). ``scope``: the share is kept in the whole ``layer``
-    or in every ``row``. Raises QuantizationError."""
+    or in every ``row``. ``cross``: ``X.T Y`` [K, N] of the outputs Y that the layer should have, the same multiple as ``hessian`` (``compensate``
+    only; None: those of ``weight``). Raises QuantizationError."""
     w = np.array(weight, np.float32)
     if w.ndim != 2 or not w.size or not np.isfinite(w).all():
         raise QuantizationError(f"weights must be a matrix of numbers; given {list(w.shape)}" + ("" if np.isfinite(w).all() else " with NaN or infinite ones"))
@@ -80,7 +77,7 @@ def prune_groups(
     if method == "compensate" and hessian is None:
         raise QuantizationError("compensation needs activation statistics", hint="give calibration data")
     n, k = w.shape
-    for given, want in ((hessian, (k, k)), (moments, (k,))):
+    for given, want in ((hessian, (k, k)), (moments, (k,)), (cross, (k, n))):
         if given is not None and np.shape(given) != want:
             raise QuantizationError(f"activation statistics of {np.shape(given)} do not fit {k} columns")
     if method == "nearest":
@@ -89,9 +86,7 @@ def prune_groups(
         scales, codes = _nearest(w, keep, block, bits, seen)
     else:
         assert hessian is not None
-        factor = inverse_factor(hessian)
-        keep = select_groups(saliency(w, block, inverse=np.square(factor).sum(0)), sparsity, scope)
-        scales, codes = _compensated(w, keep, block, bits, factor)
+        keep, scales, codes = _compensated(w, sparsity, block, bits, scope, Statistics(hessian, cross))
     ptr = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32)
     half = 1 << (bits - 1)
     return BlockSparse(n, k, block, bits, ptr, np.nonzero(keep)[1].astype(np.int32), (codes[keep] + half).astype(np.uint8), scales[keep], None, half)
@@ -129,31 +124,30 @@ def _nearest(w: Array, keep: Array, block: int, bits: int, moments: Array | None
     return scales.reshape(keep.shape), _codes(cut, scales, bits).reshape(*keep.shape, block)
 
 
-def _compensated(w: Array, keep: Array, block: int, bits: int, factor: Array) -> tuple[Array, Array]:
-    """``factor``: upper triangular U with ``U.T U`` the inverse Hessian. Changes ``w``."""
+def _compensated(w: Array, sparsity: float, block: int, bits: int, scope: str, stats: Statistics) -> tuple[Array, Array, Array]:
+    """(blocks that are kept [N, blocks], scales [N, blocks], codes [N, blocks, block])."""
     n, k = w.shape
-    u = factor.astype(np.float32)
-    importance = 1 / np.square(np.diagonal(factor)).astype(np.float32)
-    scales = np.zeros(keep.shape, np.float16)
-    codes = np.zeros((*keep.shape, block), np.float32)
-    for lo in range(0, k, BATCH):
-        hi = min(lo + BATCH, k)
-        lost = np.zeros((n, hi - lo), np.float32)
-        for j in range(lo, hi):
-            c, t = divmod(j, block)
-            if t == 0:
-                end = min(j + block, k)
-                cut = np.zeros((n, block), np.float32)
-                imp = np.zeros(block, np.float32)
-                cut[:, : end - j], imp[: end - j] = w[:, j:end], importance[j:end]
-                scales[:, c] = np.where(keep[:, c], _scale(cut, bits, imp), 0)
-            q = _codes(w[:, j : j + 1], scales[:, c], bits)[:, 0]
-            codes[:, c, t] = q
-            e = (w[:, j] - q * scales[:, c].astype(np.float32)) / u[j, j]
-            w[:, j + 1 : hi] -= e[:, None] * u[j, j + 1 : hi]
-            lost[:, j - lo] = e
-        w[:, hi:] -= lost @ u[lo:hi, hi:]
-    return scales, codes
+    found: list[Array] = []
+
+    def select(scores: Array, share: float) -> Array:
+        padded = np.zeros((n, -(-k // block) * block), np.float32)
+        padded[:, :k] = scores
+        found[:] = [select_groups(padded.reshape(n, -1, block).sum(2), sparsity * share, scope)]
+        return np.repeat(found[0], block, 1)[:, :k]
+
+    fitted, each = fit_kept(w, stats, select)
+    keep = found[0]
+    scales, codes = _nearest(fitted, keep, block, bits, stats.moments)
+    scales = np.where(keep, scales, np.float16(0))
+    start = (codes * scales[..., None].astype(np.float32)).reshape(n, -1)[:, :k]
+
+    def nearest(j: int, x: Array) -> Array:
+        s = scales[:, j // block]
+        return np.asarray(_codes(x[:, None], s, bits)[:, 0] * s.astype(np.float32))
+
+    rounded = np.zeros((n, keep.shape[1] * block), np.float32)
+    rounded[:, :k] = round_columns(start, w, each, stats, nearest)
+    return keep, scales, _codes(rounded.reshape(codes.shape), scales, bits)
 
 
 def sparsify_products(graph: Graph, weights: Mapping[Node, BlockSparse | TwoOfFour], act_levels: int = LEVELS) -> bool:

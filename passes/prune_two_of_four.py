@@ -1,7 +1,7 @@
 """prune_two_of_four: which two of four neighbouring weights are kept, and their quantized values.
 
-The two of the largest ``w^2 E[x^2]`` stay (``w^2 / inv(H)[j, j]`` where the columns' correlations are known). ``nearest`` rounds what is left;
-``compensate`` goes through the columns, chooses in every four when it comes to them, and adds what a column loses to those that are still to come.
+The two of the largest ``w^2 E[x^2]`` stay. ``nearest`` rounds what is left; ``compensate`` chooses them and their values together, by what the
+layer's outputs lose (:mod:`luthier.passes.alternate_directions`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from luthier.errors import QuantizationError
 from luthier.ir.ops.two_of_four import TwoOfFour
-from luthier.passes.compensate_errors import inverse_factor
+from luthier.passes.alternate_directions import Statistics, fit_kept, round_columns
 from luthier.passes.weight_grid import Array
 
 __all__ = ["prune_two_of_four"]
@@ -40,7 +40,7 @@ def prune_two_of_four(weight: Array, bits: int = 4, group: int = 32, hessian: Ar
     group = gcd(group, k)
     if method == "compensate":
         assert hessian is not None
-        return _compensated(w, bits, group, inverse_factor(hessian))
+        return _compensated(w, bits, group, Statistics(hessian))
     seen = np.ones(k) if hessian is None and moments is None else np.diagonal(hessian) if hessian is not None else moments
     importance = np.asarray(seen, np.float32)
     kept = np.where(_keep(np.square(w) * importance), w, 0)
@@ -73,23 +73,17 @@ def _scale(cut: Array, bits: int, importance: Array) -> Array:
     return out
 
 
-def _compensated(w: Array, bits: int, group: int, factor: Array) -> TwoOfFour:
-    """``factor``: upper triangular U with ``U.T U`` the inverse Hessian. Changes ``w``."""
+def _compensated(w: Array, bits: int, group: int, stats: Statistics) -> TwoOfFour:
     n, k = w.shape
-    u = factor.astype(np.float32)
-    importance = 1 / np.square(np.diagonal(factor)).astype(np.float32)
-    scales, values = np.zeros((n, k // group), np.float16), np.zeros((n, k), np.int16)
-    keep = np.zeros((n, k), bool)
-    for j in range(k):
-        if j % group == 0:
-            part = slice(j, j + group)
-            guess = np.where(_keep(np.square(w[:, part]) * importance[part]), w[:, part], 0)
-            scales[:, j // group] = _scale(guess, bits, np.tile(importance[part], (n, 1)))
-        if j % 4 == 0:
-            keep[:, j : j + 4] = _keep(np.square(w[:, j : j + 4]) * importance[j : j + 4])
-        s = scales[:, j // group]
-        q = np.where(keep[:, j], _codes(w[:, j : j + 1], s, bits)[:, 0], 0)
-        values[:, j] = q
-        e = (w[:, j] - q * s.astype(np.float32)) / u[j, j]
-        w[:, j + 1 :] -= e[:, None] * u[j, j + 1 :]
-    return TwoOfFour(values, scales, bits, group)
+    fitted, keep = fit_kept(w, stats, lambda scores, share: _keep(scores) if share == 1 else np.ones(scores.shape, bool))
+    cut = fitted.reshape(-1, group)
+    scales = _scale(cut, bits, np.tile(stats.moments.astype(np.float32).reshape(-1, group), (n, 1)))
+    wide = scales.reshape(n, -1)
+    start = (_codes(cut, scales, bits) * scales.astype(np.float32)[:, None]).reshape(n, k)
+
+    def nearest(j: int, x: Array) -> Array:
+        s = wide[:, j // group]
+        return np.asarray(_codes(x[:, None], s, bits)[:, 0] * s.astype(np.float32))
+
+    rounded = round_columns(start, w, keep, stats, nearest)
+    return TwoOfFour(_codes(rounded.reshape(-1, group), scales, bits).reshape(n, k).astype(np.int16), wide, bits, group)

@@ -1,0 +1,102 @@
+"""Which weights to drop and what the others become, for the outputs of a layer to change least.
+
+With ``H = X.T X`` of the layer's inputs the change is ``tr((W - W0) H (W - W0).T)``. Where only some weights may stay, alternating directions (ADMM,
+after Boza 2024, arXiv 2401.02938) go back and forth between the best weights at all and the nearest allowed ones; the choice of what stays gets
+stricter over the rounds and is then fixed, and conjugate gradients bring the kept weights to the optimum for it. Rounding moves one column after
+another to the grid's value that is best given all others (coordinate descent), so no step makes the layer worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from luthier.errors import QuantizationError
+from luthier.passes.weight_grid import Array
+
+__all__ = ["Statistics", "fit_kept", "round_columns"]
+
+ROUNDS, STEPS, SWEEPS = 30, 25, 2
+PENALTY = 0.1  # on the distance from allowed weights, of columns scaled to unit moments
+BATCH = 128  # columns whose moves reach the others together
+
+
+class Statistics:
+    """``hessian``: ``X.T X`` [K, K] or any multiple of it; ``cross``: ``X.T Y`` [K, N] of the wanted outputs, the same multiple (None: those of the
+    given weights). Columns are scaled to unit second moments, so ``damping`` means the same for large and small activations. Columns that were never
+    active count as average. Raises QuantizationError for statistics that are no numbers."""
+
+    def __init__(self, hessian: Array, cross: Array | None = None, damping: float = 0.01) -> None:
+        h = np.array(hessian, np.float64)
+        moments = np.diagonal(h)
+        if not np.isfinite(h).all() or (moments < 0).any() or (cross is not None and not np.isfinite(cross).all()):
+            raise QuantizationError("the activation statistics hold NaN, infinite or negative squares", hint="check the calibration data")
+        average = float(moments[moments > 0].mean()) if (moments > 0).any() else 1.0
+        self.moments = np.where(moments > 0, moments, average)
+        self.size = np.sqrt(self.moments).astype(np.float32)
+        h /= np.sqrt(np.outer(self.moments, self.moments))
+        h[np.diag_indices_from(h)] = 1 + damping
+        self.h = h.astype(np.float32)
+        self.cross = None if cross is None else np.ascontiguousarray((cross / np.sqrt(self.moments)[:, None]).T, np.float32)
+
+    def wanted(self, w: Array) -> Array:
+        """[N, K]: the right-hand side for scaled weights. With given outputs the damping still pulls to ``w``, f32 [N, K]."""
+        scaled = w * self.size
+        if self.cross is None:
+            return np.asarray(scaled @ self.h)
+        return np.asarray(self.cross + (self.h[0, 0] - 1) * scaled)
+
+
+def fit_kept(w: Array, stats: Statistics, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
+    """(weights f32 [N, K], kept bool [N, K]). ``w`` f32 [N, K]; ``select(scores, share)``: what stays where a share (0..1] of all that must go has to."""
+    k = w.shape[1]
+    right = stats.wanted(w)
+    inverse = np.linalg.inv(stats.h.astype(np.float64) + PENALTY * np.eye(k)).astype(np.float32)
+    near = best = w * stats.size if stats.cross is None else np.linalg.solve(stats.h.astype(np.float64), right.T.astype(np.float64)).T.astype(np.float32)
+    dual = np.zeros_like(best)
+    keep = np.ones(w.shape, bool)
+    for i in range(ROUNDS):
+        ahead = best + dual
+        if i < 0.7 * ROUNDS:
+            keep = select(np.square(ahead), min(1.0, (i + 1) / (0.6 * ROUNDS)))
+        near = np.where(keep, ahead, 0)
+        dual = ahead - near
+        best = (right + PENALTY * (near - dual)) @ inverse
+    residual = np.where(keep, right - near @ stats.h, 0)
+    way = residual.copy()
+    left = np.square(residual).sum(1, keepdims=True)
+    for _ in range(STEPS):
+        moved = np.where(keep, way @ stats.h, 0)
+        step = left / np.maximum((way * moved).sum(1, keepdims=True), 1e-20)
+        near += step * way
+        residual -= step * moved
+        now = np.square(residual).sum(1, keepdims=True)
+        way = residual + now / np.maximum(left, 1e-20) * way
+        left = now
+    return near / stats.size, keep
+
+
+def round_columns(start: Array, w: Array, keep: Array, stats: Statistics, nearest: Callable[[int, Array], Array]) -> Array:
+    """Weights f32 [N, K] on the grid. ``start``: such weights to begin with; ``w``: the original; ``nearest(j, x)``: the grid's values nearest to ``x``
+    [N], in column ``j``. Columns outside ``keep`` stay as they are."""
+    k = w.shape[1]
+    x = start * stats.size
+    gap = stats.wanted(w) - x @ stats.h
+    own = stats.h[0, 0]
+    for _ in range(SWEEPS):
+        for lo in range(0, k, BATCH):
+            hi = min(lo + BATCH, k)
+            moved = np.zeros((len(w), hi - lo), np.float32)
+            here = gap[:, lo:hi]
+            for j in range(lo, hi):
+                size = stats.size[j]
+                to = nearest(j, (x[:, j] + here[:, j - lo] / own) / size) * size
+                d = np.where(keep[:, j], to - x[:, j], 0)
+                here -= d[:, None] * stats.h[j, lo:hi]
+                x[:, j] += d
+                moved[:, j - lo] = d
+            inside = here.copy()
+            gap -= moved @ stats.h[lo:hi]
+            gap[:, lo:hi] = inside
+    return np.asarray(x / stats.size)
