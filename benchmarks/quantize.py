@@ -1,6 +1,6 @@
 """Accuracy of quantized models against f32 on real inputs, ours beside onnxruntime's own quantization.
 
-    python -m benchmarks.quantize [--part static] [--part weights] [--update]
+    python -m benchmarks.quantize [--part static] [--part weights] [--part sparse] [--update]
 
 Calibration and evaluation use different data: other scenes; for text, calibration takes Python's own manual (``pydoc_data``), evaluation the
 sentences of ``benchmarks/model_inputs.py`` and pages of the manual that calibration did not see. onnxruntime runs its files in its precise
@@ -199,9 +199,41 @@ def weights(say: Callable[[str], None], group: int, widths: Sequence[int]) -> No
     say("")
 
 
+def sparse(say: Callable[[str], None]) -> None:
+    """Table of W4S50 on MiniLM: how blocks are chosen, and the steps of recovery."""
+    from luthier.calibrate import load_graph, weight_layers
+    from luthier.quantize_mixed import FedModel
+    from luthier.sparsify import sparsify
+
+    calibration, evaluation = text_data()
+    path, shapes = models.get("minilm").path, {k: v.shape for k, v in evaluation[0].items()}
+    graph = load_graph(path, shapes)
+    layers = [x for x in weight_layers(graph) if x.node.op in ("MatMul", "Gemm")]
+    fed = FedModel(graph, layers, evaluation)
+    score = Score([w["sentence_embedding"] for w in fed.want])
+    say(f"## W4S50, MiniLM ({len(layers)} products, blocks of 16), sentence embeddings\n")
+    say(f"{len(calibration)} calibration pages, {len(evaluation)} evaluation texts; activations exact.\n")
+    say("| step | mean cosine | worst | NMSE | same largest | s |\n|---|---|---|---|---|---|")
+
+    def row(label: str, **how: Any) -> None:
+        start = time.perf_counter()
+        made = sparsify(path, 0.5, shapes=shapes, **how)
+        took = time.perf_counter() - start
+        got = fed.run({x: made.weights[x.name].dense() for x in layers})
+        say(f"| {label} | {score([g['sentence_embedding'] for g in got])} | {took:.0f} |")
+
+    row("magnitudes, nearest")
+    row("second moments, nearest", calibration=calibration, method="nearest")
+    row("compensated", calibration=calibration)
+    for epochs in (1, 4):
+        row(f"compensated, {epochs} epochs block by block, then of the scales", calibration=calibration, recover=True, epochs=epochs)
+    row("2:4, compensated", calibration=calibration, pattern="2:4")
+    say("")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=("static", "weights"), help="default: both")
+    parser.add_argument("--part", action="append", choices=("static", "weights", "sparse"), help="default: all")
     parser.add_argument("--model", action="append", choices=("mobilenetv2", "minilm"), help="of the static part; default: both")
     parser.add_argument("--observer", action="append", choices=("minmax", "percentile", "entropy"), help="of the static part; default: all")
     parser.add_argument("--group", type=int, default=64)
@@ -214,11 +246,13 @@ def main() -> None:
         print(text, flush=True)
         lines.append(text)
 
-    parts = given.part or ["weights", "static"]
+    parts = given.part or ["weights", "static", "sparse"]
     if "weights" in parts:
         weights(say, given.group, given.bits or [8, 4, 3, 2, 0, 1])
     if "static" in parts:
         static(given.model or ["mobilenetv2", "minilm"], given.observer or ["minmax", "percentile", "entropy"], say)
+    if "sparse" in parts:
+        sparse(say)
     if given.update:
         update("\n".join(lines))
 

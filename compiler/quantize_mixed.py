@@ -15,7 +15,7 @@ import numpy as np
 
 from luthier.calibrate import Feed, Layer, Statistics, _tracked
 from luthier.errors import QuantizationError
-from luthier.ir.graph import Graph
+from luthier.ir.graph import Graph, Value
 from luthier.passes.copy_graph import copy_graph
 from luthier.passes.quantize_weights import fit_group, output_error, quantize
 from luthier.quantize_report import Report
@@ -98,13 +98,17 @@ def spend(options: Mapping[Layer, Sequence[tuple[int | None, float, float]]], ro
 
 
 class FedModel:
-    """The model with the weights of its layers as inputs: any of them can be replaced from run to run."""
+    """The model with the weights of its layers as inputs: any of them can be replaced from run to run. ``taps``: values that
+    :meth:`values` gives beside the outputs."""
 
-    def __init__(self, graph: Graph, layers: Sequence[Layer], data: Sequence[Feed]) -> None:
+    def __init__(self, graph: Graph, layers: Sequence[Layer], data: Sequence[Feed], taps: Sequence[Value] = ()) -> None:
         from luthier.importers.builder import compile_graph
 
         copy, own = copy_graph(graph)
         self.data, self.names = list(data), [name for name, _ in copy.results()]
+        self.taps = {v: f"tap.{i}" for i, v in enumerate(dict.fromkeys(taps))}
+        copy.outputs = [*copy.outputs, *(own[v] for v in self.taps)]
+        copy.output_names = (*self.names, *self.taps.values())
         self.weights: dict[str, Array] = {}
         self.input: dict[Layer, str] = {}
         for x in layers:
@@ -124,7 +128,14 @@ class FedModel:
     def run(self, near: Mapping[Layer, Array]) -> list[dict[str, Array]]:
         """The float outputs, in f64, for every batch, with ``near`` [N, K] in the place of some layers' weights."""
         fed = {**self.weights, **{self.input[x]: x.restore(w) for x, w in near.items()}}
-        return [self._floats(self.module.run({**feed, **fed})) for feed in self.data]
+        found = (self.module.run({**feed, **fed}) for feed in self.data)
+        return [self._floats({name: a for name, a in r.items() if name in self.names}) for r in found]
+
+    def values(self, near: Mapping[Layer, Array], number: int) -> dict[Value, Array]:
+        """The tapped values for batch ``number``, f32."""
+        fed = {**self.weights, **{self.input[x]: x.restore(w) for x, w in near.items()}}
+        result = self.module.run({**self.data[number], **fed})
+        return {v: np.array(result[name], np.float32) for v, name in self.taps.items()}
 
     def error(self, layer: Layer, near: Array) -> float:
         """Mean NMSE of the float outputs with ``near`` in the place of one layer's weights."""

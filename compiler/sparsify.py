@@ -26,6 +26,7 @@ from luthier.passes.eliminate_dead import eliminate_dead
 from luthier.passes.prune_groups import prune_groups, sparsify_products
 from luthier.passes.prune_two_of_four import prune_two_of_four
 from luthier.passes.quantize_weights import output_error
+from luthier.prune_sequence import choose_sparsities, prune_sequence
 from luthier.quantization import Quantized
 from luthier.quantize_report import LayerReport, Report, compare_graphs, constant_bytes
 
@@ -48,7 +49,8 @@ def sparsify(
     """Drop ``sparsity`` of the ``1 x block`` blocks of every matrix product's weights and store the others in ``bits`` (4 or 8).
 
     ``model``: path, ``onnx.ModelProto`` or Graph. ``calibration``: see :func:`luthier.calibrate.read_data`, at most ``samples`` of it; without it
-    magnitudes decide. ``method``, ``scope``: see :func:`luthier.passes.prune_groups.prune_groups` (``method``: default compensate with calibration data).
+    magnitudes decide. ``method``, ``scope``: see :func:`luthier.passes.prune_groups.prune_groups` (``method``: default compensate with calibration data,
+    which goes through the layers in order, :mod:`luthier.prune_sequence`); ``scope`` ``model`` chooses a sparsity for every layer by what it does to the outputs.
     ``recover``: tune on the calibration data, ``epochs`` passes a stage; needs torch. ``exclude``: patterns of node names that stay.
     ``pattern``: ``blocks``, or ``2:4`` (two of four neighbouring weights stay; ``block`` and ``scope`` do not matter, no recovery).
     ``act_levels``: steps of the rounded activations (2047 fastest, up to 8191; 0 keeps them exact, slowly).
@@ -68,19 +70,31 @@ def sparsify(
     data = [] if calibration is None else read_data(calibration, graph, samples)
     how = method or ("compensate" if data else "nearest")
     layers = [x for x in weight_layers(graph, ("MatMul", "Gemm")) if not any(fnmatch.fnmatch(x.name, p) for p in exclude)]
+    if scope == "model" and (how != "compensate" or pattern != "blocks"):
+        raise QuantizationError("sparsities by layer need compensation, and blocks", hint="give calibration data, leave method= and pattern= out")
     stats = collect(graph, data, hessians=layers, progress=progress) if data else None
     report = Report(f"w{bits}s{round(sparsity * 100)}" if pattern == "blocks" else f"w{bits} 2:4", {"block": block, "method": how, "scope": scope, "recover": recover}, batches=len(data))
     report.bytes_before = constant_bytes(graph)
-    original, found = copy_graph(graph)
-    weights: dict[Node, Any] = {}
-    for x in layers:
-        h = None if stats is None else stats.hessian(x)
+    original, _ = copy_graph(graph)
+
+    def pruned(x: Layer, share: float, h: Any, cross: Any = None) -> Any:
         try:
-            weights[x.node] = (
-                prune_groups(x.matrix(), sparsity, block, bits, h, how, scope) if pattern == "blocks" else prune_two_of_four(x.matrix(), bits, hessian=h, method=how)
-            )
+            if pattern == "blocks":
+                return prune_groups(x.matrix(), share, block, bits, h, how, "layer" if scope == "model" else scope, cross=cross)
+            return prune_two_of_four(x.matrix(), bits, hessian=h, method=how, cross=cross)
         except QuantizationError as error:
             raise error.at(node=x.name, op=x.node.op) from None
+
+    shares = dict.fromkeys(layers, sparsity)
+    if scope == "model":
+        assert stats is not None
+        near = stats
+        shares = choose_sparsities(graph, layers, data, lambda x, s: pruned(x, s, near.hessian(x)).dense(), sparsity, progress)
+    if how == "compensate" and data:
+        found = prune_sequence(graph, layers, data, lambda x, h, c: pruned(x, shares[x], h, c), lambda w: w.dense(), progress)
+        weights: dict[Node, Any] = {x.node: w for x, w in found.items()}
+    else:
+        weights = {x.node: pruned(x, sparsity, None if stats is None else stats.hessian(x)) for x in layers}
     steps: dict[str, dict[str, float]] = {}
     if data:
         steps[how] = _outputs(original, graph, weights, data, act_levels)
@@ -100,7 +114,6 @@ def sparsify(
     report.bytes_after = constant_bytes(graph)
     if data:
         report.outputs = compare_graphs(original, graph, data, {}, 0)[0]
-    del found
     return Sparsified(graph, report, by_name, steps)
 
 

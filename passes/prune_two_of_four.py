@@ -20,10 +20,13 @@ __all__ = ["prune_two_of_four"]
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's largest magnitude, tried as the end of its range
 
 
-def prune_two_of_four(weight: Array, bits: int = 4, group: int = 32, hessian: Array | None = None, method: str = "nearest", moments: Array | None = None) -> TwoOfFour:
+def prune_two_of_four(
+    weight: Array, bits: int = 4, group: int = 32, hessian: Array | None = None, method: str = "nearest", moments: Array | None = None,
+    cross: Array | None = None,
+) -> TwoOfFour:  # fmt: skip
     """``weight`` f32 [N, K] with two of every four columns kept in ``bits`` (4 or 8), symmetric, a scale for ``group`` columns (halved until they
     divide K). ``hessian``: ``X.T X`` [K, K] of the layer's inputs; ``moments``: their mean squares [K]; ``method``: nearest or compensate (needs
-    ``hessian``). Raises QuantizationError."""
+    ``hessian``); ``cross``: as for :func:`luthier.passes.prune_groups.prune_groups`. Raises QuantizationError."""
     w = np.array(weight, np.float32)
     if w.ndim != 2 or not w.size or not np.isfinite(w).all():
         raise QuantizationError(f"weights must be a matrix of finite numbers; given {list(w.shape)}")
@@ -34,13 +37,13 @@ def prune_two_of_four(weight: Array, bits: int = 4, group: int = 32, hessian: Ar
         raise QuantizationError(f"unknown method {method!r}", hint="choose nearest or compensate")
     if method == "compensate" and hessian is None:
         raise QuantizationError("compensation needs activation statistics", hint="give calibration data")
-    for given, want in ((hessian, (k, k)), (moments, (k,))):
+    for given, want in ((hessian, (k, k)), (moments, (k,)), (cross, (k, n))):
         if given is not None and np.shape(given) != want:
             raise QuantizationError(f"activation statistics of {np.shape(given)} do not fit {k} columns")
     group = gcd(group, k)
     if method == "compensate":
         assert hessian is not None
-        return _compensated(w, bits, group, Statistics(hessian))
+        return _compensated(w, bits, group, Statistics(hessian, cross))
     seen = np.ones(k) if hessian is None and moments is None else np.diagonal(hessian) if hessian is not None else moments
     importance = np.asarray(seen, np.float32)
     kept = np.where(_keep(np.square(w) * importance), w, 0)

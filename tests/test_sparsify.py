@@ -152,3 +152,74 @@ def test_bad_weights() -> None:
             prune_groups(w, 0.5)
     with pytest.raises(QuantizationError, match="do not fit 32 columns"):
         prune_groups(np.ones((4, 32), np.float32), 0.5, hessian=np.eye(16))
+
+
+def residual_network(rng: np.random.Generator, width: int = 64, layers: int = 4) -> Graph:
+    """Blocks ``v + W2 tanh(W1 v)``, the second product with a bias."""
+    b = GraphBuilder("residual")
+    v = b.input("x", f32, [16, width])
+    for i in range(layers):
+        w1, w2 = ((rng.standard_normal((width, width)) / np.sqrt(width)).astype(np.float32) for _ in "ab")
+        h = b.op("Tanh", b.op("MatMul", v, b.const("w", w1), name=f"up{i}"))
+        y = b.op("Add", b.op("MatMul", h, b.const("w", w2), name=f"down{i}"), b.const("b", rng.standard_normal(width).astype(np.float32)))
+        v = b.op("Add", y, v)
+    b.output("y", v)
+    return b.graph()
+
+
+def run_numpy(graph: Graph, weights: dict[str, Array], x: Array) -> Array:
+    """The network above in f64 with other weights [N, K] for some products."""
+    env: dict[Any, Array] = {graph.inputs[0]: x.astype(np.float64)}
+    for n in graph.nodes:
+        a = [env[v] if v.data is None else v.data.astype(np.float64) for v in n.inputs]  # type: ignore[union-attr]
+        if n.op == "MatMul" and n.name in weights:
+            a[1] = weights[n.name].T.astype(np.float64)
+        env[n.outputs[0]] = a[0] @ a[1] if n.op == "MatMul" else np.tanh(a[0]) if n.op == "Tanh" else a[0] + a[1]
+    return env[graph.nodes[-1].outputs[0]]
+
+
+def test_layers_make_up_for_what_was_lost_before_them() -> None:
+    """Against the same pruning of every layer by itself, with the original's activations, on inputs that neither has seen."""
+    from luthier.calibrate import collect, read_data, weight_layers
+
+    rng = np.random.default_rng(2)
+    graph = residual_network(rng)
+    mix = rng.standard_normal((64, 64)) / 8
+    data = [{"x": (rng.standard_normal((16, 64)) @ mix).astype(np.float32)} for _ in range(64)]
+    layers = weight_layers(graph)
+    stats = collect(graph, read_data(data, graph), hessians=layers)
+    alone = {x.name: prune_groups(x.matrix(), 0.5, 16, 4, stats.hessian(x), "compensate").dense() for x in layers}
+    together = {name: w.dense() for name, w in sparsify(graph, 0.5, calibration=data).weights.items()}
+    fresh = (rng.standard_normal((256, 64)) @ mix).astype(np.float32)
+    want = run_numpy(graph, {}, fresh)
+    lost = [np.square(run_numpy(graph, w, fresh) - want).sum() for w in (alone, together)]
+    assert lost[1] < 0.7 * lost[0]
+
+
+def test_what_a_product_is_added_to() -> None:
+    from luthier.calibrate import weight_layers
+    from luthier.prune_sequence import residual
+
+    graph = residual_network(np.random.default_rng(0), layers=2)
+    found = [residual(graph, x) for x in weight_layers(graph)]
+    assert found[0] is None and found[2] is None, "a product under tanh is added to nothing"
+    assert found[1] is graph.inputs[0] and found[3] is graph.nodes[4].outputs[0]
+
+
+def test_sparsities_by_layer_stay_within_the_budget_and_spare_what_matters() -> None:
+    rng = np.random.default_rng(3)
+    graph = residual_network(rng, layers=3)
+    for n in graph.nodes:  # the first block's contribution is ten times as large as the others'
+        if n.name == "down0":
+            n.inputs[1].data *= np.float32(10)  # type: ignore[union-attr,operator]
+    data = [{"x": rng.standard_normal((16, 64)).astype(np.float32)} for _ in range(32)]
+    even, free = (sparsify(graph, 0.5, calibration=data, scope=s) for s in ("layer", "model"))
+    kept = {name: w.density for name, w in free.weights.items()}  # type: ignore[union-attr]
+    assert 0.44 < sum(kept.values()) / len(kept) <= 0.5
+    assert min(kept["up0"], kept["down0"]) > 0.6 > max(kept["up1"], kept["down1"], kept["up2"], kept["down2"])
+    fresh = rng.standard_normal((256, 64)).astype(np.float32)
+    want = run_numpy(graph, {}, fresh)
+    lost = [np.square(run_numpy(graph, {n: w.dense() for n, w in made.weights.items()}, fresh) - want).sum() for made in (even, free)]
+    assert lost[1] < lost[0]
+    with pytest.raises(QuantizationError, match="sparsities by layer need compensation"):
+        sparsify(graph, 0.5, scope="model")
