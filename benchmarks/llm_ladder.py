@@ -164,10 +164,11 @@ def stored_bits(weights: Mapping[str, Weight]) -> float:
 
 
 class Ladder:
-    """``model``: in torch; ``calibration``: token numbers [windows, window]; ``folder``: of everything that is kept."""
+    """``model``: in torch; ``calibration``: token numbers [windows, window]; ``folder``: of everything that is kept; ``steps``: windows of
+    calibration for the second step of recovery, with scales alone and with codes."""
 
-    def __init__(self, model: TorchLlama, calibration: Array, folder: Path) -> None:
-        self.model, self.calibration, self.folder = model, calibration, folder
+    def __init__(self, model: TorchLlama, calibration: Array, folder: Path, steps: tuple[Array, Array] | None = None) -> None:
+        self.model, self.calibration, self.folder, self.steps = model, calibration, folder, steps or (calibration, calibration)
 
     def layer_file(self, v: Variant, i: int) -> Path:
         return self.folder / v.name / f"layer{i:02d}.npz"
@@ -184,7 +185,8 @@ class Ladder:
                 if v.method == "blocks":
                     fit_layers(self.model, self.calibration, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
                 else:
-                    made = fit_end_to_end(self.model, self.calibration, start, self.folder / v.name / "state.pt", codes=v.method == "codes")
+                    codes = v.method == "codes"
+                    made = fit_end_to_end(self.model, self.steps[codes], start, self.folder / v.name / "state.pt", codes)
                     for i in layers:
                         save_weights(self.layer_file(v, i), {n: w for n, w in made.items() if n.startswith(f"blk.{i}.")})
             elif v.method in ("compensate", "budget"):
@@ -304,7 +306,7 @@ class Ladder:
         h, cross = (None, None) if seen is None else (seen.hessian / seen.rows, None if seen.cross is None else seen.cross / seen.rows)
         if v.sparse:
             how = "nearest" if v.method in ("magnitude", "moments") else "compensate"
-            return prune_groups(w, sparsity, BLOCK, v.bits, h, how, cross=cross)
+            return prune_groups(w, sparsity, BLOCK, v.bits, h, how, cross=cross, rows=None if seen is None else seen.rows)
         return quantize(w, v.bits, GROUP, method=v.method, hessian=None if seen is None else seen.hessian, rows=seen.rows if seen else None)
 
 
@@ -363,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ap.add_argument("--tokens", type=int, default=2048)
     ap.add_argument("--window", type=int, default=512)
     ap.add_argument("--calibration", type=int, default=32768, help="tokens")
+    ap.add_argument("--scale-tokens", type=int, default=32768, help="of calibration text for scales end to end")
+    ap.add_argument("--code-tokens", type=int, default=131072, help="of calibration text for codes end to end")
     ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
     ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
     ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))
@@ -372,9 +376,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = TorchLlama(g)
     encode = make_tokenizer(g).encode
     ids = np.array(encode(sample_text(), add_special_tokens=False).ids)[: a.tokens]
-    seen = np.array(encode(calibration_text(), add_special_tokens=False).ids)[: a.calibration // a.window * a.window].reshape(-1, a.window)
+    text = np.array(encode(calibration_text(), add_special_tokens=False).ids)
+    seen, scales, codes = (text[: n // a.window * a.window].reshape(-1, a.window) for n in (a.calibration, a.scale_tokens, a.code_tokens))
     parts = [ids[lo : lo + a.window] for lo in range(0, len(ids), a.window)]
-    ladder, evaluation = Ladder(model, seen, a.folder), Evaluation(model, parts, a.folder)
+    ladder, evaluation = Ladder(model, seen, a.folder, (scales, codes)), Evaluation(model, parts, a.folder)
     lines = []
 
     def show(line: str) -> None:

@@ -5,7 +5,7 @@
 2. End to end: codes are fixed; scales and zero points of all layers are tuned on the divergence of the next token's distribution from the original's.
    Beyond the paper, ``codes=True`` tunes the codes of all layers as well.
 
-One window in eight is kept apart: a layer, and the whole model in the second step, keeps the best of what was seen on those windows, the start included.
+Some windows are kept apart: a layer, and the whole model in the second step, keeps the best of what was seen on those windows, the start included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from luthier.passes.quantize_weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse
-CODE_RATE, ZERO_RATE, SCALE_RATE, END_RATE = 0.03, 0.02, 3e-3, 1e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+CODE_RATE, ZERO_RATE, SCALE_RATE = 0.01, 0.01, 1e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+APART = 4  # windows that decide in the second step
 
 
 class Tunable:
@@ -65,11 +66,11 @@ class Tunable:
     def tuned(self, codes: bool) -> list[dict[str, Any]]:
         """Parameter groups for Adam."""
         size = float(self.scale.detach().abs().mean())
-        out: list[dict[str, Any]] = [{"params": [self.scale], "lr": (SCALE_RATE if codes else END_RATE) * size}]
+        out: list[dict[str, Any]] = [{"params": [self.scale], "lr": SCALE_RATE * size}]
         if codes:
             out.append({"params": [self.codes], "lr": CODE_RATE})
         if isinstance(self.zero, torch.Tensor):
-            out.append({"params": [self.zero], "lr": ZERO_RATE if codes else ZERO_RATE / 4})
+            out.append({"params": [self.zero], "lr": ZERO_RATE})
         return out
 
     def round_codes(self) -> None:
@@ -105,7 +106,7 @@ def descend(loss: Callable[[int], torch.Tensor], groups: list[dict[str, Any]], o
 
 def fit_layers(
     model: TorchLlama, calibration: Array, start: Mapping[str, Weight], save: Callable[[int, dict[str, Weight]], None],
-    known: Callable[[int], dict[str, Weight] | None], epochs: int = 3, batch: int = 1,
+    known: Callable[[int], dict[str, Weight] | None], epochs: int = 1, batch: int = 2,
 ) -> None:  # fmt: skip
     """Step 1. ``calibration``: token numbers [windows, n]; ``save`` is given every layer's weights, ``known`` gives those that exist already."""
     torch.manual_seed(0)
@@ -140,27 +141,27 @@ def fit_layers(
             here = model.block(i, here, model.using({n: Tunable(w).matrix() for n, w in made.items()}))
 
 
-def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, epochs: int = 3, every: int = 14, codes: bool = False) -> dict[str, Weight]:
-    """Step 2. ``state``: file from which it goes on, written after every ``every`` steps."""
+def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, codes: bool = False, every: int = 20) -> dict[str, Weight]:
+    """Step 2, once over ``calibration`` less its last ``APART`` windows. ``state``: file from which it goes on, written after ``every`` steps;
+    ``codes``: they are tuned too."""
     torch.manual_seed(0)
     tuned = {n: Tunable(w) for n, w in start.items()}
     groups = [g for w in tuned.values() for g in w.tuned(codes)]
     params = [p for g in groups for p in g["params"]]
-    held = max(1, len(calibration) // 8)
-    order = [p for e in range(epochs) for p in np.random.default_rng(e).permutation(len(calibration) - held).tolist()]
-    originals: dict[int, torch.Tensor] = {}
+    order = np.random.default_rng(0).permutation(len(calibration) - APART).tolist()
+    decisive = list(range(len(calibration) - APART, len(calibration)))
+    with torch.no_grad():
+        known = {i: torch.log_softmax(model.forward(calibration[i]), -1) for i in decisive}
 
     def loss(i: int) -> torch.Tensor:
-        if i not in originals:
-            with torch.no_grad():
-                originals[i] = torch.log_softmax(model.forward(calibration[i]), -1).half()
-        p = originals[i].float()
+        with torch.no_grad():
+            p = known[i] if i in known else torch.log_softmax(model.forward(calibration[i]), -1)
         q = torch.log_softmax(model.forward(calibration[i], model.using({n: w.matrix(not codes) for n, w in tuned.items()})), -1)
         return (p.exp() * (p - q)).sum(-1).mean()
 
     def apart() -> float:
         with torch.no_grad():
-            return float(np.mean([float(loss(i)) for i in range(len(calibration) - held, len(calibration))]))
+            return float(np.mean([float(loss(i)) for i in decisive]))
 
     for p in params:
         p.requires_grad_(True)

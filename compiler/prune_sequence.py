@@ -28,9 +28,9 @@ STEPS = (0.1, 0.25, 0.4, 0.5, 0.6, 0.75)  # sparsities from which a layer's is c
 
 
 def prune_sequence(
-    graph: Graph, layers: Sequence[Layer], data: Sequence[Feed], make: Callable[[Layer, Array, Array], W], dense: Callable[[W], Array], progress: bool = False,
+    graph: Graph, layers: Sequence[Layer], data: Sequence[Feed], make: Callable[[Layer, Array, Array, int], W], dense: Callable[[W], Array], progress: bool = False,
 ) -> dict[Layer, W]:  # fmt: skip
-    """``make(layer, X.T X / rows, X.T Y / rows)`` gives a layer's weights, ``dense`` those as f32 [N, K]. Raises what compiling and running raise,
+    """``make(layer, X.T X / rows, X.T Y / rows, rows)`` gives a layer's weights, ``dense`` those as f32 [N, K]. Raises what compiling and running raise,
     and InputError for values that are not finite."""
     added = {x: v for x in layers if (v := residual(graph, x)) is not None}
     model = FedModel(graph, layers, data, [*(x.x for x in layers), *added.values()])
@@ -56,7 +56,7 @@ def prune_sequence(
                 parts = _moments(x, y, share)
                 sums[layer] = [a + b for a, b in zip(sums[layer], parts, strict=True)] if layer in sums else parts
         for layer in group:
-            made[layer] = make(layer, sums[layer][0] / rows, sums[layer][1] / rows)
+            made[layer] = make(layer, sums[layer][0] / rows, sums[layer][1] / rows, rows)
             now[layer] = dense(made[layer])
     return made
 

@@ -77,11 +77,11 @@ def sparsify(
     report.bytes_before = constant_bytes(graph)
     original, _ = copy_graph(graph)
 
-    def pruned(x: Layer, share: float, h: Any, cross: Any = None) -> Any:
+    def pruned(x: Layer, share: float, h: Any, cross: Any = None, rows: int | None = None) -> Any:
         try:
             if pattern == "blocks":
-                return prune_groups(x.matrix(), share, block, bits, h, how, "layer" if scope == "model" else scope, cross=cross)
-            return prune_two_of_four(x.matrix(), bits, hessian=h, method=how, cross=cross)
+                return prune_groups(x.matrix(), share, block, bits, h, how, "layer" if scope == "model" else scope, cross=cross, rows=rows)
+            return prune_two_of_four(x.matrix(), bits, hessian=h, method=how, cross=cross, rows=rows)
         except QuantizationError as error:
             raise error.at(node=x.name, op=x.node.op) from None
 
@@ -91,7 +91,7 @@ def sparsify(
         near = stats
         shares = choose_sparsities(graph, layers, data, lambda x, s: pruned(x, s, near.hessian(x)).dense(), sparsity, progress)
     if how == "compensate" and data:
-        found = prune_sequence(graph, layers, data, lambda x, h, c: pruned(x, shares[x], h, c), lambda w: w.dense(), progress)
+        found = prune_sequence(graph, layers, data, lambda x, h, c, rows: pruned(x, shares[x], h, c, rows), lambda w: w.dense(), progress)
         weights: dict[Node, Any] = {x.node: w for x, w in found.items()}
     else:
         weights = {x.node: pruned(x, sparsity, None if stats is None else stats.hessian(x)) for x in layers}

@@ -24,10 +24,11 @@ BATCH = 128  # columns whose moves reach the others together
 
 class Statistics:
     """``hessian``: ``X.T X`` [K, K] or any multiple of it; ``cross``: ``X.T Y`` [K, N] of the wanted outputs, the same multiple (None: those of the
-    given weights). Columns are scaled to unit second moments, so ``damping`` means the same for large and small activations. Columns that were never
-    active count as average. Raises QuantizationError for statistics that are no numbers."""
+    given weights); ``rows``: samples behind them. Columns are scaled to unit second moments, so ``damping`` means the same for large and small
+    activations. Columns that were never active count as average. What the wanted outputs ask for beyond the given weights is fitted with a ridge of
+    K / rows, the share of noise that K coefficients take up. Raises QuantizationError for statistics that are no numbers."""
 
-    def __init__(self, hessian: Array, cross: Array | None = None, damping: float = 0.01) -> None:
+    def __init__(self, hessian: Array, cross: Array | None = None, rows: int | None = None, damping: float = 0.01) -> None:
         h = np.array(hessian, np.float64)
         moments = np.diagonal(h)
         if not np.isfinite(h).all() or (moments < 0).any() or (cross is not None and not np.isfinite(cross).all()):
@@ -38,22 +39,26 @@ class Statistics:
         h /= np.sqrt(np.outer(self.moments, self.moments))
         h[np.diag_indices_from(h)] = 1 + damping
         self.h = h.astype(np.float32)
+        self.rows = rows
         self.cross = None if cross is None else np.ascontiguousarray((cross / np.sqrt(self.moments)[:, None]).T, np.float32)
 
-    def wanted(self, w: Array) -> Array:
-        """[N, K]: the right-hand side for scaled weights. With given outputs the damping still pulls to ``w``, f32 [N, K]."""
-        scaled = w * self.size
+    def aim(self, w: Array) -> Array:
+        """[N, K]: the scaled weights that would do best if all stayed and none were rounded. ``w`` f32 [N, K]."""
+        scaled = np.asarray(w * self.size, np.float32)
         if self.cross is None:
-            return np.asarray(scaled @ self.h)
-        return np.asarray(self.cross + (self.h[0, 0] - 1) * scaled)
+            return scaled
+        gap = (self.cross - scaled @ self.h + (self.h[0, 0] - 1) * scaled).astype(np.float64)
+        k = len(self.h)
+        ridge = self.h.astype(np.float64) + (k / self.rows if self.rows else 0.0) * np.eye(k)
+        return np.asarray(scaled + np.linalg.solve(ridge, gap.T).T, np.float32)
 
 
 def fit_kept(w: Array, stats: Statistics, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
     """(weights f32 [N, K], kept bool [N, K]). ``w`` f32 [N, K]; ``select(scores, share)``: what stays where a share (0..1] of all that must go has to."""
     k = w.shape[1]
-    right = stats.wanted(w)
+    near = best = stats.aim(w)
+    right = best @ stats.h
     inverse = np.linalg.inv(stats.h.astype(np.float64) + PENALTY * np.eye(k)).astype(np.float32)
-    near = best = w * stats.size if stats.cross is None else np.linalg.solve(stats.h.astype(np.float64), right.T.astype(np.float64)).T.astype(np.float32)
     dual = np.zeros_like(best)
     keep = np.ones(w.shape, bool)
     for i in range(ROUNDS):
@@ -82,7 +87,7 @@ def round_columns(start: Array, w: Array, keep: Array, stats: Statistics, neares
     [N], in column ``j``. Columns outside ``keep`` stay as they are."""
     k = w.shape[1]
     x = start * stats.size
-    gap = stats.wanted(w) - x @ stats.h
+    gap = (stats.aim(w) - x) @ stats.h
     own = stats.h[0, 0]
     for _ in range(SWEEPS):
         for lo in range(0, k, BATCH):

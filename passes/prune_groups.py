@@ -59,14 +59,14 @@ def select_groups(scores: Array, sparsity: float, scope: str = "layer") -> Array
 
 def prune_groups(
     weight: Array, sparsity: float, block: int = 16, bits: int = 4, hessian: Array | None = None, method: str = "nearest", scope: str = "layer",
-    moments: Array | None = None, cross: Array | None = None,
+    moments: Array | None = None, cross: Array | None = None, rows: int | None = None,
 ) -> BlockSparse:  # fmt: skip
     """``weight`` f32 [N, K] with ``sparsity`` of its blocks dropped and the others in ``bits``.
 
     ``hessian``: ``X.T X`` [K, K] of the layer's inputs or any multiple; ``moments``: their mean squares [K] where that is all that is known
     (neither: magnitudes decide). ``method``: ``nearest`` or ``compensate`` (needs ``hessian``). ``scope``: the share is kept in the whole ``layer``
     or in every ``row``. ``cross``: ``X.T Y`` [K, N] of the outputs Y that the layer should have, the same multiple as ``hessian`` (``compensate``
-    only; None: those of ``weight``). Raises QuantizationError."""
+    only; None: those of ``weight``); ``rows``: samples behind both. Raises QuantizationError."""
     w = np.array(weight, np.float32)
     if w.ndim != 2 or not w.size or not np.isfinite(w).all():
         raise QuantizationError(f"weights must be a matrix of numbers; given {list(w.shape)}" + ("" if np.isfinite(w).all() else " with NaN or infinite ones"))
@@ -86,7 +86,7 @@ def prune_groups(
         scales, codes = _nearest(w, keep, block, bits, seen)
     else:
         assert hessian is not None
-        keep, scales, codes = _compensated(w, sparsity, block, bits, scope, Statistics(hessian, cross))
+        keep, scales, codes = _compensated(w, sparsity, block, bits, scope, Statistics(hessian, cross, rows))
     ptr = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32)
     half = 1 << (bits - 1)
     return BlockSparse(n, k, block, bits, ptr, np.nonzero(keep)[1].astype(np.int32), (codes[keep] + half).astype(np.uint8), scales[keep], None, half)

@@ -22,11 +22,11 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's largest magnitud
 
 def prune_two_of_four(
     weight: Array, bits: int = 4, group: int = 32, hessian: Array | None = None, method: str = "nearest", moments: Array | None = None,
-    cross: Array | None = None,
+    cross: Array | None = None, rows: int | None = None,
 ) -> TwoOfFour:  # fmt: skip
     """``weight`` f32 [N, K] with two of every four columns kept in ``bits`` (4 or 8), symmetric, a scale for ``group`` columns (halved until they
     divide K). ``hessian``: ``X.T X`` [K, K] of the layer's inputs; ``moments``: their mean squares [K]; ``method``: nearest or compensate (needs
-    ``hessian``); ``cross``: as for :func:`luthier.passes.prune_groups.prune_groups`. Raises QuantizationError."""
+    ``hessian``); ``cross``, ``rows``: as for :func:`luthier.passes.prune_groups.prune_groups`. Raises QuantizationError."""
     w = np.array(weight, np.float32)
     if w.ndim != 2 or not w.size or not np.isfinite(w).all():
         raise QuantizationError(f"weights must be a matrix of finite numbers; given {list(w.shape)}")
@@ -43,7 +43,7 @@ def prune_two_of_four(
     group = gcd(group, k)
     if method == "compensate":
         assert hessian is not None
-        return _compensated(w, bits, group, Statistics(hessian, cross))
+        return _compensated(w, bits, group, Statistics(hessian, cross, rows))
     seen = np.ones(k) if hessian is None and moments is None else np.diagonal(hessian) if hessian is not None else moments
     importance = np.asarray(seen, np.float32)
     kept = np.where(_keep(np.square(w) * importance), w, 0)

@@ -115,6 +115,20 @@ def test_wanted_outputs_replace_those_of_the_weights() -> None:
     assert aimed < 0.8 * plain
 
 
+def test_few_samples_pull_less_towards_wanted_outputs() -> None:
+    """Outputs that are nothing but noise: what is learnt from them hurts on other samples, and less where the number of samples is known."""
+    w, x = layer(32, 64, 6)
+    rng = np.random.default_rng(2)
+    some, other = x[:80], x[80:]
+    y = some @ w.T.astype(np.float64)
+    y += rng.standard_normal(y.shape) * y.std() * 0.5
+    lost = []
+    for rows in (None, 80):
+        made = prune_groups(w, 0.25, 8, 8, some.T @ some, "compensate", cross=some.T @ y, rows=rows).dense().astype(np.float64)
+        lost.append(np.square(other @ (made - w).T).sum())
+    assert lost[1] < 0.9 * lost[0]
+
+
 def test_columns_that_are_never_active() -> None:
     w, x = layer(8, 32, 5)
     x[:, [3, 17]] = 0
