@@ -164,11 +164,11 @@ def stored_bits(weights: Mapping[str, Weight]) -> float:
 
 
 class Ladder:
-    """``model``: in torch; ``calibration``: token numbers [windows, window]; ``folder``: of everything that is kept; ``steps``: windows of
-    calibration for the second step of recovery, with scales alone and with codes."""
+    """``model``: in torch; ``calibration``: token numbers [windows, window]; ``folder``: of everything that is kept; ``fresh``: windows
+    for recovery by its methods, of text that nothing was fitted to before: weights lose less on what they were fitted to."""
 
-    def __init__(self, model: TorchLlama, calibration: Array, folder: Path, steps: tuple[Array, Array] | None = None) -> None:
-        self.model, self.calibration, self.folder, self.steps = model, calibration, folder, steps or (calibration, calibration)
+    def __init__(self, model: TorchLlama, calibration: Array, folder: Path, fresh: Mapping[str, Array] | None = None) -> None:
+        self.model, self.calibration, self.folder, self.fresh = model, calibration, folder, fresh or {}
 
     def layer_file(self, v: Variant, i: int) -> Path:
         return self.folder / v.name / f"layer{i:02d}.npz"
@@ -181,12 +181,11 @@ class Ladder:
             if v.method in ("blocks", "end", "codes"):
                 from benchmarks.llm_recover import fit_end_to_end, fit_layers
 
-                start = self.weights(variants()[v.start])
+                start, windows = self.weights(variants()[v.start]), self.fresh.get(v.method, self.calibration)
                 if v.method == "blocks":
-                    fit_layers(self.model, self.calibration, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
+                    fit_layers(self.model, windows, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
                 else:
-                    codes = v.method == "codes"
-                    made = fit_end_to_end(self.model, self.steps[codes], start, self.folder / v.name / "state.pt", codes)
+                    made = fit_end_to_end(self.model, windows, start, self.folder / v.name / "state.pt", v.method == "codes")
                     for i in layers:
                         save_weights(self.layer_file(v, i), {n: w for n, w in made.items() if n.startswith(f"blk.{i}.")})
             elif v.method in ("compensate", "budget"):
@@ -365,8 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ap.add_argument("--tokens", type=int, default=2048)
     ap.add_argument("--window", type=int, default=512)
     ap.add_argument("--calibration", type=int, default=32768, help="tokens")
-    ap.add_argument("--scale-tokens", type=int, default=32768, help="of calibration text for scales end to end")
-    ap.add_argument("--code-tokens", type=int, default=131072, help="of calibration text for codes end to end")
+    ap.add_argument("--recovery", type=int, nargs=3, default=(32768, 22528, 94208), help="tokens for recovery layer by layer, of scales, of codes: text after --calibration")
     ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
     ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
     ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))
@@ -377,9 +375,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     encode = make_tokenizer(g).encode
     ids = np.array(encode(sample_text(), add_special_tokens=False).ids)[: a.tokens]
     text = np.array(encode(calibration_text(), add_special_tokens=False).ids)
-    seen, scales, codes = (text[: n // a.window * a.window].reshape(-1, a.window) for n in (a.calibration, a.scale_tokens, a.code_tokens))
+    cuts = np.cumsum([0, a.calibration, *a.recovery]) // a.window
+    seen, *fresh = (text[lo * a.window : hi * a.window].reshape(-1, a.window) for lo, hi in zip(cuts, cuts[1:]))
     parts = [ids[lo : lo + a.window] for lo in range(0, len(ids), a.window)]
-    ladder, evaluation = Ladder(model, seen, a.folder, (scales, codes)), Evaluation(model, parts, a.folder)
+    ladder, evaluation = Ladder(model, seen, a.folder, dict(zip(("blocks", "end", "codes"), fresh))), Evaluation(model, parts, a.folder)
     lines = []
 
     def show(line: str) -> None:

@@ -25,7 +25,7 @@ from luthier.passes.quantize_weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse
-CODE_RATE, ZERO_RATE, SCALE_RATE = 0.01, 0.01, 1e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+CODE_RATE, ZERO_RATE, SCALE_RATE = 0.02, 0.02, 2e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
 APART = 4  # windows that decide in the second step
 
 
