@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--seconds", type=float, default=0.12)
     ap.add_argument("--wait", action="store_true")
+    ap.add_argument("--markdown", type=Path, help="write the table into its section of this file")
     a = ap.parse_args(argv)
     k, n = (int(v) for v in a.shape.split("x"))
     layers = 8 if a.place == "dram" else 1
@@ -309,10 +311,26 @@ def main(argv: list[str] | None = None) -> None:
         print("ready", flush=True)
         sys.stdin.readline()
     measure(cands, a.rounds, a.seconds)
-    print(f"\n{a.shape}, batch {a.batch}, {a.threads} thread(s), {a.place}: Gw/s, GB/s of weights, stored bits, NMSE")
+    title, rows = f"{a.shape}, batch {a.batch}, {a.threads} thread(s), {a.place}", []
+    print(f"\n{title}: Gw/s, GB/s of weights, stored bits, NMSE")
     for c in sorted(cands, key=lambda c: (-float(c.width), c.best)):
         gw = n * k * layers * 1e-9 / c.best
         print(f"{c.width:>5} {c.name:28s} {gw:7.1f} {gw * c.bits / 8:6.1f} {c.bits:6.2f} {c.nmse:9.1e}")
+        name = f"**{c.name}**" if c.name == "luthier" else c.name
+        rows.append(f"| {c.width} | {name} | {gw:.1f} | {gw * c.bits / 8:.1f} | {c.bits:.2f} | {c.nmse:.1e} |")
+    if a.markdown:
+        replace_section(a.markdown, title, "| bits | kernel | Gw/s | GB/s | stored bits | NMSE |\n|---|---|---|---|---|---|\n" + "\n".join(rows))
+
+
+def replace_section(path: Path, title: str, table: str) -> None:
+    """The section ``## title`` of a file, or a new one at its end."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    head = f"## {title}\n"
+    before, found, rest = text.partition(head)
+    after = rest[rest.index("\n## ") + 1 :] if "\n## " in rest else ""
+    if not found:
+        before = before.rstrip() + "\n\n"
+    path.write_text(f"{before}{head}\n{table}\n" + (f"\n{after}" if after else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":
