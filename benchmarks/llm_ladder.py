@@ -73,7 +73,7 @@ def variants() -> dict[str, Variant]:
     sparse = (
         ("magnitude", "magnitudes, nearest", ""), ("moments", "second moments, nearest", ""), ("compensate", "compensated", ""),
         ("budget", "compensated, layers by damage", ""),
-        ("blocks", "then layer by layer", "w4s50-budget"), ("end", "then scales end to end", "w4s50-blocks"), ("codes", "then values end to end", "w4s50-end"),
+        ("blocks", "then layer by layer", "w4s50-budget"), ("end", "then scales end to end", "w4s50-blocks"),
     )  # fmt: skip
     found += [Variant(f"w4s50-{m}", f"W4S50, {text}", 4, m, True, start) for m, text, start in sparse]
     return {v.name: v for v in found}
@@ -178,14 +178,14 @@ class Ladder:
         layers = range(self.model.c.layers)
         if not all(self.layer_file(v, i).exists() for i in layers):
             t = time.perf_counter()
-            if v.method in ("blocks", "end", "codes"):
+            if v.method in ("blocks", "end"):
                 from benchmarks.llm_recover import fit_end_to_end, fit_layers
 
                 start, windows = self.weights(variants()[v.start]), self.fresh.get(v.method, self.calibration)
                 if v.method == "blocks":
                     fit_layers(self.model, windows, start, lambda i, w: save_weights(self.layer_file(v, i), w), lambda i: self.known(v, i))
                 else:
-                    made = fit_end_to_end(self.model, windows, start, self.folder / v.name / "state.pt", v.method == "codes")
+                    made = fit_end_to_end(self.model, windows, start, self.folder / v.name / "state.pt")
                     for i in layers:
                         save_weights(self.layer_file(v, i), {n: w for n, w in made.items() if n.startswith(f"blk.{i}.")})
             elif v.method in ("compensate", "budget"):
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ap.add_argument("--tokens", type=int, default=2048)
     ap.add_argument("--window", type=int, default=512)
     ap.add_argument("--calibration", type=int, default=32768, help="tokens")
-    ap.add_argument("--recovery", type=int, nargs=3, default=(32768, 22528, 94208), help="tokens for recovery layer by layer, of scales, of codes: text after --calibration")
+    ap.add_argument("--recovery", type=int, nargs=2, default=(32768, 59392), help="tokens for recovery layer by layer and end to end: text after --calibration")
     ap.add_argument("--only", default="", help="names or their beginnings, comma separated: " + ", ".join(variants()))
     ap.add_argument("--kernels", default="", help="variants that are also compiled and run by the package's kernels")
     ap.add_argument("--folder", type=Path, default=Path("build/llm_ladder"))
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cuts = np.cumsum([0, a.calibration, *a.recovery]) // a.window
     seen, *fresh = (text[lo * a.window : hi * a.window].reshape(-1, a.window) for lo, hi in zip(cuts, cuts[1:]))
     parts = [ids[lo : lo + a.window] for lo in range(0, len(ids), a.window)]
-    ladder, evaluation = Ladder(model, seen, a.folder, dict(zip(("blocks", "end", "codes"), fresh))), Evaluation(model, parts, a.folder)
+    ladder, evaluation = Ladder(model, seen, a.folder, dict(zip(("blocks", "end"), fresh))), Evaluation(model, parts, a.folder)
     lines = []
 
     def show(line: str) -> None:

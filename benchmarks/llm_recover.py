@@ -3,7 +3,6 @@
 1. Layer by layer: codes, scales and zero points of a layer's matrices are tuned so that the layer gives what the original's gives, with inputs from
    the layers already tuned. Rounding passes gradients straight through. The error of a token counts relative to the size of its vector.
 2. End to end: codes are fixed; scales and zero points of all layers are tuned on the divergence of the next token's distribution from the original's.
-   Beyond the paper, ``codes=True`` tunes the codes of all layers as well.
 
 Some windows are kept apart: a layer, and the whole model in the second step, keeps the best of what was seen on those windows, the start included.
 """
@@ -26,6 +25,8 @@ from luthier.passes.quantize_weights import QuantizedWeight
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse
 CODE_RATE, ZERO_RATE, SCALE_RATE = 0.02, 0.02, 2e-3  # steps of a code, of a zero point; parts of a scale's mean magnitude
+SHARE = 0.15  # of these rates in the second step, where the scales of all layers move at once
+WARM = 10  # steps over which they rise to that
 APART = 4  # windows that decide in the second step
 
 
@@ -63,14 +64,14 @@ class Tunable:
         s = self.scale if self.keep is None else self.scale * self.keep
         return ((q - self.zero) * s).reshape(len(q), -1)[:, : self.columns]
 
-    def tuned(self, codes: bool) -> list[dict[str, Any]]:
-        """Parameter groups for Adam."""
+    def tuned(self, codes: bool, share: float = 1.0) -> list[dict[str, Any]]:
+        """Parameter groups for Adam, their rates times ``share``."""
         size = float(self.scale.detach().abs().mean())
-        out: list[dict[str, Any]] = [{"params": [self.scale], "lr": SCALE_RATE * size}]
+        out: list[dict[str, Any]] = [{"params": [self.scale], "lr": share * SCALE_RATE * size}]
         if codes:
-            out.append({"params": [self.codes], "lr": CODE_RATE})
+            out.append({"params": [self.codes], "lr": share * CODE_RATE})
         if isinstance(self.zero, torch.Tensor):
-            out.append({"params": [self.zero], "lr": ZERO_RATE})
+            out.append({"params": [self.zero], "lr": share * ZERO_RATE})
         return out
 
     def round_codes(self) -> None:
@@ -141,12 +142,11 @@ def fit_layers(
             here = model.block(i, here, model.using({n: Tunable(w).matrix() for n, w in made.items()}))
 
 
-def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, codes: bool = False, every: int = 20) -> dict[str, Weight]:
-    """Step 2, once over ``calibration`` less its last ``APART`` windows. ``state``: file from which it goes on, written after ``every`` steps;
-    ``codes``: they are tuned too."""
+def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, Weight], state: Path, every: int = 28) -> dict[str, Weight]:
+    """Step 2, once over ``calibration`` less its last ``APART`` windows. ``state``: file from which it goes on, written after ``every`` steps."""
     torch.manual_seed(0)
     tuned = {n: Tunable(w) for n, w in start.items()}
-    groups = [g for w in tuned.values() for g in w.tuned(codes)]
+    groups = [g for w in tuned.values() for g in w.tuned(False, SHARE)]
     params = [p for g in groups for p in g["params"]]
     order = np.random.default_rng(0).permutation(len(calibration) - APART).tolist()
     decisive = list(range(len(calibration) - APART, len(calibration)))
@@ -156,7 +156,7 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
     def loss(i: int) -> torch.Tensor:
         with torch.no_grad():
             p = known[i] if i in known else torch.log_softmax(model.forward(calibration[i]), -1)
-        q = torch.log_softmax(model.forward(calibration[i], model.using({n: w.matrix(not codes) for n, w in tuned.items()})), -1)
+        q = torch.log_softmax(model.forward(calibration[i], model.using({n: w.matrix(True) for n, w in tuned.items()})), -1)
         return (p.exp() * (p - q)).sum(-1).mean()
 
     def apart() -> float:
@@ -166,7 +166,7 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
     for p in params:
         p.requires_grad_(True)
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, len(order))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda i: min(1.0, (i + 1) / WARM) * (1 + np.cos(np.pi * i / len(order))) / 2)
     first = 0
     if state.exists():
         kept = torch.load(state)
@@ -194,7 +194,7 @@ def fit_end_to_end(model: TorchLlama, calibration: Array, start: Mapping[str, We
             kept = {"step": step + 1, "params": [p.detach() for p in params], "adam": adam.state_dict(), "schedule": schedule.state_dict()}
             torch.save(kept | {"least": least, "best": best}, state)
             took = (time.perf_counter() - t) / (step + 1 - first)
-            print(f"  step {step + 1} of {len(order)}: {float(y):.3f}, {now:.3f} on windows kept apart, {took:.1f} s each", flush=True)
+            print(f"  step {step + 1} of {len(order)}: {float(y.detach()):.3f}, {now:.3f} on windows kept apart, {took:.1f} s each", flush=True)
     with torch.no_grad():
         for p, k in zip(params, best, strict=True):
             p.requires_grad_(False)
