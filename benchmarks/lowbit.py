@@ -176,13 +176,13 @@ def tmac_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array,
         if width == "8":
             continue
         q, s, _, _ = weights(width, n, k, rng)
-        bits, zero = WIDTHS[width][0] or 2, float(1 << ((WIDTHS[width][0] or 2) - 1))
+        bits = WIDTHS[width][0] or 2
         if width == "1.58":
             q, s = q + np.uint8(1), s[:1, :1].reshape(1)
         layer = fastest(root, q, s, bits, layers, threads, x)
         layer.x[:] = x[0]
         layer.run()
-        w = (q - zero) * (float(s[0]) if s.size == 1 else np.repeat(s.astype(np.float64), k // s.shape[1], 1))
+        w = (q - float(1 << (bits - 1))) * (float(s[0]) if s.size == 1 else np.repeat(s.astype(np.float64), k // s.shape[1], 1))
         out.append(Candidate("T-MAC", width, layer.bits, layer.run, nmse(layer.y[0], x[0].astype(np.float64) @ w.T)))
     return out
 

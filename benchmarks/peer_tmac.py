@@ -5,7 +5,7 @@ own build uses; the loops around them, which it lets TVM generate, are written h
 steps of ``kfactor`` groups). Weights are packed by its ``preprocess_weights``. As its tuner does, every ``bm`` and ``kfactor`` of its space is timed,
 and activation groups of 32 and 64 where the weights' groups allow; the fastest is taken. Ternary weights run as its BitNet models do: 2 bits, one
 scale, int32 sums. Its fast aggregation is left out: on AVX2 it averages signed bytes as unsigned ones, and the result is of no use (NMSE above 10).
-Tiles are spread over threads by OpenMP. Only used by benchmarks.
+Tiles are spread over threads by OpenMP (Debian: clang, libomp-dev). Only used by benchmarks.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from luthier.calibrate import Feed, Layer, _finite, _tracked, product_rows
+from luthier.calibrate import Feed, Layer, _finite, _tracked
 from luthier.ir.graph import Graph, Value
 from luthier.quantize_mixed import FedModel, spend
 
@@ -43,13 +43,13 @@ def prune_sequence(
         for number in range(len(data)):
             was, here = model.values({}, number), model.values(now, number)
             first = group[0].x
-            before, x = (_rows(group[0], _finite(first.name, v[first])) for v in (was, here))
+            before, x = (_rows(_finite(first.name, v[first]), group[0].k) for v in (was, here))
             rows += len(x)
             for layer in group:
                 y, share = before @ layer.matrix().T, None
                 r = added.get(layer)
                 if r is not None:
-                    old, new = (_rows_of(v[r], layer.n) for v in (was, here))
+                    old, new = (_rows(v[r], layer.n) for v in (was, here))
                     share = np.square(old + y).sum(1, keepdims=True)
                     share = np.divide(1, share, out=np.zeros_like(share), where=share > 0)
                     y = y + (old - new)
@@ -66,12 +66,7 @@ def _moments(x: Array, y: Array, share: Array | None) -> list[Array]:
     return [(left @ x).astype(np.float64), (left @ y).astype(np.float64)]
 
 
-def _rows(layer: Layer, x: Array) -> Array:
-    rows = product_rows(layer, x)
-    return rows[:: -(-len(rows) // ROWS)]
-
-
-def _rows_of(x: Array, n: int) -> Array:
+def _rows(x: Array, n: int) -> Array:
     rows = x.reshape(-1, n)
     return rows[:: -(-len(rows) // ROWS)]
 

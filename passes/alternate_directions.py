@@ -53,14 +53,14 @@ class Statistics:
         return np.asarray(scaled + np.linalg.solve(ridge, gap.T).T, np.float32)
 
 
-def fit_kept(w: Array, stats: Statistics, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
-    """(weights f32 [N, K], kept bool [N, K]). ``w`` f32 [N, K]; ``select(scores, share)``: what stays where a share (0..1] of all that must go has to."""
-    k = w.shape[1]
-    near = best = stats.aim(w)
+def fit_kept(aim: Array, stats: Statistics, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
+    """(weights f32 [N, K], kept bool [N, K]). ``aim``: of ``stats``; ``select(scores, share)``: what stays where a share (0..1] of all that must go has to."""
+    k = aim.shape[1]
+    near = best = aim
     right = best @ stats.h
     inverse = np.linalg.inv(stats.h.astype(np.float64) + PENALTY * np.eye(k)).astype(np.float32)
     dual = np.zeros_like(best)
-    keep = np.ones(w.shape, bool)
+    keep = np.ones(aim.shape, bool)
     for i in range(ROUNDS):
         ahead = best + dual
         if i < 0.7 * ROUNDS:
@@ -82,26 +82,24 @@ def fit_kept(w: Array, stats: Statistics, select: Callable[[Array, float], Array
     return near / stats.size, keep
 
 
-def round_columns(start: Array, w: Array, keep: Array, stats: Statistics, nearest: Callable[[int, Array], Array]) -> Array:
-    """Weights f32 [N, K] on the grid. ``start``: such weights to begin with; ``w``: the original; ``nearest(j, x)``: the grid's values nearest to ``x``
-    [N], in column ``j``. Columns outside ``keep`` stay as they are."""
-    k = w.shape[1]
-    x = start * stats.size
-    gap = (stats.aim(w) - x) @ stats.h
+def round_columns(fitted: Array, aim: Array, keep: Array, scales: Array, stats: Statistics, codes: Callable[[Array, Array], Array]) -> Array:
+    """Codes f32 [N, K]; 0 where ``keep`` is False. ``fitted``: weights to begin with; ``aim``: of ``stats``; ``scales`` [N, K] of every weight;
+    ``codes(x, scales)``: the nearest ones, elementwise."""
+    wide = scales.astype(np.float32)
+    q = np.where(keep, codes(fitted, scales), 0).astype(np.float32)
+    gap = (aim - q * wide * stats.size) @ stats.h
     own = stats.h[0, 0]
     for _ in range(SWEEPS):
-        for lo in range(0, k, BATCH):
-            hi = min(lo + BATCH, k)
-            moved = np.zeros((len(w), hi - lo), np.float32)
-            here = gap[:, lo:hi]
+        for lo in range(0, q.shape[1], BATCH):
+            hi = min(lo + BATCH, q.shape[1])
+            moved = np.zeros((len(q), hi - lo), np.float32)
+            here = gap[:, lo:hi].copy()
             for j in range(lo, hi):
-                size = stats.size[j]
-                to = nearest(j, (x[:, j] + here[:, j - lo] / own) / size) * size
-                d = np.where(keep[:, j], to - x[:, j], 0)
+                best = q[:, j] * wide[:, j] + here[:, j - lo] / (own * stats.size[j])
+                to = np.where(keep[:, j], codes(best, scales[:, j]), 0)
+                d = (to - q[:, j]) * wide[:, j] * stats.size[j]
                 here -= d[:, None] * stats.h[j, lo:hi]
-                x[:, j] += d
-                moved[:, j - lo] = d
-            inside = here.copy()
+                q[:, j], moved[:, j - lo] = to, d
             gap -= moved @ stats.h[lo:hi]
-            gap[:, lo:hi] = inside
-    return np.asarray(x / stats.size)
+            gap[:, lo:hi] = here
+    return q

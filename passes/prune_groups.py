@@ -135,19 +135,13 @@ def _compensated(w: Array, sparsity: float, block: int, bits: int, scope: str, s
         found[:] = [select_groups(padded.reshape(n, -1, block).sum(2), sparsity * share, scope)]
         return np.repeat(found[0], block, 1)[:, :k]
 
-    fitted, each = fit_kept(w, stats, select)
+    aim = stats.aim(w)
+    fitted, each = fit_kept(aim, stats, select)
     keep = found[0]
     scales, codes = _nearest(fitted, keep, block, bits, stats.moments)
-    scales = np.where(keep, scales, np.float16(0))
-    start = (codes * scales[..., None].astype(np.float32)).reshape(n, -1)[:, :k]
-
-    def nearest(j: int, x: Array) -> Array:
-        s = scales[:, j // block]
-        return np.asarray(_codes(x[:, None], s, bits)[:, 0] * s.astype(np.float32))
-
-    rounded = np.zeros((n, keep.shape[1] * block), np.float32)
-    rounded[:, :k] = round_columns(start, w, each, stats, nearest)
-    return keep, scales, _codes(rounded.reshape(codes.shape), scales, bits)
+    every = np.repeat(scales, block, 1)[:, :k]
+    codes.reshape(n, -1)[:, :k] = round_columns(fitted, aim, each, every, stats, lambda x, s: _codes(x[..., None], s, bits)[..., 0])
+    return keep, scales, codes
 
 
 def sparsify_products(graph: Graph, weights: Mapping[Node, BlockSparse | TwoOfFour], act_levels: int = LEVELS) -> bool:

@@ -78,15 +78,8 @@ def _scale(cut: Array, bits: int, importance: Array) -> Array:
 
 def _compensated(w: Array, bits: int, group: int, stats: Statistics) -> TwoOfFour:
     n, k = w.shape
-    fitted, keep = fit_kept(w, stats, lambda scores, share: _keep(scores) if share == 1 else np.ones(scores.shape, bool))
-    cut = fitted.reshape(-1, group)
-    scales = _scale(cut, bits, np.tile(stats.moments.astype(np.float32).reshape(-1, group), (n, 1)))
-    wide = scales.reshape(n, -1)
-    start = (_codes(cut, scales, bits) * scales.astype(np.float32)[:, None]).reshape(n, k)
-
-    def nearest(j: int, x: Array) -> Array:
-        s = wide[:, j // group]
-        return np.asarray(_codes(x[:, None], s, bits)[:, 0] * s.astype(np.float32))
-
-    rounded = round_columns(start, w, keep, stats, nearest)
-    return TwoOfFour(_codes(rounded.reshape(-1, group), scales, bits).reshape(n, k).astype(np.int16), wide, bits, group)
+    aim = stats.aim(w)
+    fitted, keep = fit_kept(aim, stats, lambda scores, share: _keep(scores) if share == 1 else np.ones(scores.shape, bool))
+    scales = _scale(fitted.reshape(-1, group), bits, np.tile(stats.moments.astype(np.float32).reshape(-1, group), (n, 1))).reshape(n, -1)
+    q = round_columns(fitted, aim, keep, np.repeat(scales, group, 1), stats, lambda x, s: _codes(x[..., None], s, bits)[..., 0])
+    return TwoOfFour(q.astype(np.int16), scales, bits, group)

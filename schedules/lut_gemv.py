@@ -84,12 +84,18 @@ def patterns(ternary: bool) -> Array:
     if not ternary:
         bits = (np.arange(16)[:, None] >> np.arange(4)) & 1
         return np.asarray((bits - 0.5).astype(np.float32))
-    rows = [t for t in combinations((0, 1, -1), repeat=3) if next((c for c in t if c), 1) == 1]
-    return np.array(rows + [(0, 0, 0)] * (16 - len(rows)), np.float32)
+    return trits(3, 16)
 
 
-def pack_planes(bits: int, size: int) -> Callable[[Array], Array]:
-    """[rows, columns] values to bytes [rows / size, columns / 8, bits, size] (two quads a byte), flat, as i32 words."""
+def trits(width: int, entries: int) -> Array:
+    """[entries, width] coefficients of ternary tables: the tuples whose first non-zero coefficient is 1, all zero first; the rest is zero."""
+    rows = [t for t in combinations((0, 1, -1), repeat=width) if next((c for c in t if c), 1) == 1]
+    return np.array(rows + [(0,) * width] * (entries - len(rows)), np.float32)
+
+
+def pack_planes(bits: int, size: int, signed: bool = False) -> Callable[[Array], Array]:
+    """[rows, columns] values to bytes [rows / size, columns / 8, bits, size] (two quads a byte), flat, as i32 words. ``signed``: a byte's
+    highest bit inverts the other seven, so that they number half a table and its sign."""
 
     def go(u: Array) -> Array:
         p = pad_rows(u.astype(np.uint8), size)
@@ -97,7 +103,7 @@ def pack_planes(bits: int, size: int) -> Callable[[Array], Array]:
         out = np.zeros((v.shape[0], v.shape[2], bits, size), np.uint8)
         for b in range(bits):
             plane = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-            out[:, :, b] = plane.transpose(0, 2, 1)
+            out[:, :, b] = (np.where(plane & 128, plane ^ 127, plane) if signed else plane).transpose(0, 2, 1)
         return lane_order(out).view(np.int32).reshape(-1)
 
     return go

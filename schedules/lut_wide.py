@@ -15,7 +15,6 @@ NMSE against f64 on normally distributed activations: at most 5e-4.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import product as combinations
 from math import gcd
 from typing import Any
 
@@ -27,7 +26,7 @@ from luthier.ir.loop import Buffer, Stmt, Store, block
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.intrin.byte_vectors import lookup_wide
 from luthier.schedules.lowbit import match, pad_rows
-from luthier.schedules.lut_gemv import Array, TableBuilder, lane_order
+from luthier.schedules.lut_gemv import Array, TableBuilder, lane_order, pack_planes, trits
 from luthier.schedules.quantized_gemv import Body
 from luthier.schedules.schedule import Schedule
 
@@ -45,31 +44,10 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, stre
     return None if flush < 32 else _Wide(s, p, caps, constants, flush, streams, None).kernels()
 
 
-def trits() -> Array:
-    """[128, 5] coefficients of ternary tables: the quintuples whose first non-zero coefficient is 1, zero first; the rest is zero."""
-    rows = [t for t in combinations((0, 1, -1), repeat=5) if next((c for c in t if c), 1) == 1]
-    return np.array(rows + [(0,) * 5] * (ENTRIES - len(rows)), np.float32)
-
-
-def pack_octets(bits: int, size: int) -> Callable[[Array], Array]:
-    """[rows, columns] values to bytes [rows / size, columns / 8, bits, size], flat, as i32 words."""
-
-    def go(u: Array) -> Array:
-        p = pad_rows(u.astype(np.uint8), size)
-        v = p.reshape(-1, size, p.shape[1] // 8, 8)
-        out = np.empty((v.shape[0], v.shape[2], bits, size), np.uint8)
-        for b in range(bits):
-            octet = (((v >> b) & 1) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=np.uint8)
-            out[:, :, b] = np.where(octet & 128, octet ^ 127, octet).transpose(0, 2, 1)
-        return lane_order(out).view(np.int32).reshape(-1)
-
-    return go
-
-
 def pack_quintuples(flush: int, size: int) -> Callable[[Array], Array]:
     """[rows, columns] values 0, 1, 2 to bytes [rows / size, columns / flush, tables, size], flat, as i32 words."""
     code = np.zeros((3,) * 5, np.uint8)
-    for i, t in enumerate(trits()):
+    for i, t in enumerate(trits(5, ENTRIES)):
         a = tuple(int(c) for c in t)
         if any(a):
             code[tuple(c + 1 for c in a)] = i
@@ -133,12 +111,12 @@ class _Wide(TableBuilder):
     def layout(self) -> tuple[int, Callable[[Array], Array]]:
         if self.ternary:
             return self.tables, pack_quintuples(self.flush, self.bytes)
-        return self.tables * self.p.bits, pack_octets(self.p.bits, self.bytes)
+        return self.tables * self.p.bits, pack_planes(self.p.bits, self.bytes, signed=True)
 
     def entries(self, b: Body, xs: list[Expr], mag: Expr, inv: Expr, where: Expr) -> Stmt:
         f = self.lanes
         scaled = [b.let(x * inv, "x") for x in xs]
-        rows = trits() if self.ternary else (np.arange(ENTRIES)[:, None] >> np.arange(8) & 1) - 0.5
+        rows = trits(5, ENTRIES) if self.ternary else (np.arange(ENTRIES)[:, None] >> np.arange(8) & 1) - 0.5
         each = 1 if self.ternary else 4  # columns whose coefficients are the same in every register of a table
 
         def vector(row: Array) -> Expr:

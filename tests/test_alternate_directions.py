@@ -32,7 +32,8 @@ def halves(scores: Array, share: float) -> Array:
 def test_kept_weights_are_the_least_squares_solution() -> None:
     w, x = layer(6, 48, 0)
     damping = 1e-2
-    fitted, keep = fit_kept(w, Statistics(x.T @ x, damping=damping), halves)
+    stats = Statistics(x.T @ x, damping=damping)
+    fitted, keep = fit_kept(stats.aim(w), stats, halves)
     assert (keep.sum(1) == 24).all() and not fitted[~keep].any()
     size = np.sqrt(np.square(x).sum(0) * damping)  # the damping as rows of their own
     a, y = np.vstack([x, np.diag(size)]), np.vstack([x, np.diag(size)]) @ w.T.astype(np.float64)
@@ -48,15 +49,16 @@ def test_rounding_leaves_no_better_move_of_one_weight() -> None:
     step = (np.abs(w).max(1) / 3).astype(np.float32)
     values = step[:, None] * np.arange(-4, 4, dtype=np.float32)
     keep = np.random.default_rng(0).random(w.shape) < 0.7
+    scales = np.repeat(step[:, None], 12, 1)
 
-    def nearest(j: int, v: Array) -> Array:
-        return np.take_along_axis(values, np.abs(values - v[:, None]).argmin(1)[:, None], 1)[:, 0]
+    def codes(v: Array, s: Array) -> Array:
+        return np.asarray(np.clip(np.rint(v / s), -4, 3))
 
-    start = np.where(keep, np.stack([nearest(j, w[:, j]) for j in range(12)], 1), 0)
+    start = np.where(keep, codes(w, scales) * scales, 0)
     found = start
     stats = Statistics(h, damping=1e-9)
     for _ in range(20):
-        found = round_columns(found, w, keep, stats, nearest)
+        found = round_columns(found, stats.aim(w), keep, scales, stats, codes) * scales
 
     def loss(q: Array) -> Array:
         return np.asarray(np.square(x @ (q - w).T.astype(np.float64)).sum(0))

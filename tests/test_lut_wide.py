@@ -15,7 +15,8 @@ from luthier.ir.graph import Graph
 from luthier.ir.interp import run_func
 from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
 from luthier.passes.lower_subbyte import lower_subbyte
-from luthier.schedules.lut_wide import ENTRIES, pack_octets, pack_quintuples, trits
+from luthier.schedules.lut_gemv import pack_planes, trits
+from luthier.schedules.lut_wide import ENTRIES, pack_quintuples
 from luthier.schedules.select import Kernels, Record
 from tests.emulated import Array, arrays, missing, run_emulated
 from tests.test_lowbit import ROUNDED, nmse, product
@@ -91,7 +92,7 @@ def decoded(raw: Array, size: int) -> Array:
 @pytest.mark.parametrize("bits", [1, 2])
 def test_octets_hold_every_bit(bits: int) -> None:
     u = np.random.default_rng(0).integers(0, 1 << bits, (64, 40)).astype(np.uint8)
-    raw = decoded(pack_octets(bits, 64)(u).view(np.uint8).reshape(5, bits, 64), 64)
+    raw = decoded(pack_planes(bits, 64, signed=True)(u).view(np.uint8).reshape(5, bits, 64), 64)
     octets = np.where(raw & 128, raw ^ 127, raw)
     back = sum(((octets[:, b, None, :] >> np.arange(8)[:, None]) & 1) << b for b in range(bits))
     assert np.array_equal(np.asarray(back).transpose(2, 0, 1).reshape(64, 40), u)
@@ -99,9 +100,9 @@ def test_octets_hold_every_bit(bits: int) -> None:
 
 @pytest.mark.parametrize("flush", [32, 64])
 def test_quintuples_hold_every_value(flush: int) -> None:
-    assert len({tuple(t) for t in trits()}) == 122 <= ENTRIES  # 3 ** 5 up to the sign
+    assert len({tuple(t) for t in trits(5, ENTRIES)}) == 122 <= ENTRIES  # 3 ** 5 up to the sign
     u = np.random.default_rng(0).integers(0, 3, (64, flush)).astype(np.uint8)
     n = -(-flush // 5)
     raw = decoded(pack_quintuples(flush, 64)(u).view(np.uint8).reshape(n, 64), 64)
-    values = trits()[raw & 127] * np.where(raw & 128, -1, 1)[..., None]
+    values = trits(5, ENTRIES)[raw & 127] * np.where(raw & 128, -1, 1)[..., None]
     assert np.array_equal(values.transpose(1, 0, 2).reshape(64, -1)[:, :flush], u.astype(int) - 1)
