@@ -14,7 +14,7 @@ from luthier.codegen.llvm_main import DTYPE_CODES, print_main, runtime_text
 from luthier.codegen.sharing import resolve
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
-from luthier.ir.expr import Expr, const, free_vars, substitute, walk
+from luthier.ir.expr import Expr, const, free_vars, substitute, tree_size, walk
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.module import Module
@@ -160,11 +160,14 @@ def _io(b: Buffer, name: str) -> dict[str, Any]:
     return {"name": name, "code": DTYPE_CODES[b.dtype.name], "shape": shape}
 
 
+MAX_FORMULA = 100_000  # nodes
 _OPS = {"add": "+", "sub": "-", "mul": "*", "min": "min", "max": "max", "floordiv": "//", "mod": "%"}
 
 
 def formula(e: Expr) -> Any:
-    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else."""
+    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else, or too long to write out."""
+    if tree_size(e) > MAX_FORMULA:
+        return 0
     if e.op == "const":
         return int(e.attr)
     if e.op == "var":

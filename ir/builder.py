@@ -7,9 +7,11 @@ from typing import Any
 
 from luthier.ir.dtypes import f32
 from luthier.ir.errors import LuthierError, UnsupportedOperator
+from luthier.ir.expr import tree_size
 from luthier.ir.graph import MAX_CONTENT, Graph, Node, TensorType, Value, all_nodes
 from luthier.ir.op import Op, lookup
 
+MAX_TREE = 5000  # nodes of the expressions of a content; longer arithmetic is done by the run, as on any other tensor
 _UNKNOWN = TensorType(f32, ())
 
 
@@ -63,7 +65,7 @@ def infer_node(node: Node) -> Node:
         raise e.at(node=node.name, op=node.op, shapes=shapes) from None
     if contents is not None:
         for v, c in zip(node.outputs, contents, strict=False):
-            if c is not None and len(c) <= MAX_CONTENT and not v.bound:
+            if c is not None and len(c) <= MAX_CONTENT and not v.bound and sum(map(tree_size, c)) <= MAX_TREE:
                 v.content = tuple(c)
     return node
 
