@@ -35,7 +35,7 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.shape import given_axes
-from luthier.ir.requirements import assume_equal
+from luthier.ir.requirements import assume_at_least, assume_equal
 
 FAR = (1 << 31) - 1  # slice ends from here on mean "to the end"
 
@@ -147,6 +147,11 @@ class Split(Op):
             total = sum((e for e in out[1:]), out[0])
             if n.op == "const" and total.op == "const" and n.attr != total.attr:
                 raise shape_error(node, f"the lengths add up to {total.attr}, the dimension is {n.attr}")
+            assume_equal(total, n, "the sum of the lengths and the dimension")
+            for k, e in enumerate(out):
+                if e.op == "const" and e.attr < 0:
+                    raise shape_error(node, f"length {k} is {e.attr}")
+                assume_at_least(e, ZERO, f"length {k} and the least possible")
             return out
         k = int(node.attrs.get("num_outputs", len(node.outputs)))
         piece = ceil_div(n, k)
@@ -223,6 +228,8 @@ class Slice(Op):
             raise shape_error(node, f"{len(starts)} starts, {len(ends)} ends, {len(axes)} axes, {len(steps)} steps")
         if any(t is ZERO for t in steps):
             raise shape_error(node, "a step is 0")
+        for k, t in enumerate(steps):
+            assume_equal(t, select(t.eq(0), ONE, t), f"steps (number {k} is 0)")
         out = [(ZERO, n, ONE) for n in x.shape]
         for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
             if a.op == "const":
@@ -286,7 +293,12 @@ class Pad(Op):
         v = node.input(2)
         if v is not None and v.dtype is not x.dtype:
             raise type_error(node, "the fill value has another type than the data")
-        return [like(x.type, (maximum(s + lo + hi, 0) for s, (lo, hi) in zip(x.shape, self.pads(node), strict=True)))]
+        left = [s + lo + hi for s, (lo, hi) in zip(x.shape, self.pads(node), strict=True)]
+        for k, n in enumerate(left):
+            if n.op == "const" and n.attr < 0:
+                raise shape_error(node, f"the pads crop dimension {k} to {n.attr} elements")
+            assume_at_least(n, ZERO, f"what the pads leave of dimension {k} and the least possible")
+        return [like(x.type, (maximum(n, 0) for n in left))]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         return moved(self, node)
