@@ -211,7 +211,7 @@ def collect() -> None:
 
 
 def const(value: Number, dtype: DType = index) -> Expr:
-    """A constant, rounded or wrapped to ``dtype`` (broadcast when ``dtype`` has lanes)."""
+    """A constant, rounded or wrapped to ``dtype`` (broadcast when ``dtype`` has lanes); an index saturates."""
     if dtype is index and type(value) is int and -(1 << 62) < value < 1 << 62:
         return make_node("const", index, (), value)
     s = dtype.scalar
@@ -222,6 +222,8 @@ def const(value: Number, dtype: DType = index) -> Expr:
         if s is not f64 and not (math.isnan(v) or math.isinf(v)):
             with np.errstate(over="ignore"):
                 v = float(np.asarray(v).astype(s.numpy))
+    elif s.is_index:  # a size that no memory holds stays one: it never wraps around
+        v = max(-(1 << 63), min(int(value), (1 << 63) - 1))
     else:
         v = int(value)
         if s.bits < 64 or s.kind == "u" or not -(1 << 63) <= v < (1 << 63):
