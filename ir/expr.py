@@ -78,6 +78,7 @@ from luthier.ir.traverse import (
     rewrite,
     rewrite_loads,
     substitute,
+    vars_outside_loads,
     walk,
 )
 
@@ -86,5 +87,5 @@ __all__ = [
     "binary", "bitcast", "bounds", "call", "cast", "collect", "compare", "const", "extract", "floordiv", "free_vars",
     "from_linear", "is_const", "land", "linear", "lnot", "load", "load_parts", "loads", "lor", "make_node", "maximum",
     "minimum", "mod", "poly_const", "proj", "prove", "ramp", "rebuild", "rejoin", "rewrite", "rewrite_loads", "select",
-    "shuffle", "substitute", "unary", "var", "vreduce", "walk",
+    "shuffle", "substitute", "unary", "var", "vars_outside_loads", "vreduce", "walk",
 ]  # fmt: skip

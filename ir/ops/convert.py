@@ -95,6 +95,7 @@ def cast_ref(a: Array, to: DType, saturate: bool = True, mode: str = "up") -> Ar
 
 class CastBase(Op):
     kind = "elementwise"
+    permutes = True
 
     def target(self, node: Node) -> DType:
         raise NotImplementedError
@@ -138,6 +139,7 @@ class BitCast(Op):
     """The same bits as another type of the same width."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x, to = need(node, 0), element_type(node, node.attrs["to"])
@@ -184,6 +186,7 @@ class Dropout(Op):
     """(data, ratio?, training_mode?) -> (output, mask?): the identity unless training drops something."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)

@@ -57,6 +57,7 @@ class Map(Op):
     alone). ``result``: bool for predicates, None for the type of the first input. ``content``: on index expressions."""
 
     kind = "elementwise"
+    permutes = True
 
     def __init__(
         self, accepts: str, expr: ExprFn, ref: ArrayFn, arity: tuple[int, int] = (1, 1), result: DType | None = None,
