@@ -2,7 +2,7 @@
 
     python benchmarks/setup_web.py [--tests]
 
-`--tests`: playwright-core alone (10 MB), else the peers as well (0.5 GB). Chromium is the system's (`apt-get install chromium`),
+`--tests`: playwright-core (10 MB) and Dawn for Node (130 MB) alone, else the peers as well (0.5 GB). Chromium is the system's (`apt-get install chromium`),
 Node 20 or newer too.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "web"
-TESTS = {"playwright-core": "1.65.1"}
+TESTS = {"playwright-core": "1.65.1", "webgpu": "0.6.2"}
 PEERS = {
     "onnxruntime-web": "1.30.0",
     "@tensorflow/tfjs": "4.22.0",

@@ -417,7 +417,7 @@ class _Builder:
         key = (s.callee, groups, tuple(units.items()), tuple(pieces))
         variant = self.variants.get(key)
         if variant is None:
-            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups)
+            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups, self.p.nodes.get(number, ()))
         pipeline, shader, least = variant
         scalars = dict(env)
         for x in shifted:
@@ -495,9 +495,9 @@ class _Builder:
         groups.append(tuple(x.param.name for x in chosen))
         return tuple(groups), moved
 
-    def pipeline(self, f: Func, groups: Sequence[Sequence[str]]) -> tuple[int, Shader, tuple[int, ...]]:
+    def pipeline(self, f: Func, groups: Sequence[Sequence[str]], nodes: Sequence[str]) -> tuple[int, Shader, tuple[int, ...]]:
         """(its number, its shader without optional features, the least bytes of each binding). What a device may have is printed again
-        with it; equal texts are one shader."""
+        with it; equal texts are one shader. ``nodes``: what it computes, for messages; of equal pipelines the first one's stay."""
         g = self.g
         made = [print_wgsl(legalize_wgsl(f, groups, features)) for features in subsets(optional_features(f))]
         shader = made[-1]
@@ -506,10 +506,12 @@ class _Builder:
             raise CompilationError("the alternatives of a shader differ in their bindings", op=f.name)
         ids = list(dict.fromkeys(self.shader(s) for s in made))
         entry = {"shaders": ids, "bindings": letters[-1], "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
-        if entry not in g.pipelines:
-            g.pipelines.append(entry)
+        same = [k for k, p in enumerate(g.pipelines) if p.items() >= entry.items()]
+        if not same:
+            same = [len(g.pipelines)]
+            g.pipelines.append({**entry, "nodes": list(nodes)})
         least = tuple(max(4, *(int(b.dtype.itemsize) * b.dtype.lanes for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
-        return g.pipelines.index(entry), shader, least
+        return same[0], shader, least
 
     def shader(self, s: Shader) -> int:
         """The number of a text."""

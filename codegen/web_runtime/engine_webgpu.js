@@ -133,7 +133,12 @@ export class Engine {
       }
       return layouts.get(key);
     };
-    const failed = (s, error) => new KernelError("SHADER", `the GPU refused shader ${s}: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    const failed = async (s, nodes, error) => {
+      const { messages } = await moduleOf(s).getCompilationInfo();
+      const lines = messages.filter((m) => m.type === "error").map((m) => `${m.lineNum}:${m.linePos} ${m.message}`);
+      const text = lines.length ? lines.join("\n") : error.message;
+      return new KernelError("SHADER", `the GPU refused shader ${s} of "${nodes.join(", ")}": ${text}`, "update the browser and the driver; if it stays, report it", { shader: s, nodes });
+    };
     this.compiled = await Promise.all(
       program.pipelines.map(async (p, k) => {
         const s = this.chosen[k];
@@ -142,7 +147,7 @@ export class Engine {
           const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: moduleOf(s), entryPoint: "main" } });
           return { pipeline, group };
         } catch (error) {
-          throw this.lost ? this.deviceLost() : failed(s, error);
+          throw this.lost ? this.deviceLost() : await failed(s, p.nodes, error);
         }
       }),
     );
