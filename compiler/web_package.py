@@ -48,7 +48,7 @@ ENGINES: dict[str, tuple[str, ...]] = {"wasm": ("engine_wasm.js", "thread.js"), 
 _ARRAYS = {
     "float32": "Float32Array", "float64": "Float64Array", "int8": "Int8Array", "uint8": "Uint8Array", "int16": "Int16Array",
     "uint16": "Uint16Array", "int32": "Int32Array", "uint32": "Uint32Array", "int64": "BigInt64Array", "uint64": "BigUint64Array",
-    "int4": "Int8Array", "int2": "Int8Array", "float16": "Uint16Array", "bfloat16": "Uint16Array",
+    "int4": "Int8Array", "int2": "Int8Array", "float16": "Half", "bfloat16": "Uint16Array",
 }  # fmt: skip
 
 
@@ -257,12 +257,19 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
     state = manifest.get("language", {}).get("state", ())
     for p in (p for p in manifest["inputs"] if p["name"] not in state):
         array = _array(p["code"])
+        numbers = "" if DTYPES[p["code"]][0].startswith(("bfloat16", "float8")) else " | Numbers"
         bare = f"{array} | " if _bare(p["shape"]) else ""
-        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>;"]
+        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>{numbers};"]
     for p in manifest["outputs"]:
         outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
     lines = "\n".join
     return f"""// Generated for the model {re.sub(r"[^ -~]", "?", manifest["name"])}.
+
+/** A number, or numbers in (nested) arrays. */
+export type Numbers = number | bigint | boolean | readonly Numbers[];
+
+/** Where there is no Float16Array, a Uint16Array of the bits. */
+export type Half = (typeof globalThis extends {{ Float16Array: {{ prototype: infer T }} }} ? T : never) | Uint16Array;
 
 export interface TensorLike<Data, Shape extends number[]> {{
   data: Data;
