@@ -114,7 +114,7 @@ class WebGpuModule(Module):
             "host.json": json.dumps(self.host), "shaders.json": json.dumps(self.shaders),
             "program.js": print_host_js(self.host),
         }  # fmt: skip
-        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:

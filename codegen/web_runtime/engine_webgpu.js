@@ -3,6 +3,7 @@
 import * as program from "../program.js";
 import { DeviceLostError, InputError, KernelError, LuthierError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { Recorder } from "./gpu_recorder.js";
+import { textOf } from "./platform.js";
 import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
 
 const PLANS = 8; // shapes whose commands are kept
@@ -53,7 +54,7 @@ export class Engine {
 
   /** Device, pipelines and weights; pipelines are made while weights arrive. */
   async start(onBytes) {
-    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then((b) => JSON.parse(new TextDecoder().decode(b)));
+    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then(async (b) => JSON.parse(await textOf(b)));
     shaders.catch(() => undefined); // reported below
     const { device, adapter, features, chosen } = await openDevice(this.options);
     this.device = device;
