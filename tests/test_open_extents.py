@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
+from luthier.errors import TargetError
 
 Array = np.ndarray[Any, Any]
 NAMES = ("b", "t", "n", "k", "i0", "i1", "e0", "e1", "o0", "p0", "j", "position", "r.0", "2x")  # the compiler's own names among them
@@ -177,12 +178,48 @@ def random_graph(seed: int) -> tuple[Any, list[tuple[dict[str, Array], dict[str,
     return model, runs
 
 
-@pytest.mark.parametrize("seed", [*range(36), 44, 50, 282, 299, 359])
-def test_random_graph(seed: int) -> None:
+CASES = [("cpu", seed) for seed in (*range(36), 44, 50, 282, 299, 359)] + [(target, seed) for target in ("wasm", "webgpu") for seed in (4, 14, 21, 29, 34)]
+
+
+@pytest.mark.parametrize(("target", "seed"), CASES)
+def test_random_graph(target: str, seed: int) -> None:
+    if target == "wasm":
+        pytest.importorskip("wasmtime")
+    if target == "webgpu":
+        webgpu_device()
     model, runs = random_graph(seed)
-    module = luthier.compile(model, threads=1, debug="bounds" if seed % 4 == 0 else None)
+    module = luthier.compile(model, target=target, threads=1, debug="bounds" if target == "cpu" and seed % 4 == 0 else None)
     for feeds, want in runs:
         got = module.run(feeds)
         for name, w in want.items():
             assert got[name].shape == w.shape
             np.testing.assert_allclose(got[name], w, rtol=1e-4, atol=1e-4, err_msg=f"{name} of {onnx.printer.to_text(model.graph)}")
+
+
+def webgpu_device() -> None:
+    """Skips where there is none."""
+    pytest.importorskip("wgpu")
+    from luthier.webgpu_device import device
+
+    try:
+        device()
+    except TargetError as e:
+        pytest.skip(str(e))
+
+
+def cumulative(shape: tuple[Any, ...], axis: int) -> Any:
+    g = helper.make_graph(
+        [helper.make_node("CumSum", ["x", "axis"], ["y"])], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * len(shape))], [numpy_helper.from_array(np.array(axis), "axis")],
+    )  # fmt: skip
+    return helper.make_model(g, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(3, 7, 13), (3, 7, "n"), ("b", 7, "n"), (3, 7, 61)])
+def test_cumulative_sums_end_within_a_group_of_threads(shape: tuple[Any, ...], axis: int) -> None:
+    """The last group of threads has more of them than there are points left: those must not store into the next row."""
+    webgpu_device()
+    x = np.random.default_rng(0).standard_normal([{"b": 3, "n": 13}.get(d, d) for d in shape]).astype(np.float32)
+    module = luthier.compile(cumulative(shape, axis), target="webgpu")
+    np.testing.assert_allclose(module.run({"x": x})["y"], x.cumsum(axis), rtol=1e-5, atol=1e-5)
