@@ -81,7 +81,7 @@ class Layout:
         self.plan: Plan = plan_memory(program)
         self.weights = lay_out(program)
         dims = set(program.dims)
-        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not free_vars(b.size()) <= dims}
+        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not b.symbols() <= dims}
         k = len(program.dims)
         self.table: dict[str, int] = {}
         for n in (*(b.name for b in program.inputs), *(b.name for b in program.outputs), *self.plan.slot_of):
@@ -364,7 +364,7 @@ class _Walk:
         """Memory of buffers and outputs whose last unknown extent was just read."""
         m = self.m
         names = [n for n, e in m.plan.dynamic.items() if n not in self.placed and free_vars(e) <= self.known]
-        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and free_vars(b.size()) <= self.known]
+        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and b.symbols() <= self.known]
         if not names and not outs:
             return
         self.meet()

@@ -26,7 +26,7 @@ from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, substitute
-from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, children, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
@@ -303,19 +303,13 @@ class _Builder:
             out += [["buffer", k, self.expr(e)] for k, e in ready]
         elif isinstance(s, Store):
             self.stores((s,), 0, out)
-        elif isinstance(s, If):
-            then: list[Any] = []
-            orelse: list[Any] = []
-            cond = self.expr(s.cond)
-            self.stmt(s.then, then)
-            if s.orelse is not None:
-                self.stmt(s.orelse, orelse)
-            out.append(["if", cond, then, orelse])
-        elif isinstance(s, While):
-            body: list[Any] = []
-            cond = self.expr(s.cond)
-            self.stmt(s.body, body)
-            out.append(["while", cond, body])
+        elif isinstance(s, (If, While)):
+            waiting, cond = self.pending, self.expr(s.cond)
+            bodies: list[list[Any]] = [[] for _ in children(s)]
+            for body, c in zip(bodies, children(s), strict=True):
+                self.stmt(c, body)
+            out += [["buffer", k, 0] for k, _ in waiting if not any(k == j for j, _ in self.pending)]  # no round, no branch: they are empty
+            out.append(["while", cond, *bodies] if isinstance(s, While) else ["if", cond, *bodies, *([[]] if s.orelse is None else [])])
         elif isinstance(s, Call):
             if s.callee == "lt.check":
                 out.append(["check", self.expr(s.args[0]), self.expr(s.args[1]), str(dict(s.attrs).get("what", "an extent"))])

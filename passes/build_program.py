@@ -177,7 +177,7 @@ class _Builder:
             if (s is b or (s is not None and self.views.get(s.name, ("",))[0] == b.name)) and b.name not in done:
                 done.add(b.name)
                 continue
-            self._copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
+            self.copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
         return stmts
 
     def _require(self, requirements: Sequence[Requirement], stmts: list[Stmt], defined: set[Expr]) -> list[Requirement]:
@@ -334,7 +334,7 @@ class _Builder:
             assert u is not None
             src = self.buffer_of(u)
             if v in self.storage:
-                self._copy(src, self.storage[v], stmts, (n.name,))
+                self.copy(src, self.storage[v], stmts, (n.name,))
             elif u.data is not None:
                 self.storage[v] = self.constant(v.name, u.data, u.dtype)
             else:
@@ -375,7 +375,7 @@ class _Builder:
             args[t.name] = self.temp(f"{it.node.name}.{t.name}", t.dtype, [substitute(s, scalars) for s in t.shape])
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
-            self._call(f, args, scalars, stmts, names)
+            self.call(f, args, scalars, stmts, names)
 
     def _fits(self, k: Scheduled, consts: Mapping[str, Array]) -> bool:
         """Whether kernels made for one layer's weights have room for those of another."""
@@ -389,7 +389,7 @@ class _Builder:
             return {name: p.apply(consts[p.param]) for name, p in packings.items() if p.param in consts}
         return self.schedule(compute, consts).packed
 
-    def _call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
+    def call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
         callee = self.kernel(f)
         actual = [scalars.get(p, p) if isinstance(p, Expr) else args[p.name] for p in f.params]
         self.nodes[self.calls] = names
@@ -444,13 +444,13 @@ class _Builder:
         for b in work.func.buffers:
             if b.name not in args:
                 args[b.name] = self.temp(f"{n.name}.{b.name}", b.dtype, b.shape)
-        self._call(self.finish_kernel(work.func), args, {}, stmts, (n.name,))
+        self.call(self.finish_kernel(work.func), args, {}, stmts, (n.name,))
         for s, (name, k) in work.symbols.items():
             stmts.append(Let(s, cast(self.at(args[name], k), index)))
         for v, b in later:
             self.storage[v] = self._view(v, b)
 
-    def _copy(self, src: Buffer | tuple[Buffer, Expr], dst: Buffer | tuple[Buffer, Expr], stmts: list[Stmt], names: tuple[str, ...], size: Expr | None = None) -> None:
+    def copy(self, src: Buffer | tuple[Buffer, Expr], dst: Buffer | tuple[Buffer, Expr], stmts: list[Stmt], names: tuple[str, ...], size: Expr | None = None) -> None:
         """All elements of ``src`` to ``dst`` in row-major order."""
         b = src if isinstance(src, Buffer) else src[0]
         n = var("n")
@@ -462,7 +462,7 @@ class _Builder:
             k = self.cache[key] = self.schedule(c, {})
         total = size if size is not None else b.size()
         for f in k.funcs:
-            self._call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
+            self.call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
 
     # ---------------------------------------------------------------- control flow
 
@@ -498,7 +498,7 @@ class _Builder:
         for k, v in enumerate(n.outputs):
             b = self.buffer_of(v)
             for side in (0, 1):
-                self._copy(results[side][k], b, copies[side], (n.name,), b.size())
+                self.copy(results[side][k], b, copies[side], (n.name,), b.size())
         stmts.append(If(cond, Block(tuple(copies[0])), Block(tuple(copies[1]))))
 
 

@@ -21,11 +21,12 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from luthier.importers import onnx_upgrade, onnx_wire
 from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
-from luthier.ir.dtypes import f32
+from luthier.ir.dtypes import boolean, f32, i64
 from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
+from luthier.ir.ops.control_flow import condition
 from luthier.ir.requirements import Requirement, collecting
 from luthier.passes.fold_constants import fold_node
 
@@ -170,6 +171,22 @@ class _Importer:
         mine, self.requirements = self.requirements, assumed
         return Graph(scope.prefix.rstrip("/"), ins, outs, nodes, requirements=mine)
 
+    def _loop_body(self, g: GraphProto, outer: _Scope, inputs: Sequence[Value | None]) -> Graph:
+        """The body of a Loop. An extent of a carried value that changes from round to round becomes a symbol of the body."""
+        types = [TensorType(i64, ()), TensorType(boolean, ()), *(None if v is None else v.type for v in inputs[2:])]
+        while True:
+            body = self._subgraph(g, outer, types)
+            changed = False
+            for k, (t, out) in enumerate(zip(types[2:], body.outputs[1:], strict=False), 2):
+                if t is None or t.rank != out.rank:
+                    continue  # Loop says what is wrong
+                own = set(body.inputs[k].shape) - set(inputs[k].shape)  # type: ignore[union-attr]
+                dims = [a if a is b or a in own else var(self.names.fresh(f"{body.inputs[k].name}.{i}"), lo=0) for i, (a, b) in enumerate(zip(t.shape, out.shape, strict=True))]
+                changed |= any(a is not b for a, b in zip(t.shape, dims, strict=True))
+                types[k] = TensorType(t.dtype, tuple(dims))
+            if not changed:
+                return body
+
     # ---------------------------------------------------------------- inputs
 
     def _dim_label(self, d: Any) -> str | None:
@@ -275,7 +292,10 @@ class _Importer:
         for key, proto in graphs.items():
             outer = self.nodes
             try:
-                attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+                if op == "Loop":
+                    attrs[key] = self._loop_body(proto, scope, inputs)
+                else:
+                    attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
             except (ShapeError, TypeMismatch) as e:
                 self.nodes = outer
                 if op != "If" or misfits:
@@ -283,7 +303,7 @@ class _Importer:
                 misfits[key] = e
         if misfits and inputs and inputs[0] is not None:
             taken = "else_branch" if "then_branch" in misfits else "then_branch"
-            self._assume(n, graphs[taken], (_condition(inputs[0]), as_expr(int(taken == "then_branch"))), scope)
+            self._assume(n, graphs[taken], (condition(inputs[0]), as_expr(int(taken == "then_branch"))), scope)
             return
         if op == "If" and inputs and inputs[0] is not None and self._ranks_differ(attrs):
             equal = _equality(inputs[0])
@@ -483,14 +503,6 @@ def _known(v: Value) -> bool | None:
     return bool(c[0].attr) if c is not None and len(c) == 1 and c[0].op == "const" else None
 
 
-def _condition(v: Value) -> Expr:
-    """A condition as an index expression, 0 or 1; a symbol that the program reads from ``v`` when nothing is known."""
-    if v.content is None:
-        v.content = (var(f"{v.name}.0", lo=0, hi=1),)
-        v.bound = True
-    return v.content[0]
-
-
 def _equality(v: Value) -> tuple[Expr, Expr] | None:
     """(a, b) when the condition ``v`` is known to be a == b over extents."""
     c = v.content
@@ -530,10 +542,6 @@ def _type_proto(v: Value | None) -> bytes:
 
 def _body_types(op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], body: GraphProto) -> list[TensorType | None]:
     """Types of a loop body's inputs, from the node's own inputs."""
-    if op == "Loop":
-        from luthier.ir.dtypes import boolean, i64
-
-        return [TensorType(i64, ()), TensorType(boolean, ()), *(None if v is None else v.type for v in inputs[2:])]
     if op == "Scan":
         m = int(attrs["num_scan_inputs"])
         states = len(inputs) - m
