@@ -237,7 +237,11 @@ class _Wgsl(CStyle):
         self.put(f"for (var {v} = sg_lane; {v} < {self.expr(s.hi)}; {v} += sg_lanes) {{")
         self.body(s.body)
         self.put("}")
-        self.put(f"{a} = subgroup{op.capitalize()}({a});")
+        if op.startswith("nan"):
+            lost = self.math("isnan", a, acc.dtype)
+            self.put(f"{a} = select(subgroup{op[3:].capitalize()}({a}), {self.literal(math.nan, acc.dtype)}, subgroupAny({lost}));")
+        else:
+            self.put(f"{a} = subgroup{op.capitalize()}({a});")
         return True
 
     def instruction(self, e: Expr) -> str:
