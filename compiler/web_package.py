@@ -255,7 +255,7 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
     for p in (p for p in manifest["inputs"] if p["name"] not in state):
         array = _array(p["code"])
         bare = f"{array} | " if _bare(p["shape"]) else ""
-        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>;"]
+        inputs += [about(p), f"  {json.dumps(p['name'])}{'?' if 'default' in p else ''}: {bare}TensorLike<{array}, {shape(p)}>;"]
     for p in manifest["outputs"]:
         outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
     lines = "\n".join
@@ -283,6 +283,8 @@ export interface TensorSpec {{
   readonly dtype: string;
   /** Numbers, or names of extents that a call decides. */
   readonly shape: readonly (number | string)[];
+  /** Of an input: a call may leave it out. */
+  readonly optional?: true;
 }}
 
 export interface Info {{
