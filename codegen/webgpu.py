@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.host_expr import host_expr
+from luthier.codegen.steps import DEFAULT
 from luthier.codegen.target_webgpu import BINDING_BYTES, OFFSET_ALIGN, STORAGE_BUFFERS
 from luthier.codegen.webgpu_features import subsets
 from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print_wgsl
@@ -55,6 +56,7 @@ class GpuProgram:
     buffers: int = 0
     crossings: list[str] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    defaults: dict[str, int] = field(default_factory=dict)  # where the blob holds what inputs are that a call leaves out
 
 
 def build_webgpu(program: Program) -> GpuProgram:
@@ -202,6 +204,14 @@ class _Builder:
             g.weights[-1][1] += size
         if g.weights and not g.weights[-1][1]:
             g.weights.pop()
+        for b in self.p.inputs:
+            default = self.p.defaults.get(b.name)
+            if default is not None:
+                a = pack_array(default, b.dtype) if is_subbyte(b.dtype) else default
+                raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+                g.defaults[DEFAULT + b.name] = at
+                parts += [raw, np.zeros(-raw.size % OFFSET_ALIGN, np.uint8)]
+                at += raw.size + -raw.size % OFFSET_ALIGN
         g.blob = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
     def root(self, b: Buffer) -> tuple[str, Expr]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.ir.compute import Compute, axis, pull
-from luthier.ir.dtypes import DType, i64, index
+from luthier.ir.dtypes import DType, i64, index, u8
 from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, substitute, var
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
@@ -27,6 +27,7 @@ from luthier.passes import build_loops
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
+from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.materialize_contents import CONTENT
 
 Array = np.ndarray[Any, Any]
@@ -116,7 +117,7 @@ class _Builder:
         _check_bound(body, set(dims), self.nodes)
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
-            block(*body), self.views, self.nodes, output_names,
+            block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
@@ -455,12 +456,15 @@ class _Builder:
         b = src if isinstance(src, Buffer) else src[0]
         n = var("n")
         a = axis("i", n)
-        c = Compute("copy", (Buffer("p0", b.dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", b.dtype, (n,), "param", False), [a.var])),), ("o0",))
-        key = f"copy {b.dtype}"
+        total = size if size is not None else b.size()
+        dtype = b.dtype
+        if is_subbyte(dtype) and isinstance(src, Buffer) and isinstance(dst, Buffer):  # whole bytes: threads share none
+            dtype, total = u8, (total * dtype.bits + 7) // 8
+        c = Compute("copy", (Buffer("p0", dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", dtype, (n,), "param", False), [a.var])),), ("o0",))
+        key = f"copy {dtype}"
         k = self.cache.get(key)
         if k is None:
             k = self.cache[key] = self.schedule(c, {})
-        total = size if size is not None else b.size()
         for f in k.funcs:
             self.call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
 

@@ -4,7 +4,7 @@ import * as program from "../program.js";
 import { DeviceLostError, InputError, KernelError, LuthierError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { Recorder } from "./gpu_recorder.js";
 import { textOf } from "./platform.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+import { byteSize, checkInputs, chooseOutputs, Defaults, fromBytes, product, toBytes } from "./tensors.js";
 
 const PLANS = 8; // shapes whose commands are kept
 const ENABLE = { "shader-f16": "f16", subgroups: "subgroups" }; // features of a device: the directive that a shader needs to use them
@@ -43,6 +43,7 @@ export class Engine {
     this.manifest = manifest;
     this.files = files;
     this.options = options;
+    this.defaults = new Defaults(manifest.inputs);
     this.info = { backend: "webgpu", adapter: "", features: [], pipelines: program.pipelines.length, restarts: 0, warnings: [] };
   }
 
@@ -98,6 +99,7 @@ export class Engine {
   }
 
   upload(offset, bytes) {
+    this.defaults.take(offset, bytes);
     program.weights.forEach(([start, size], k) => {
       const lo = Math.max(offset, start);
       const hi = Math.min(offset + bytes.length, start + up4(size));
@@ -167,7 +169,7 @@ export class Engine {
 
   async run(inputs, outputs) {
     const wanted = chooseOutputs(this.manifest.outputs, outputs);
-    const ins = checkInputs(this.manifest.inputs, inputs);
+    const ins = checkInputs(this.manifest.inputs, inputs, [], this.defaults);
     this.narrow(ins);
     for (let round = 0; ; round++) {
       try {
