@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import dlpack, settings
-from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -198,9 +198,11 @@ class Module:
                     got = _shape(ctx, j, self._outs[j].rank)
                     if got != a.shape:
                         raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
-        except BaseException:
+        except BaseException as e:
             ctx.key = None
             self._idle.append(ctx)
+            if isinstance(e, MemoryError):  # numpy's, for an output
+                raise KernelError(f"no memory for the outputs: {e}") from e
             raise
         self._idle.append(ctx)
         given = {} if out is None else {n: a for n, a in out.items() if a is not None}
