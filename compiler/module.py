@@ -56,7 +56,8 @@ class Module:
     call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
 
     def __init__(
-        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
+        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
+        intact: Callable[[], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.inputs = tuple(_spec(d) for d in manifest["inputs"])
@@ -64,6 +65,7 @@ class Module:
         self.threads = threads if threads is not None else settings.threads.get()
         self._weights = weights
         self._source = source  # objects to link, or the folder that the module was loaded from
+        self._intact = intact  # raises when the weights can no longer be read
         self._fns = Functions(native) if native is not None else None
         self._ins = tuple(_port(d) for d in manifest["inputs"])
         self._outs = tuple(_port(d) for d in manifest["outputs"])
@@ -139,6 +141,8 @@ class Module:
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
 
     def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        if self._intact is not None:
+            self._intact()
         ctx = self._context()
         try:
             keep = []  # arrays must live until the call returns

@@ -19,7 +19,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from luthier.importers import onnx_upgrade, onnx_wire
-from luthier.importers.onnx_schema import check_bodies, check_node, check_opsets
+from luthier.importers.onnx_schema import check_bodies, check_node, check_opsets, check_texts
 from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.dtypes import f32
@@ -56,10 +56,7 @@ def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelP
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
     if edit is not None:
         edit(model)
-    try:
-        graph = _Importer(model, folder, dict(shapes or {}), raws).run()
-    except UnicodeDecodeError as e:  # protobuf decodes a text when it is read
-        raise InvalidModel(f"the model holds a text that is not UTF-8: {e.object[:40]!r}") from None
+    graph = _Importer(model, folder, dict(shapes or {}), raws).run()
     onnx_wire.forget(raws)
     return graph
 
@@ -110,6 +107,7 @@ class _Importer:
     def run(self) -> Graph:
         lookup("")  # loads every operator family
         g = self.model.graph
+        check_texts(*(t for f in self.model.functions for t in (f.name, f.domain, *f.input, *f.output, *f.attribute)))
         opsets = _opsets(self.model.opset_import) or {"": 1}
         newest = onnx.defs.onnx_opset_version()
         check_opsets([*opsets.items(), *((d, v) for f in self.model.functions for d, v in _opsets(f.opset_import).items())])
@@ -148,6 +146,7 @@ class _Importer:
         return out
 
     def _initializers(self, g: GraphProto, scope: _Scope) -> set[str]:
+        check_texts(g.name, *(v.name for side in (g.input, g.output, g.initializer) for v in side), *(s.values.name for s in g.sparse_initializer))
         raws = self.raws if scope.parent is None else {}
         for k, t in enumerate(g.initializer):
             data = from_bytes(raws[k], t) if k in raws else to_array(t, self.folder)
@@ -178,6 +177,7 @@ class _Importer:
     # ---------------------------------------------------------------- inputs
 
     def _dim_label(self, d: Any) -> str | None:
+        check_texts(d.dim_param)
         return d.dim_param if d.HasField("dim_param") and not _ANONYMOUS.match(d.dim_param) else None
 
     def _pins(self, declared: list[ValueInfoProto]) -> dict[str, int]:
@@ -246,6 +246,7 @@ class _Importer:
 
     def _nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
         for n in protos:
+            check_texts(n.name, n.op_type, n.domain, *n.input, *n.output, *(t for a in n.attribute for t in (a.name, a.ref_attr_name)))
             try:
                 self._node(n, scope)
             except LuthierError as e:

@@ -18,7 +18,7 @@ from luthier.importers.onnx_tensors import ELEMENT
 from luthier.ir.errors import InvalidModel, TypeMismatch
 from luthier.ir.graph import Value
 
-__all__ = ["check_bodies", "check_node", "check_opsets"]
+__all__ = ["check_bodies", "check_node", "check_opsets", "check_texts"]
 
 MANY = (1 << 31) - 1
 _TYPES = {d: f"tensor({TensorProto.DataType.Name(code).lower()})" for code, d in ELEMENT.items()}
@@ -67,9 +67,17 @@ def _newest(op: str, domain: str) -> _Declaration | None:
     return _declared(op, domain, onnx.defs.onnx_opset_version()) if domain == "" else None
 
 
+def check_texts(*texts: Any) -> None:
+    """Protobuf hands out a text that is not UTF-8 as bytes. Raises InvalidModel for one."""
+    for t in texts:
+        if not isinstance(t, str):
+            raise InvalidModel(f"the model holds a text that is not UTF-8: {t[:40]!r}")
+
+
 def check_opsets(opsets: Iterable[tuple[str, int]]) -> None:
     """Raises InvalidModel for a version that is none."""
     for domain, version in opsets:
+        check_texts(domain)
         if not 1 <= version < MANY:
             raise InvalidModel(f"the model imports version {version} of the operators of {domain or 'ai.onnx'!r}")
 
