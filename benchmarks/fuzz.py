@@ -5,7 +5,8 @@ or its bytes (:mod:`benchmarks.fuzz_mutate`). Workers with a limit of memory com
 dies or takes too long is replaced. Every result is a line of ``RESULTS``: started again, a run goes on where it stopped. What is found is shrunk
 (edits left out, then ``luthier reduce`` for models) and kept beside the results; ``--report`` writes the table again.
 
-Crashes, hangs and internal errors are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
+Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
+are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
 """
 
 from __future__ import annotations
@@ -71,15 +72,15 @@ class Worker:
         self.process.wait()
         return "crash"
 
-    def attempt(self, data: bytes, suffix: str) -> Result:
-        """What became of a file with these contents."""
+    def attempt(self, data: bytes, suffix: str, checked: bool = False) -> Result:
+        """What became of a file with these contents. ``checked``: kernels check every access; one that is outside is a fault as well."""
         if self.process is None:
             command = [sys.executable, "-m", "benchmarks.fuzz_worker", str(self.megabytes)]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         path = self.folder / f"mutant{suffix}"
         path.write_bytes(data)
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"path": str(path), "peer": self.peer}).encode() + b"\n")
+        self.process.stdin.write(json.dumps({"path": str(path), "peer": self.peer, "checked": checked}).encode() + b"\n")
         first = self._line()
         if isinstance(first, str):
             status = self.stop()
@@ -90,17 +91,17 @@ class Worker:
             second = {"peer": "dies" if second == "crash" else "hangs"}
         return {**first, **second}
 
-    def try_edits(self, base: str, kind: str, edits: Sequence[int]) -> Result:
+    def try_edits(self, base: str, kind: str, edits: Sequence[int], checked: bool = False) -> Result:
         data, done = apply(base, kind, edits)
-        return {**self.attempt(data, ".gguf" if base.endswith(".gguf") else ".onnx"), "edits": done}
+        return {**self.attempt(data, ".gguf" if base.endswith(".gguf") else ".onnx", checked), "edits": done}
 
 
-def shrunk(worker: Worker, base: str, kind: str, edits: Sequence[int], found: Result) -> list[int]:
+def shrunk(worker: Worker, base: str, kind: str, edits: Sequence[int], found: Result, checked: bool) -> list[int]:
     """As few of the edits as still give the same fault."""
     left = list(edits)
     for e in list(left):
         fewer = [x for x in left if x != e]
-        if fewer and worker.try_edits(base, kind, fewer).get("signature") == found["signature"]:
+        if fewer and worker.try_edits(base, kind, fewer, checked).get("signature") == found["signature"]:
             left = fewer
     return left
 
@@ -108,11 +109,12 @@ def shrunk(worker: Worker, base: str, kind: str, edits: Sequence[int], found: Re
 def one(worker: Worker, seed: int, number: int) -> Result:
     """Mutant ``number``: tried, and shrunk where it is a fault."""
     base, kind, edits = mutant(seed, number)
-    result = worker.try_edits(base, kind, edits)
+    checked = number % 4 == 3
+    result = worker.try_edits(base, kind, edits, checked)
     if result["outcome"] in FAULTS:
-        left = shrunk(worker, base, kind, edits, result)
+        left = shrunk(worker, base, kind, edits, result, checked)
         if left != edits:
-            edits, result = left, worker.try_edits(base, kind, left)
+            edits, result = left, worker.try_edits(base, kind, left, checked)
     return {"number": number, "base": base, "kind": kind, "chosen": edits, **result}
 
 
