@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import dlpack, settings
-from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Module:
     call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
 
     def __init__(
-        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
+        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
+        intact: Callable[[], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.inputs = tuple(_spec(d) for d in manifest["inputs"])
@@ -69,6 +70,7 @@ class Module:
         self.threads = threads if threads is not None else settings.threads.get()
         self._weights = weights
         self._source = source  # objects to link, or the folder that the module was loaded from
+        self._intact = intact  # raises when the weights can no longer be read
         self._fns = Functions(native) if native is not None else None
         self._ins = tuple(_port(d) for d in manifest["inputs"])
         self._outs = tuple(_port(d) for d in manifest["outputs"])
@@ -165,6 +167,8 @@ class Module:
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
 
     def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        if self._intact is not None:
+            self._intact()
         ctx = self._context()
         try:
             keep = []  # arrays must live until the call returns
@@ -224,9 +228,11 @@ class Module:
                     got = _shape(ctx, j, self._outs[j].rank)
                     if got != a.shape:
                         raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
-        except BaseException:
+        except BaseException as e:
             ctx.key = None
             self._idle.append(ctx)
+            if isinstance(e, MemoryError):  # numpy's, for an output
+                raise KernelError(f"no memory for the outputs: {e}") from e
             raise
         self._idle.append(ctx)
         given = {} if out is None else {n: a for n, a in out.items() if a is not None}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from luthier.errors import InvalidModel
+from luthier.files import open_regular
 from luthier.importers.gguf_blocks import BLOCKS, Grouped, read_blocks
 
 Array = np.ndarray[Any, Any]
@@ -127,7 +128,7 @@ def read_gguf(path: str | Path) -> GGUF:
     """The contents of a GGUF file. Raises InvalidModel when it is none, is truncated, or has tensors of unknown types."""
     name = str(path)
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             size = f.seek(0, 2)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as e:

@@ -19,6 +19,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from luthier.importers import onnx_upgrade, onnx_wire
+from luthier.importers.onnx_schema import check_bodies, check_node, check_opsets, check_texts
 from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.dtypes import boolean, f32, i64, u32
@@ -126,8 +127,10 @@ class _Importer:
     def run(self) -> Graph:
         lookup("")  # loads every operator family
         g = self.model.graph
+        check_texts(*(t for f in self.model.functions for t in (f.name, f.domain, *f.input, *f.output, *f.attribute)))
         opsets = _opsets(self.model.opset_import) or {"": 1}
         newest = onnx.defs.onnx_opset_version()
+        check_opsets([*opsets.items(), *((d, v) for f in self.model.functions for d, v in _opsets(f.opset_import).items())])
         if opsets.get("", 1) > newest:
             raise UnsupportedOperator(f"the model uses opset {opsets['']}, this version knows opsets up to {newest}")
         scope = _Scope(None, opsets, "")
@@ -212,6 +215,7 @@ class _Importer:
         return out
 
     def _initializers(self, g: GraphProto, scope: _Scope) -> set[str]:
+        check_texts(g.name, *(v.name for side in (g.input, g.output, g.initializer) for v in side), *(s.values.name for s in g.sparse_initializer))
         raws = self.raws if scope.parent is None else {}
         for k, t in enumerate(g.initializer):
             data = from_bytes(raws[k], t) if k in raws else to_array(t, self.folder)
@@ -263,6 +267,7 @@ class _Importer:
     # ---------------------------------------------------------------- inputs
 
     def _dim_label(self, d: Any) -> str | None:
+        check_texts(d.dim_param)
         return d.dim_param if d.HasField("dim_param") and not _ANONYMOUS.match(d.dim_param) else None
 
     def _pins(self, declared: list[ValueInfoProto]) -> dict[str, int]:
@@ -331,13 +336,16 @@ class _Importer:
 
     def _nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
         for n in protos:
+            check_texts(n.name, n.op_type, n.domain, *n.input, *n.output, *(t for a in n.attribute for t in (a.name, a.ref_attr_name)))
             try:
                 self._node(n, scope)
             except LuthierError as e:
                 raise e.at(node=scope.prefix + _label(n), op=_qualified(n)) from None
 
     def _node(self, n: NodeProto, scope: _Scope) -> None:
-        if n.op_type == "Constant" and _domain(n.domain) == "":
+        domain = _domain(n.domain)
+        if n.op_type == "Constant" and domain == "":
+            check_node(n, domain, scope.opsets.get(domain, 1), (), self._given(n, scope))
             scope.values[n.output[0]] = self._constant(self._constant_data(n, scope), scope.prefix + n.output[0])
             return
         inputs: list[Value | None] = []
@@ -354,10 +362,12 @@ class _Importer:
         for v in inputs:
             if v is not None and v.dtype.kind == "s":
                 raise UnsupportedOperator("strings are not supported: no target computes with them")
+        check_node(n, domain, scope.opsets.get(domain, 1), inputs, self._given(n, scope))
         if self._expand_function(n, inputs, scope):
             return
         attrs, graphs = self._attributes(n, scope)
         op = _qualified(n)
+        check_bodies(n, len(inputs), graphs, attrs, scope.opsets.get(domain, 1))
         if graphs and op == "If" and inputs and inputs[0] is not None and _known(inputs[0]) is not None:
             self._inline_branch(n, graphs["then_branch" if _known(inputs[0]) else "else_branch"], scope)
             return
@@ -450,15 +460,22 @@ class _Importer:
             attrs = {"got": equal[0], "want": equal[1], "what": f"the condition of {n.name or o}"}
             scope.values[o] = self._emit("luthier::Require", [v], attrs, [scope.prefix + o + ".checked"], scope.prefix + n.name, n)[0]
 
+    def _given(self, n: NodeProto, scope: _Scope) -> dict[str, AttributeProto]:
+        """The node's attributes by name, references to those of the enclosing function resolved. Raises InvalidModel."""
+        out: dict[str, AttributeProto] = {}
+        for a in n.attribute:
+            if a.name in out:
+                raise InvalidModel(f"the attribute {a.name!r} is there twice")
+            if not a.ref_attr_name:
+                out[a.name] = a
+            elif scope.attrs is not None and a.ref_attr_name in scope.attrs:
+                out[a.name] = scope.attrs[a.ref_attr_name]
+        return out
+
     def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:
         attrs: dict[str, Any] = {}
         graphs: dict[str, GraphProto] = {}
-        for a in n.attribute:
-            name = a.name
-            if a.ref_attr_name:
-                if scope.attrs is None or a.ref_attr_name not in scope.attrs:
-                    continue
-                a = scope.attrs[a.ref_attr_name]
+        for name, a in self._given(n, scope).items():
             if a.type == AttributeProto.GRAPH:
                 graphs[name] = a.g
             else:
@@ -537,8 +554,9 @@ class _Importer:
             body.ParseFromString(schema.get_function_with_opset_version(max(versions)))
         if body is None or not body.node:
             return None, {}
-        if not body.opset_import:
-            body.opset_import.add(domain="", version=opset)
+        if not any(_domain(o.domain) == "" for o in body.opset_import):
+            same = opset if _domain(n.domain) == "" else onnx.defs.onnx_opset_version()
+            body.opset_import.add(domain="", version=scope.opsets.get("", same))
         defaults = {k: a.default_value for k, a in schema.attributes.items() if a.default_value.name}
         return body, defaults
 
