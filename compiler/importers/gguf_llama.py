@@ -310,16 +310,30 @@ class _Llama:
             out.append(v)
         return b.op("Concat", *out, axis=-1)
 
+    def widened(self, x: Value, heads: int, wide: int) -> Value:
+        """[S, heads * head] with zeros after each half of a head: heads of ``wide`` numbers, as the kernels of the cache take them."""
+        b, half = self.b, self.c.head // 2
+        x = b.op("Reshape", x, b.ints(-1, heads, 2, half))
+        return b.op("Reshape", b.op("Pad", x, b.ints(0, 0, 0, 0, 0, 0, 0, wide // 2 - half)), b.ints(-1, heads * wide))
+
+    def narrowed(self, x: Value, heads: int, wide: int) -> Value:
+        """The inverse of :meth:`widened`."""
+        b, half = self.b, self.c.head // 2
+        x = b.op("Slice", b.op("Reshape", x, b.ints(-1, heads, 2, wide // 2)), b.ints(0), b.ints(half), b.ints(3))
+        return b.op("Reshape", x, b.ints(-1, heads * self.c.head))
+
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
+        wide = -(-c.head // 8) * 8
         rows = var("S", lo=1)
         kind = f16 if self.cache_bits == 16 else i8
         layers = [c.layer(i) for i in range(c.layers)]
-        caches = [b.input(f"cache.{i}", kind, [2, own.kv_heads, self.capacity, c.head]) for i, own in enumerate(layers)]
+        caches = [b.input(f"cache.{i}", kind, [2, own.kv_heads, self.capacity, wide]) for i, own in enumerate(layers)]
         scales = [] if kind is f16 else [b.input(f"cache.{i}.scale", f32, [2, own.kv_heads, self.capacity]) for i, own in enumerate(layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
         angles, size = rope_angles(g, self.capacity, c.head, c.rope_base, c.context)
+        angles = np.pad(angles, ((0, 0), (0, (wide - c.head) // 2)))
         cos, sin = b.const("cos", (np.cos(angles) * size).astype(np.float32)), b.const("sin", (np.sin(angles) * size).astype(np.float32))
         emb = g.tensor("token_embd.weight", (c.vocabulary, c.width))
         x = self.embedding(emb, tokens)
@@ -329,10 +343,14 @@ class _Llama:
             p = f"blk.{i}."
             h = self.norm(x, p + "attn_norm.weight")
             qkv = self.queries_keys_values(c, h, p)
+            if wide != c.head:
+                qkv = self.widened(qkv, c.heads + 2 * c.kv_heads, wide)
             own = scales[i : i + 1]
             heads = {"heads": c.heads, "kv_heads": c.kv_heads}
             cache, q, *own = b.ops("luthier::RotateIntoCache", 2 + len(own), caches[i], qkv, cos, sin, pos, *own, **heads, scale=c.head**-0.5, name=p + "rotate")
             a = b.op("luthier::CachedAttention", cache, q, pos, *own, **heads, window=c.window, name=p + "attention")
+            if wide != c.head:
+                a = self.narrowed(a, c.heads, wide)
             y = self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0]
             if p + "attn_output.bias" in g.tensors:
                 y = b.op("Add", y, b.const(p + "attn_output.bias", g.tensor(p + "attn_output.bias", (c.width,)).numpy()))
