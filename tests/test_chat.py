@@ -202,15 +202,15 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 def test_configurations_of_exports(tmp_path: Path) -> None:
     """Templates, texts of tokens and marks of the files beside an ONNX export."""
-    from luthier.llm_onnx import _settings
+    from luthier.llm_onnx import read_settings
 
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ bos_token }}x", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    assert _settings(tmp_path)["chat"] == {"template": "{{ bos_token }}x", "bos_token": "<s>", "eos_token": "</s>"} and _settings(tmp_path)["end"] == [5]
+    assert read_settings(tmp_path)["chat"] == {"template": "{{ bos_token }}x", "bos_token": "<s>", "eos_token": "</s>"} and read_settings(tmp_path)["end"] == [5]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 9, "content": "<|im_end|>"}, {"id": 8, "content": "<|other|>"}]}))
     (tmp_path / "chat_template.jinja").write_text("from the file")
-    got = _settings(tmp_path)
+    got = read_settings(tmp_path)
     assert got["chat"]["template"] == "from the file" and got["end"] == [5, 9]
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "yes"}]}))
-    assert _settings(tmp_path)["chat"] == {"template": "yes"}
+    assert read_settings(tmp_path)["chat"] == {"template": "yes"}
