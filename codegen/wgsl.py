@@ -43,8 +43,8 @@ KEYWORDS = frozenset(
     half handle impl import in inline input instance interface is layout mod module move mut namespace new nil noinline null operator
     out package partial pass patch precise precision premerge process protected pub public ref regardless register resource rest
     sample self set shared sizeof smooth static std super super_ switch template this throw trait try type typedef union unless use
-    using varying virtual void volatile where with yield wgsl of W64""".split()
-) | set(wgsl_wide.FUNCTIONS)
+    using varying virtual void volatile where with yield wgsl of""".split()
+)
 
 # C's fmod on the bits, because WGSL's % divides and rounds: a shift and a subtraction for every power of two between the operands
 REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{

@@ -152,6 +152,9 @@ def _binary(op: str, a: Range, b: Range) -> Range | None:
         return 0, a[1]
     if op == "shr":
         return min(a[0], 0), max(a[1], 0)
+    if op in ("div", "floordiv") and b[0] > 0:
+        qs = [x // y if op == "floordiv" or x >= 0 else -(-x // y) for x in a for y in b]
+        return min(qs), max(qs)
     if op in ("div", "floordiv"):  # no quotient is farther from zero than the number by more than the floor
         m = max(abs(a[0]), abs(a[1]))
         return (0 if a[0] >= 0 and b[0] >= 0 else -m), m
