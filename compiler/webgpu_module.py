@@ -86,7 +86,7 @@ class WebGpuModule(Module):
             if j in self.host["narrow"] and a.size:
                 lo, hi = (-(1 << 31), (1 << 31) - 1) if a.dtype.kind == "i" else (0, (1 << 32) - 1)
                 if int(a.min()) < lo or int(a.max()) > hi:
-                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; WebGPU computes with 32-bit integers")
+                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; the kernels that read it take 32-bit integers")
             ins.append(a)
             raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
         return ins, raw
