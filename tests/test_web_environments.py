@@ -22,7 +22,7 @@ import pytest
 
 import luthier
 from benchmarks import browser as browsers
-from benchmarks.browser import NODE_MODULES, Browser
+from benchmarks.browser import NODE_MODULES, Browser, engines
 from luthier import serve
 from tests.test_web_browser import model
 
@@ -67,6 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "page.js").write_text("""
 import { ask } from "./ask.js";
 export const load = async ({ code, url, options }) => ask((await import(code)).load, url, options);
+export const knows = (probes) => Object.keys(probes).filter((name) => WebAssembly.validate(Uint8Array.from(atob(probes[name]), (c) => c.charCodeAt(0))));
 export async function service({ script }) {
   const answer = new Promise((done) => navigator.serviceWorker.addEventListener("message", (e) => done(e.data)));
   await navigator.serviceWorker.register(script, { type: "module" });
@@ -246,3 +247,24 @@ def test_policies_are_named(browser: Browser, root: Path) -> None:
     assert "the page's own thread" in info["warnings"][0] and "worker-src" in info["warnings"][0], info
     refused = answer(SELF.replace("worker-src 'self'", "worker-src 'none'"), options={"worker": True})
     assert (refused["error"], refused["code"]) == ("ClosedError", "WORKER_NOT_STARTED") and "worker-src" in refused["message"], refused
+
+
+# ---------------------------------------------------------------- other engines
+
+
+@pytest.mark.parametrize("engine", ["firefox", "webkit"])
+def test_other_engines(root: Path, engine: str) -> None:
+    """The best variant that the engine knows is loaded, in a worker and on the page's thread, with threads and without."""
+    lacking = getattr(engines, f"lacks_{engine}")()
+    if lacking:
+        pytest.skip(lacking)
+    probes = json.loads((root / "wasm" / "manifest.json").read_text())["wasm"]["probes"]
+    options: list[dict[str, Any]] = [{"threads": 2}, {"threads": 1}, {"threads": 2, "worker": False}, {"threads": 1, "worker": False}]
+    calls: list[tuple[str, Any]] = [("knows", probes), *(("load", {"code": "/wasm/index.js", "options": o}) for o in options)]
+    for url in served(root, {**ISOLATED, "Content-Security-Policy": SELF}):
+        knows, *answers = getattr(engines, f"in_{engine}")(url, f"{url}page.js", calls)
+    assert {"simd", "threads"} <= set(knows)
+    for answer, given in zip(answers, options, strict=True):
+        info = check(answer)
+        assert info["threads"] == given["threads"] and info["warnings"] == []
+        assert info["variant"] == ("relaxed" if "relaxed" in knows else "simd") + ("-threads" if given["threads"] > 1 else "")
