@@ -2,8 +2,8 @@
 
     python benchmarks/setup_web.py [--tests]
 
-`--tests`: what the tests use (240 MB: deno 92, playwright-core 14, and 130 of bundlers, TypeScript and jsdom), else the peers as well
-(0.5 GB). Browsers are the system's (`apt-get install chromium firefox-esr webkit2gtk-driver xvfb`), Node 20 or newer too.
+`--tests`: what the tests use (370 MB: deno 92, playwright-core 14, Dawn for Node 130, and 130 of bundlers, TypeScript and jsdom), else the
+peers as well (0.5 GB). Browsers are the system's (`apt-get install chromium firefox-esr webkit2gtk-driver xvfb`), Node 20 or newer too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TESTS = {
     "typescript": "7.0.2",
     "jsdom": "26.1.0",  # the last one for Node 20
     "deno": "2.9.6",
+    "webgpu": "0.6.2",  # Dawn
 }
 PEERS = {
     "onnxruntime-web": "1.30.0",

@@ -259,7 +259,8 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
         array = _array(p["code"])
         numbers = "" if DTYPES[p["code"]][0].startswith(("bfloat16", "float8")) else " | Numbers"
         bare = f"{array} | " if _bare(p["shape"]) else ""
-        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>{numbers};"]
+        mark = "?" if "default" in p else ""
+        inputs += [about(p), f"  {json.dumps(p['name'])}{mark}: {bare}TensorLike<{array}, {shape(p)}>{numbers};"]
     for p in manifest["outputs"]:
         outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
     lines = "\n".join
@@ -293,6 +294,8 @@ export interface TensorSpec {{
   readonly dtype: string;
   /** Numbers, or names of extents that a call decides. */
   readonly shape: readonly (number | string)[];
+  /** Of an input: a call may leave it out. */
+  readonly optional?: true;
 }}
 
 export interface Info {{

@@ -94,7 +94,7 @@ class Pipelines:
         self.made: dict[int, tuple[Any, Any]] = {}
 
     def get(self, k: int) -> tuple[Any, Any]:
-        """(pipeline, bind group layout). Raises CompilationError with the implementation's message."""
+        """(pipeline, bind group layout). Raises CompilationError with the nodes and the implementation's message."""
         hit = self.made.get(k)
         if hit is None:
             hit = self.made[k] = self.make(self.entries[k])
@@ -120,7 +120,7 @@ class Pipelines:
             layout = d.create_pipeline_layout(bind_group_layouts=[bgl])
             return d.create_compute_pipeline(layout=layout, compute={"module": self.modules[s], "entry_point": "main"}), bgl
         except wgpu.GPUError as error:
-            raise CompilationError(f"WGSL refused: {error}") from error
+            raise CompilationError(f"this device refuses shader {s}: {error}", node=", ".join(e["nodes"]) or None) from error
 
 
 @dataclass(slots=True)
@@ -486,6 +486,8 @@ class _Queries:
             self.part(part)
 
     def part(self, commands: Sequence[tuple[Any, ...]]) -> None:
+        import wgpu
+
         calls = [c[3] for c in commands if c[0] == "d"]
         n = 2 * max(1, len(calls))
         queries = device().create_query_set(type="timestamp", count=n)

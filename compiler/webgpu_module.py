@@ -94,7 +94,7 @@ class WebGpuModule(Module):
     def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:
         """As :meth:`Module.profile`: the device's own timestamps where the adapter has them, else the host's clock around every dispatch.
         Calls that only the host does have 0 ms. Times of a software adapter say nothing about a GPU."""
-        ins, raw = self._bytes([inputs[p.name] for p in self._ins])
+        ins, raw = self._bytes(self._given(inputs))
         total: dict[int, float] = {}
         self.runner.run(ins, raw)
         for _ in range(runs):

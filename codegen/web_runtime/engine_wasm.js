@@ -2,7 +2,7 @@
 
 import { IsolationError, InputError, KernelError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { canShare, cores, hasWorkers, mayWait, openWorker } from "./platform.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, knownShapes, product, toBytes, viewOf } from "./tensors.js";
+import { byteSize, checkInputs, chooseOutputs, Defaults, fromBytes, knownShapes, product, toBytes, viewOf } from "./tensors.js";
 
 const RECORD = 48; // bytes of one tensor's record in the io table
 const THREAD_START = 10000; // milliseconds that a helper thread may take to start
@@ -95,6 +95,7 @@ export class Engine {
   constructor(manifest) {
     this.manifest = manifest;
     this.wasm = manifest.wasm;
+    this.defaults = new Defaults(manifest.inputs);
     this.threads = [];
     this.key = "";
     this.immediate = true; // run() has read its inputs when it returns
@@ -109,7 +110,11 @@ export class Engine {
     engine.memory = allocate(initial, shared ? maximum : 0);
     const file = `model.${variant}.wasm`;
     const compile = files.checked(file, manifest.files[file], onBytes).then((bytes) => WebAssembly.compile(bytes).catch(refused(file)));
-    const upload = files.shards(manifest.web.shards, (offset, bytes) => new Uint8Array(engine.memory.buffer, weights + offset, bytes.length).set(bytes), onBytes);
+    const store = (offset, bytes) => {
+      new Uint8Array(engine.memory.buffer, weights + offset, bytes.length).set(bytes);
+      engine.defaults.take(offset, bytes);
+    };
+    const upload = files.shards(manifest.web.shards, store, onBytes);
     const [module] = await Promise.all([compile, upload]);
     engine.module = module;
     engine.exports = (await WebAssembly.instantiate(module, { env: { memory: engine.memory } })).exports;
@@ -203,7 +208,7 @@ export class Engine {
   async run(inputs, outputs, into = {}) {
     const { manifest } = this;
     const wanted = chooseOutputs(manifest.outputs, outputs);
-    const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state);
+    const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state, this.defaults);
     this.bind(ins);
     ins.forEach((t, k) => {
       if (t.data === null) return; // it lies in the memory, at an address that does not depend on the other inputs

@@ -154,7 +154,7 @@ export class Model {
   constructor(backend) {
     this.#backend = backend;
     const { inputs, outputs, name, language } = backend.described;
-    const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]) });
+    const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]), ...(p.default && { optional: true }) });
     this.name = name;
     if (language) this.language = language; // what language.js needs to know
     this.inputs = Object.freeze(inputs.map(spec));

@@ -92,10 +92,10 @@ function fromNumbers(port, value) {
 
 /**
  * The inputs of a call in the manifest's order: [{data, shape}], data a typed array of `count` elements. Those named in `state` belong to
- * the model and are not given: data null.
+ * the model and are not given: data null. Optional ones that are left out come from `defaults` (a Defaults).
  * Raises InputError naming the input. Extents that occur in several places are compared by the generated code.
  */
-export function checkInputs(allPorts, inputs, state = []) {
+export function checkInputs(allPorts, inputs, state = [], defaults = null) {
   const ports = allPorts.filter((p) => !state.includes(p.name));
   if (inputs === null || typeof inputs !== "object" || ArrayBuffer.isView(inputs)) {
     throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name", `pass {${ports.map((p) => p.name).join(", ")}}`);
@@ -107,6 +107,7 @@ export function checkInputs(allPorts, inputs, state = []) {
   return allPorts.map((port) => {
     if (state.includes(port.name)) return { data: null, shape: port.shape };
     const value = inputs[port.name];
+    if ((value === undefined || value === null) && port.default) return defaults.of(port);
     if (value === undefined || value === null) throw new InputError("MISSING_INPUT", `input "${port.name}" is missing`, list, { name: port.name });
     const bare = isTyped(value) || Array.isArray(value) || typeof value !== "object";
     let data = bare ? value : value.data;
@@ -204,6 +205,28 @@ export function fromBytes(code, shape, bytes, into) {
     data[i] = Type === Int8Array && v >= 1 << (bits - 1) ? v - (1 << bits) : v;
   }
   return { dtype, shape, data };
+}
+
+/** What optional inputs are in a call that leaves them out, gathered from the blob of weights as it arrives. */
+export class Defaults {
+  constructor(ports) {
+    this.parts = ports.filter((p) => p.default && p.default !== "random").map((p) => ({ name: p.name, offset: p.default.offset, raw: new Uint8Array(p.default.bytes) }));
+  }
+
+  take(offset, bytes) {
+    for (const { offset: start, raw } of this.parts) {
+      const lo = Math.max(offset, start);
+      const hi = Math.min(offset + bytes.length, start + raw.length);
+      if (lo < hi) raw.set(bytes.subarray(lo - offset, hi - offset), lo - start);
+    }
+  }
+
+  of(port) {
+    if (port.default === "random") return { data: globalThis.crypto.getRandomValues(new Uint32Array(2)), shape: [2] };
+    const { raw } = this.parts.find((p) => p.name === port.name);
+    const { data, shape } = fromBytes(port.code, port.default.shape, raw);
+    return { data, shape };
+  }
 }
 
 /** Which outputs a call wants: indices. Raises InputError for a name the model does not have. */
