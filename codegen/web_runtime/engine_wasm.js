@@ -45,7 +45,7 @@ async function choose(manifest, options, warnings) {
     const why = !hasWorkers
       ? "there are no workers in this place"
       : !canShare()
-      ? "the page is not cross-origin isolated"
+      ? globalThis.crossOriginIsolated ? "the browser has no shared memory" : "the page is not cross-origin isolated"
       : !valid("threads")
         ? "the browser has no WebAssembly threads"
         : "";
