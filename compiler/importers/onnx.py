@@ -547,8 +547,17 @@ def onnx_upgrade_target(op: str) -> str:
     return {"Upsample": "Resize", "Scatter": "ScatterElements"}.get(op, op)
 
 
+# com.microsoft operators that are the standard's under another name or with more types
+SAME = {
+    "QuantizeLinear": "QuantizeLinear", "DequantizeLinear": "DequantizeLinear", "Trilu": "Trilu", "GatherND": "GatherND", "Range": "Range",
+    "ExpandDims": "Unsqueeze", "TransposeMatMul": "com.microsoft::FusedMatMul", "Pad": "Pad",
+}  # fmt: skip
+
+
 def _qualified(n: NodeProto) -> str:
     d = _domain(n.domain)
+    if d == "com.microsoft" and n.op_type in SAME:
+        return SAME[n.op_type]
     return f"{d}::{n.op_type}" if d else n.op_type
 
 
