@@ -15,7 +15,7 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
-from luthier.errors import CompilationError, InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
+from luthier.errors import InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
 from luthier.webgpu_module import WebGpuModule
 
 pytest.importorskip("wgpu")
