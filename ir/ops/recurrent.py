@@ -19,7 +19,21 @@ from luthier.ir.expr import Expr, as_expr, cast, const, load, maximum, minimum, 
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import Array, define, differ, expect_shape, get, make, must, need, padded, shape_error, static, unsupported, widen
+from luthier.ir.ops.common import (
+    Array,
+    define,
+    differ,
+    expect_shape,
+    get,
+    make,
+    must,
+    need,
+    padded,
+    shape_error,
+    static,
+    unsupported,
+    widen,
+)
 
 # name: (default alpha, default beta, function of x, alpha, beta)
 ACTIVATIONS: dict[str, tuple[float | None, float | None, Callable[[Expr, float, float], Expr]]] = {
