@@ -374,7 +374,10 @@ def _block(node: Node) -> tuple[int, tuple[Expr, ...]]:
     if x.rank != 4:
         raise shape_error(node, f"{node.op} takes NCHW, the input has rank {x.rank}")
     n, a, b, c = x.shape
-    return int(node.attrs["blocksize"]), (n, c, a, b) if _last(node) else (n, a, b, c)
+    size = int(node.attrs["blocksize"])
+    if not 1 <= size < 1 << 20:
+        raise shape_error(node, f"the blocksize is {size}")
+    return size, (n, c, a, b) if _last(node) else (n, a, b, c)
 
 
 def _last(node: Node) -> bool:
