@@ -233,7 +233,8 @@ def test_kernels_written_and_read_back_are_the_same(tmp_path: Path) -> None:
 
     program = compile_program(import_onnx(model("indexing")), parse_target("cpu:x86-64-v3").caps)
     before = {n: str(f) for n, f in program.kernels.items()}
-    write_kernels(program, tmp_path)
+    monkeypatch.setenv("LUTHIER_DUMP", str(tmp_path))
+    write_kernels(program)
     assert sorted(override_kernels(program, tmp_path)) == sorted(before)
     assert {n: str(f) for n, f in program.kernels.items()} == before
 
