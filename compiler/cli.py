@@ -113,6 +113,7 @@ def compile_command(
     if precision is not None:
         from luthier.cli_quantize import quantize_file
 
+        quantization["reduce_range"] = bool(quantization["reduce_range"])  # this package's own kernels are exact with 8 bits
         source, shapes = quantize_file(model, precision, dict(shapes) or None, threads, quantization).graph, ()
     start = time.perf_counter()
     if language and precision is not None:

@@ -26,6 +26,8 @@ class InputSpec(Protocol):
     def dtype(self) -> Any: ...
     @property
     def shape(self) -> Sequence[int | str]: ...
+    @property
+    def optional(self) -> bool: ...
 
 
 def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, Array]:
@@ -68,7 +70,8 @@ def random_inputs(
     seed: int = 0,
     given: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Seeded arrays: normal floats, integers and bools of 0 and 1 (valid as indices, token ids and masks).
+    """Seeded arrays: normal floats, integers and bools of 0 and 1 (valid as indices, token ids and masks). Optional inputs are left out
+    unless ``given``.
 
     Symbolic extents come from ``given`` arrays and from ``shapes`` ({input: shape}), consistently by name; what remains is 1.
     Raises InputError when a shape has another rank than its input."""
@@ -85,11 +88,11 @@ def random_inputs(
         extents |= {str(d): k for d, k in zip(spec.shape, known) if isinstance(k, int) and not isinstance(d, int)}
     generator = np.random.default_rng(seed)
     for spec in specs:
-        if spec.name in arrays:
+        if spec.name in arrays or spec.optional:
             continue
         shape = [d if isinstance(d, int) else extents.get(str(d), 1) for d in spec.shape]
         arrays[spec.name] = _random(generator, _dtype(spec), shape)
-    return {spec.name: arrays[spec.name] for spec in specs}
+    return {spec.name: arrays[spec.name] for spec in specs if spec.name in arrays}
 
 
 def _dtype(spec: InputSpec) -> np.dtype[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``)."""
+    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``).
+    ``optional``: an input that a call may leave out."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class _Port:
-    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together."""
+    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together; ``default``:
+    what an input is that a call leaves out, as the manifest says it."""
 
     name: str
     dtype: np.dtype[Any]
@@ -42,11 +46,12 @@ class _Port:
     bits: int
     word: int
     shape: tuple[int | str, ...]
+    default: Any = None
 
 
 def _port(d: Mapping[str, Any]) -> _Port:
     name, bits = DTYPES[d["code"]]
-    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]))
+    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]), d.get("default"))
 
 
 class Module:
@@ -101,9 +106,11 @@ class Module:
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""
-        if len(arrays) != len(self._ins):
-            raise InputError(f"the module takes {len(self._ins)} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
-        return tuple(self._run(arrays, None).values())
+        least = sum(p.default is None for p in self._ins)
+        if not least <= len(arrays) <= len(self._ins):
+            many = str(least) if least == len(self._ins) else f"{least} to {len(self._ins)}"
+            raise InputError(f"the module takes {many} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
+        return tuple(self._run([*arrays, *(self._default(p) for p in self._ins[len(arrays) :])], None).values())
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """``{input name: array}`` to ``{output name: array}``.
@@ -112,16 +119,7 @@ class Module:
         contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
         wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
-        try:
-            arrays = [inputs[p.name] for p in self._ins]
-        except (KeyError, TypeError, IndexError, AttributeError):
-            if not isinstance(inputs, Mapping):
-                raise InputError(f"run takes inputs by name, got {type(inputs).__name__}", hint=f"the inputs are {self._describe()}; call the module itself to give them in order") from None
-            missing = [p.name for p in self._ins if p.name not in inputs]
-            raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
-        if len(inputs) != len(arrays):
-            extra = sorted(repr(n) for n in inputs if n not in self._names)
-            raise InputError(f"the model has no input {', '.join(extra)}", hint=f"the inputs are {self._describe()}")
+        arrays = self._given(inputs)
         if out is not None and not (isinstance(out, Mapping) and out.keys() <= self._out_names):
             if not isinstance(out, Mapping):
                 raise InputError(f"out takes arrays by name, got {type(out).__name__}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
@@ -129,8 +127,36 @@ class Module:
             raise InputError(f"the model has no output {', '.join(extra)}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
         return self._run(arrays, out)
 
+    def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        try:
+            arrays = [inputs[p.name] for p in self._ins]
+            left = 0
+        except (KeyError, TypeError, IndexError, AttributeError):
+            if not isinstance(inputs, Mapping):
+                raise InputError(f"run takes inputs by name, got {type(inputs).__name__}", hint=f"the inputs are {self._describe()}; call the module itself to give them in order") from None
+            missing = [p.name for p in self._ins if p.name not in inputs and p.default is None]
+            if missing:
+                raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
+            arrays = [inputs[p.name] if p.name in inputs else self._default(p) for p in self._ins]
+            left = sum(p.name not in inputs for p in self._ins)
+        if len(inputs) + left != len(arrays):
+            extra = sorted(repr(n) for n in inputs if n not in self._names)
+            raise InputError(f"the model has no input {', '.join(extra)}", hint=f"the inputs are {self._describe()}")
+        return arrays
+
+    def _default(self, p: _Port) -> Array:
+        """What input ``p`` is in a call that leaves it out."""
+        if p.default == "random":
+            return np.frombuffer(os.urandom(8), p.dtype)
+        raw = self._weights[p.default["offset"] : p.default["offset"] + p.default["bytes"]]
+        shape = tuple(p.default["shape"])
+        if p.bits < 8:
+            return unpack_bits(raw, p.bits, shape, p.dtype, not p.dtype.name.startswith("u"))
+        return raw.view(p.dtype).reshape(shape)
+
     def _describe(self) -> str:
-        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in self.inputs)
+        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]{' (optional)' if s.optional else ''}" for s in self.inputs)
 
     def _context(self) -> Context:
         try:
@@ -256,7 +282,7 @@ class Module:
         """Mean time of every kernel call over ``runs`` calls: dicts with ``kernel``, ``nodes`` (names), ``ms``, ``flops``,
         ``bytes`` (both of one call, 0 where unknown). All threads meet after every kernel, so the sum exceeds an ordinary call."""
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         self.run(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         for _ in range(max(1, runs)):
@@ -296,7 +322,7 @@ def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:
 
 
 def _spec(d: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]))
+    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]), "default" in d)
 
 
 def _convert(a: Any, p: _Port) -> Array:

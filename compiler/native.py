@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier import settings
-from luthier.errors import ArtifactError, InputError, KernelError, LuthierError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, OutOfMemoryError
 from luthier.files import open_regular
 
 ABI_VERSION = 1
@@ -127,7 +127,8 @@ class Context:
             text = (self.fns.message(self.ptr) or b"").decode(errors="replace").strip()
             if status == 1 or status == 2:
                 raise InputError(text or "the inputs do not fit the module")
-            raise KernelError(text or f"the module failed with status {status}")
+            kind = OutOfMemoryError if status == 3 else KernelError
+            raise kind(text or f"the module failed with status {status}")
 
     def close(self) -> None:
         self._end()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.errors import InputError, KernelError, LuthierError, TargetError
+from luthier.errors import InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
 from luthier.module import Array, Module, _check_out, _convert, _evaluate
 from luthier.native import pack_bits, unpack_bits
 
@@ -128,7 +128,7 @@ class _Instance:
             raise InputError(f"{who}: dimension {axis} would be {got}; the inputs do not allow it")
         if kind == 6:
             raise InputError(f"{who} is {got} in the data of this run, allowed are {want} to {want2}")
-        raise KernelError(f"out of memory: {got} bytes for {who}")
+        raise OutOfMemoryError(f"out of memory: {got} bytes for {who}")
 
 
 def _stop(stop: Any, store: Any, workers: list[threading.Thread]) -> None:
@@ -274,7 +274,7 @@ class WasmModule(Module):
         import time
 
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         last = 0
 
@@ -306,7 +306,7 @@ class WasmModule(Module):
         from luthier.web_package import SHARD_MB, write_package
 
         files = {f"model.{v}.wasm": partial(self.binary, v) for v in VARIANTS}
-        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> WasmModule:

@@ -125,7 +125,9 @@ class Graph:
     """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place.
 
     ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
-    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run."""
+    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run.
+    ``defaults``: {name of an input that a call may leave out: the array it is then, or None for random bits that every call draws};
+    those inputs come last."""
 
     name: str
     inputs: list[Value]
@@ -134,6 +136,7 @@ class Graph:
     aliases: dict[str, str] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     requirements: list[Requirement] = field(default_factory=list)
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]

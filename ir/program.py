@@ -25,7 +25,8 @@ class Program:
     first place a symbol is read from (other occurrences are checked at run time). ``views``: {buffer name: (name of the buffer
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
     ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
-    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`)."""
+    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``defaults``: as in
+    :class:`~luthier.ir.graph.Graph`, for the inputs that come last."""
 
     name: str
     inputs: tuple[Buffer, ...]
@@ -39,6 +40,7 @@ class Program:
     nodes: dict[int, tuple[str, ...]] = field(default_factory=dict)
     output_names: dict[str, str] = field(default_factory=dict)
     checked: bool = False
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         from luthier.ir.printer import format_buffer, format_func, format_stmt

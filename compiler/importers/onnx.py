@@ -11,7 +11,8 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,31 @@ from luthier.importers import onnx_upgrade, onnx_wire
 from luthier.importers.onnx_schema import check_bodies, check_node, check_opsets, check_texts
 from luthier.importers.onnx_tensors import ELEMENT, attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
-from luthier.ir.dtypes import f32
+from luthier.ir.dtypes import boolean, f32, i64, u32
 from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
+from luthier.ir.ops.common import const_value
+from luthier.ir.ops.control_flow import condition
+from luthier.ir.ops.random_numbers import DECLARED
 from luthier.ir.requirements import Requirement, collecting
 from luthier.passes.fold_constants import fold_node
 
 Shapes = Mapping[str, Sequence[Any]]
+Overridable = bool | Sequence[str] | None
+OVERRIDABLE_BYTES = 1 << 16
 _ANONYMOUS = re.compile(r"^(\?|unk__\?|-1|None|)$")
 
 
-def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelProto], None] | None = None) -> Graph:
+def import_onnx(
+    model: Any, shapes: Shapes | None = None, edit: Callable[[ModelProto], None] | None = None, overridable: Overridable = None,
+) -> Graph:
     """The graph of an ``onnx.ModelProto`` or of a file.
 
     ``shapes``: {input name: extents}; an integer pins a dimension (everywhere where its symbol occurs), None or -1 leaves it
-    as the model declares it. ``edit`` may change the model before it is read (a file's large weights are not in it). Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
+    as the model declares it. ``overridable``: which initializers that the model lists among its inputs a call may replace; True all, None
+    all when together they are no more than 64 KiB (larger ones are weights that an exporter listed). ``edit`` may change the model before it is read (a file's large weights are not in it). Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
     folder: Path | None = None
     raws: dict[int, memoryview] = {}
     if not isinstance(model, ModelProto):
@@ -57,7 +66,7 @@ def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelP
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
     if edit is not None:
         edit(model)
-    graph = _Importer(model, folder, dict(shapes or {}), raws).run()
+    graph = _Importer(model, folder, dict(shapes or {}), raws, overridable).run()
     onnx_wire.forget(raws)
     return graph
 
@@ -79,6 +88,36 @@ class _Scope:
         raise KeyError(name)
 
 
+def constant_data(v: Value | None) -> Any:
+    """The array of a value that is known to be a constant."""
+    assert v is not None and v.data is not None
+    return v.data
+
+
+def in_order(protos: Iterable[NodeProto]) -> list[NodeProto]:
+    """The nodes, each behind those whose outputs it reads; the specification asks for that, but writers forget it. Nodes in a circle stay
+    where they are."""
+    nodes = list(protos)
+    makers = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+    before = [{makers[i] for i in _reads(n) if i in makers} for n in nodes]
+    if all(j < k for k, js in enumerate(before) for j in js):
+        return nodes
+    try:
+        return [nodes[k] for k in TopologicalSorter(dict(enumerate(before))).static_order()]
+    except CycleError:
+        return nodes
+
+
+def _reads(n: NodeProto) -> Iterator[str]:
+    """Names that a node or a subgraph of it reads."""
+    yield from n.input
+    for a in n.attribute:
+        for g in (a.g, *a.graphs):
+            for m in g.node:
+                yield from _reads(m)
+            yield from (o.name for o in g.output)
+
+
 def _label(n: NodeProto) -> str:
     """What messages call a node: its name, or that of its first output."""
     return n.name or next((o for o in n.output if o), n.op_type)
@@ -93,7 +132,10 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
 
 
 class _Importer:
-    def __init__(self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview]) -> None:
+    def __init__(
+        self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview], overridable: Overridable = None,
+    ) -> None:
+        self.overridable = overridable
         self.model, self.folder, self.shapes, self.raws = model, folder, shapes, raws
         self.names = Names()
         self.nodes: list[Node] = []
@@ -102,6 +144,9 @@ class _Importer:
         self.serial = 0
         self.requirements: list[Requirement] = []
         self.integral: dict[Value, Value] = {}  # floats that are casts of known integers
+        self.random_key: Value | None = None  # what nodes without a seed draw from
+        self.streams = 0  # how many of them there are
+        self.rounds: list[Value | None] = []  # numbers of the rounds of the loops around; None: a Scan counts none
 
     # ---------------------------------------------------------------- graphs
 
@@ -119,12 +164,19 @@ class _Importer:
         unknown = set(self.shapes) - {i.name for i in g.input}
         if unknown:
             raise ShapeError(f"shapes names no input of the model: {sorted(unknown)}; inputs are {[i.name for i in g.input if i.name not in constants]}")
-        declared = [i for i in g.input if i.name not in constants]
+        listed = {i.name for i in g.input} & constants
+        replaceable = self._overridable(listed, scope)
+        declared = [i for i in g.input if i.name not in constants] + [i for i in g.input if i.name in replaceable]
         pins = self._pins(declared)
         inputs = []
+        defaults: dict[str, Any] = {}
         for i in declared:
             try:
-                v = Value(self.names.fresh(i.name), self._input_type(i, pins))
+                if i.name in replaceable:  # the name is that of the constant, which nobody reads now
+                    v = Value(i.name, self._default_type(i, pins, scope.find(i.name)))
+                    defaults[v.name] = constant_data(scope.find(i.name))
+                else:
+                    v = Value(self.names.fresh(i.name), self._input_type(i, pins))
             except LuthierError as e:
                 user = next((n for n in g.node if i.name in n.input), None)
                 raise e.at(node=i.name if user is None else _label(user), op="graph input" if user is None else _qualified(user)) from None
@@ -132,7 +184,49 @@ class _Importer:
             inputs.append(v)
         self._nodes(g.node, scope)
         outputs = self._outputs(g, scope)
-        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(o.name for o in g.output), self.requirements)
+        if self.random_key is not None:
+            inputs.append(self.random_key)
+            defaults[self.random_key.name] = None
+        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(o.name for o in g.output), self.requirements, defaults)
+
+    def _overridable(self, listed: set[str], scope: _Scope) -> set[str]:
+        """Initializers among the graph's inputs that calls may replace. Files of IR versions before 4 list all of them; they are constants."""
+        asked = self.overridable
+        if asked is None:
+            size = sum(constant_data(scope.find(n)).nbytes for n in listed)
+            return listed if self.model.ir_version >= 4 and size <= OVERRIDABLE_BYTES else set()
+        if isinstance(asked, bool):
+            return listed if asked else set()
+        unknown = sorted(set(asked) - listed)
+        if unknown:
+            raise InvalidModel(f"overridable names {unknown}, which the model does not list both as initializers and as inputs", hint=f"it lists {sorted(listed)}")
+        return set(asked)
+
+    def _default_type(self, i: ValueInfoProto, pins: Mapping[str, int], default: Value | None) -> TensorType:
+        """The declared type of an input with an initializer, which must be one of that type."""
+        assert default is not None
+        t = self._input_type(i, pins) if i.type.tensor_type.HasField("shape") else default.type
+        fits = t.rank == default.rank and all(a.op != "const" or a is b for a, b in zip(t.shape, default.shape, strict=False))
+        if t.dtype is not default.dtype or not fits:
+            raise InvalidModel(f"input {i.name!r} is declared as {t}, its initializer is {default.type}")
+        return t
+
+    def _draws(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any]) -> Sequence[Value | None]:
+        """The inputs of a node of random numbers with what it draws from: the key of the call unless it has a seed, and the numbers of
+        the rounds of the loops around it."""
+        first = DECLARED[op]
+        if op == "Dropout" and (len(inputs) < 3 or inputs[2] is None or const_value(inputs[2]) == 0):
+            return inputs
+        if None in self.rounds:
+            raise UnsupportedOperator("random numbers inside Scan are not supported", hint="write the loop with Loop")
+        ins = [*inputs, *[None] * (first - len(inputs))]
+        if attrs.get("seed") is None:
+            if self.random_key is None:
+                self.random_key = Value(self.names.fresh("luthier.random"), TensorType.of(u32, (2,)))
+            ins.append(self.random_key)
+            attrs["stream"] = self.streams
+            self.streams += 1
+        return [*ins, *self.rounds]
 
     def _outputs(self, g: GraphProto, scope: _Scope) -> list[Value]:
         out = []
@@ -156,8 +250,8 @@ class _Importer:
             scope.values[s.values.name] = self._constant(sparse_to_array(s, self.folder), s.values.name)
         return set(scope.values)
 
-    def _subgraph(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | None] = ()) -> Graph:
-        """A branch or loop body; ``inputs``: their types where the operator knows better than the declaration."""
+    def _subgraph(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | None] = (), op: str = "") -> Graph:
+        """A branch or loop body of ``op``; ``inputs``: their types where the operator knows better than the declaration."""
         saved, self.nodes = self.nodes, []
         assumed, self.requirements = self.requirements, []
         self.serial += 1
@@ -169,11 +263,32 @@ class _Importer:
             v = Value(self.names.fresh(scope.prefix + i.name), known if known is not None else self._input_type(i, {}))
             scope.values[i.name] = v
             ins.append(v)
-        self._nodes(g.node, scope)
+        counted = {"Loop": ins[:1], "Scan": [None]}.get(op, [])
+        self.rounds += counted
+        try:
+            self._nodes(g.node, scope)
+        finally:
+            del self.rounds[len(self.rounds) - len(counted) :]
         outs = self._outputs(g, scope)
         nodes, self.nodes = self.nodes, saved
         mine, self.requirements = self.requirements, assumed
         return Graph(scope.prefix.rstrip("/"), ins, outs, nodes, requirements=mine)
+
+    def _loop_body(self, g: GraphProto, outer: _Scope, inputs: Sequence[Value | None]) -> Graph:
+        """The body of a Loop. An extent of a carried value that changes from round to round becomes a symbol of the body."""
+        types = [TensorType(i64, ()), TensorType(boolean, ()), *(None if v is None else v.type for v in inputs[2:])]
+        while True:
+            body = self._subgraph(g, outer, types, "Loop")
+            changed = False
+            for k, (t, out) in enumerate(zip(types[2:], body.outputs[1:], strict=False), 2):
+                if t is None or t.rank != out.rank:
+                    continue  # Loop says what is wrong
+                own = set(body.inputs[k].shape) - set(inputs[k].shape)  # type: ignore[union-attr]
+                dims = [a if a is b or a in own else var(self.names.fresh(f"{body.inputs[k].name}.{i}"), lo=0) for i, (a, b) in enumerate(zip(t.shape, out.shape, strict=True))]
+                changed |= any(a is not b for a, b in zip(t.shape, dims, strict=True))
+                types[k] = TensorType(t.dtype, tuple(dims))
+            if not changed:
+                return body
 
     # ---------------------------------------------------------------- inputs
 
@@ -248,7 +363,7 @@ class _Importer:
             raise UnsupportedOperator(f"constant {name!r}: {e}") from None
 
     def _nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
-        for n in protos:
+        for n in in_order(protos):
             check_texts(n.name, n.op_type, n.domain, *n.input, *n.output, *(t for a in n.attribute for t in (a.name, a.ref_attr_name)))
             try:
                 self._node(n, scope)
@@ -288,7 +403,10 @@ class _Importer:
         for key, proto in graphs.items():
             outer = self.nodes
             try:
-                attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto))
+                if op == "Loop":
+                    attrs[key] = self._loop_body(proto, scope, inputs)
+                else:
+                    attrs[key] = self._subgraph(proto, scope, _body_types(op, inputs, attrs, proto), op)
             except (ShapeError, TypeMismatch) as e:
                 self.nodes = outer
                 if op != "If" or misfits:
@@ -296,7 +414,7 @@ class _Importer:
                 misfits[key] = e
         if misfits and inputs and inputs[0] is not None:
             taken = "else_branch" if "then_branch" in misfits else "then_branch"
-            self._assume(n, graphs[taken], (_condition(inputs[0]), as_expr(int(taken == "then_branch"))), scope)
+            self._assume(n, graphs[taken], (condition(inputs[0]), as_expr(int(taken == "then_branch"))), scope)
             return
         if op == "If" and inputs and inputs[0] is not None and self._ranks_differ(attrs):
             equal = _equality(inputs[0])
@@ -328,6 +446,8 @@ class _Importer:
 
     def _emit(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], outs: list[str], name: str, proto: NodeProto) -> tuple[Value, ...]:
         """Add a node (or the constants it folds to); its outputs."""
+        if op in DECLARED:
+            inputs = self._draws(op, inputs, attrs)
         values = tuple(Value(self.names.fresh(o or f"{name}.unused"), TensorType(f32, ())) for o in outs)
         node = Node(op, tuple(inputs), values, attrs, name or values[0].name, proto.name)
         while node.inputs and node.inputs[-1] is None:
@@ -495,8 +615,17 @@ def onnx_upgrade_target(op: str) -> str:
     return {"Upsample": "Resize", "Scatter": "ScatterElements"}.get(op, op)
 
 
+# com.microsoft operators that are the standard's under another name or with more types
+SAME = {
+    "QuantizeLinear": "QuantizeLinear", "DequantizeLinear": "DequantizeLinear", "Trilu": "Trilu", "GatherND": "GatherND", "Range": "Range",
+    "ExpandDims": "Unsqueeze", "TransposeMatMul": "com.microsoft::FusedMatMul", "Pad": "Pad",
+}  # fmt: skip
+
+
 def _qualified(n: NodeProto) -> str:
     d = _domain(n.domain)
+    if d == "com.microsoft" and n.op_type in SAME:
+        return SAME[n.op_type]
     return f"{d}::{n.op_type}" if d else n.op_type
 
 
@@ -504,14 +633,6 @@ def _known(v: Value) -> bool | None:
     """A condition's value when it is known at compile time."""
     c = v.content
     return bool(c[0].attr) if c is not None and len(c) == 1 and c[0].op == "const" else None
-
-
-def _condition(v: Value) -> Expr:
-    """A condition as an index expression, 0 or 1; a symbol that the program reads from ``v`` when nothing is known."""
-    if v.content is None:
-        v.content = (var(f"{v.name}.0", lo=0, hi=1),)
-        v.bound = True
-    return v.content[0]
 
 
 def _equality(v: Value) -> tuple[Expr, Expr] | None:
@@ -553,10 +674,6 @@ def _type_proto(v: Value | None) -> bytes:
 
 def _body_types(op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], body: GraphProto) -> list[TensorType | None]:
     """Types of a loop body's inputs, from the node's own inputs."""
-    if op == "Loop":
-        from luthier.ir.dtypes import boolean, i64
-
-        return [TensorType(i64, ()), TensorType(boolean, ()), *(None if v is None else v.type for v in inputs[2:])]
     if op == "Scan":
         m = int(attrs["num_scan_inputs"])
         states = len(inputs) - m

@@ -59,7 +59,9 @@ def _declared(op: str, domain: str, opset: int) -> _Declaration | None:
     single = onnx.defs.OpSchema.FormalParameterOption.Single
     inputs = tuple(_Input(i.name, i.option == single, i.type_str, frozenset(i.types), i.is_homogeneous) for i in s.inputs)
     attributes = {k: int(a.type.value) for k, a in s.attributes.items()}
-    return _Declaration(attributes, tuple(k for k, a in s.attributes.items() if a.required), inputs, s.min_input, s.max_input, s.max_output)
+    # the schema counts optional inputs before a variadic one that may be empty (Loop): a blank at the end is as good as nothing
+    least = s.min_input if s.min_input >= len(s.inputs) else max((k for k, i in enumerate(inputs, 1) if i.required), default=0)
+    return _Declaration(attributes, tuple(k for k, a in s.attributes.items() if a.required), inputs, least, s.max_input, s.max_output)
 
 
 @functools.cache
