@@ -60,6 +60,7 @@ class WebGpuModule(Module):
         ins, raw = self._bytes(arrays)
         got = self.runner.run(ins, raw)
         results: dict[str, Array] = {}
+        own: list[Array] = []
         for q, (shape, data) in zip(self._outs, got, strict=True):
             flat = np.frombuffer(bytearray(data), np.uint8)
             if q.bits < 8:
@@ -68,8 +69,9 @@ class WebGpuModule(Module):
                 a = flat.view(q.dtype).reshape(shape)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, shape)
+                _check_out(given, q, shape, outs=own)
                 given[...] = a
+                own.append(given)
                 a = given
             results[q.name] = a
         return results

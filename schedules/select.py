@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.at_fork import whole
 from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_exprs, map_let
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
@@ -126,7 +127,8 @@ def build(
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
-        t = importlib.import_module(f"luthier.schedules.{name}")
+        with whole:
+            t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
         if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)

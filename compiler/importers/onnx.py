@@ -8,6 +8,7 @@ that shape arithmetic is known when types are inferred. ``onnx.checker`` and ``o
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -329,6 +330,8 @@ class _Importer:
                 raise ShapeError(f"input {i.name!r} declares no rank", hint=f"give it with shapes={{{i.name!r}: (...)}}")
             return TensorType(dtype, tuple(self._dim(i.name, k, None, w, pins) for k, w in enumerate(want)))
         dims = list(t.shape.dim)
+        if math.prod(d.dim_value for d in dims if d.dim_value > 0) >= 1 << 48:
+            raise ShapeError(f"input {i.name!r} is declared with more elements than any memory holds", shapes={i.name: tuple(d.dim_value for d in dims)})
         return TensorType(dtype, tuple(self._dim(i.name, k, d, None if want is None else want[k], pins) for k, d in enumerate(dims)))
 
     def _dim(self, name: str, axis: int, d: Any, want: Any, pins: Mapping[str, int]) -> Expr:
@@ -421,6 +424,8 @@ class _Importer:
         outs = list(n.output)
         while outs and not outs[-1]:
             outs.pop()
+        if graphs:  # one for every result of the bodies, used or not
+            outs += [""] * (min(len(attrs[k].outputs) for k in graphs) - int(op == "Loop") - len(outs))
         old = onnx_upgrade.Old(
             op, inputs, attrs, len(outs), scope.opsets.get(_domain(n.domain), 1), self._emitter(scope, n), lambda a: self._constant(a, scope.prefix + "const"),
             scope.prefix + (n.name or outs[0]), self.integral,
