@@ -31,10 +31,9 @@ import numpy as np
 from luthier.errors import ArtifactError
 from luthier.native import DTYPES
 
-__all__ = ["ENGINES", "SHARD_MB", "VERSION", "read_weights", "write_package"]
+__all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
-VERSION = "1.0.0"
 TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
 Array = np.ndarray[Any, Any]
 
@@ -151,11 +150,10 @@ def _files_js(names: Iterable[str]) -> str:
 
 
 def _package_json(manifest: Mapping[str, Any]) -> str:
-    about = manifest.get("package", {"name": manifest["name"], "version": VERSION})
-    name = re.sub(r"[^a-z0-9._~-]+", "-", about["name"].lower()).strip("-._")[:200] or "model"
+    about = manifest.get("package", {"name": "model", "version": "1.0.0"})
     return json.dumps(
         {
-            "name": name, "version": about["version"], "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
+            **about, "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
             "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TOKENIZERS} if "language" in manifest else {}),

@@ -76,7 +76,7 @@ def test_folder(packages: dict[str, Path], target: str) -> None:
     shards = manifest["web"]["shards"]
     assert sum(s["bytes"] for s in shards) == len(read_weights(folder, manifest)) >= W.nbytes
     package = json.loads((folder / "package.json").read_text())
-    assert package["name"] == "small-model" and package["type"] == "module" and (folder / package["main"]).is_file()
+    assert package["name"] == target and package["type"] == "module" and (folder / package["main"]).is_file()
     types = (folder / "index.d.ts").read_text()
     assert '"x": Float32Array | TensorLike<Float32Array, [number, 64]>' in types
     assert '"z": Tensor<BigInt64Array, [number], "int64">' in types
