@@ -34,6 +34,7 @@ from luthier.native import DTYPES
 __all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
+COMMENTS = re.compile(r"^ *(/\*\*.*?\*/|//[^\n]*)\n", re.M | re.S)  # lines of their own: a sixth of the runtime
 TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
 Array = np.ndarray[Any, Any]
 
@@ -90,7 +91,8 @@ def write_package(
     source = importlib.resources.files("luthier.codegen.web_runtime")
     language = manifest.get("language")
     for name in (*_COMMON, *ENGINES[kind], *(_LANGUAGE if language else ())):
-        put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
+        text = source.joinpath(name).read_text(encoding="utf-8")
+        put(f"runtime/{name}", COMMENTS.sub("", text).lstrip() if name.endswith(".js") else text)
     put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
     page = source.joinpath("language.html" if language else "index.html").read_text(encoding="utf-8")
     put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
