@@ -8,19 +8,12 @@ import { Sampler } from "./sampling.js";
 
 /** The class Tokenizer of the library: the page's own, an installed one, or the one in the package's node_modules. null without any. */
 async function tokenizerClass() {
-  const installed = () => import("@huggingface/tokenizers");
-  const beside = () => {
-    const file = new URL(/* @vite-ignore */ /* webpackIgnore: true */ "../node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs", import.meta.url);
-    return import(/* @vite-ignore */ /* webpackIgnore: true */ file.href);
-  };
-  for (const find of [installed, beside]) {
-    try {
-      return (await find()).Tokenizer;
-    } catch {
-      // the next one
-    }
+  try {
+    return (await import("@huggingface/tokenizers")).Tokenizer; // inside `try`, so that bundlers do without
+  } catch {
+    const beside = new URL(/* @vite-ignore */ /* webpackIgnore: true */ "../node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs", import.meta.url);
+    return import(/* @vite-ignore */ /* webpackIgnore: true */ beside.href).then((library) => library.Tokenizer, () => null);
   }
-  return null;
 }
 
 /** `given`: undefined, a class like the library's, or an object with encode(text) and decode(tokens). */
