@@ -222,7 +222,7 @@ def test_packages_are_named_as_their_folders(tmp_path: Path) -> None:
 
 def test_names_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(model([2]).SerializeToString())
-    done = cli("compile", str(tmp_path / "net.onnx"), "--target=wasm", "-o", str(tmp_path / "out"), "--name", "named", "--version", "3.0.0")
+    done = cli("compile", str(tmp_path / "net.onnx"), "--target=wasm", "-o", str(tmp_path / "out"), "--name", "named", "--version", "3.0.0", "--shard-mb", "1")
     assert done.returncode == 0, done.stderr
     about = package_json(tmp_path / "out")
     assert (about["name"], about["version"]) == ("named", "3.0.0")
