@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -58,7 +58,10 @@ class Module:
     """``inputs``, ``outputs``: what a call takes and gives. ``manifest``: all that is known about the module, as plain data.
 
     A module may be called from several threads at once; each concurrent call has its own context. ``threads``: workers of a
-    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
+    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code.
+    ``is_package``: whether ``save`` writes an npm package."""
+
+    is_package: ClassVar[bool] = False
 
     def __init__(
         self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
@@ -308,12 +311,13 @@ class Module:
 
         return write_native(self, folder)
 
-    def save(self, path: str | Path, shard_mb: float | None = None) -> Path:
-        """Write the artifact folder ``path`` (whole or not at all). ``shard_mb``: the most megabytes of a file of weights in a web
-        package (default 24). Raises ArtifactError, TargetError without a linker."""
+    def save(self, path: str | Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
+        """Write the artifact folder ``path`` (whole or not at all). For web packages alone: ``shard_mb``: the most megabytes of a file of
+        weights (default 24); ``name``, ``version``: what npm calls it (default: as the folder, 1.0.0). Raises ArtifactError, TargetError
+        without a linker."""
         from luthier.artifact import save
 
-        return save(self, Path(path), shard_mb)
+        return save(self, Path(path), shard_mb, name, version)
 
 
 def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:

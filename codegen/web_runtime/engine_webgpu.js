@@ -76,8 +76,9 @@ export class Engine {
     try {
       await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, this.room()]);
     } catch (error) {
-      if (error instanceof LuthierError) throw error;
-      throw this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      const own = error instanceof LuthierError ? error : this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      device.destroy(); // frees what there is of the weights
+      throw own;
     }
     this.recorder = new Recorder(this, program);
     this.plans = new Map();
@@ -202,7 +203,7 @@ export class Engine {
         if (!this.lost) {
           const memory = await this.forget().then(() => error, (e) => e);
           if (memory instanceof LuthierError) throw memory;
-          throw error instanceof RangeError ? new OutOfMemoryError("NO_MEMORY", `no memory for the run (${error.message})`, "use smaller inputs") : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
+          throw error instanceof RangeError ? error : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
         }
         if (round > 0) throw this.deviceLost();
       }
