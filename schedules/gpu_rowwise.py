@@ -24,7 +24,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.gpu_elementwise import ENOUGH, LANES, THREADS, fuse_all, points, side_by_side, whole
 from luthier.schedules.reduction import contiguity
 from luthier.schedules.rowwise import _contractions, positions
-from luthier.schedules.schedule import Loop, Schedule, annotate, inline, reorder, split, stage
+from luthier.schedules.schedule import Loop, Schedule, Stage, annotate, inline, reorder, split, stage
 
 SHORT = 32  # elements that one thread reduces by itself
 ROW_SHARE = 4  # rows kept in shared memory use at most one part in so many of it each
@@ -61,7 +61,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
     for n in [n for n, m in pos.items() if s.stages[n].reduction is None and any(p in free_axes for p in m if p is not None)]:
         s = inline(s, n)
         del pos[n]
-    across = bool(free_axes) and bool(rows) and rows[-1] > free_axes[-1] and not is_const(out.axes[rows[-1]].extent, 1)
+    across = rows[-1:] == [len(out.axes) - 1] and not is_const(out.axes[-1].extent, 1) and not any(_along(s.stages[n]) for n in reductions)
     longest = max(_length(s, n) for n in reductions)
     limit = caps.shared_bytes // ROW_SHARE
     if across and (longest <= SHORT or (longest <= PART and count >= ENOUGH)):
@@ -126,6 +126,12 @@ def _in_parts(s: Schedule, name: str, caps: Capabilities, threads: int | None) -
         factor = 4 * PART if n is None else max(PART, -(-n // (PARTS * PART // 4)) * (PART // 4))
     s = stage(split(s, loop, factor), name, private=f"{loop}.0")
     return _group_per_point(s, _last_partial(s, name), caps, threads)
+
+
+def _along(st: Stage) -> bool:
+    """Whether a reduction walks memory along a row."""
+    assert st.reduction is not None
+    return any(contiguity(st, a.var)[0] and not contiguity(st, a.var)[1] for a in st.reduction.attr[1])
 
 
 def _length(s: Schedule, name: str) -> int:
@@ -243,10 +249,9 @@ def _root(s: Schedule, caps: Capabilities, threads: int | None) -> Schedule | No
     assert red is not None
     length = _length(s, name)
     count = _count(a.extent for a in st.axes)
-    along = any(contiguity(st, a.var)[0] and not contiguity(st, a.var)[1] for a in red.attr[1])
     if length <= SHORT or red.attr[2] != 1 or MONOIDS[red.attr[0]].vector is None:
         return None
-    alone = not along and count >= ENOUGH  # a thread for each point is enough of them
+    alone = not _along(st) and count >= ENOUGH  # a thread for each point is enough of them
     if length >= LONG and length != UNKNOWN and (count <= FEW or alone) or not st.axes:
         s = _in_parts(s, name, caps, threads)
         return points(s, name) if alone else _group_per_point(s, name, caps, threads)

@@ -33,6 +33,7 @@ from luthier.schedules.rivals import RIVALS, defaults, rivals
 from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
+from luthier.schedules.split_scan import split_scan
 
 TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
@@ -108,9 +109,11 @@ def build(
     register tiles decide.
 
     ``knobs`` go to the template (``template="name"`` forces one)."""
-    consts = constants or {}
-    record = record or Record()
-    slim = drop_units(compute if caps.gpu else split_arg(compute))
+    return _build(split_scan(compute) if caps.gpu else compute, caps, constants or {}, record or Record(), knobs)
+
+
+def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Record, knobs: dict[str, Any]) -> Kernels:
+    slim = drop_units(split_arg(compute, anywhere=caps.gpu))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
@@ -118,7 +121,7 @@ def build(
             return record.note(compute, consts, record.choose(found))
         t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
-        if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
+        if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
             return record.note(compute, consts, s)
@@ -127,7 +130,7 @@ def build(
         if name in ("rowwise", "gpu_rowwise"):
             parts = partition(s0.compute)
             if len(parts) > 1:
-                return join_kernels([build(p, caps, consts, record) for p in parts], compute)
+                return join_kernels([_build(p, caps, consts, record, {}) for p in parts], compute)
     if forced:
         raise ScheduleError(f"{compute.name} is no pattern of template {forced}")
     raise AssertionError("the elementwise template fits everything")
