@@ -5,8 +5,12 @@ llvmpipe ends a thread after 65,535 rounds of its loops without a word, so that 
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +21,16 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
+from luthier import webgpu_device
 from luthier.codegen.target_webgpu import CAPS
-from luthier.errors import TargetError
+from luthier.errors import KernelError, TargetError
 from luthier.ir.compute import Axis, Compute, Fold, Pull, State, axis
 from luthier.ir.compute_interp import evaluate
 from luthier.ir.dtypes import f32
-from luthier.ir.expr import const, free_vars, load, loads, maximum
+from luthier.ir.expr import const, free_vars, load, loads, maximum, var
 from luthier.ir.interp import evaluate_expr
-from luthier.ir.loop import Block, Buffer, For, Func, If, Let, Stmt, children
+from luthier.ir.loop import Block, Buffer, For, Func, If, Let, Stmt, Store, block, children
+from luthier.passes.count_rounds import count_rounds
 from luthier.schedules import select
 from luthier.schedules.split_scan import split_scan
 from luthier.webgpu_module import WebGpuModule
@@ -189,3 +195,61 @@ def test_what_is_no_sum_stays_a_scan() -> None:
     after = before + load(x, [short.var])
     c = Compute("c", (x,), (), (Fold("scan", short, (State(acc, (), const(0.0, f32), after),), (), (Pull(z, (short,), after),)),), ("z",))
     assert split_scan(c) is c and CAPS.gpu
+
+
+# ---------------------------------------------------------------- what still takes many rounds
+
+
+def test_rounds_of_a_kernel() -> None:
+    n, m = var("n", lo=1), var("m", lo=1)
+    x = Buffer.of("x", f32, (n, m))
+    b, i, j, k = var("b", lo=0, hi=n - 1), var("i", lo=0, hi=m - 1), var("j", lo=0), var("k", lo=0)
+    store = Store(x, (b, i), const(0.0, f32))
+    triangle = For(i, const(0), m, "serial", For(j, const(0), i, "serial", store))
+    tail = For(k, const(0), const(7), "serial", store)
+    f = Func("f", (x, n, m), For(b, const(0), n, "block.x", block(triangle, If(b < 3, tail))))
+    got = count_rounds(f)
+    assert free_vars(got) == {m}
+    assert int(evaluate_expr(got, {m: 50})) == 50 * 50 + 7  # the last round of i has 49 of j
+
+
+def test_a_thread_that_takes_too_many(adapter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that names the node where the adapter ends loops, and only for lengths that need so many; the right answer elsewhere."""
+    m = one_node("NonZero", ["n"])
+    m.graph.node[0].name = "places"
+    x = np.zeros(90000, np.float32)
+    x[[5, 70000]] = 1
+    monkeypatch.setattr(webgpu_device, "ends_loops", lambda: True)
+    r = build(m)
+    np.testing.assert_array_equal(r.run({"x": x[:9000]})["y"], [[5]])
+    with pytest.raises(KernelError, match="rounds in one thread") as e:
+        r.run({"x": x})
+    assert e.value.node == "places"
+    monkeypatch.undo()
+    if not webgpu_device.ends_loops():
+        np.testing.assert_array_equal(build(m).run({"x": x})["y"], [[5, 70000]])
+    assert all(s[0] != "rounds" for s in build(CASES["sum of all"][0]).host["body"])
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_thread_that_takes_too_many_in_javascript(tmp_path: Path) -> None:
+    build(one_node("NonZero", ["n"])).save(tmp_path / "p")
+    assert "g.rounds((d_n * 2), " in (tmp_path / "p" / "program.js").read_text()
+    (tmp_path / "run.mjs").write_text(
+        """import { Recorder } from "./p/runtime/gpu_recorder.js";
+import { loops } from "./p/program.js";
+const said = [];
+for (const [n, endsLoops] of [[65535, true], [65536, true], [1e9, false]]) {
+  try { Recorder.prototype.rounds.call({ engine: { endsLoops } }, n, "places"); said.push("ran"); } catch (e) { said.push(`${e.code} ${e.message}`); }
+}
+console.log(JSON.stringify([said, loops.answer]));
+"""
+    )
+    done = subprocess.run(["node", str(tmp_path / "run.mjs")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (first, second, third), answer = json.loads(done.stdout)
+    assert first == third == "ran" and second.startswith("LONG_LOOP places takes 65536 rounds")
+    n = 0
+    for _ in range(70000):
+        n = (n * 1664525 + 1013904223) & 0xFFFFFFFF
+    assert n == answer

@@ -77,12 +77,36 @@ export class Engine {
     try {
       const [, , error] = await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, memory]);
       if (error) throw this.noMemory("the weights", error.message);
+      this.endsLoops = await this.probeLoops();
     } catch (error) {
       if (error instanceof LuthierError) throw error;
       throw this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
     }
     this.recorder = new Recorder(this, program);
     this.plans = new Map();
+  }
+
+  /** Whether the adapter ends a thread that goes through many rounds of a loop, as software does. Asked where the model may have such a thread. */
+  async probeLoops() {
+    if (!program.loops) return false;
+    const { device } = this;
+    const { buffer } = this.allocate(16);
+    const staging = device.createBuffer({ size: 16, usage: 1 | GPUBufferUsage_.COPY_DST });
+    const pipeline = await device.createComputePipelineAsync({ layout: "auto", compute: { module: device.createShaderModule({ code: program.loops.probe }), entryPoint: "main" } });
+    const group = device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries: [{ binding: 0, resource: { buffer } }] });
+    const encoder = device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, group);
+    pass.dispatchWorkgroups(1);
+    pass.end();
+    encoder.copyBufferToBuffer(buffer, 0, staging, 0, 16);
+    device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(1);
+    const [found] = new Uint32Array(staging.getMappedRange().slice(0));
+    staging.destroy();
+    buffer.destroy();
+    return found !== program.loops.answer;
   }
 
   allocate(bytes) {
