@@ -91,8 +91,11 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
         if out is None:
             ctx.new.append(n)
             continue
-        changed = True
         values = [out] if isinstance(out, Value) else list(out)
+        if not all(_takes_over(old, new) for old, new in zip(n.outputs, values, strict=False)):
+            ctx.new.append(n)
+            continue
+        changed = True
         for old, new in zip(n.outputs, values, strict=False):
             if old is new:
                 continue
@@ -102,6 +105,16 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
     if changed or replaced:
         graph.outputs = [_require(now(v)) for v in graph.outputs]
     return changed
+
+
+def _takes_over(old: Value, new: Value) -> bool:
+    """Symbols that the program reads from ``old`` are read from ``new`` from now on; False when ``new`` has contents of its own."""
+    if old is new or not old.bound:
+        return True
+    if new.data is not None or new.content is not None:
+        return False
+    new.content, new.bound = old.content, True
+    return True
 
 
 def _require(v: Value | None) -> Value:
