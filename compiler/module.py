@@ -13,6 +13,7 @@ import numpy as np
 from luthier import dlpack, settings
 from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
+from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
     from luthier.codegen.target import Target
@@ -70,6 +71,7 @@ class Module:
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._out_names = {p.name for p in self._outs}
+        self._structured = manifest.get("structured", {"inputs": {}, "outputs": {}})
         self.files: dict[str, Callable[[], bytes]] = {}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
@@ -109,7 +111,11 @@ class Module:
         Arrays are numpy's or anything with DLPack or ``__array_interface__``, in the processor's memory (not copied when
         contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
-        wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
+        wrong name, dtype, rank, extent or device, KernelError when a kernel fails.
+
+        A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
+        if self._structured["inputs"]:
+            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         try:
             arrays = [inputs[p.name] for p in self._ins]
         except KeyError:
@@ -121,7 +127,8 @@ class Module:
         if out is not None and not out.keys() <= self._out_names:
             extra = sorted(set(out) - self._out_names)
             raise InputError(f"the model has no output {', '.join(map(repr, extra))}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
-        return self._run(arrays, out)
+        results = self._run(arrays, out)
+        return unpack(self._structured["outputs"], results) if self._structured["outputs"] else results
 
     def _describe(self) -> str:
         return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in self.inputs)

@@ -116,6 +116,7 @@ class _Builder:
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
             block(*(s for s in read if s.var in used), *body), self.views, self.nodes, output_names,
+            structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
