@@ -21,7 +21,7 @@ from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, subs
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
-from luthier.passes.plan_memory import ALIGN, Plan, plan_memory
+from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
 
@@ -53,7 +53,8 @@ class Weights:
 def lay_out(program: Program) -> Weights:
     """Bytes of every constant, sub-byte elements packed."""
     w = Weights()
-    dtypes = {b.name: b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
+    owner = roots(program)
+    dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
         w.add(name, pack_array(a, d) if d is not None and is_subbyte(d) and a.dtype != np.uint8 else a)

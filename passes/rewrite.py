@@ -88,11 +88,11 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
         for v in n.outputs:
             ctx.producers[v] = n
         out = rule(n, ctx)
-        if out is None:
+        values = [] if out is None else [out] if isinstance(out, Value) else list(out)
+        if out is None or not all(_take_symbols(old, new) for old, new in zip(n.outputs, values, strict=False)):
             ctx.new.append(n)
             continue
         changed = True
-        values = [out] if isinstance(out, Value) else list(out)
         for old, new in zip(n.outputs, values, strict=False):
             if old is new:
                 continue
@@ -102,6 +102,16 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
     if changed or replaced:
         graph.outputs = [_require(now(v)) for v in graph.outputs]
     return changed
+
+
+def _take_symbols(old: Value, new: Value) -> bool:
+    """Whether ``new`` may stand for ``old``: symbols that the program reads from ``old`` are then read from ``new``."""
+    if not old.bound or old is new:
+        return True
+    if new.content is not None or new.data is not None:
+        return False
+    new.content, new.bound = old.content, True
+    return True
 
 
 def _require(v: Value | None) -> Value:
