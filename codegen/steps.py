@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
+from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
@@ -24,6 +25,7 @@ from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
+DEFAULT = "default "  # before the name of an input: the constant that it is when a call leaves it out
 
 # Codes of element types in the ABI, those of ONNX.
 DTYPE_CODES = {
@@ -57,8 +59,16 @@ def lay_out(program: Program) -> Weights:
     dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
-        w.add(name, pack_array(a, d) if d is not None and is_subbyte(d) and a.dtype != np.uint8 else a)
+        w.add(name, _packed(a, d))
+    for b in program.inputs:
+        a = program.defaults.get(b.name)
+        if a is not None:
+            w.add(DEFAULT + b.name, _packed(a, b.dtype))
     return w
+
+
+def _packed(a: np.ndarray[Any, Any], d: DType | None) -> np.ndarray[Any, Any]:
+    return pack_array(a, d) if d is not None and is_subbyte(d) and a.dtype != np.uint8 else a
 
 
 def _mentioned(s: Stmt) -> list[Buffer]:
@@ -92,7 +102,8 @@ class Layout:
         for n in self.plan.dynamic:
             self.table[n] = k
             k += 2
-        self.words = k
+        self.random_word = k  # two words, for inputs that are random bits when they are left out
+        self.words = k + 2 * any(program.defaults.get(b.name, k) is None for b in program.inputs)
         self.used: set[Expr] = set().union(*(free_vars(e) for s in walk_stmts(program.body) for e in exprs_of(s)), set())
         for e in (*self.plan.dynamic.values(), *(e for b in program.outputs for e in b.shape), *(o for _, o in program.views.values())):
             self.used |= free_vars(e)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.host_expr import host_expr
+from luthier.codegen.steps import DEFAULT
 from luthier.codegen.target_webgpu import BINDING_BYTES, OFFSET_ALIGN, STORAGE_BUFFERS
 from luthier.codegen.webgpu_features import subsets
 from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print_wgsl
@@ -55,6 +56,7 @@ class GpuProgram:
     buffers: int = 0
     crossings: list[str] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    defaults: dict[str, int] = field(default_factory=dict)  # where the blob holds what inputs are that a call leaves out
 
 
 def build_webgpu(program: Program) -> GpuProgram:
@@ -202,6 +204,14 @@ class _Builder:
             g.weights[-1][1] += size
         if g.weights and not g.weights[-1][1]:
             g.weights.pop()
+        for b in self.p.inputs:
+            default = self.p.defaults.get(b.name)
+            if default is not None:
+                a = pack_array(default, b.dtype) if is_subbyte(b.dtype) else default
+                raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+                g.defaults[DEFAULT + b.name] = at
+                parts += [raw, np.zeros(-raw.size % OFFSET_ALIGN, np.uint8)]
+                at += raw.size + -raw.size % OFFSET_ALIGN
         g.blob = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
     def root(self, b: Buffer) -> tuple[str, Expr]:
@@ -411,7 +421,7 @@ class _Builder:
         key = (s.callee, groups, tuple(units.items()), tuple(pieces))
         variant = self.variants.get(key)
         if variant is None:
-            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups)
+            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups, self.p.nodes.get(number, ()))
         pipeline, shader, least = variant
         scalars = dict(env)
         for x in shifted:
@@ -489,9 +499,9 @@ class _Builder:
         groups.append(tuple(x.param.name for x in chosen))
         return tuple(groups), moved
 
-    def pipeline(self, f: Func, groups: Sequence[Sequence[str]]) -> tuple[int, Shader, tuple[int, ...]]:
+    def pipeline(self, f: Func, groups: Sequence[Sequence[str]], nodes: Sequence[str]) -> tuple[int, Shader, tuple[int, ...]]:
         """(its number, its shader without optional features, the least bytes of each binding). What a device may have is printed again
-        with it; equal texts are one shader."""
+        with it; equal texts are one shader. ``nodes``: what it computes, for messages; of equal pipelines the first one's stay."""
         g = self.g
         made = [print_wgsl(legalize_wgsl(f, groups, features)) for features in subsets(optional_features(f))]
         shader = made[-1]
@@ -500,10 +510,12 @@ class _Builder:
             raise CompilationError("the alternatives of a shader differ in their bindings", op=f.name)
         ids = list(dict.fromkeys(self.shader(s) for s in made))
         entry = {"shaders": ids, "bindings": letters[-1], "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
-        if entry not in g.pipelines:
-            g.pipelines.append(entry)
+        same = [k for k, p in enumerate(g.pipelines) if p.items() >= entry.items()]
+        if not same:
+            same = [len(g.pipelines)]
+            g.pipelines.append({**entry, "nodes": list(nodes)})
         least = tuple(max(4, *(int(b.dtype.itemsize) * b.dtype.lanes for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
-        return g.pipelines.index(entry), shader, least
+        return same[0], shader, least
 
     def shader(self, s: Shader) -> int:
         """The number of a text."""

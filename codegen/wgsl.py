@@ -51,8 +51,8 @@ REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{
     let b = bitcast<u32>(y) & 2147483647u;
     if (a >= 2139095040u || b > 2139095040u || b == 0u) {{ return {nan}; }}
     if (a < b) {{ return x; }}
-    var r = select(a, a & 8388607u | 8388608u, a >= 8388608u);
-    var m = select(b, b & 8388607u | 8388608u, b >= 8388608u);
+    var r = select(a, (a & 8388607u) | 8388608u, a >= 8388608u);
+    var m = select(b, (b & 8388607u) | 8388608u, b >= 8388608u);
     var up = countLeadingZeros(r) - 8u;
     r <<= up;
     var e = max(i32(a >> 23u), 1i) - i32(up);
@@ -67,7 +67,7 @@ REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{
     up = countLeadingZeros(r) - 8u;
     r <<= up;
     e = low - i32(up);
-    r = select(r >> u32(1i - e), r & 8388607u | u32(max(e, 0i)) << 23u, e > 0i);
+    r = select(r >> u32(1i - e), (r & 8388607u) | (u32(max(e, 0i)) << 23u), e > 0i);
     return bitcast<f32>(r | sign);
 }}"""
 
@@ -237,7 +237,11 @@ class _Wgsl(CStyle):
         self.put(f"for (var {v} = sg_lane; {v} < {self.expr(s.hi)}; {v} += sg_lanes) {{")
         self.body(s.body)
         self.put("}")
-        self.put(f"{a} = subgroup{op.capitalize()}({a});")
+        if op.startswith("nan"):
+            lost = self.math("isnan", a, acc.dtype)
+            self.put(f"{a} = select(subgroup{op[3:].capitalize()}({a}), {self.literal(math.nan, acc.dtype)}, subgroupAny({lost}));")
+        else:
+            self.put(f"{a} = subgroup{op.capitalize()}({a});")
         return True
 
     def instruction(self, e: Expr) -> str:

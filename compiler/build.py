@@ -12,6 +12,7 @@ from luthier.cache import ObjectCache
 from luthier.codegen.llvm_backend import Library, Objects, assembly, compile_texts, kernel_text
 from luthier.codegen.llvm_main import DTYPE_CODES, print_main, runtime_text
 from luthier.codegen.sharing import resolve
+from luthier.codegen.steps import DEFAULT
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
 from luthier.ir.expr import Expr, const, free_vars, substitute, walk
@@ -91,7 +92,7 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         a = main.arrays[name]
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
-    return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
+    return Module(manifest(program, chosen, main.calls, main.weights_bytes, dict(main.weights)), native, weights, threads, objects)
 
 
 def aliased_kernels(program: Program) -> set[str]:
@@ -130,8 +131,8 @@ def _nodes_of(program: Program, kernel: str) -> str | None:
     return next((", ".join(program.nodes.get(k, ())) or None for k, s in enumerate(sites) if s.callee == kernel), None)
 
 
-def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int) -> dict[str, Any]:
-    """Everything about a module but its code and weights, as JSON data."""
+def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int, offsets: Mapping[str, int]) -> dict[str, Any]:
+    """Everything about a module but its code and weights, as JSON data. ``offsets``: where the weights hold the defaults of inputs."""
     flops = {n: kernel_flops(f) for n, f in program.kernels.items()}
     sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
     rows = []
@@ -148,7 +149,7 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
     return {
         "format": 1, "abi": ABI_VERSION, "name": program.name,
         "target": {"kind": target.kind, "name": target.name, "triple": target.triple, "cpu": target.cpu, "features": sorted(target.flags)},
-        "inputs": [_io(b, b.name) for b in program.inputs],
+        "inputs": [_io(b, b.name) | _default(program, b, offsets) for b in program.inputs],
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
         "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes, "checked": program.checked,
@@ -167,6 +168,16 @@ def _structured(program: Program) -> dict[str, Any]:
 def _io(b: Buffer, name: str) -> dict[str, Any]:
     shape = [int(e.attr) if e.op == "const" else e.attr[0] if e.op == "var" else repr(e) for e in b.shape]
     return {"name": name, "code": DTYPE_CODES[b.dtype.name], "shape": shape}
+
+
+def _default(program: Program, b: Buffer, offsets: Mapping[str, int]) -> dict[str, Any]:
+    """What an input is that a call leaves out."""
+    if b.name not in program.defaults:
+        return {}
+    a = program.defaults[b.name]
+    if a is None:
+        return {"default": "random"}
+    return {"default": {"offset": offsets[DEFAULT + b.name], "bytes": -(-a.size * b.dtype.bits // 8), "shape": list(a.shape)}}
 
 
 _OPS = {"add": "+", "sub": "-", "mul": "*", "min": "min", "max": "max", "floordiv": "//", "mod": "%"}

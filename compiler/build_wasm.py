@@ -47,7 +47,7 @@ def build_module(
     for name, offset in w.offsets.items():
         a = w.arrays[name]
         weights[offset : offset + a.size] = a
-    m = manifest(program, target, list(first.calls), w.size)
+    m = manifest(program, target, list(first.calls), w.size, w.offsets)
     m["wasm"] = {**printer.describe(), "names": first.names, "probes": probes()}
     _dump(program, printer)
     printers = {"relaxed" in variant: printer}

@@ -20,7 +20,7 @@ __all__ = ["build_module"]
 def build_module(program: Program, target: Target, threads: int | None = None) -> WebGpuModule:
     """Raises CompilationError, naming node and operator, for what WebGPU cannot compute."""
     g = build_webgpu(program)
-    info = manifest(program, target, g.calls, int(g.blob.size))
+    info = manifest(program, target, g.calls, int(g.blob.size), g.defaults)
     _dump(g, program)
     return WebGpuModule(info, host_data(g, info), g.shaders, g.blob, threads)
 

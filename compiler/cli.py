@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ import click
 from luthier import settings
 from luthier.cli_quantize import quantize_options
 from luthier.cli_tools import COMMANDS, ShapeParam
-from luthier.errors import ArtifactError, InputError, LuthierError
+from luthier.errors import InputError, LuthierError
 
 if TYPE_CHECKING:
     import rich.console
@@ -95,24 +94,6 @@ def _inputs(
     return random_inputs(module.inputs, dict(shapes), seed, given=read_inputs(module.inputs, files))
 
 
-def _publish(module: Module, out: Path, write: Callable[[Path], None] | None = None) -> None:
-    """Save beside ``out``, then rename: ``out`` is the old artifact or the whole new one, never a part."""
-    out = out.absolute()
-    if out.exists() and not (out / "manifest.json").exists():
-        raise ArtifactError(f"{out} exists and is no artifact", hint="name another folder with -o")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
-    stale = out.with_name(f".{out.name}.old-{os.getpid()}")
-    try:
-        module.save(fresh)
-        if out.exists():
-            out.rename(stale)
-        fresh.rename(out)
-    finally:
-        for folder in (fresh, stale):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="luthier")
 def luthier() -> None:
@@ -154,7 +135,7 @@ def compile_command(
     for note in notes:
         click.echo(f"note: {note.message}", err=True)
     compiled = time.perf_counter() - start
-    _publish(module, out)
+    module.save(out)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     click.echo(f"{out}: {size / 1e6:.1f} MB, compiled for {target} in {compiled:.2f} s")
     for kind, values in (("input", module.inputs), ("output", module.outputs)):

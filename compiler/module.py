@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier import dlpack, settings
-from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 from luthier.structures import pack, unpack
 
@@ -26,16 +27,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``)."""
+    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``).
+    ``optional``: an input that a call may leave out."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class _Port:
-    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together."""
+    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together; ``default``:
+    what an input is that a call leaves out, as the manifest says it."""
 
     name: str
     dtype: np.dtype[Any]
@@ -43,11 +47,12 @@ class _Port:
     bits: int
     word: int
     shape: tuple[int | str, ...]
+    default: Any = None
 
 
 def _port(d: Mapping[str, Any]) -> _Port:
     name, bits = DTYPES[d["code"]]
-    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]))
+    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]), d.get("default"))
 
 
 class Module:
@@ -57,7 +62,8 @@ class Module:
     call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
 
     def __init__(
-        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
+        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
+        intact: Callable[[], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.inputs = tuple(_spec(d) for d in manifest["inputs"])
@@ -65,6 +71,7 @@ class Module:
         self.threads = threads if threads is not None else settings.threads.get()
         self._weights = weights
         self._source = source  # objects to link, or the folder that the module was loaded from
+        self._intact = intact  # raises when the weights can no longer be read
         self._fns = Functions(native) if native is not None else None
         self._ins = tuple(_port(d) for d in manifest["inputs"])
         self._outs = tuple(_port(d) for d in manifest["outputs"])
@@ -101,9 +108,11 @@ class Module:
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""
-        if len(arrays) != len(self._ins):
-            raise InputError(f"the module takes {len(self._ins)} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
-        return tuple(self._run(arrays, None).values())
+        least = sum(p.default is None for p in self._ins)
+        if not least <= len(arrays) <= len(self._ins):
+            many = str(least) if least == len(self._ins) else f"{least} to {len(self._ins)}"
+            raise InputError(f"the module takes {many} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
+        return tuple(self._run([*arrays, *(self._default(p) for p in self._ins[len(arrays) :])], None).values())
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """``{input name: array}`` to ``{output name: array}``.
@@ -116,22 +125,41 @@ class Module:
         A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
         if self._structured["inputs"]:
             inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
-        try:
-            arrays = [inputs[p.name] for p in self._ins]
-        except KeyError:
-            missing = [p.name for p in self._ins if p.name not in inputs]
-            raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
-        if len(inputs) != len(arrays):
-            extra = sorted(set(inputs) - self._names)
-            raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
+        arrays = self._given(inputs)
         if out is not None and not out.keys() <= self._out_names:
             extra = sorted(set(out) - self._out_names)
             raise InputError(f"the model has no output {', '.join(map(repr, extra))}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
         results = self._run(arrays, out)
         return unpack(self._structured["outputs"], results) if self._structured["outputs"] else results
 
+    def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        try:
+            arrays = [inputs[p.name] for p in self._ins]
+            left = 0
+        except KeyError:
+            missing = [p.name for p in self._ins if p.name not in inputs and p.default is None]
+            if missing:
+                raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
+            arrays = [inputs[p.name] if p.name in inputs else self._default(p) for p in self._ins]
+            left = sum(p.name not in inputs for p in self._ins)
+        if len(inputs) + left != len(arrays):
+            extra = sorted(set(inputs) - self._names)
+            raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
+        return arrays
+
+    def _default(self, p: _Port) -> Array:
+        """What input ``p`` is in a call that leaves it out."""
+        if p.default == "random":
+            return np.frombuffer(os.urandom(8), p.dtype)
+        raw = self._weights[p.default["offset"] : p.default["offset"] + p.default["bytes"]]
+        shape = tuple(p.default["shape"])
+        if p.bits < 8:
+            return unpack_bits(raw, p.bits, shape, p.dtype, not p.dtype.name.startswith("u"))
+        return raw.view(p.dtype).reshape(shape)
+
     def _describe(self) -> str:
-        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in self.inputs)
+        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]{' (optional)' if s.optional else ''}" for s in self.inputs)
 
     def _context(self) -> Context:
         try:
@@ -146,6 +174,8 @@ class Module:
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
 
     def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        if self._intact is not None:
+            self._intact()
         ctx = self._context()
         try:
             keep = []  # arrays must live until the call returns
@@ -205,9 +235,11 @@ class Module:
                     got = _shape(ctx, j, self._outs[j].rank)
                     if got != a.shape:
                         raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
-        except BaseException:
+        except BaseException as e:
             ctx.key = None
             self._idle.append(ctx)
+            if isinstance(e, MemoryError):  # numpy's, for an output
+                raise KernelError(f"no memory for the outputs: {e}") from e
             raise
         self._idle.append(ctx)
         given = {} if out is None else {n: a for n, a in out.items() if a is not None}
@@ -251,7 +283,7 @@ class Module:
         """Mean time of every kernel call over ``runs`` calls: dicts with ``kernel``, ``nodes`` (names), ``ms``, ``flops``,
         ``bytes`` (both of one call, 0 where unknown). All threads meet after every kernel, so the sum exceeds an ordinary call."""
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         self.run(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         for _ in range(max(1, runs)):
@@ -291,7 +323,7 @@ def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:
 
 
 def _spec(d: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]))
+    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]), "default" in d)
 
 
 def _convert(a: Any, p: _Port) -> Array:

@@ -272,7 +272,7 @@ class WasmModule(Module):
         import time
 
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         last = 0
 
@@ -304,7 +304,7 @@ class WasmModule(Module):
         from luthier.web_package import SHARD_MB, write_package
 
         files = {f"model.{v}.wasm": partial(self.binary, v) for v in VARIANTS}
-        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> WasmModule:

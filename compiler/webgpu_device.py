@@ -79,7 +79,7 @@ class Pipelines:
         self.made: dict[int, tuple[Any, Any]] = {}
 
     def get(self, k: int) -> tuple[Any, Any]:
-        """(pipeline, bind group layout). Raises CompilationError with the implementation's message."""
+        """(pipeline, bind group layout). Raises CompilationError with the nodes and the implementation's message."""
         hit = self.made.get(k)
         if hit is None:
             hit = self.made[k] = self.make(self.entries[k])
@@ -105,7 +105,7 @@ class Pipelines:
             layout = d.create_pipeline_layout(bind_group_layouts=[bgl])
             return d.create_compute_pipeline(layout=layout, compute={"module": self.modules[s], "entry_point": "main"}), bgl
         except wgpu.GPUError as error:
-            raise CompilationError(f"WGSL refused: {error}") from error
+            raise CompilationError(f"this device refuses shader {s}: {error}", node=", ".join(e["nodes"]) or None) from error
 
 
 @dataclass(slots=True)

@@ -94,7 +94,7 @@ class WebGpuModule(Module):
     def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:
         """As :meth:`Module.profile`: the device's own timestamps where the adapter has them, else the host's clock around every dispatch.
         Calls that only the host does have 0 ms. Times of a software adapter say nothing about a GPU."""
-        ins, raw = self._bytes([inputs[p.name] for p in self._ins])
+        ins, raw = self._bytes(self._given(inputs))
         total: dict[int, float] = {}
         self.runner.run(ins, raw)
         for _ in range(runs):
@@ -114,7 +114,7 @@ class WebGpuModule(Module):
             "host.json": json.dumps(self.host), "shaders.json": json.dumps(self.shaders),
             "program.js": print_host_js(self.host),
         }  # fmt: skip
-        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:

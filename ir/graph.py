@@ -135,7 +135,9 @@ class Graph:
 
     ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
     input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run.
-    ``structured_inputs``, ``structured_outputs``: those that callers give or get as something else than one tensor."""
+    ``defaults``: {name of an input that a call may leave out: the array it is then, or None for random bits that every call draws};
+    those inputs come last. ``structured_inputs``, ``structured_outputs``: those that callers give or get as something else than one
+    tensor."""
 
     name: str
     inputs: list[Value]
@@ -144,6 +146,7 @@ class Graph:
     aliases: dict[str, str] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     requirements: list[Requirement] = field(default_factory=list)
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
     structured_inputs: dict[str, Structured] = field(default_factory=dict)
     structured_outputs: dict[str, Structured] = field(default_factory=dict)
 

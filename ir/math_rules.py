@@ -33,6 +33,7 @@ from fractions import Fraction
 
 from luthier.ir.dtypes import DType, f32, f64, i32, i64
 from luthier.ir.expr import Expr, binary, bitcast, cast, const, maximum, minimum, select, unary
+from luthier.ir.intrin import PURE
 from luthier.ir.math_tables import POLY
 
 # pi/2, ln 2 and log2(e) to 160 bits and more, as integers over a power of two
@@ -539,6 +540,8 @@ def expander(native: Iterable[str] = ()) -> Callable[[Expr], Expr | None]:
     def fn(e: Expr) -> Expr | None:
         if e.op in RULES and e.op not in rules.native and (e.dtype.is_float or e.op == "pow"):
             return rules.apply(e.op, *e.args)
+        if e.op == "call" and (known := PURE.get(e.attr[0])) is not None and known.expand is not None:
+            return known.expand(e.attr[1], *e.args)
         return None
 
     return fn

@@ -26,7 +26,8 @@ class Program:
     first place a symbol is read from (other occurrences are checked at run time). ``views``: {buffer name: (name of the buffer
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
     ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
-    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``structured_*``: as in a Graph."""
+    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``defaults``: as in
+    :class:`~luthier.ir.graph.Graph`, for the inputs that come last. ``structured_*``: as there, too."""
 
     name: str
     inputs: tuple[Buffer, ...]
@@ -40,6 +41,7 @@ class Program:
     nodes: dict[int, tuple[str, ...]] = field(default_factory=dict)
     output_names: dict[str, str] = field(default_factory=dict)
     checked: bool = False
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
     structured_inputs: dict[str, Structured] = field(default_factory=dict)
     structured_outputs: dict[str, Structured] = field(default_factory=dict)
 

@@ -168,6 +168,21 @@ def loads(*es: Expr) -> list[Expr]:
     return out
 
 
+def vars_outside_loads(e: Expr) -> set[Expr]:
+    """Variables whose value ``e`` uses, and not only to find an element: those outside of the indices of its loads."""
+    out: set[Expr] = set()
+    seen: set[Expr] = set()
+    stack = [e]
+    while stack:
+        x = stack.pop()
+        if x.op == "var":
+            out.add(x)
+        elif x not in seen:
+            seen.add(x)
+            stack.extend(x.args[len(load_parts(x)[1]) :] if x.op == "load" else x.args)
+    return out
+
+
 def load_parts(e: Expr) -> tuple[Any, tuple[Expr, ...], Expr | None, Expr | None]:
     """(buffer, indices, mask, other) of a load."""
     buf, masked = e.attr

@@ -15,19 +15,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.ir.compute import Compute, axis, pull
-from luthier.ir.dtypes import DType, i64, index
-from luthier.ir.errors import LuthierError
+from luthier.ir.dtypes import DType, i64, index, u8
+from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, substitute, var
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
-from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, block
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, block, children, exprs_of, walk_stmts
 from luthier.ir.op import Kernel
-from luthier.ir.printer import format_compute
 from luthier.ir.program import Program
 from luthier.ir.requirements import Requirement
 from luthier.passes import build_loops
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
+from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.materialize_contents import CONTENT
 
 Array = np.ndarray[Any, Any]
@@ -83,7 +83,7 @@ class _Builder:
         self.kernels: dict[str, Func] = {}
         self.kernel_texts: dict[Any, str] = {}
         self.kernel_ids: dict[int, tuple[Func, str]] = {}
-        self.cache: dict[str, Scheduled] = {}
+        self.cache: dict[Any, Scheduled] = {}  # by all that decides the kernels: a text would say a variable's name and not its bounds
         self.nodes: dict[int, tuple[str, ...]] = {}
         self.calls = 0
         self.required: set[tuple[Expr, Expr]] = set()  # checks that were made already
@@ -113,15 +113,15 @@ class _Builder:
         defined |= {s.var for s in read}
         body = self.block(self.graph, outs, defined)
         used = self._used_symbols(body)
+        body = [*(s for s in read if s.var in used), *body]
+        _check_bound(body, set(dims), self.nodes)
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
-            block(*(s for s in read if s.var in used), *body), self.views, self.nodes, output_names,
+            block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
             structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
-        from luthier.ir.loop import exprs_of, walk_stmts
-
         out: set[Expr] = set()
         for s in body:
             for t in walk_stmts(s):
@@ -348,7 +348,6 @@ class _Builder:
         args: dict[str, Buffer] = {}
         consts: dict[str, Array] = {}
         compute, scalars = abstract_extents(work.compute)
-        key = format_compute(replace(compute, name="k"))
         for name, v in work.params.items():
             if v.data is not None:
                 consts[name] = v.data
@@ -356,7 +355,7 @@ class _Builder:
                 args[name] = self.buffer_of(v)
         for name, v in work.outs.items():
             args[name] = self.buffer_of(v)
-        key += ",".join(sorted(consts))
+        key = (replace(compute, name="k"), *sorted(consts))
         k = self.cache.get(key)
         if k is None:
             k = self.schedule(compute, consts)
@@ -460,12 +459,15 @@ class _Builder:
         b = src if isinstance(src, Buffer) else src[0]
         n = var("n")
         a = axis("i", n)
-        c = Compute("copy", (Buffer("p0", b.dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", b.dtype, (n,), "param", False), [a.var])),), ("o0",))
-        key = f"copy {b.dtype}"
+        total = size if size is not None else b.size()
+        dtype = b.dtype
+        if is_subbyte(dtype) and isinstance(src, Buffer) and isinstance(dst, Buffer):  # whole bytes: threads share none
+            dtype, total = u8, (total * dtype.bits + 7) // 8
+        c = Compute("copy", (Buffer("p0", dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", dtype, (n,), "param", False), [a.var])),), ("o0",))
+        key = f"copy {dtype}"
         k = self.cache.get(key)
         if k is None:
             k = self.cache[key] = self.schedule(c, {})
-        total = size if size is not None else b.size()
         for f in k.funcs:
             self.call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
 
@@ -510,6 +512,32 @@ class _Builder:
 _CONTROL: dict[str, Callable[[_Builder, _Item, list[Stmt], set[Expr]], None]] = {
     "If": _Builder._emit_if, "Loop": build_loops.emit_loop, "Scan": build_loops.emit_scan,
 }  # fmt: skip
+
+
+def _check_bound(body: Iterable[Stmt], known: set[Expr], nodes: Mapping[int, tuple[str, ...]]) -> None:
+    """Every extent that a statement reads is one that the run knows there; ``nodes``: those that each call of a kernel computes.
+
+    Raises CompilationError."""
+    calls = 0
+
+    def visit(stmts: Iterable[Stmt], known: set[Expr]) -> None:
+        nonlocal calls
+        for s in stmts:
+            missing = set().union(*(free_vars(e) for e in exprs_of(s))) - known
+            kernel = isinstance(s, Call) and not s.callee.startswith("lt.")
+            if missing:
+                names = ", ".join(sorted(repr(v) for v in missing))
+                raise CompilationError(f"a defect of luthier: the extent {names} is read before it is known", node=", ".join(nodes.get(calls, ())) or None)
+            calls += kernel
+            if isinstance(s, Let):
+                known.add(s.var)
+            elif isinstance(s, Block):
+                visit(s.stmts, known)
+            else:
+                for c in children(s):
+                    visit((c,), set(known))
+
+    visit(body, known)
 
 
 def _graph_symbols(n: Node) -> set[Expr]:

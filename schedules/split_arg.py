@@ -1,17 +1,17 @@
 """The position of an extreme value along a row, in lanes.
 
 Before ``o[i] = argmax[k](x[i, k], k).1``, after ``m[i] = max[k](x[i, k]); o[i] = min[k](select(x[i, k] == m[i], k, last))``: two
-reductions that vectorise, for one of pairs that does not. The row is read twice, the second time from cache. A row in which nothing
-equals its extreme value (NaN) gives an index inside the row.
+reductions that vectorise, for one of pairs that does not. The row is read twice, the second time from cache. Of floats the first one is
+``nanmax``, and NaN counts as equal to the extreme value. An empty row gives an index inside the row.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.compute import Axis, Compute, Pull, normalize, pull, reduce_
+from luthier.ir.compute import Axis, Compute, Pull, carried, normalize, pull, reduce_
 from luthier.ir.dtypes import i32
-from luthier.ir.expr import cast, const, is_const, load, load_parts, loads, maximum, minimum, select, substitute, var
+from luthier.ir.expr import cast, const, is_const, load, load_parts, loads, maximum, minimum, select, substitute, unary, var
 from luthier.schedules.elementwise import flat, stride
 
 PLAIN = {"argmax": ("max", "min"), "argmin": ("min", "min"), "argmax_last": ("max", "max"), "argmin_last": ("min", "max")}
@@ -53,9 +53,10 @@ def _split(x: Pull) -> list[Pull]:
     value, index = red.args
     best, which = PLAIN[monoid]
     again = {a.var: var(a.name + "'", lo=0, hi=a.extent - 1) for a in (*x.axes, k)}
-    m = pull(f"{x.name}.best", [Axis(again[a.var], a.extent) for a in x.axes], reduce_(best, [Axis(again[k.var], k.extent)], substitute(value, again)))
+    m = pull(f"{x.name}.best", [Axis(again[a.var], a.extent) for a in x.axes], reduce_(carried(best, value.dtype), [Axis(again[k.var], k.extent)], substitute(value, again)))
     none = const(i32.limits()[1] if which == "min" else -1, i32)
-    found = select(value.eq(load(m.buf, [a.var for a in x.axes])), cast(k.var, i32), none)
+    hit = value.eq(load(m.buf, [a.var for a in x.axes]))
+    found = select(hit | unary("isnan", value) if value.dtype.is_float else hit, cast(k.var, i32), none)
     w = {a.var: var(a.name + '"', lo=0, hi=a.extent - 1) for a in (*x.axes, k)}
     at = pull(f"{x.name}.at", [Axis(w[a.var], a.extent) for a in x.axes], substitute(reduce_(which, [k], found), {a.var: w[a.var] for a in x.axes}))
     i = load(at.buf, [a.var for a in x.axes])

@@ -52,7 +52,8 @@ int32_t lt_abi_version(void);
 lt_context *lt_create(const void *weights, int64_t weights_bytes, int32_t threads);
 void lt_destroy(lt_context *);
 
-/* LT_OK, or a code whose reason lt_message tells, naming the tensor and the dimension. */
+/* Optional inputs (`default` in manifest.json) come last: leave them out of the count, or zero their tensors.
+ * LT_OK, or a code whose reason lt_message tells, naming the tensor and the dimension. */
 int32_t lt_run(lt_context *, lt_tensor *inputs, int32_t n_inputs, lt_tensor *outputs, int32_t n_outputs);
 
 /* Checks the inputs (their data is not read) and sets dtype, rank and shape of the outputs; a dimension that only the run finds

@@ -74,7 +74,8 @@ try {
   $("status").textContent = `Loaded in ${((performance.now() - start) / 1e3).toFixed(2)} s: ${parts.join(", ")}`;
   $("progress").hidden = true;
   const names = new Map(); // of open extents, with the values to start with: one thing at a time, sequences of sixteen
-  for (const input of model.inputs) {
+  const needed = model.inputs.filter((i) => !i.optional);
+  for (const input of needed) {
     input.shape.forEach((e, axis) => {
       for (const part of isOpen(e) ? String(e).split("*") : []) {
         const name = part.trim();
@@ -97,7 +98,7 @@ try {
     const button = $("form").querySelector("button");
     button.disabled = true;
     try {
-      const inputs = Object.fromEntries(model.inputs.map((i) => [i.name, make(i, values)]));
+      const inputs = Object.fromEntries(needed.map((i) => [i.name, make(i, values)]));
       const times = [];
       let outputs;
       for (let k = 0; k < Number($("times").value); k++) {

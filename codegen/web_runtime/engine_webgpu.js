@@ -3,7 +3,8 @@
 import * as program from "../program.js";
 import { DeviceLostError, InputError, KernelError, LuthierError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { Recorder } from "./gpu_recorder.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+import { textOf } from "./platform.js";
+import { byteSize, checkInputs, chooseOutputs, Defaults, fromBytes, product, toBytes } from "./tensors.js";
 
 const PLANS = 8; // shapes whose commands are kept
 const ENABLE = { "shader-f16": "f16", subgroups: "subgroups" }; // features of a device: the directive that a shader needs to use them
@@ -42,6 +43,7 @@ export class Engine {
     this.manifest = manifest;
     this.files = files;
     this.options = options;
+    this.defaults = new Defaults(manifest.inputs);
     this.info = { backend: "webgpu", adapter: "", features: [], pipelines: program.pipelines.length, restarts: 0, warnings: [] };
   }
 
@@ -53,7 +55,7 @@ export class Engine {
 
   /** Device, pipelines and weights; pipelines are made while weights arrive. */
   async start(onBytes) {
-    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then((b) => JSON.parse(new TextDecoder().decode(b)));
+    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then(async (b) => JSON.parse(await textOf(b)));
     shaders.catch(() => undefined); // reported below
     const { device, adapter, features, chosen } = await openDevice(this.options);
     this.device = device;
@@ -97,6 +99,7 @@ export class Engine {
   }
 
   upload(offset, bytes) {
+    this.defaults.take(offset, bytes);
     program.weights.forEach(([start, size], k) => {
       const lo = Math.max(offset, start);
       const hi = Math.min(offset + bytes.length, start + up4(size));
@@ -133,7 +136,12 @@ export class Engine {
       }
       return layouts.get(key);
     };
-    const failed = (s, error) => new KernelError("SHADER", `the GPU refused shader ${s}: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    const failed = async (s, nodes, error) => {
+      const { messages } = await moduleOf(s).getCompilationInfo();
+      const lines = messages.filter((m) => m.type === "error").map((m) => `${m.lineNum}:${m.linePos} ${m.message}`);
+      const text = lines.length ? lines.join("\n") : error.message;
+      return new KernelError("SHADER", `the GPU refused shader ${s} of "${nodes.join(", ")}": ${text}`, "update the browser and the driver; if it stays, report it", { shader: s, nodes });
+    };
     this.compiled = await Promise.all(
       program.pipelines.map(async (p, k) => {
         const s = this.chosen[k];
@@ -142,7 +150,7 @@ export class Engine {
           const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: moduleOf(s), entryPoint: "main" } });
           return { pipeline, group };
         } catch (error) {
-          throw this.lost ? this.deviceLost() : failed(s, error);
+          throw this.lost ? this.deviceLost() : await failed(s, p.nodes, error);
         }
       }),
     );
@@ -161,7 +169,7 @@ export class Engine {
 
   async run(inputs, outputs) {
     const wanted = chooseOutputs(this.manifest.outputs, outputs);
-    const ins = checkInputs(this.manifest.inputs, inputs);
+    const ins = checkInputs(this.manifest.inputs, inputs, [], this.defaults);
     this.narrow(ins);
     for (let round = 0; ; round++) {
       try {

@@ -3,7 +3,6 @@
 export class LuthierError extends Error {
   constructor(code, message, hint = "", details = {}) {
     super(hint ? `${message}; to do: ${hint}` : message);
-    this.name = new.target.name;
     this.code = code;
     this.hint = hint;
     this.details = details;
@@ -30,6 +29,7 @@ export class ClosedError extends LuthierError {}
 const CLASSES = {
   LuthierError, InputError, PackageError, UnsupportedError, IsolationError, DeviceLostError, OutOfMemoryError, KernelError, ClosedError,
 };
+for (const [name, Class] of Object.entries(CLASSES)) Class.prototype.name = name; // a minifier renames classes, not these keys
 
 /** An error as plain data, for postMessage. */
 export function pack(error) {

@@ -2,17 +2,20 @@
 
 import { asLuthierError, ClosedError, InputError, UnsupportedError } from "./errors.js";
 import { Files } from "./files.js";
-import { loadModel } from "./model.js";
+import { loadModel, placesOf } from "./model.js";
+import { textOf } from "./platform.js";
 import { Sampler } from "./sampling.js";
-
-const LIBRARY = "@huggingface/tokenizers";
 
 /** The class Tokenizer of the library: the page's own, an installed one, or the one in the package's node_modules. null without any. */
 async function tokenizerClass() {
-  const places = [LIBRARY, new URL(`../node_modules/${LIBRARY}/dist/tokenizers.min.mjs`, import.meta.url).href];
-  for (const place of places) {
+  const installed = () => import("@huggingface/tokenizers");
+  const beside = () => {
+    const file = new URL(/* @vite-ignore */ /* webpackIgnore: true */ "../node_modules/@huggingface/tokenizers/dist/tokenizers.min.mjs", import.meta.url);
+    return import(/* @vite-ignore */ /* webpackIgnore: true */ file.href);
+  };
+  for (const find of [installed, beside]) {
     try {
-      return (await import(/* @vite-ignore */ place)).Tokenizer;
+      return (await find()).Tokenizer;
     } catch {
       // the next one
     }
@@ -21,13 +24,13 @@ async function tokenizerClass() {
 }
 
 /** `given`: undefined, a class like the library's, or an object with encode(text) and decode(tokens). */
-async function makeTokenizer(given, about, base, options) {
+async function makeTokenizer(given, about, places, options) {
   if (given && typeof given !== "function") return given;
   if (!about.tokenizer || given === null) return null;
   const Tokenizer = given || (await tokenizerClass());
   if (!Tokenizer) return null;
-  const bytes = await new Files(base, options).checked("tokenizer.json", about.tokenizer);
-  const library = new Tokenizer(JSON.parse(new TextDecoder().decode(bytes)), { clean_up_tokenization_spaces: false });
+  const bytes = await new Files(places, options).checked("tokenizer.json", about.tokenizer);
+  const library = new Tokenizer(JSON.parse(await textOf(bytes)), { clean_up_tokenization_spaces: false });
   return {
     encode: (text) => library.encode(text, { add_special_tokens: Boolean(about.special) }).ids,
     decode: (tokens) => library.decode(tokens, { skip_special_tokens: true, clean_up_tokenization_spaces: false }),
@@ -66,7 +69,7 @@ export class LanguageModel {
 
   get tokenizer() {
     if (this.#tokenizer) return this.#tokenizer;
-    throw new UnsupportedError("NO_TOKENIZER", "texts need a tokenizer, and none was found", `npm install ${LIBRARY} (in the package's folder for a page without a bundler), pass load(url, { tokenizer }), or use tokens`);
+    throw new UnsupportedError("NO_TOKENIZER", "texts need a tokenizer, and none was found", "npm install @huggingface/tokenizers (in the package's folder for a page without a bundler), pass load(url, { tokenizer }), or use tokens");
   }
 
   /** Tokens of a text. */
@@ -173,10 +176,10 @@ export class LanguageModel {
 }
 
 /** As loadModel; one more option, `tokenizer`: an object {encode(text), decode(tokens)}, a class like the library's, or null for none. */
-export async function loadLanguageModel(base, id, { tokenizer, ...options } = {}) {
-  const model = await loadModel(base, id, options);
+export async function loadLanguageModel(where, id, { tokenizer, ...options } = {}) {
+  const model = await loadModel(where, id, options);
   try {
-    return new LanguageModel(model, model.language, await makeTokenizer(tokenizer, model.language, base, options));
+    return new LanguageModel(model, model.language, await makeTokenizer(tokenizer, model.language, placesOf(where), options));
   } catch (error) {
     await model.close();
     throw asLuthierError(error);

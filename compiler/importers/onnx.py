@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,36 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from luthier.importers import onnx_upgrade, onnx_wire
 from luthier.importers.onnx_control import Body, close, import_if, import_loop
+from luthier.importers.onnx_schema import check_bodies, check_node, check_opsets, check_texts
 from luthier.importers.onnx_sequences import SEQUENCE_OPS, Any_, Form, Maybe, Steps, apply, form_of, type_proto
 from luthier.importers.onnx_sequences import declared as declared_form
 from luthier.importers.onnx_tensors import attribute_value, element_type, from_bytes, sparse_to_array, to_array
 from luthier.ir.builder import Names, infer_node
-from luthier.ir.dtypes import f32
+from luthier.ir.dtypes import f32, u32
 from luthier.ir.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, is_const, var
 from luthier.ir.graph import Graph, Node, Structured, TensorType, Value
 from luthier.ir.op import REGISTRY, lookup
+from luthier.ir.ops.common import const_value
 from luthier.ir.ops.control_flow import condition
+from luthier.ir.ops.random_numbers import DECLARED
 from luthier.ir.requirements import Requirement, collecting
 from luthier.passes.fold_constants import fold_node
 
 Shapes = Mapping[str, Sequence[Any]]
+Overridable = bool | Sequence[str] | None
+OVERRIDABLE_BYTES = 1 << 16
 _ANONYMOUS = re.compile(r"^(\?|unk__\?|-1|None|)$")
 
 
-def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelProto], None] | None = None) -> Graph:
+def import_onnx(
+    model: Any, shapes: Shapes | None = None, edit: Callable[[ModelProto], None] | None = None, overridable: Overridable = None,
+) -> Graph:
     """The graph of an ``onnx.ModelProto`` or of a file.
 
     ``shapes``: {input name: extents}; an integer pins a dimension (everywhere where its symbol occurs), None or -1 leaves it
-    as the model declares it. ``edit`` may change the model before it is read (a file's large weights are not in it). Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
+    as the model declares it. ``overridable``: which initializers that the model lists among its inputs a call may replace; True all, None
+    all when together they are no more than 64 KiB (larger ones are weights that an exporter listed). ``edit`` may change the model before it is read (a file's large weights are not in it). Raises InvalidModel, UnsupportedOperator, ShapeError or TypeMismatch."""
     folder: Path | None = None
     raws: dict[int, memoryview] = {}
     if not isinstance(model, ModelProto):
@@ -59,7 +68,7 @@ def import_onnx(model: Any, shapes: Shapes | None = None, edit: Callable[[ModelP
             raise InvalidModel(f"{path!r} is no ONNX model: it holds no graph")
     if edit is not None:
         edit(model)
-    graph = _Importer(model, folder, dict(shapes or {}), raws).run()
+    graph = _Importer(model, folder, dict(shapes or {}), raws, overridable).run()
     onnx_wire.forget(raws)
     return graph
 
@@ -81,6 +90,12 @@ class _Scope:
         raise KeyError(name)
 
 
+def constant_data(v: Value | None) -> Any:
+    """The array of a value that is known to be a constant."""
+    assert v is not None and v.data is not None
+    return v.data
+
+
 def _label(n: NodeProto) -> str:
     """What messages call a node: its name, or that of its first output."""
     return n.name or next((o for o in n.output if o), n.op_type)
@@ -95,7 +110,10 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
 
 
 class _Importer:
-    def __init__(self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview]) -> None:
+    def __init__(
+        self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview], overridable: Overridable = None,
+    ) -> None:
+        self.overridable = overridable
         self.model, self.folder, self.shapes, self.raws = model, folder, shapes, raws
         self.names = Names()
         self.nodes: list[Node] = []
@@ -104,14 +122,19 @@ class _Importer:
         self.serial = 0
         self.requirements: list[Requirement] = []
         self.integral: dict[Value, Value] = {}  # floats that are casts of known integers
+        self.random_key: Value | None = None  # what nodes without a seed draw from
+        self.streams = 0  # how many of them there are
+        self.rounds: list[Value | None] = []  # numbers of the rounds of the loops around; None: a Scan counts none
 
     # ---------------------------------------------------------------- graphs
 
     def run(self) -> Graph:
         lookup("")  # loads every operator family
         g = self.model.graph
+        check_texts(*(t for f in self.model.functions for t in (f.name, f.domain, *f.input, *f.output, *f.attribute)))
         opsets = _opsets(self.model.opset_import) or {"": 1}
         newest = onnx.defs.onnx_opset_version()
+        check_opsets([*opsets.items(), *((d, v) for f in self.model.functions for d, v in _opsets(f.opset_import).items())])
         if opsets.get("", 1) > newest:
             raise UnsupportedOperator(f"the model uses opset {opsets['']}, this version knows opsets up to {newest}")
         scope = _Scope(None, opsets, "")
@@ -119,15 +142,23 @@ class _Importer:
         unknown = set(self.shapes) - {i.name for i in g.input}
         if unknown:
             raise ShapeError(f"shapes names no input of the model: {sorted(unknown)}; inputs are {[i.name for i in g.input if i.name not in constants]}")
-        declared = [i for i in g.input if i.name not in constants]
+        listed = {i.name for i in g.input} & constants
+        replaceable = self._overridable(listed, scope)
+        declared = [i for i in g.input if i.name not in constants] + [i for i in g.input if i.name in replaceable]
         pins = self._pins(declared)
         inputs = []
         structures: dict[str, Structured] = {}
         results: dict[str, Structured] = {}
+        defaults: dict[str, Any] = {}
         for i in declared:
             try:
                 form = declared_form(i.type, f"input {i.name!r}")
-                v, values = self._input(i.name, self._input_type(i, pins) if form is None else form)
+                if i.name in replaceable:  # the name is that of the constant, which nobody reads now
+                    default = scope.find(i.name)
+                    v, values = self._input(i.name, self._default_type(i, pins, default), i.name)
+                    defaults[i.name] = constant_data(default)
+                else:
+                    v, values = self._input(i.name, self._input_type(i, pins) if form is None else form)
             except LuthierError as e:
                 user = next((n for n in g.node if i.name in n.input), None)
                 raise e.at(node=i.name if user is None else _label(user), op="graph input" if user is None else _qualified(user)) from None
@@ -150,12 +181,54 @@ class _Importer:
             ports = (o.name, f"{o.name}.shapes", *([f"{o.name}.has"] if form.optional else []))
             names += ports
             results[o.name] = Structured(ports, form.tensor)
-        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(names), self.requirements, structures, results)
+        if self.random_key is not None:
+            inputs.append(self.random_key)
+            defaults[self.random_key.name] = None
+        return Graph(g.name or "model", inputs, outputs, self.nodes, {}, tuple(names), self.requirements, defaults, structures, results)
 
-    def _input(self, name: str, t: TensorType | Form) -> tuple[Any_, list[Value]]:
-        """An input, and the values that hold it."""
+    def _overridable(self, listed: set[str], scope: _Scope) -> set[str]:
+        """Initializers among the graph's inputs that calls may replace. Files of IR versions before 4 list all of them; they are constants."""
+        asked = self.overridable
+        if asked is None:
+            size = sum(constant_data(scope.find(n)).nbytes for n in listed)
+            return listed if self.model.ir_version >= 4 and size <= OVERRIDABLE_BYTES else set()
+        if isinstance(asked, bool):
+            return listed if asked else set()
+        unknown = sorted(set(asked) - listed)
+        if unknown:
+            raise InvalidModel(f"overridable names {unknown}, which the model does not list both as initializers and as inputs", hint=f"it lists {sorted(listed)}")
+        return set(asked)
+
+    def _default_type(self, i: ValueInfoProto, pins: Mapping[str, int], default: Value | None) -> TensorType:
+        """The declared type of an input with an initializer, which must be one of that type."""
+        assert default is not None
+        t = self._input_type(i, pins) if i.type.tensor_type.HasField("shape") else default.type
+        fits = t.rank == default.rank and all(a.op != "const" or a is b for a, b in zip(t.shape, default.shape, strict=False))
+        if t.dtype is not default.dtype or not fits:
+            raise InvalidModel(f"input {i.name!r} is declared as {t}, its initializer is {default.type}")
+        return t
+
+    def _draws(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any]) -> Sequence[Value | None]:
+        """The inputs of a node of random numbers with what it draws from: the key of the call unless it has a seed, and the numbers of
+        the rounds of the loops around it."""
+        first = DECLARED[op]
+        if op == "Dropout" and (len(inputs) < 3 or inputs[2] is None or const_value(inputs[2]) == 0):
+            return inputs
+        if None in self.rounds:
+            raise UnsupportedOperator("random numbers inside Scan are not supported", hint="write the loop with Loop")
+        ins = [*inputs, *[None] * (first - len(inputs))]
+        if attrs.get("seed") is None:
+            if self.random_key is None:
+                self.random_key = Value(self.names.fresh("luthier.random"), TensorType.of(u32, (2,)))
+            ins.append(self.random_key)
+            attrs["stream"] = self.streams
+            self.streams += 1
+        return [*ins, *self.rounds]
+
+    def _input(self, name: str, t: TensorType | Form, own: str = "") -> tuple[Any_, list[Value]]:
+        """An input, and the values that hold it. ``own``: the name that a tensor has for certain."""
         if isinstance(t, TensorType):
-            v = Value(self.names.fresh(name), t)
+            v = Value(own or self.names.fresh(name), t)
             return v, [v]
         values = [Value(self.names.fresh(k), u) for k, u in t.types(name, lambda label: var(self.names.fresh(label), lo=0))]
         return t.build(values), values
@@ -173,6 +246,7 @@ class _Importer:
         return out
 
     def _initializers(self, g: GraphProto, scope: _Scope) -> set[str]:
+        check_texts(g.name, *(v.name for side in (g.input, g.output, g.initializer) for v in side), *(s.values.name for s in g.sparse_initializer))
         raws = self.raws if scope.parent is None else {}
         for k, t in enumerate(g.initializer):
             data = from_bytes(raws[k], t) if k in raws else to_array(t, self.folder)
@@ -181,8 +255,8 @@ class _Importer:
             scope.values[s.values.name] = self._constant(sparse_to_array(s, self.folder), s.values.name)
         return set(scope.values)
 
-    def open_body(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | Form | None] = ()) -> Body:
-        """A branch or loop body; ``inputs``: their types where the operator knows better than the declaration."""
+    def open_body(self, g: GraphProto, outer: _Scope, inputs: Sequence[TensorType | Form | None] = (), op: str = "") -> Body:
+        """A branch or loop body of ``op``; ``inputs``: their types where the operator knows better than the declaration."""
         saved, self.nodes = self.nodes, []
         assumed, self.requirements = self.requirements, []
         scope = self._inner(g, outer)
@@ -193,17 +267,28 @@ class _Importer:
                 v, values = self._input(scope.prefix + i.name, known if known is not None else self._input_type(i, {}))
                 scope.values[i.name] = v
                 ins += values
-            self.import_nodes(g.node, scope)
+            with self._counted({"Loop": ins[:1], "Scan": [None]}.get(op, [])):
+                self.import_nodes(g.node, scope)
             return Body(scope.prefix.rstrip("/"), ins, self._outputs(g, scope), self.nodes, self.requirements)
         finally:
             self.nodes, self.requirements = saved, assumed
 
     def inline(self, g: GraphProto, outer: _Scope, inputs: Sequence[Any_] = ()) -> list[Any_]:
-        """What a branch or loop body gives, its nodes among those of the graph around it."""
+        """What a branch, or a round of a Loop, gives, its nodes among those of the graph around it."""
         inner = self._inner(g, outer)
         inner.values.update(zip((i.name for i in g.input), inputs, strict=False))
-        self.import_nodes(g.node, inner)
+        with self._counted(list(inputs[:1])):  # type: ignore[arg-type]
+            self.import_nodes(g.node, inner)
         return self._outputs(g, inner)
+
+    @contextmanager
+    def _counted(self, rounds: list[Value | None]) -> Iterator[None]:
+        """Random numbers that are drawn meanwhile differ from round to round."""
+        self.rounds += rounds
+        try:
+            yield
+        finally:
+            del self.rounds[len(self.rounds) - len(rounds) :]
 
     def _inner(self, g: GraphProto, outer: _Scope) -> _Scope:
         self.serial += 1
@@ -217,6 +302,7 @@ class _Importer:
     # ---------------------------------------------------------------- inputs
 
     def _dim_label(self, d: Any) -> str | None:
+        check_texts(d.dim_param)
         return d.dim_param if d.HasField("dim_param") and not _ANONYMOUS.match(d.dim_param) else None
 
     def _pins(self, declared: list[ValueInfoProto]) -> dict[str, int]:
@@ -285,13 +371,16 @@ class _Importer:
 
     def import_nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
         for n in protos:
+            check_texts(n.name, n.op_type, n.domain, *n.input, *n.output, *(t for a in n.attribute for t in (a.name, a.ref_attr_name)))
             try:
                 self._node(n, scope)
             except LuthierError as e:
                 raise e.at(node=scope.prefix + _label(n), op=_qualified(n)) from None
 
     def _node(self, n: NodeProto, scope: _Scope) -> None:
-        if n.op_type == "Constant" and _domain(n.domain) == "":
+        domain = _domain(n.domain)
+        if n.op_type == "Constant" and domain == "":
+            check_node(n, domain, scope.opsets.get(domain, 1), (), self._given(n, scope))
             scope.values[n.output[0]] = self._constant(self._constant_data(n, scope), scope.prefix + n.output[0])
             return
         given: list[Any_ | None] = []
@@ -308,10 +397,12 @@ class _Importer:
         for v in given:
             if v is not None and v.dtype.kind == "s":
                 raise UnsupportedOperator("strings are not supported: no target computes with them")
+        check_node(n, domain, scope.opsets.get(domain, 1), given, self._given(n, scope))
         if self._expand_function(n, given, scope):
             return
         attrs, graphs = self._attributes(n, scope)
         op = _qualified(n)
+        check_bodies(n, len(given), graphs, attrs, scope.opsets.get(domain, 1))
         if op in SEQUENCE_OPS:
             scope.values[n.output[0]] = apply(op, self.steps(scope, n), given, attrs)
             return
@@ -326,7 +417,7 @@ class _Importer:
             self._if(n, inputs[0], graphs, scope)
             return
         for key, proto in graphs.items():
-            body = self.open_body(proto, scope, _body_types(op, inputs, attrs))
+            body = self.open_body(proto, scope, _body_types(op, inputs, attrs), op)
             attrs[key] = close(body, [self._as_tensor(v, op, scope, n) for v in body.results])  # type: ignore[misc]
         outs = list(n.output)
         while outs and not outs[-1]:
@@ -386,6 +477,8 @@ class _Importer:
 
     def emit_node(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], outs: list[str], name: str, proto: NodeProto) -> tuple[Value, ...]:
         """Add a node (or the constants it folds to); its outputs."""
+        if op in DECLARED:
+            inputs = self._draws(op, inputs, attrs)
         values = tuple(Value(self.names.fresh(o or f"{name}.unused"), TensorType(f32, ())) for o in outs)
         node = Node(op, tuple(inputs), values, attrs, name or values[0].name, proto.name)
         while node.inputs and node.inputs[-1] is None:
@@ -421,15 +514,22 @@ class _Importer:
             attrs = {"got": equal[0], "want": equal[1], "what": f"the condition of {n.name or o}"}
             scope.values[o] = self.emit_node("luthier::Require", [v], attrs, [scope.prefix + o + ".checked"], scope.prefix + n.name, n)[0]
 
+    def _given(self, n: NodeProto, scope: _Scope) -> dict[str, AttributeProto]:
+        """The node's attributes by name, references to those of the enclosing function resolved. Raises InvalidModel."""
+        out: dict[str, AttributeProto] = {}
+        for a in n.attribute:
+            if a.name in out:
+                raise InvalidModel(f"the attribute {a.name!r} is there twice")
+            if not a.ref_attr_name:
+                out[a.name] = a
+            elif scope.attrs is not None and a.ref_attr_name in scope.attrs:
+                out[a.name] = scope.attrs[a.ref_attr_name]
+        return out
+
     def _attributes(self, n: NodeProto, scope: _Scope) -> tuple[dict[str, Any], dict[str, GraphProto]]:
         attrs: dict[str, Any] = {}
         graphs: dict[str, GraphProto] = {}
-        for a in n.attribute:
-            name = a.name
-            if a.ref_attr_name:
-                if scope.attrs is None or a.ref_attr_name not in scope.attrs:
-                    continue
-                a = scope.attrs[a.ref_attr_name]
+        for name, a in self._given(n, scope).items():
             if a.type == AttributeProto.GRAPH:
                 graphs[name] = a.g
             else:
@@ -508,8 +608,9 @@ class _Importer:
             body.ParseFromString(schema.get_function_with_opset_version(max(versions)))
         if body is None or not body.node:
             return None, {}
-        if not body.opset_import:
-            body.opset_import.add(domain="", version=opset)
+        if not any(_domain(o.domain) == "" for o in body.opset_import):
+            same = opset if _domain(n.domain) == "" else onnx.defs.onnx_opset_version()
+            body.opset_import.add(domain="", version=scope.opsets.get("", same))
         defaults = {k: a.default_value for k, a in schema.attributes.items() if a.default_value.name}
         return body, defaults
 

@@ -39,7 +39,7 @@ class Importer(Protocol):
     nodes: list[Node]
     requirements: list[Requirement]
 
-    def open_body(self, g: GraphProto, outer: Any, inputs: Sequence[TensorType | Form | None] = ()) -> Body: ...
+    def open_body(self, g: GraphProto, outer: Any, inputs: Sequence[TensorType | Form | None] = (), op: str = "") -> Body: ...
     def inline(self, g: GraphProto, outer: Any, inputs: Sequence[Any_] = ()) -> list[Any_]: ...
     def steps(self, scope: Any, n: NodeProto) -> Steps: ...
     def emit_node(self, op: str, inputs: Sequence[Value | None], attrs: dict[str, Any], outs: list[str], name: str, proto: NodeProto) -> tuple[Value, ...]: ...
@@ -119,7 +119,7 @@ def import_loop(imp: Importer, n: NodeProto, proto: GraphProto, inputs: Sequence
             return _stacked(imp, n, unrolled, len(starts), scope)
     types: list[TensorType | Form] = [v.type if isinstance(v, Value) else form_of(v) for v in starts]  # type: ignore[arg-type]
     while True:
-        body = imp.open_body(proto, scope, [TensorType(i64, ()), TensorType(boolean, ()), *types])
+        body = imp.open_body(proto, scope, [TensorType(i64, ()), TensorType(boolean, ()), *types], "Loop")
         if len(body.results) < 1 + len(starts) or not isinstance(body.results[0], Value):
             raise InvalidModel(f"the body of the Loop gives {len(body.results)} values; it needs a condition and {len(starts)} carried values")
         wider = [_wider(imp, t, s, v) for t, s, v in zip(types, starts, body.results[1:], strict=False)]  # type: ignore[arg-type]

@@ -140,6 +140,20 @@ def declared(t: onnx.TypeProto, what: str) -> Form | None:
     return Form(element_type(t.tensor_type.elem_type, what), extents if known else MIXED, optional, tensor)
 
 
+def type_text(v: Any_, tensor: str) -> str:
+    """The type of ``v`` as the standard writes it; ``tensor``: that of its elements. What always holds a tensor passes for one."""
+    if isinstance(v, Value):
+        return tensor
+    if not isinstance(v, Maybe):
+        return f"seq({tensor})"
+    inner = tensor if v.tensor else f"seq({tensor})"
+    return inner if v.has.data is not None and bool(v.has.data) and v.tensor else f"optional({inner})"
+
+
+def name_of(v: Any_) -> str:
+    return v.name if isinstance(v, Value) else str(form_of(v))
+
+
 def type_proto(v: Any_ | None) -> onnx.TypeProto:
     """The type of a value, as the standard's context-dependent functions want it."""
     t = onnx.TypeProto()

@@ -197,7 +197,7 @@ def window(start: Expr, end: Expr, step: Expr, n: Expr) -> tuple[Expr, Expr]:
         return s, maximum(ceil_div(e - s, step), 0)
 
     def down() -> tuple[Expr, Expr]:
-        s = n - 1 if start.op == "const" and start.attr >= FAR else maximum(minimum(absolute(start), n - 1), 0)
+        s = n - 1 if start.op == "const" and start.attr >= FAR else minimum(maximum(absolute(start), 0), n - 1)  # -1 where n is 0: nothing follows
         e = const(-1) if end.op == "const" and end.attr <= -FAR else maximum(minimum(absolute(end), n - 1), -1)
         return s, maximum(ceil_div(e - s, step), 0)
 
