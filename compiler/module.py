@@ -123,8 +123,6 @@ class Module:
         wrong name, dtype, rank, extent or device, KernelError when a kernel fails.
 
         A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
-        if self._structured["inputs"]:
-            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         arrays = self._given(inputs)
         if out is not None and not out.keys() <= self._out_names:
             extra = sorted(set(out) - self._out_names)
@@ -134,6 +132,8 @@ class Module:
 
     def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        if self._structured["inputs"]:
+            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         try:
             arrays = [inputs[p.name] for p in self._ins]
             left = 0

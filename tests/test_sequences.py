@@ -13,6 +13,7 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 
 import luthier
+from luthier.errors import InputError, LuthierError, ShapeError
 from tests.test_loops import ON_EACH, info, run_onnxruntime
 
 Array = np.ndarray[Any, Any]
@@ -125,3 +126,87 @@ def test_random_sequences(seed: int) -> None:
         feeds = drawn.feeds(31 * seed + k)
         for want, got in zip(run_onnxruntime(proto, feeds), module.run(feeds).values(), strict=True):
             same(want, got)
+
+
+def model(nodes: list[onnx.NodeProto], ins: list[onnx.ValueInfoProto], outs: list[onnx.ValueInfoProto], **constants: Array) -> onnx.ModelProto:
+    g = h.make_graph(nodes, "g", ins, outs, [nh.from_array(a, n) for n, a in constants.items()])
+    return h.make_model(g, opset_imports=[h.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_parts_of_an_open_extent(axis: int, target: str) -> None:
+    """How many there are, only the run knows; the last one is shorter. Numbers of all parts meet again along the axis."""
+    nodes = [h.make_node("SplitToSequence", ["x", "size"], ["q"], axis=axis), h.make_node("SequenceAt", ["q", "k"], ["part"])]
+    nodes += [h.make_node("ConcatFromSequence", ["q"], ["whole"], axis=axis), h.make_node("SequenceLength", ["q"], ["n"])]
+    outs = [info("part", T.FLOAT, None), info("whole", T.FLOAT, None), info("n", T.INT64, [])]
+    proto = model(nodes, [info("x", T.FLOAT, ["a", "b", "c"]), info("size", T.INT64, []), info("k", T.INT64, [])], outs)
+    module = luthier.compile(proto, target=target)
+    x = np.random.default_rng(axis).standard_normal((5, 4, 6)).astype(np.float32)
+    for size in (1, 2, 3, 7):
+        parts = np.split(x, range(size, x.shape[axis], size), axis)
+        for k in (0, len(parts) - 1, -1):
+            got = module.run({"x": x, "size": np.array(size), "k": np.array(k)})
+            np.testing.assert_array_equal(got["part"], parts[k])
+            np.testing.assert_array_equal(got["whole"], x)
+            assert got["n"] == len(parts)
+    with pytest.raises(LuthierError, match="SequenceAt"):
+        module.run({"x": x, "size": np.array(2), "k": np.array(9)})
+    with pytest.raises(LuthierError, match="SplitToSequence"):
+        module.run({"x": x, "size": np.array(0), "k": np.array(0)})
+
+
+def test_elements_that_do_not_fit_are_refused() -> None:
+    proto = model([h.make_node("ConcatFromSequence", ["q"], ["y"], axis=1)], [h.make_value_info("q", SEQUENCE)], [info("y", T.FLOAT, None)])
+    module = luthier.compile(proto)
+    x = np.ones((2, 3), np.float32)
+    np.testing.assert_array_equal(module.run({"q": [x, 2 * x]})["y"], np.concatenate([x, 2 * x], 1))
+    with pytest.raises(LuthierError, match="extents agree"):
+        module.run({"q": [x, np.ones((4, 3), np.float32)]})
+    with pytest.raises(InputError, match="list of arrays"):
+        module.run({"q": x})
+    with pytest.raises(InputError, match="missing"):
+        module.run({})
+    with pytest.raises(InputError, match="dtype"):
+        module.run({"q": [x.astype(np.float64)]})
+
+
+@pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
+def test_optionals_at_the_door(target: str) -> None:
+    """An optional input may be None or left out; what an If leaves empty is None."""
+    kind = h.make_optional_type_proto(h.make_tensor_type_proto(T.FLOAT, [2]))
+    full = h.make_graph([h.make_node("Identity", ["o"], ["a"])], "full", [], [h.make_value_info("a", kind)])
+    empty = h.make_graph([h.make_node("Optional", [], ["b"], type=h.make_tensor_type_proto(T.FLOAT, [2]))], "empty", [], [h.make_value_info("b", kind)])
+    nodes = [h.make_node("OptionalHasElement", ["o"], ["has"]), h.make_node("If", ["c"], ["y"], then_branch=full, else_branch=empty)]
+    module = luthier.compile(model(nodes, [h.make_value_info("o", kind), info("c", T.BOOL, [])], [info("has", T.BOOL, []), h.make_value_info("y", kind)]), target=target)
+    x = np.array([1, 2], np.float32)
+    for given in (x, None):
+        for c in (True, False):
+            got = module.run({"o": given, "c": np.array(c)})
+            assert got["has"] == (given is not None)
+            if given is not None and c:
+                np.testing.assert_array_equal(got["y"], x)
+            else:
+                assert got["y"] is None
+    assert not module.run({"c": np.array(True)})["has"]
+    get = luthier.compile(model([h.make_node("OptionalGetElement", ["o"], ["y"])], [h.make_value_info("o", kind)], [info("y", T.FLOAT, [2])]), target=target)
+    np.testing.assert_array_equal(get.run({"o": x})["y"], x)
+    with pytest.raises(LuthierError, match="holds an element"):
+        get.run({"o": None})
+
+
+@pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
+def test_branches_of_several_ranks(target: str) -> None:
+    """An output has the rank of the branch that was taken; what computes needs a rank that is known."""
+    then = h.make_graph([h.make_node("Squeeze", ["x", "zero"], ["a"])], "then", [], [info("a", T.FLOAT, ["n"])])
+    other = h.make_graph([h.make_node("Add", ["x", "x"], ["b"])], "else", [], [info("b", T.FLOAT, [1, "n"])])
+    nodes = [h.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)]
+    ins = [info("x", T.FLOAT, [1, "n"]), info("c", T.BOOL, [])]
+    module = luthier.compile(model(nodes, ins, [info("y", T.FLOAT, None)], zero=np.array([0])), target=target)
+    x = np.arange(4, dtype=np.float32).reshape(1, 4)
+    for c, want in ((True, x[0]), (False, x + x)):
+        got = module.run({"x": x, "c": np.array(c)})["y"]
+        assert got.shape == want.shape
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ShapeError, match="rank .* is not known when compiling"):
+        luthier.compile(model([*nodes, h.make_node("Relu", ["y"], ["z"])], ins, [info("z", T.FLOAT, None)], zero=np.array([0])), target=target)

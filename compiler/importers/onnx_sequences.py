@@ -248,7 +248,7 @@ class Steps:
         k = self.op("Where", self.op("Less", at, self.ints(0)), self.op("Add", at, n), at)
         fits = self.op("And", self.op("Less", self.ints(-1), k), self.op("Less", k, self.op("Add", n, self.ints(last))))
         self.require(fits, f"{what} is in range")
-        return k
+        return self._behind(k)
 
     def require(self, fits: Value, what: str) -> None:
         """The run goes on only where ``fits`` is true. Raises ShapeError where it is known to be false."""
@@ -403,6 +403,7 @@ class Steps:
     def chunks(self, x: Value, size: Value, axis: int, keepdims: bool) -> Packed:
         """Parts of ``size`` (i64[1]) along ``axis``, the last one shorter."""
         self.require(self.op("Less", self.ints(0), size), "the size of the parts of SplitToSequence is above 0")
+        size = self._behind(size)
         shape = self.op("Shape", x)
         extent = self.op("Shape", x, start=axis, end=axis + 1)
         n = self.op("Div", self.op("Sub", self.op("Add", extent, size), self.ints(1)), size)
