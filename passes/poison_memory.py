@@ -34,6 +34,7 @@ from luthier.ir.loop import (
     walk_stmts,
 )
 from luthier.ir.program import Program
+from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.plan_memory import roots, touched
 
 PREFIX = "poison"
@@ -96,6 +97,8 @@ class _Poisoner:
 
     def fill(self, b: Buffer) -> list[Stmt]:
         self.done.add(b.name)
+        if is_subbyte(b.dtype):
+            return []  # no value of theirs is absurd
         names = self.fillers.get(b.dtype)
         n = var("n")
         if names is None:

@@ -14,7 +14,7 @@ from onnx import numpy_helper as nh
 
 import luthier
 from luthier.errors import InputError, LuthierError, ShapeError
-from tests.test_loops import ON_EACH, info, run_onnxruntime
+from tests.test_loops import ON_EACH, info, need, run_onnxruntime
 
 Array = np.ndarray[Any, Any]
 ELEMENT = h.make_tensor_type_proto(T.FLOAT, ["rows", 3])
@@ -121,6 +121,7 @@ def test_random_sequences(seed: int) -> None:
     drawn = Drawn(seed)
     proto = drawn.model()
     target, threads = ON_EACH[seed % len(ON_EACH)]
+    need(target)
     module = luthier.compile(proto, target=target, threads=threads)
     for k in range(3):
         feeds = drawn.feeds(31 * seed + k)
@@ -137,6 +138,7 @@ def model(nodes: list[onnx.NodeProto], ins: list[onnx.ValueInfoProto], outs: lis
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_parts_of_an_open_extent(axis: int, target: str) -> None:
     """How many there are, only the run knows; the last one is shorter. Numbers of all parts meet again along the axis."""
+    need(target)
     nodes = [h.make_node("SplitToSequence", ["x", "size"], ["q"], axis=axis), h.make_node("SequenceAt", ["q", "k"], ["part"])]
     nodes += [h.make_node("ConcatFromSequence", ["q"], ["whole"], axis=axis), h.make_node("SequenceLength", ["q"], ["n"])]
     outs = [info("part", T.FLOAT, None), info("whole", T.FLOAT, None), info("n", T.INT64, [])]
@@ -174,6 +176,7 @@ def test_elements_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
 def test_optionals_at_the_door(target: str) -> None:
     """An optional input may be None or left out; what an If leaves empty is None."""
+    need(target)
     kind = h.make_optional_type_proto(h.make_tensor_type_proto(T.FLOAT, [2]))
     full = h.make_graph([h.make_node("Identity", ["o"], ["a"])], "full", [], [h.make_value_info("a", kind)])
     empty = h.make_graph([h.make_node("Optional", [], ["b"], type=h.make_tensor_type_proto(T.FLOAT, [2]))], "empty", [], [h.make_value_info("b", kind)])
@@ -198,6 +201,7 @@ def test_optionals_at_the_door(target: str) -> None:
 @pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
 def test_branches_of_several_ranks(target: str) -> None:
     """An output has the rank of the branch that was taken; what computes needs a rank that is known."""
+    need(target)
     then = h.make_graph([h.make_node("Squeeze", ["x", "zero"], ["a"])], "then", [], [info("a", T.FLOAT, ["n"])])
     other = h.make_graph([h.make_node("Add", ["x", "x"], ["b"])], "else", [], [info("b", T.FLOAT, [1, "n"])])
     nodes = [h.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other)]
