@@ -22,7 +22,7 @@ from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, subs
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
-from luthier.passes.plan_memory import ALIGN, Plan, plan_memory
+from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
 DEFAULT = "default "  # before the name of an input: the constant that it is when a call leaves it out
@@ -55,7 +55,8 @@ class Weights:
 def lay_out(program: Program) -> Weights:
     """Bytes of every constant, sub-byte elements packed."""
     w = Weights()
-    dtypes = {b.name: b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
+    owner = roots(program)
+    dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
         w.add(name, _packed(a, d))

@@ -120,6 +120,7 @@ class _Builder:
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
             block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
+            structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
@@ -163,7 +164,7 @@ class _Builder:
             symbols |= it.symbols
             items.append(it)
         items.reverse()
-        self._bind_outputs(items, outs)
+        self._bind_outputs(items, outs, makes)
         stmts: list[Stmt] = []
         outside, self.required = self.required, set(self.required)
         pending = self._require(graph.requirements, stmts, defined)
@@ -234,9 +235,11 @@ class _Builder:
         reads = [v for v in work.params.values() if v.data is None]
         return _Item(g, work, reads, shapes | set(work.compute.dims))
 
-    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]]) -> None:
-        """Producers write straight into output buffers, through views where the shape differs."""
+    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]], makes: Mapping[Group, set[Expr]]) -> None:
+        """Producers write straight into output buffers, through views where the shape differs and its extents are known by then."""
         makers = {v: it for it in items for n in it.group.nodes for v in n.outputs}
+        place = {it.group: k for k, it in enumerate(items)}
+        decided = {s: k for k, it in enumerate(items) for s in makes.get(it.group, ())}
         taken: set[Value] = set(self.storage)
         for v, b in outs:
             it = makers.get(v)
@@ -250,7 +253,7 @@ class _Builder:
                 continue
             if isinstance(it.work, Kernel) and it.work.capacity or (it.node.op in _CONTROL and type_symbols(v.type) - {s for s in type_symbols(b_type(b))}):
                 continue
-            if it.node.op in ("Loop", "Scan"):
+            if it.node.op in ("Loop", "Scan") or any(decided.get(s, -1) > place[it.group] for s in b.symbols()):
                 continue
             top = chain[0] if chain else v
             self.storage[top] = b

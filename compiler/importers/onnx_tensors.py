@@ -152,6 +152,8 @@ def attribute_value(a: AttributeProto, folder: Path | None) -> Any:
         return tuple(float(x) for x in a.floats)
     if k == AttributeProto.STRINGS:
         return tuple(s.decode("utf-8", "replace") for s in a.strings)
+    if k == AttributeProto.TYPE_PROTO:
+        return a.tp
     if k == AttributeProto.TENSOR:
         return to_array(a.t, folder)
     if k == AttributeProto.SPARSE_TENSOR:
