@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
 from luthier.ir.dtypes import DType
-from luthier.ir.errors import CompilationError
+from luthier.ir.errors import CompilationError, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
@@ -116,7 +116,7 @@ class Layout:
         for what, bs in (("input", program.inputs), ("output", program.outputs)):
             for b in bs:
                 if b.rank > MAX_RANK:
-                    raise CompilationError(f"{what} {b.name} has rank {b.rank}, the ABI of artifacts allows {MAX_RANK}")
+                    raise UnsupportedOperator(f"{what} {b.name} has rank {b.rank}, a module takes and gives at most {MAX_RANK}", hint="reshape it inside of the model")
                 if b.dtype.name not in DTYPE_CODES:
                     raise CompilationError(f"{what} {b.name}: elements of type {b.dtype} cannot cross the ABI")
 

@@ -123,9 +123,11 @@ class Module:
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
         wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
         arrays = self._given(inputs)
-        if out is not None and not out.keys() <= self._out_names:
-            extra = sorted(set(out) - self._out_names)
-            raise InputError(f"the model has no output {', '.join(map(repr, extra))}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
+        if out is not None and not (isinstance(out, Mapping) and out.keys() <= self._out_names):
+            if not isinstance(out, Mapping):
+                raise InputError(f"out takes arrays by name, got {type(out).__name__}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
+            extra = sorted(repr(n) for n in out if n not in self._out_names)
+            raise InputError(f"the model has no output {', '.join(extra)}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
         return self._run(arrays, out)
 
     def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
@@ -133,15 +135,17 @@ class Module:
         try:
             arrays = [inputs[p.name] for p in self._ins]
             left = 0
-        except KeyError:
+        except (KeyError, TypeError, IndexError, AttributeError):
+            if not isinstance(inputs, Mapping):
+                raise InputError(f"run takes inputs by name, got {type(inputs).__name__}", hint=f"the inputs are {self._describe()}; call the module itself to give them in order") from None
             missing = [p.name for p in self._ins if p.name not in inputs and p.default is None]
             if missing:
                 raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
             arrays = [inputs[p.name] if p.name in inputs else self._default(p) for p in self._ins]
             left = sum(p.name not in inputs for p in self._ins)
         if len(inputs) + left != len(arrays):
-            extra = sorted(set(inputs) - self._names)
-            raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
+            extra = sorted(repr(n) for n in inputs if n not in self._names)
+            raise InputError(f"the model has no input {', '.join(extra)}", hint=f"the inputs are {self._describe()}")
         return arrays
 
     def _default(self, p: _Port) -> Array:
@@ -202,11 +206,13 @@ class Module:
             if shapes is None:
                 shapes = self._infer(ctx, tkey)
             results: list[Array | None] = []
+            given: list[Array] = []
             outs = ctx.outs
             for j, (q, s) in enumerate(zip(self._outs, shapes, strict=True)):
                 a = None if out is None else out.get(q.name)
                 if a is not None:
-                    a = _check_out(a, q, s, keep)
+                    a = _check_out(a, q, s, keep, given)
+                    given.append(a)
                 elif s is not None and q.bits >= 8:
                     a = np.empty(s, q.dtype)
                 if a is None:
@@ -238,8 +244,8 @@ class Module:
                 raise KernelError(f"no memory for the outputs: {e}") from e
             raise
         self._idle.append(ctx)
-        given = {} if out is None else {n: a for n, a in out.items() if a is not None}
-        return {q.name: given.get(q.name, a) for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
+        own = {} if out is None else {n: a for n, a in out.items() if a is not None}
+        return {q.name: own.get(q.name, a) for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
 
     def _infer(self, ctx: Context, key: Any) -> list[tuple[int, ...] | None]:
         """Shapes of the outputs for input shapes; None where only the run decides."""
@@ -340,7 +346,7 @@ def _convert(a: Any, p: _Port) -> Array:
     return a if a.flags.c_contiguous else np.ascontiguousarray(a)
 
 
-def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = ()) -> Array:
+def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = (), outs: Sequence[Array] = ()) -> Array:
     """An array for an output, as numpy's. Raises InputError when it cannot take the result."""
     if not isinstance(a, np.ndarray) and hasattr(a, "__dlpack__"):
         a = dlpack.view(a, f"out[{q.name!r}]")
@@ -352,6 +358,8 @@ def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Ar
         raise InputError(f"out[{q.name!r}] has rank {a.ndim}, the output has {q.rank}")
     if any(np.may_share_memory(a, x) for x in ins):
         raise InputError(f"out[{q.name!r}] shares memory with an input", hint="give another array")
+    if any(np.may_share_memory(a, x) for x in outs):
+        raise InputError(f"out[{q.name!r}] shares memory with another output", hint="give each output an array of its own")
     return a
 
 

@@ -212,7 +212,7 @@ class WasmModule(Module):
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Array]:
             if inputs.keys() != {p.name for p in rest}:
-                raise InputError(f"got the inputs {', '.join(sorted(inputs))}, expected {', '.join(p.name for p in rest)}")
+                raise InputError(f"got the inputs {', '.join(sorted(map(repr, inputs)))}, expected {', '.join(p.name for p in rest)}")
             if not inst:
                 inst.append(_Instance(self, self._threads()))
             return self._call(inst[0], [*[None] * n, *(inputs[p.name] for p in rest)], None)
@@ -251,6 +251,7 @@ class WasmModule(Module):
         inst.check(inst.call(inst.run_, inst.threads, 1))
         view = inst.view()
         result: dict[str, Array] = {}
+        own: list[Array] = []
         for j, q in enumerate(self._outs):
             base = io + RECORD * (len(self._ins) + j)
             at, n = struct.unpack_from("<2I", view.data, base)
@@ -263,8 +264,9 @@ class WasmModule(Module):
                 a = raw[:size].copy().view(q.dtype).reshape(shape) if size else np.empty(shape, q.dtype)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, a.shape)
+                _check_out(given, q, a.shape, outs=own)
                 given[...] = a
+                own.append(given)
                 a = given
             result[q.name] = a
         return result

@@ -35,7 +35,7 @@ __all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
 COMMENTS = re.compile(r"^ *(/\*\*.*?\*/|//[^\n]*)\n", re.M | re.S)  # lines of their own: a sixth of the runtime
-TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
+TEXTS = {"@huggingface/jinja": "^0.5.0", "@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for chats and texts
 Array = np.ndarray[Any, Any]
 
 # what a package carries of the runtime, by the kind of its target
@@ -158,7 +158,7 @@ def _package_json(manifest: Mapping[str, Any]) -> str:
             **about, "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
-            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TOKENIZERS} if "language" in manifest else {}),
+            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TEXTS} if "language" in manifest else {}),
         },
         indent=2,
     ) + "\n"  # fmt: skip
@@ -185,7 +185,8 @@ export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
 """
 
 _LANGUAGE_D_TS = """export interface Tokenizer {
-  encode(text: string): number[];
+  /** `first`: the text begins a sequence. */
+  encode(text: string, first?: boolean): number[];
   decode(tokens: number[]): string;
 }
 
@@ -219,20 +220,24 @@ export class LanguageModel {
   readonly endTokens: readonly number[];
   readonly info: Info;
   readonly hasTokenizer: boolean;
-  /** Tokens of the sequence so far. */
-  length: number;
+  /** The sequence in the cache. */
+  readonly tokens: number[];
+  readonly length: number;
+  /** The last token that was decided, where it is not in the cache yet; the next call begins with it. */
+  readonly waiting: number[];
   encode(text: string): number[];
   decode(tokens: Iterable<number>): string;
   reset(length?: number): void;
   /** Logits after the last token. */
   feed(tokens: Iterable<number>, options?: { signal?: AbortSignal }): Promise<Float32Array>;
   generateTokens(prompt: Iterable<number>, options?: SamplingOptions): AsyncGenerator<number, void>;
+  /** `prompt`: a text that continues the sequence, or a whole conversation, which the model's own template writes. */
   generate(prompt: string | Message[], options?: SamplingOptions): AsyncGenerator<string, void>;
   close(): Promise<void>;
 }
 
 /** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null }): Promise<LanguageModel>;
+export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null; Template?: new (template: string) => { render(values: object): string } }): Promise<LanguageModel>;
 """
 
 

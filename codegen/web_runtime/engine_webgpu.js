@@ -183,7 +183,7 @@ export class Engine {
       for (const v of ins[j].data) {
         if (v !== BigInt.asIntN(32, v)) {
           const { name } = this.manifest.inputs[j];
-          throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, WebGPU computes with 32-bit integers`, "use the package compiled for wasm", { name });
+          throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, the kernels that read it take 32-bit integers`, "use the package compiled for wasm", { name });
         }
       }
     }

@@ -24,6 +24,7 @@ const READERS = {
   u64: (v, o) => Number(v.getBigUint64(o, true)),
   i64: (v, o) => Number(v.getBigInt64(o, true)),
   f32: (v, o) => v.getFloat32(o, true),
+  f64: (v, o) => v.getFloat64(o, true),
 };
 const WRITERS = {
   bool: (v, o, x) => v.setUint8(o, x ? 1 : 0),
@@ -36,8 +37,9 @@ const WRITERS = {
   u64: (v, o, x) => v.setBigUint64(o, BigInt(x), true),
   i64: (v, o, x) => v.setBigInt64(o, BigInt(x), true),
   f32: (v, o, x) => v.setFloat32(o, x, true),
+  f64: (v, o, x) => v.setFloat64(o, x, true),
 };
-const WIDTHS = { bool: 1, u8: 1, i8: 1, u16: 2, i16: 2, u32: 4, i32: 4, u64: 8, i64: 8, f32: 4 };
+const WIDTHS = { bool: 1, u8: 1, i8: 1, u16: 2, i16: 2, u32: 4, i32: 4, u64: 8, i64: 8, f32: 4, f64: 8 };
 
 export class Recorder {
   constructor(engine, program) {
