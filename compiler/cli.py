@@ -83,6 +83,9 @@ def _inputs(
     """The arrays named by ``--input``, and random ones for what remains (symbolic extents from ``--shape``, else 1)."""
     from luthier.feeds import random_inputs, read_inputs
 
+    for kind, found in module.manifest.get("structured", {}).items():
+        if found:
+            raise InputError(f"{kind} of the model are sequences or optionals: {', '.join(found)}", hint="run it from Python, where they are lists of arrays and None")
     return random_inputs(module.inputs, dict(shapes), seed, given=read_inputs(module.inputs, files))
 
 

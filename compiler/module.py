@@ -14,6 +14,7 @@ import numpy as np
 from luthier import dlpack, settings
 from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
+from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
     from luthier.codegen.target import Target
@@ -80,6 +81,7 @@ class Module:
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._out_names = {p.name for p in self._outs}
+        self._structured = manifest.get("structured", {"inputs": {}, "outputs": {}})
         self.files: dict[str, Callable[[], bytes]] = {}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
@@ -121,17 +123,22 @@ class Module:
         Arrays are numpy's or anything with DLPack or ``__array_interface__``, in the processor's memory (not copied when
         contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
-        wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
+        wrong name, dtype, rank, extent or device, KernelError when a kernel fails.
+
+        A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
         arrays = self._given(inputs)
         if out is not None and not (isinstance(out, Mapping) and out.keys() <= self._out_names):
             if not isinstance(out, Mapping):
                 raise InputError(f"out takes arrays by name, got {type(out).__name__}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
             extra = sorted(repr(n) for n in out if n not in self._out_names)
             raise InputError(f"the model has no output {', '.join(extra)}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
-        return self._run(arrays, out)
+        results = self._run(arrays, out)
+        return unpack(self._structured["outputs"], results) if self._structured["outputs"] else results
 
     def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        if self._structured["inputs"]:
+            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         try:
             arrays = [inputs[p.name] for p in self._ins]
             left = 0
