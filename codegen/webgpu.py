@@ -173,7 +173,7 @@ class _Builder:
     def lay_out_weights(self) -> None:
         """Constants one after the other in ranges that a binding can hold, each from a multiple of 256 bytes."""
         g = self.g
-        dtypes = {b.name: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
+        dtypes = {self.root(b)[0]: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
         parts: list[np.ndarray[Any, Any]] = []
         at = 0
         order = sorted(self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL)  # small ones side by side: one binding may hold several

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from luthier.errors import InputError
+from luthier.terminal import console, echo
 
 if TYPE_CHECKING:
     from luthier.quantization import Quantized
@@ -46,8 +47,6 @@ def quantize_options(command: F) -> F:
 
 def quantize_file(model: Path, precision: str, shapes: Mapping[str, Any] | None, threads: int | None, options: Mapping[str, Any]) -> Quantized:
     """Quantize with the values of :func:`quantize_options`; the report is printed and written."""
-    from rich.console import Console
-
     from luthier.quantization import quantize as run
 
     report, speed = options["report"], options["speed"]
@@ -57,7 +56,7 @@ def quantize_file(model: Path, precision: str, shapes: Mapping[str, Any] | None,
         from luthier.codegen.ceilings import measure
 
         done.report.estimate_speed(measure(threads or 1))
-    done.report.print(Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+    done.report.print(console())
     if report is not None:
         done.report.save(report)
     return done
@@ -88,4 +87,4 @@ def quantize(model: Path, precision: str, shapes: tuple[str, ...], threads: int 
         options["reduce_range"] = form == "portable"  # the file is for other runtimes
     done = quantize_file(model, precision, pins or None, threads, options)
     out = done.save(output or Path(f"{model.stem}.{precision}.onnx"), form)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

@@ -24,7 +24,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.gpu_elementwise import ENOUGH, LANES, THREADS, fuse_all, points, side_by_side, whole
 from luthier.schedules.reduction import contiguity
 from luthier.schedules.rowwise import _contractions, positions
-from luthier.schedules.schedule import Loop, Schedule, Stage, annotate, inline, reorder, split, stage
+from luthier.schedules.schedule import Loop, Schedule, Stage, annotate, in_runs, inline, reorder, split, stage
 
 SHORT = 32  # elements that one thread reduces by itself
 ROW_SHARE = 4  # rows kept in shared memory use at most one part in so many of it each
@@ -41,6 +41,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
     out = s.stages[s.compute.outs[0]]
     if list(s.stages)[-1] != out.name or not any(st.reduction is not None for st in s.stages.values()):
         return None
+    s = in_runs(s)
     if out.reduction is not None:
         return _root(s, caps, threads) if len(s.stages) == 1 else None
     pos = positions(s, out.name)

@@ -51,7 +51,9 @@ export class Recorder {
     this.inputs = [];
     this.groups = new Map();
     this.spare = []; // staging buffers for outputs
+    this.taken = null; // the one that is in use
     this.uniforms = []; // chunks that calls of a program with readbacks share
+    this.garbage = [];
     this.ids = new WeakMap();
     this.count = 0;
     this.float = new Float32Array(1);
@@ -78,7 +80,7 @@ export class Recorder {
     const old = this.inputs[j];
     if (!old || old.size < up4(bytes.length)) {
       if (old) this.drop(old);
-      this.inputs[j] = this.engine.allocate(bytes.length);
+      this.inputs[j] = this.engine.allocate(bytes.length, `input ${j}`);
     }
     let data = bytes;
     if (data.length % 4 || data.length === 0) {
@@ -95,6 +97,12 @@ export class Recorder {
     handle.buffer.destroy();
     this.groups.clear();
     this.engine.plans.clear();
+  }
+
+  /** Frees the buffers of inputs, temporaries, outputs and uniforms; nothing may be called afterwards. */
+  discard() {
+    const handles = [...this.inputs, ...this.temporaries, ...this.uniforms].filter(Boolean);
+    for (const buffer of [...handles.map((h) => h.buffer), ...this.spare, ...this.garbage, this.taken]) if (buffer) buffer.destroy();
   }
 
   plan() {
@@ -152,11 +160,12 @@ export class Recorder {
 
   staging(bytes) {
     const k = this.spare.findIndex((b) => b.size >= bytes && b.size <= 2 * bytes + 4096);
-    if (k >= 0) return this.spare.splice(k, 1)[0];
-    return this.device.createBuffer({ size: bytes, usage: MAP_READ | COPY_DST });
+    this.taken = k >= 0 ? this.spare.splice(k, 1)[0] : this.engine.create({ size: bytes, usage: MAP_READ | COPY_DST }, "the outputs");
+    return this.taken;
   }
 
   release(buffer) {
+    this.taken = null;
     this.spare.push(buffer);
     if (this.spare.length > 4) this.spare.shift().destroy();
   }
@@ -194,7 +203,7 @@ export class Recorder {
     const old = this.temporaries[k];
     if (old && old.size >= bytes) return old;
     if (old) this.drop(old);
-    return (this.temporaries[k] = this.engine.allocate(bytes));
+    return (this.temporaries[k] = this.engine.allocate(bytes, "a temporary"));
   }
 
   bits(v) {
@@ -216,7 +225,7 @@ export class Recorder {
     let k = Math.floor(this.next / CHUNK);
     if (this.next % CHUNK && (this.next % CHUNK) + per > CHUNK) this.next = ++k * CHUNK;
     if (k === this.uniforms.length) {
-      this.uniforms.push({ buffer: this.device.createBuffer({ size: CHUNK, usage: UNIFORM | COPY_DST }), data: new Int32Array(CHUNK / 4), lo: 0, hi: 0 });
+      this.uniforms.push({ buffer: this.engine.create({ size: CHUNK, usage: UNIFORM | COPY_DST }, "uniforms"), data: new Int32Array(CHUNK / 4), lo: 0, hi: 0 });
     }
     const chunk = this.uniforms[k];
     const offset = this.next % CHUNK;
@@ -233,6 +242,9 @@ export class Recorder {
     if (!x || !y || !z) return;
     const { pipeline, group: layout } = this.engine.compiled[p];
     const { uniforms } = this.program.pipelines[p];
+    const most = this.device.limits.maxStorageBufferBindingSize;
+    const large = bindings.find(([, , bytes]) => bytes > most);
+    if (large) throw this.engine.noMemory("the run", `it needs ${large[2]} bytes in one binding, the adapter allows ${most}`);
     const place = uniforms ? this.slot(values) : null;
     const key = `${p}|${bindings.map(([h, o, n]) => `${this.id(h)}.${o}.${n}`).join("|")}|${place ? place.id : ""}`;
     let group = this.program.fixed ? undefined : this.groups.get(key);
@@ -255,7 +267,7 @@ export class Recorder {
     const view = new DataView(bytes.buffer);
     values.forEach((v, i) => WRITERS[type](view, i * WIDTHS[type], v));
     const size = up4(bytes.length);
-    const buffer = this.device.createBuffer({ size, usage: COPY_SRC, mappedAtCreation: true });
+    const buffer = this.engine.create({ size, usage: COPY_SRC, mappedAtCreation: true }, "values of the host");
     new Uint8Array(buffer.getMappedRange()).set(bytes);
     buffer.unmap();
     this.garbage.push(buffer);
