@@ -172,7 +172,7 @@ def graph(nodes: Sequence[Any], inputs: dict[str, tuple[int, Sequence[Any]]], ou
     ins = [h.make_tensor_value_info(n, t, list(s)) for n, (t, s) in inputs.items()]
     outs = [h.make_empty_tensor_value_info(n) for n in outputs]
     g = h.make_graph(list(nodes), "g", ins, outs, [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()])
-    return onnx.shape_inference.infer_shapes(h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=8))
+    return onnx.shape_inference.infer_shapes(h.make_model(g, opset_imports=[h.make_opsetid("", 18)], ir_version=8))
 
 
 def build(m: onnx.ModelProto) -> WebGpuModule:
@@ -192,6 +192,12 @@ INTEGER_MODELS = {
     "largest": ([h.make_node("ReduceMax", ["x"], ["y"], keepdims=1)], {}, lambda x: x.max(keepdims=True)),
     "copied": ([h.make_node("Concat", ["x", "x"], ["y"], axis=0)], {}, lambda x: np.concatenate([x, x])),
     "compared": ([h.make_node("Less", ["x", "c"], ["y"])], {"c": np.array(1 << 33)}, lambda x: x < (1 << 33)),
+    "quotient": ([h.make_node("Div", ["x", "c"], ["y"])], {"c": np.array(1000003)}, lambda x: np.trunc(x / np.longdouble(1000003)).astype(np.int64)),
+    "added up in place": (
+        [h.make_node("ScatterElements", ["z", "i", "x"], ["y"], axis=0, reduction="add")], {"z": np.zeros(8, np.int64), "i": np.array([0, 4, 4, 4, 7])},
+        lambda x: np.array([x[0], 0, 0, 0, x[1] + x[2] + x[3], 0, 0, x[4]]),
+    ),
+    "product of matrices": ([h.make_node("Unsqueeze", ["x", "a"], ["u"]), h.make_node("MatMul", ["u", "w"], ["y"])], {"a": np.array([0]), "w": np.arange(40).reshape(5, 8) << 18}, lambda x: x[None] @ (np.arange(40).reshape(5, 8) << 18)),
     "as f32": ([h.make_node("Mul", ["x", "c"], ["a"]), h.make_node("Cast", ["a"], ["y"], to=T.FLOAT)], {"c": np.array(3)}, lambda x: (x * 3).astype(np.float32)),
     "running sum": ([h.make_node("CumSum", ["x", "k"], ["y"])], {"k": np.array(0)}, np.cumsum),
 }  # fmt: skip
