@@ -22,7 +22,7 @@ from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, subs
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
-from luthier.passes.plan_memory import ALIGN, Plan, plan_memory
+from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
 DEFAULT = "default "  # before the name of an input: the constant that it is when a call leaves it out
@@ -30,7 +30,7 @@ DEFAULT = "default "  # before the name of an input: the constant that it is whe
 # Codes of element types in the ABI, those of ONNX.
 DTYPE_CODES = {
     "f32": 1, "u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6, "i64": 7, "bool": 9, "f16": 10, "f64": 11, "u32": 12, "u64": 13,
-    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f8e8m0": 24, "u2": 25, "i2": 26,
+    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f4e2m1": 23, "f8e8m0": 24, "u2": 25, "i2": 26,
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ class Weights:
 def lay_out(program: Program) -> Weights:
     """Bytes of every constant, sub-byte elements packed."""
     w = Weights()
-    dtypes = {b.name: b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
+    owner = roots(program)
+    dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
         w.add(name, _packed(a, d))

@@ -8,6 +8,7 @@ writes them; any other read of a buffer is a crossing.
 
 Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipeline [[memory, offset, bytes]..] [word..] x y z call``;
 ``write memory offset dtype [value..]``; ``mirror k index value``; ``copy memory offset memory offset bytes``; ``check got want what``;
+``rounds n what``, before a dispatch whose threads may go through more rounds of loops than some adapters run;
 ``if cond then else``; ``while cond body``; ``output j memory offset [extent..]``. A memory is ``["in", j]``, ``["w", k]`` or ``["b", k]``.
 """
 
@@ -21,14 +22,15 @@ import numpy as np
 
 from luthier.codegen.host_expr import host_expr
 from luthier.codegen.steps import DEFAULT
-from luthier.codegen.target_webgpu import BINDING_BYTES, OFFSET_ALIGN, STORAGE_BUFFERS
+from luthier.codegen.target_webgpu import BINDING_BYTES, LOOP_LIMIT, OFFSET_ALIGN, STORAGE_BUFFERS
 from luthier.codegen.webgpu_features import subsets
 from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print_wgsl
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError, LuthierError
-from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, substitute
+from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, prove, substitute
 from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, children, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
+from luthier.passes.count_rounds import count_rounds
 from luthier.passes.find_wide_buffers import find_wide_buffers, narrow_params
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
@@ -171,7 +173,7 @@ class _Builder:
     def lay_out_weights(self) -> None:
         """Constants one after the other in ranges that a binding can hold, each from a multiple of 256 bytes."""
         g = self.g
-        dtypes = {b.name: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
+        dtypes = {self.root(b)[0]: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
         parts: list[np.ndarray[Any, Any]] = []
         at = 0
         order = sorted(self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL)  # small ones side by side: one binding may hold several
@@ -448,6 +450,9 @@ class _Builder:
         for v in shader.scalars:
             e = self.expr(by_name[v.attr[0]])
             words.append(["bits", e] if v.dtype.is_float else e)
+        rounds = substitute(count_rounds(f), env)
+        if not prove(rounds <= LOOP_LIMIT):
+            out.append(["rounds", self.expr(rounds), ", ".join(self.p.nodes.get(number, ())) or s.callee])
         grid = [self.expr(substitute(e, {v: by_name[v.attr[0]] for v in free_vars(e)})) for e in shader.grid]
         out.append(["dispatch", pipeline, bound, words, *grid, number])
 

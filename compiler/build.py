@@ -152,7 +152,16 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
         "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes, "checked": program.checked,
+        **_structured(program),
     }  # fmt: skip
+
+
+def _structured(program: Program) -> dict[str, Any]:
+    """What callers give and get as something else than one tensor."""
+    kinds = (("inputs", program.structured_inputs), ("outputs", program.structured_outputs))
+    if not any(d for _, d in kinds):
+        return {}
+    return {"structured": {k: {n: {"ports": list(s.ports), "tensor": s.tensor} for n, s in d.items()} for k, d in kinds}}
 
 
 def _io(b: Buffer, name: str) -> dict[str, Any]:

@@ -83,6 +83,9 @@ def _inputs(
     """The arrays named by ``--input``, and random ones for what remains (symbolic extents from ``--shape``, else 1)."""
     from luthier.feeds import random_inputs, read_inputs
 
+    for kind, found in module.manifest.get("structured", {}).items():
+        if found:
+            raise InputError(f"{kind} of the model are sequences or optionals: {', '.join(found)}", hint="run it from Python, where they are lists of arrays and None")
     return random_inputs(module.inputs, dict(shapes), seed, given=read_inputs(module.inputs, files))
 
 
@@ -98,17 +101,22 @@ def luthier() -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
 @click.option("--tune", is_flag=True, help="Measure kernels on this machine where several templates fit.")
+@click.option("--name", help="What npm calls a web package; default: the name of its folder.")
+@click.option("--version", help="The version of a web package; default: 1.0.0.")
+@click.option("--shard-mb", type=float, help="The most megabytes of a file of weights of a web package; default: 24.")
 @click.option("--language", is_flag=True, help="MODEL is an ONNX decoder: make a language model of it (docs/llm.md).")
 @quantize_options
 @_debug
 def compile_command(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, tune: bool, language: bool, debug: str | None,
-    **quantization: Any,
+    name: str | None, version: str | None, shard_mb: float | None, **quantization: Any,
 ) -> None:
     """Compile an ONNX MODEL (or a GGUF language model) into an artifact: a folder that runs without Python."""
     import luthier as package
+    from luthier.artifact import package_names
 
     out = output or Path(f"{_existing(model).stem}.luthier")
+    package_names(out, name, version)  # what is wrong with them is told before the work
     source: Any = model
     if precision is not None:
         from luthier.cli_quantize import quantize_file
@@ -128,7 +136,7 @@ def compile_command(
     for note in notes:
         echo(f"note: {note.message}", err=True)
     compiled = time.perf_counter() - start
-    module.save(out)
+    module.save(out, shard_mb, name, version)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     echo(f"{out}: {size / 1e6:.1f} MB, compiled for {target} in {compiled:.2f} s")
     for kind, values in (("input", module.inputs), ("output", module.outputs)):

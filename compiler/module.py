@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from luthier import dlpack, settings
 from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
+from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
     from luthier.codegen.target import Target
@@ -58,7 +59,10 @@ class Module:
     """``inputs``, ``outputs``: what a call takes and gives. ``manifest``: all that is known about the module, as plain data.
 
     A module may be called from several threads at once; each concurrent call has its own context. ``threads``: workers of a
-    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
+    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code.
+    ``is_package``: whether ``save`` writes an npm package."""
+
+    is_package: ClassVar[bool] = False
 
     def __init__(
         self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
@@ -77,6 +81,7 @@ class Module:
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._out_names = {p.name for p in self._outs}
+        self._structured = manifest.get("structured", {"inputs": {}, "outputs": {}})
         self.files: dict[str, Callable[[], bytes]] = {}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
@@ -118,17 +123,22 @@ class Module:
         Arrays are numpy's or anything with DLPack or ``__array_interface__``, in the processor's memory (not copied when
         contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
-        wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
+        wrong name, dtype, rank, extent or device, KernelError when a kernel fails.
+
+        A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
         arrays = self._given(inputs)
         if out is not None and not (isinstance(out, Mapping) and out.keys() <= self._out_names):
             if not isinstance(out, Mapping):
                 raise InputError(f"out takes arrays by name, got {type(out).__name__}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
             extra = sorted(repr(n) for n in out if n not in self._out_names)
             raise InputError(f"the model has no output {', '.join(extra)}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
-        return self._run(arrays, out)
+        results = self._run(arrays, out)
+        return unpack(self._structured["outputs"], results) if self._structured["outputs"] else results
 
     def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
         """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        if self._structured["inputs"]:
+            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         try:
             arrays = [inputs[p.name] for p in self._ins]
             left = 0
@@ -308,12 +318,13 @@ class Module:
 
         return write_native(self, folder)
 
-    def save(self, path: str | Path, shard_mb: float | None = None) -> Path:
-        """Write the artifact folder ``path`` (whole or not at all). ``shard_mb``: the most megabytes of a file of weights in a web
-        package (default 24). Raises ArtifactError, TargetError without a linker."""
+    def save(self, path: str | Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
+        """Write the artifact folder ``path`` (whole or not at all). For web packages alone: ``shard_mb``: the most megabytes of a file of
+        weights (default 24); ``name``, ``version``: what npm calls it (default: as the folder, 1.0.0). Raises ArtifactError, TargetError
+        without a linker."""
         from luthier.artifact import save
 
-        return save(self, Path(path), shard_mb)
+        return save(self, Path(path), shard_mb, name, version)
 
 
 def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:

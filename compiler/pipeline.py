@@ -26,6 +26,7 @@ from luthier.passes.legalize_operators import legalize_operators
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
 from luthier.passes.merge_siblings import merge_siblings
+from luthier.passes.poison_memory import poison_memory
 from luthier.passes.quantize_integer import quantize_integer
 from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
@@ -110,6 +111,8 @@ def lower_graph(
         if getattr(caps, flag) and p(graph):
             dump.write(flag, lambda: str(graph))
     program = build_program(graph, lambda c, consts: build(c, caps, consts, record), lambda f: build_kernel(f, caps), on_kernel)
+    if "poison" in settings.debug.get():
+        program = poison_memory(program, lambda c: build(c, caps).funcs)
     override_kernels(program)
     dump.write("program", lambda: str(program))
     if dump.on:

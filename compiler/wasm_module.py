@@ -141,6 +141,8 @@ class WasmModule(Module):
     """A Module whose code is WebAssembly. ``binary(variant)``: the bytes of a variant; ``weights``: the blob that every variant reads;
     ``variant``: what ``run`` uses."""
 
+    is_package = True
+
     def __init__(
         self, manifest: dict[str, Any], binaries: dict[str, bytes], weights: Array, threads: int | None = None,
         printer: Callable[[str], bytes] | None = None, source: Path | None = None,

@@ -31,10 +31,10 @@ import numpy as np
 from luthier.errors import ArtifactError
 from luthier.native import DTYPES
 
-__all__ = ["ENGINES", "SHARD_MB", "VERSION", "read_weights", "write_package"]
+__all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
-VERSION = "1.0.0"
+COMMENTS = re.compile(r"^ *(/\*\*.*?\*/|//[^\n]*)\n", re.M | re.S)  # lines of their own: a sixth of the runtime
 TEXTS = {"@huggingface/jinja": "^0.5.0", "@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for chats and texts
 Array = np.ndarray[Any, Any]
 
@@ -91,7 +91,8 @@ def write_package(
     source = importlib.resources.files("luthier.codegen.web_runtime")
     language = manifest.get("language")
     for name in (*_COMMON, *ENGINES[kind], *(_LANGUAGE if language else ())):
-        put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
+        text = source.joinpath(name).read_text(encoding="utf-8")
+        put(f"runtime/{name}", COMMENTS.sub("", text).lstrip() if name.endswith(".js") else text)
     put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
     page = source.joinpath("language.html" if language else "index.html").read_text(encoding="utf-8")
     put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
@@ -151,11 +152,10 @@ def _files_js(names: Iterable[str]) -> str:
 
 
 def _package_json(manifest: Mapping[str, Any]) -> str:
-    about = manifest.get("package", {"name": manifest["name"], "version": VERSION})
-    name = re.sub(r"[^a-z0-9._~-]+", "-", about["name"].lower()).strip("-._")[:200] or "model"
+    about = manifest.get("package", {"name": "model", "version": "1.0.0"})
     return json.dumps(
         {
-            "name": name, "version": about["version"], "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
+            **about, "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
             "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TEXTS} if "language" in manifest else {}),

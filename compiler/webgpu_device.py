@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from luthier import settings
-from luthier.codegen.webgpu_features import NATIVE, choose, in_use
+from luthier.codegen.webgpu_features import LOOP_ANSWER, LOOP_PROBE, NATIVE, choose, in_use
 from luthier.errors import CompilationError, InputError, KernelError, OutOfMemoryError, TargetError
 
 CHUNK = 1 << 16
 ALIGN = 256
 MAX_ROUNDS = 1_000_000
+LOOP_LIMIT = 65535  # rounds after which an adapter that ends loops does so
 OPTIONAL = ("timestamp-query",)  # asked for where the adapter has them; nothing needs them
 TIMED = 2048  # dispatches whose times one query set holds
 LARGER = ("max-buffer-size", "max-storage-buffer-binding-size")  # as much as the adapter has: temporaries may be larger than the default
@@ -82,6 +83,21 @@ def new_buffer(size: int, *usages: str) -> Any:
 def largest_binding() -> int:
     """Bytes that one binding may have on the default device."""
     return int(device().limits["max-storage-buffer-binding-size"])
+
+
+@functools.lru_cache(maxsize=1)
+def ends_loops() -> bool:
+    """Whether the default device ends a thread that goes through many rounds of a loop."""
+    import wgpu
+
+    d, u = device(), wgpu.BufferUsage
+    b = d.create_buffer_with_data(data=bytes(16), usage=u.STORAGE | u.COPY_SRC)
+    pipeline = d.create_compute_pipeline(layout="auto", compute={"module": d.create_shader_module(code=LOOP_PROBE), "entry_point": "main"})
+    group = d.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=[{"binding": 0, "resource": {"buffer": b, "offset": 0, "size": 16}}])
+    enc = d.create_command_encoder()
+    _encode(enc, [("d", pipeline, group, 0, 1, 1, 1)])
+    d.queue.submit([enc.finish()])
+    return struct.unpack_from("<I", bytes(d.queue.read_buffer(b)))[0] != LOOP_ANSWER
 
 
 class Pipelines:
@@ -302,6 +318,14 @@ class _Run:
         n = int(self.value(size))
         if n:
             self.rec.commands.append(("c", self.memory(src), int(self.value(so)), self.memory(dst), int(self.value(do)), n))
+
+    def do_rounds(self, n: Any, what: str) -> None:
+        rounds = int(self.value(n))
+        if rounds > LOOP_LIMIT and ends_loops():
+            raise KernelError(
+                f"{what} takes {rounds} rounds in one thread, this adapter ends a thread after {LOOP_LIMIT}", node=what,
+                hint="use smaller inputs, another adapter, or the targets cpu and wasm",
+            )
 
     def do_output(self, j: int, mem: Any, offset: Any, shape: Sequence[Any]) -> None:
         self.rec.outputs[j] = (self.memory(mem), int(self.value(offset)), tuple(int(self.value(e)) for e in shape))

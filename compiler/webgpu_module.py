@@ -25,6 +25,8 @@ FILES = ("host.json", "shaders.json")
 class WebGpuModule(Module):
     """``shaders``: WGSL texts; ``host``: the program's main as data (:mod:`luthier.codegen.webgpu`); ``blob``: all constants."""
 
+    is_package = True
+
     def __init__(self, manifest: dict[str, Any], host: dict[str, Any], shaders: Sequence[str], blob: Array, threads: int | None = None) -> None:
         super().__init__(manifest, None, blob, threads)
         self.host, self.shaders = host, list(shaders)

@@ -29,6 +29,8 @@ from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
 from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.materialize_contents import CONTENT
+from luthier.passes.retype_float4 import retype_float4
+from luthier.passes.widen_subbyte import carrier, packing, widen_subbyte
 
 Array = np.ndarray[Any, Any]
 REQUIRE = "luthier::Require"
@@ -118,6 +120,7 @@ class _Builder:
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
             block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
+            structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
@@ -161,7 +164,7 @@ class _Builder:
             symbols |= it.symbols
             items.append(it)
         items.reverse()
-        self._bind_outputs(items, outs)
+        self._bind_outputs(items, outs, makes)
         stmts: list[Stmt] = []
         outside, self.required = self.required, set(self.required)
         pending = self._require(graph.requirements, stmts, defined)
@@ -232,9 +235,11 @@ class _Builder:
         reads = [v for v in work.params.values() if v.data is None]
         return _Item(g, work, reads, shapes | set(work.compute.dims))
 
-    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]]) -> None:
-        """Producers write straight into output buffers, through views where the shape differs."""
+    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]], makes: Mapping[Group, set[Expr]]) -> None:
+        """Producers write straight into output buffers, through views where the shape differs and its extents are known by then."""
         makers = {v: it for it in items for n in it.group.nodes for v in n.outputs}
+        place = {it.group: k for k, it in enumerate(items)}
+        decided = {s: k for k, it in enumerate(items) for s in makes.get(it.group, ())}
         taken: set[Value] = set(self.storage)
         for v, b in outs:
             it = makers.get(v)
@@ -248,7 +253,7 @@ class _Builder:
                 continue
             if isinstance(it.work, Kernel) and it.work.capacity or (it.node.op in _CONTROL and type_symbols(v.type) - {s for s in type_symbols(b_type(b))}):
                 continue
-            if it.node.op in ("Loop", "Scan"):
+            if it.node.op in ("Loop", "Scan") or any(decided.get(s, -1) > place[it.group] for s in b.symbols()):
                 continue
             top = chain[0] if chain else v
             self.storage[top] = b
@@ -344,14 +349,15 @@ class _Builder:
     def _emit_compute(self, it: _Item, work: Joined, stmts: list[Stmt]) -> None:
         args: dict[str, Buffer] = {}
         consts: dict[str, Array] = {}
-        compute, scalars = abstract_extents(work.compute)
+        joined, narrow = widen_subbyte(retype_float4(work.compute))
+        compute, scalars = abstract_extents(joined)
         for name, v in work.params.items():
             if v.data is not None:
                 consts[name] = v.data
             else:
                 args[name] = self.buffer_of(v)
         for name, v in work.outs.items():
-            args[name] = self.buffer_of(v)
+            args[name] = self.buffer_of(v) if name not in narrow else self.temp(f"{v.name}.bytes", carrier(narrow[name]), v.shape)
         key = (replace(compute, name="k"), *sorted(consts))
         k = self.cache.get(key)
         if k is None:
@@ -377,6 +383,17 @@ class _Builder:
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
             self.call(f, args, scalars, stmts, names)
+        for name, d in narrow.items():
+            self._pack(args[name], self.buffer_of(work.outs[name]), d.bits, stmts, names)
+
+    def _pack(self, src: Buffer, dst: Buffer, bits: int, stmts: list[Stmt], names: tuple[str, ...]) -> None:
+        """Elements one to a byte to those of ``bits`` bits."""
+        c = packing(bits)
+        k = self.cache.get(c.name)
+        if k is None:
+            k = self.cache[c.name] = self.schedule(c, {})
+        for f in k.funcs:
+            self.call(f, {"p0": src, "o0": dst}, {c.dims[0]: src.size()}, stmts, names)
 
     def _fits(self, k: Scheduled, consts: Mapping[str, Array]) -> bool:
         """Whether kernels made for one layer's weights have room for those of another."""

@@ -139,6 +139,30 @@ def test_demo_page(browser: Browser, root: Path, target: str) -> None:
         page.close()
 
 
+OPEN_IMAGES = {  # a window wider than sixteen pixels; a picture of 64 pixels and no other
+    "window": ([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": np.ones((1, 1, 20, 20), np.float32)}, ["a", "b"]),
+    "product": ([helper.make_node("Reshape", ["x", "to"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])],
+                {"to": np.array([1, -1]), "w": np.ones((64, 2), np.float32)}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPEN_IMAGES)
+def test_demo_page_of_open_height_and_width(browser: Browser, tmp_path: Path, kind: str) -> None:
+    """The page begins with extents that the model takes, and shows no error."""
+    nodes, weights, out = OPEN_IMAGES[kind]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, kind, [value("x", TensorProto.FLOAT, [1, 1, "h", "w"])], [value("y", TensorProto.FLOAT, [1, 1, *out] if out else [1, 2])],
+        [onnx.numpy_helper.from_array(a, name) for name, a in weights.items()],
+    )  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    for url in start(luthier.compile(proto, target="wasm").save(tmp_path / kind)):
+        page = browser.open(url)
+        page.wait_for("html[data-state=ran], html[data-state=failed]", 60)
+        assert page.text("#error") == "" and "float32" in page.text("#outputs")
+        page.close()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("worker", [True, False])
 def test_results(page: Page, target: str, worker: bool) -> None:

@@ -75,12 +75,37 @@ export class Engine {
     const upload = this.files.shards(this.manifest.web.shards, (offset, bytes) => this.upload(offset, bytes), onBytes);
     try {
       await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, this.room()]);
+      this.endsLoops = await this.probeLoops();
     } catch (error) {
-      if (error instanceof LuthierError) throw error;
-      throw this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      const own = error instanceof LuthierError ? error : this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      device.destroy(); // frees what there is of the weights
+      throw own;
     }
     this.recorder = new Recorder(this, program);
     this.plans = new Map();
+  }
+
+  /** Whether the adapter ends a thread that goes through many rounds of a loop, as software does. Asked where the model may have such a thread. */
+  async probeLoops() {
+    if (!program.loops) return false;
+    const { device } = this;
+    const { buffer } = this.allocate(16, "a question to the adapter");
+    const staging = device.createBuffer({ size: 16, usage: 1 | GPUBufferUsage_.COPY_DST });
+    const pipeline = await device.createComputePipelineAsync({ layout: "auto", compute: { module: device.createShaderModule({ code: program.loops.probe }), entryPoint: "main" } });
+    const group = device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries: [{ binding: 0, resource: { buffer } }] });
+    const encoder = device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, group);
+    pass.dispatchWorkgroups(1);
+    pass.end();
+    encoder.copyBufferToBuffer(buffer, 0, staging, 0, 16);
+    device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(1);
+    const [found] = new Uint32Array(staging.getMappedRange().slice(0));
+    staging.destroy();
+    buffer.destroy();
+    return found !== program.loops.answer;
   }
 
   /** A buffer; room() tells whether the GPU had the memory. Raises OutOfMemoryError. */
@@ -202,7 +227,7 @@ export class Engine {
         if (!this.lost) {
           const memory = await this.forget().then(() => error, (e) => e);
           if (memory instanceof LuthierError) throw memory;
-          throw error instanceof RangeError ? new OutOfMemoryError("NO_MEMORY", `no memory for the run (${error.message})`, "use smaller inputs") : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
+          throw error instanceof RangeError ? error : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
         }
         if (round > 0) throw this.deviceLost();
       }

@@ -4,6 +4,7 @@
 import { InputError, KernelError } from "./errors.js";
 
 const ROUNDS = 1e6; // of all loops of a call
+const LOOP_LIMIT = 65535; // rounds in a thread
 const SLOT = 256; // alignment of uniforms
 const CHUNK = 64 * SLOT;
 const GROUPS = 4096; // bind groups kept
@@ -181,6 +182,13 @@ export class Recorder {
 
   peek(j, k) {
     return Number(this.ins[j].data[k]);
+  }
+
+  /** Before a dispatch: `n` rounds of loops in one thread, which some adapters do not run to their end. */
+  rounds(n, what) {
+    if (n > LOOP_LIMIT && this.engine.endsLoops) {
+      throw new KernelError("LONG_LOOP", `${what} takes ${n} rounds in one thread, this adapter ends a thread after ${LOOP_LIMIT}`, "use smaller inputs, another GPU, or the package compiled for wasm", { what, rounds: n });
+    }
   }
 
   input(j) {

@@ -9,29 +9,36 @@ import { Sampler } from "./sampling.js";
 const LIBRARY = "@huggingface/tokenizers";
 const TEMPLATES = "@huggingface/jinja";
 const MARK = "\ufffd"; // what stands for bytes that are no character
-const INSTALLED = { [LIBRARY]: () => import("@huggingface/tokenizers"), [TEMPLATES]: () => import("@huggingface/jinja") }; // bundlers read these
 
-/** A class of a library: the page's own, an installed one, or the one in the package's node_modules (there in `file`). null without any. */
-async function libraryClass(library, name, file) {
-  const beside = () => {
-    const url = new URL(/* @vite-ignore */ /* webpackIgnore: true */ `../node_modules/${library}/dist/${file}`, import.meta.url);
-    return import(/* @vite-ignore */ /* webpackIgnore: true */ url.href);
-  };
-  for (const find of [INSTALLED[library], beside]) {
-    try {
-      return (await find())[name];
-    } catch {
-      // the next one
-    }
+/** What the package's own node_modules holds of a library; null where it does not. */
+function beside(library, file) {
+  const url = new URL(/* @vite-ignore */ /* webpackIgnore: true */ `../node_modules/${library}/dist/${file}`, import.meta.url);
+  return import(/* @vite-ignore */ /* webpackIgnore: true */ url.href).catch(() => ({}));
+}
+
+/** The class Tokenizer of the library: the page's own, an installed one, or the one in the package's node_modules. undefined without any. */
+async function tokenizerClass() {
+  try {
+    return (await import("@huggingface/tokenizers")).Tokenizer; // inside `try`, so that bundlers do without
+  } catch {
+    return (await beside(LIBRARY, "tokenizers.min.mjs")).Tokenizer;
   }
-  return null;
+}
+
+/** The class Template of the library, found in the same way. */
+async function templateClass() {
+  try {
+    return (await import("@huggingface/jinja")).Template;
+  } catch {
+    return (await beside(TEMPLATES, "index.js")).Template;
+  }
 }
 
 /** `given`: undefined, a class like the library's, or an object with encode(text) and decode(tokens). */
 async function makeTokenizer(given, about, places, options) {
   if (given && typeof given !== "function") return given;
   if (!about.tokenizer || given === null) return null;
-  const Tokenizer = given || (await libraryClass(LIBRARY, "Tokenizer", "tokenizers.min.mjs"));
+  const Tokenizer = given || (await tokenizerClass());
   if (!Tokenizer) return null;
   const bytes = await new Files(places, options).checked("tokenizer.json", about.tokenizer);
   const library = new Tokenizer(JSON.parse(await textOf(bytes)), { clean_up_tokenization_spaces: false });
@@ -44,7 +51,7 @@ async function makeTokenizer(given, about, places, options) {
 /** The messages [{role, content}] as the model's own template writes them, ready for the answer. */
 async function renderChat(about, messages, given) {
   if (!about.chat || !about.chat.template) throw new UnsupportedError("NO_CHAT_FORMAT", "the model has no chat template", "give the whole prompt as a text");
-  const Template = given || (await libraryClass(TEMPLATES, "Template", "index.js"));
+  const Template = given || (await templateClass());
   if (!Template) throw new UnsupportedError("NO_TEMPLATES", "chats need a library that renders templates, and none was found", `npm install ${TEMPLATES}, pass load(url, { Template }), or give the whole prompt as a text`);
   const { template, ...names } = about.chat;
   try {
@@ -99,7 +106,7 @@ export class LanguageModel {
 
   get tokenizer() {
     if (this.#tokenizer) return this.#tokenizer;
-    throw new UnsupportedError("NO_TOKENIZER", "texts need a tokenizer, and none was found", "npm install @huggingface/tokenizers (in the package's folder for a page without a bundler), pass load(url, { tokenizer }), or use tokens");
+    throw new UnsupportedError("NO_TOKENIZER", "texts need a tokenizer, and none was found", `npm install ${LIBRARY} (in the package's folder for a page without a bundler), pass load(url, { tokenizer }), or use tokens`);
   }
 
   /** Tokens of a text, with the mark that begins one where the sequence is empty. */

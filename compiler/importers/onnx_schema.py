@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
+from luthier.importers.onnx_sequences import Any_, name_of, type_text
 from luthier.importers.onnx_tensors import ELEMENT
 from luthier.ir.errors import InvalidModel, TypeMismatch
 from luthier.ir.graph import Value
@@ -84,7 +85,7 @@ def check_opsets(opsets: Iterable[tuple[str, int]]) -> None:
             raise InvalidModel(f"the model imports version {version} of the operators of {domain or 'ai.onnx'!r}")
 
 
-def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Value | None], attributes: Mapping[str, AttributeProto]) -> None:
+def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Any_ | None], attributes: Mapping[str, AttributeProto]) -> None:
     """``attributes``: those of the node, references to a function's resolved. Raises InvalidModel or TypeMismatch."""
     if not any(n.output):
         raise InvalidModel("none of its outputs has a name")
@@ -114,20 +115,20 @@ def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Value | N
         raise TypeMismatch(wrong)
 
 
-def _type_error(d: _Declaration, inputs: Sequence[Value | None]) -> str:
+def _type_error(d: _Declaration, inputs: Sequence[Any_ | None]) -> str:
     """Why the types of ``inputs`` do not fit, empty when they do."""
     bound: dict[str, tuple[str, str]] = {}
     for k, v in enumerate(inputs):
         if v is None or not d.inputs:
             continue
         i = d.inputs[min(k, len(d.inputs) - 1)]
-        have = _TYPES.get(v.dtype, "")
+        have = type_text(v, _TYPES.get(v.dtype, ""))
         if i.types and have not in i.types:
             few = ", ".join(sorted(t.removeprefix("tensor(").removesuffix(")") for t in i.types)[:12])
-            return f"input {k} ({v.name}) is {v.dtype}, it may be {few}"
-        other, first = bound.setdefault(i.variable, (have, v.name)) if i.alike else (have, "")
+            return f"input {k} ({name_of(v)}) is {v.dtype if isinstance(v, Value) else have}, it may be {few}"
+        other, first = bound.setdefault(i.variable, (have, name_of(v))) if i.alike else (have, "")
         if other != have:
-            return f"input {k} ({v.name}) is {v.dtype}, it should be of the same type as {first}, {other.removeprefix('tensor(').removesuffix(')')}"
+            return f"input {k} ({name_of(v)}) is {v.dtype if isinstance(v, Value) else have}, it should be of the same type as {first}, {other.removeprefix('tensor(').removesuffix(')')}"
     return ""
 
 
