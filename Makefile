@@ -37,7 +37,7 @@ $(VENV)/.luthier-venv:
 
 $(VENV)/.luthier-dev: $(VENV)/.luthier-venv pyproject.toml setup.py
 	$(PIP) -e '.[dev]'
-	-$(VENV)/bin/python benchmarks/setup_web.py --tests  # for the tests that ask a browser or Dawn, 140 MB; without npm or Chromium they are skipped
+	-$(VENV)/bin/python benchmarks/setup_web.py --tests  # for the tests that ask a browser, a bundler, Deno or Dawn, 370 MB; without npm or Chromium they are skipped
 	touch $@
 
 # rapidocr-onnxruntime is wanted for its model files alone: its own dependencies (OpenCV) and Python limit do not matter.

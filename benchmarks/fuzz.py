@@ -29,6 +29,7 @@ from benchmarks.fuzz_mutate import apply, mutant
 
 FAULTS = ("crash", "hang", "internal")
 RESULTS = Path("build/fuzz")
+COMMAND = ["-m", "benchmarks.fuzz_worker"]
 Result = dict[str, Any]
 
 
@@ -75,8 +76,7 @@ class Worker:
     def attempt(self, data: bytes, suffix: str, checked: bool = False) -> Result:
         """What became of a file with these contents. ``checked``: kernels check every access; one that is outside is a fault as well."""
         if self.process is None:
-            command = [sys.executable, "-m", "benchmarks.fuzz_worker", str(self.megabytes)]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            self.process = subprocess.Popen([sys.executable, *COMMAND, str(self.megabytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         path = self.folder / f"mutant{suffix}"
         path.write_bytes(data)
         assert self.process.stdin is not None
@@ -111,6 +111,10 @@ def one(worker: Worker, seed: int, number: int) -> Result:
     base, kind, edits = mutant(seed, number)
     checked = number % 4 == 3
     result = worker.try_edits(base, kind, edits, checked)
+    if result["outcome"] == "hang":  # or the machine was busy: once more, with four times as long
+        worker.timeout *= 4
+        result = worker.try_edits(base, kind, edits, checked)
+        worker.timeout /= 4
     if result["outcome"] in FAULTS:
         left = shrunk(worker, base, kind, edits, result, checked)
         if left != edits:

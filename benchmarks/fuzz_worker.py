@@ -83,10 +83,10 @@ def differences(outputs: Answers, expected: list[Any], names: list[str]) -> str:
     """The first output that differs, empty for none. Integers of quantized models may be one off."""
     for name, want in zip(names, expected, strict=True):
         got = outputs.get(name)
-        if got is None or isinstance(want, list) or want is None:
-            continue
+        if got is None or isinstance(want, list) or want is None or np.asarray(got).dtype.kind == "V":
+            continue  # sequences; types that onnxruntime hands out as bytes
         got, want = np.asarray(got), np.asarray(want)
-        if got.shape != want.shape or got.dtype != want.dtype and got.dtype.name not in ("bfloat16",):
+        if got.shape != want.shape or got.dtype != want.dtype:
             return f"{name}: {got.dtype}{list(got.shape)} against {want.dtype}{list(want.shape)}"
         if not want.size:
             continue

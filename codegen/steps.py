@@ -17,7 +17,7 @@ import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
 from luthier.ir.dtypes import DType
-from luthier.ir.errors import CompilationError
+from luthier.ir.errors import CompilationError, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
@@ -30,7 +30,7 @@ DEFAULT = "default "  # before the name of an input: the constant that it is whe
 # Codes of element types in the ABI, those of ONNX.
 DTYPE_CODES = {
     "f32": 1, "u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6, "i64": 7, "bool": 9, "f16": 10, "f64": 11, "u32": 12, "u64": 13,
-    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f8e8m0": 24, "u2": 25, "i2": 26,
+    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f4e2m1": 23, "f8e8m0": 24, "u2": 25, "i2": 26,
 }  # fmt: skip
 
 
@@ -117,7 +117,7 @@ class Layout:
         for what, bs in (("input", program.inputs), ("output", program.outputs)):
             for b in bs:
                 if b.rank > MAX_RANK:
-                    raise CompilationError(f"{what} {b.name} has rank {b.rank}, the ABI of artifacts allows {MAX_RANK}")
+                    raise UnsupportedOperator(f"{what} {b.name} has rank {b.rank}, a module takes and gives at most {MAX_RANK}", hint="reshape it inside of the model")
                 if b.dtype.name not in DTYPE_CODES:
                     raise CompilationError(f"{what} {b.name}: elements of type {b.dtype} cannot cross the ABI")
 

@@ -16,6 +16,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,11 +37,15 @@ __all__ = ["FORMAT", "load", "save"]
 _CPU_FILES = ("model.so", "model.h", "weights.bin")
 
 
-def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
-    """Write ``module`` as the folder ``path``; an artifact that is there is replaced.
+def save(module: Module, path: Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
+    """Write ``module`` as the folder ``path``; an artifact that is there is replaced. ``name``, ``version``: of a web package.
 
-    Raises ArtifactError when something else is there or the disk refuses, TargetError without a linker."""
+    Raises ArtifactError when something else is there, a name is no package's or the disk refuses, TargetError without a linker."""
     path = Path(os.path.realpath(path))
+    if module.is_package:
+        module.manifest["package"] = package_names(path, name, version)
+    elif name is not None or version is not None:
+        raise ArtifactError(f"an artifact for {module.manifest['target']['name']} is no npm package", hint="leave name and version out")
     try:
         if path.exists() and not (path / NAME).is_file() and (not path.is_dir() or any(path.iterdir())):
             raise ArtifactError(f"{path} exists and is no artifact", hint="name another folder")
@@ -49,6 +54,19 @@ def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
     except OSError as e:
         raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
     return path
+
+
+def package_names(path: Path, name: str | None, version: str | None) -> dict[str, str]:
+    """What npm calls the package in the folder ``path``: after it, unless the caller has named it. Raises ArtifactError."""
+    if name is None:
+        name = re.sub(r"[^a-z0-9._~-]+", "-", path.name.removesuffix(".luthier").lower()).strip("-._") or "model"
+    elif not re.fullmatch(r"(@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*", name) or len(name) > 214:
+        raise ArtifactError(f"{name!r} is no name of an npm package", hint="small letters, digits and -._~, with or without @scope/ before it")
+    if version is None:
+        version = "1.0.0"
+    elif not re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", version):
+        raise ArtifactError(f"{version!r} is no version of an npm package", hint="three numbers, such as 1.2.0")
+    return {"name": name[:214], "version": version}
 
 
 def _write(module: Module, folder: Path, shard_mb: float | None) -> None:

@@ -11,6 +11,7 @@ Text needs the ``tokenizers`` package (``pip install luthier[llm]``); :meth:`Lan
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -224,16 +225,21 @@ class LanguageModel:
         def text(ids: Sequence[int]) -> str:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-        shown, held = list(before[-8:]), []  # a few tokens decide whether a blank stands before the next one
+        def more(shown: Sequence[int], held: Sequence[int]) -> str:
+            whole = text([*shown, *held])
+            return whole[len(os.path.commonprefix([text(shown), whole])) :]
+
+        shown: Sequence[int] = before[-8:]  # a few tokens decide whether a blank stands before the next one
+        held: list[int] = []
         for t in tokens:
             held.append(t)
-            whole, start = text([*shown, *held]), len(text(shown).rstrip("\ufffd"))
-            if whole.endswith("\ufffd") and len(held) < 8:  # more can be no character
+            piece = more(shown, held)
+            if piece.endswith("\ufffd") and len(held) < 8:  # so many are no character
                 continue
-            if whole[start:]:
-                yield whole[start:]
-            shown, held = held, []
-        rest = text([*shown, *held])[len(text(shown)) :].rstrip("\ufffd") if held else ""
+            if piece:
+                yield piece
+            shown, held = held if not text(shown).endswith("\ufffd") else [*shown, *held], []  # what is shown begins with a whole character
+        rest = more(shown, held).rstrip("\ufffd")
         if rest:
             yield rest
 

@@ -77,7 +77,7 @@ def _json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """What the files beside an export say: ``context``, ``end``, ``chat``. Raises InvalidModel for a file that is no JSON object."""
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "genai_config.json", "tokenizer_config.json"):
@@ -122,7 +122,7 @@ def compile_onnx(
     from luthier.importers.onnx_language import decoder_graph
 
     path = Path(path)
-    about = _settings(path.parent)
+    about = read_settings(path.parent)
     n = capacity or min(about["context"] or CAPACITY, 2048)
     if n < 1 or about["context"] and n > about["context"]:
         raise InputError(f"a capacity of {n} positions is outside of 1 to {about['context']}, the model's context")

@@ -57,8 +57,13 @@ def _place(x: Any) -> bool:
     return isinstance(x, list) and len(x) == 2 and all(_count(k) for k in x)
 
 
+def _default(x: Any) -> bool:
+    """What an input is in a call that leaves it out."""
+    return x == "random" or isinstance(x, dict) and _count(x.get("offset")) and _count(x.get("bytes")) and _shape(x.get("shape"))
+
+
 # A type, a predicate, [what every element is], {str: what every value is} or {key: what its value is}
-_PORT = {"name": str, "code": _code, "shape": _shape}
+_PORT = {"name": str, "code": _code, "shape": _shape, "default": _Optional(_default)}
 _SHARD = {"file": _file, "offset": _count, "bytes": _count, "sha256": str}
 _SHAPE: dict[Any, Any] = {
     "name": str, "inputs": [_PORT], "outputs": [_PORT], "dims": {str: _place}, "weights_bytes": _count,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier import settings
@@ -78,14 +77,12 @@ class Dump:
     """Writes the IR after each pass that changed it into the folder named by LUTHIER_DUMP."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = settings.dump.get()
+        self.on = settings.dump.get() is not None
         self.count = 0
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, text: Callable[[], str]) -> None:
-        if self.folder is not None:
-            (self.folder / f"{self.count:03d}-{name}.txt").write_text(text(), encoding="utf-8")
+        if self.on:
+            settings.write_dump(f"{self.count:03d}-{name}.txt", text())
             self.count += 1
 
 
@@ -118,8 +115,8 @@ def lower_graph(
         program = poison_memory(program, lambda c: build(c, caps).funcs)
     override_kernels(program)
     dump.write("program", lambda: str(program))
-    if dump.folder is not None:
-        write_kernels(program, dump.folder / "kernels")
+    if dump.on:
+        write_kernels(program)
     return program
 
 

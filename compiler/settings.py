@@ -115,6 +115,19 @@ def provide(name: str, text: str) -> None:
     os.environ.setdefault(name, text)
 
 
+def write_dump(name: str, text: str) -> None:
+    """A file of the folder LUTHIER_DUMP, where that is set. Raises SettingError when it cannot be written."""
+    folder = dump.get()
+    if folder is None:
+        return
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise SettingError(f"{dump.name}: cannot write {path}: {e.strerror or e}", hint=dump.help) from e
+
+
 def all_settings() -> list[Setting[object]]:
     """Every declared setting, in the order of this file."""
     return list(_REGISTRY)

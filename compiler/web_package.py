@@ -31,11 +31,11 @@ import numpy as np
 from luthier.errors import ArtifactError
 from luthier.native import DTYPES
 
-__all__ = ["ENGINES", "SHARD_MB", "VERSION", "read_weights", "write_package"]
+__all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
-VERSION = "1.0.0"
-TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
+COMMENTS = re.compile(r"^ *(/\*\*.*?\*/|//[^\n]*)\n", re.M | re.S)  # lines of their own: a sixth of the runtime
+TEXTS = {"@huggingface/jinja": "^0.5.0", "@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for chats and texts
 Array = np.ndarray[Any, Any]
 
 # what a package carries of the runtime, by the kind of its target
@@ -91,7 +91,8 @@ def write_package(
     source = importlib.resources.files("luthier.codegen.web_runtime")
     language = manifest.get("language")
     for name in (*_COMMON, *ENGINES[kind], *(_LANGUAGE if language else ())):
-        put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
+        text = source.joinpath(name).read_text(encoding="utf-8")
+        put(f"runtime/{name}", COMMENTS.sub("", text).lstrip() if name.endswith(".js") else text)
     put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
     page = source.joinpath("language.html" if language else "index.html").read_text(encoding="utf-8")
     put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
@@ -151,14 +152,13 @@ def _files_js(names: Iterable[str]) -> str:
 
 
 def _package_json(manifest: Mapping[str, Any]) -> str:
-    about = manifest.get("package", {"name": manifest["name"], "version": VERSION})
-    name = re.sub(r"[^a-z0-9._~-]+", "-", about["name"].lower()).strip("-._")[:200] or "model"
+    about = manifest.get("package", {"name": "model", "version": "1.0.0"})
     return json.dumps(
         {
-            "name": name, "version": about["version"], "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
+            **about, "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
-            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TOKENIZERS} if "language" in manifest else {}),
+            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TEXTS} if "language" in manifest else {}),
         },
         indent=2,
     ) + "\n"  # fmt: skip
@@ -185,7 +185,8 @@ export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
 """
 
 _LANGUAGE_D_TS = """export interface Tokenizer {
-  encode(text: string): number[];
+  /** `first`: the text begins a sequence. */
+  encode(text: string, first?: boolean): number[];
   decode(tokens: number[]): string;
 }
 
@@ -219,20 +220,24 @@ export class LanguageModel {
   readonly endTokens: readonly number[];
   readonly info: Info;
   readonly hasTokenizer: boolean;
-  /** Tokens of the sequence so far. */
-  length: number;
+  /** The sequence in the cache. */
+  readonly tokens: number[];
+  readonly length: number;
+  /** The last token that was decided, where it is not in the cache yet; the next call begins with it. */
+  readonly waiting: number[];
   encode(text: string): number[];
   decode(tokens: Iterable<number>): string;
   reset(length?: number): void;
   /** Logits after the last token. */
   feed(tokens: Iterable<number>, options?: { signal?: AbortSignal }): Promise<Float32Array>;
   generateTokens(prompt: Iterable<number>, options?: SamplingOptions): AsyncGenerator<number, void>;
+  /** `prompt`: a text that continues the sequence, or a whole conversation, which the model's own template writes. */
   generate(prompt: string | Message[], options?: SamplingOptions): AsyncGenerator<string, void>;
   close(): Promise<void>;
 }
 
 /** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null }): Promise<LanguageModel>;
+export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null; Template?: new (template: string) => { render(values: object): string } }): Promise<LanguageModel>;
 """
 
 

@@ -29,6 +29,8 @@ from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
 from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.materialize_contents import CONTENT
+from luthier.passes.retype_float4 import retype_float4
+from luthier.passes.widen_subbyte import carrier, packing, widen_subbyte
 
 Array = np.ndarray[Any, Any]
 REQUIRE = "luthier::Require"
@@ -347,14 +349,15 @@ class _Builder:
     def _emit_compute(self, it: _Item, work: Joined, stmts: list[Stmt]) -> None:
         args: dict[str, Buffer] = {}
         consts: dict[str, Array] = {}
-        compute, scalars = abstract_extents(work.compute)
+        joined, narrow = widen_subbyte(retype_float4(work.compute))
+        compute, scalars = abstract_extents(joined)
         for name, v in work.params.items():
             if v.data is not None:
                 consts[name] = v.data
             else:
                 args[name] = self.buffer_of(v)
         for name, v in work.outs.items():
-            args[name] = self.buffer_of(v)
+            args[name] = self.buffer_of(v) if name not in narrow else self.temp(f"{v.name}.bytes", carrier(narrow[name]), v.shape)
         key = (replace(compute, name="k"), *sorted(consts))
         k = self.cache.get(key)
         if k is None:
@@ -380,6 +383,17 @@ class _Builder:
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
             self.call(f, args, scalars, stmts, names)
+        for name, d in narrow.items():
+            self._pack(args[name], self.buffer_of(work.outs[name]), d.bits, stmts, names)
+
+    def _pack(self, src: Buffer, dst: Buffer, bits: int, stmts: list[Stmt], names: tuple[str, ...]) -> None:
+        """Elements one to a byte to those of ``bits`` bits."""
+        c = packing(bits)
+        k = self.cache.get(c.name)
+        if k is None:
+            k = self.cache[c.name] = self.schedule(c, {})
+        for f in k.funcs:
+            self.call(f, {"p0": src, "o0": dst}, {c.dims[0]: src.size()}, stmts, names)
 
     def _fits(self, k: Scheduled, consts: Mapping[str, Array]) -> bool:
         """Whether kernels made for one layer's weights have room for those of another."""

@@ -89,7 +89,7 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
             ctx.producers[v] = n
         out = rule(n, ctx)
         values = [] if out is None else [out] if isinstance(out, Value) else list(out)
-        if out is None or not all(_take_symbols(old, new) for old, new in zip(n.outputs, values, strict=False)):
+        if out is None or not all(_takes_over(old, new) for old, new in zip(n.outputs, values, strict=False)):
             ctx.new.append(n)
             continue
         changed = True
@@ -104,11 +104,11 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
     return changed
 
 
-def _take_symbols(old: Value, new: Value) -> bool:
-    """Whether ``new`` may stand for ``old``: symbols that the program reads from ``old`` are then read from ``new``."""
-    if not old.bound or old is new:
+def _takes_over(old: Value, new: Value) -> bool:
+    """Symbols that the program reads from ``old`` are read from ``new`` from now on; False when ``new`` has contents of its own."""
+    if old is new or not old.bound:
         return True
-    if new.content is not None or new.data is not None:
+    if new.data is not None or new.content is not None:
         return False
     new.content, new.bound = old.content, True
     return True

@@ -20,7 +20,8 @@ import pytest
 import luthier
 from benchmarks import browser as browsers
 from benchmarks.browser import NODE_MODULES, Browser
-from luthier import serve
+from luthier import llm, serve
+from tests.test_gguf import forward, tiny
 from tests.test_web_browser import model
 
 LACKING = browsers.missing() or next(
@@ -106,10 +107,10 @@ def browser() -> Iterator[Browser]:
         yield b
 
 
-def write_app(folder: Path, package: Path) -> Path:
+def write_app(folder: Path, package: Path, text: str = APP) -> Path:
     shutil.copytree(package, folder / "node_modules" / "classifier")
     (folder / "src").mkdir()
-    (folder / "src" / "main.ts").write_text(APP)
+    (folder / "src" / "main.ts").write_text(text)
     (folder / "package.json").write_text('{"name": "app", "private": true, "type": "module"}')
     (folder / "tsconfig.json").write_text(json.dumps(OPTIONS))
     return folder
@@ -142,6 +143,40 @@ def test_bundle(packages: dict[str, Path], browser: Browser, tmp_path: Path, bui
     assert out["info"]["warnings"] == []
     if target == "wasm":
         assert out["info"]["threads"] == 2 and out["info"]["variant"] == "relaxed-threads"
+
+
+SPEAKER = """
+import { load } from "classifier";
+
+async function main(): Promise<object> {
+  const model = await load(undefined, { threads: 2 });
+  const logits = await model.feed([5, 17, 93]);
+  return { logits: Array.from(logits), info: model.info };
+}
+
+main()
+  .catch((e: unknown) => ({ failed: String(e) }))
+  .then((result) => {
+    document.body.textContent = JSON.stringify(result);
+    document.documentElement.dataset.state = "done";
+  });
+"""
+
+
+def test_language_model(browser: Browser, tmp_path: Path) -> None:
+    """A language model's package depends on a tokenizer's library, which comes into the bundle as npm has installed it."""
+    library = NODE_MODULES / "@huggingface" / "tokenizers"
+    if not library.is_dir():
+        pytest.skip("@huggingface/tokenizers is not installed (python benchmarks/setup_web.py --tests)")
+    file = tiny(tmp_path / "tiny.gguf")
+    app = write_app(tmp_path / "app", llm.compile_model(file, "wasm", capacity=32, chunk=4, exact=True).save(tmp_path / "speaker"), SPEAKER)
+    shutil.copytree(library, app / "node_modules" / "@huggingface" / "tokenizers")
+    vite(app)
+    assert any("tokenizers" in p.name for p in (app / "dist" / "assets").iterdir())
+    out = result_of(browser, app / "dist")
+    assert "failed" not in out, out
+    want = forward(file, [5, 17, 93])[-1]
+    assert np.abs(np.array(out["logits"]) - want).max() < 2e-3 * np.abs(want).max() and out["info"]["threads"] == 2
 
 
 def test_types(packages: dict[str, Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ extern "C" {
 /* Element types: the codes of ONNX. Types below 8 bits are packed, first element in the lowest bits. */
 enum {
   LT_F32 = 1, LT_U8 = 2, LT_I8 = 3, LT_U16 = 4, LT_I16 = 5, LT_I32 = 6, LT_I64 = 7, LT_BOOL = 9, LT_F16 = 10, LT_F64 = 11,
-  LT_U32 = 12, LT_U64 = 13, LT_BF16 = 16, LT_U4 = 21, LT_I4 = 22, LT_U2 = 25, LT_I2 = 26
+  LT_U32 = 12, LT_U64 = 13, LT_BF16 = 16, LT_U4 = 21, LT_I4 = 22, LT_F4E2M1 = 23, LT_U2 = 25, LT_I2 = 26
 };
 
 /* INPUT: the caller's tensors do not fit, or a shape that the model computes is impossible for them. OUTPUT: an array given for an

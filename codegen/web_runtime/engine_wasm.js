@@ -45,7 +45,7 @@ async function choose(manifest, options, warnings) {
     const why = !hasWorkers
       ? "there are no workers in this place"
       : !canShare()
-      ? "the page is not cross-origin isolated"
+      ? globalThis.crossOriginIsolated ? "the browser has no shared memory" : "the page is not cross-origin isolated"
       : !valid("threads")
         ? "the browser has no WebAssembly threads"
         : "";
@@ -103,6 +103,7 @@ export class Engine {
 
   static async load(manifest, files, options, onBytes) {
     const engine = new Engine(manifest);
+    engine.again = () => Engine.load(manifest, files, options, () => undefined);
     const warnings = [];
     const { variant, threads } = await choose(manifest, options, warnings);
     const shared = variant.endsWith("-threads");
@@ -151,6 +152,13 @@ export class Engine {
     this.threads = [];
   }
 
+  /** After a trap nothing in the memory can be trusted: the model is loaded again, unless it had a state to lose. */
+  async recover() {
+    if (this.manifest.language) throw new KernelError("TRAP", "the compiled model failed in an earlier call", "load the model again");
+    for (const worker of this.threads) worker.terminate();
+    Object.assign(this, await this.again(), { broken: false });
+  }
+
   record(k) {
     return new DataView(this.memory.buffer, this.wasm.io + RECORD * k, RECORD);
   }
@@ -173,7 +181,8 @@ export class Engine {
     } catch (error) {
       if (!(error instanceof WebAssembly.RuntimeError)) throw error;
       this.broken = true;
-      throw new KernelError("TRAP", `the compiled model failed: ${error.message}`, "load the model again; if it fails again with these inputs, report it");
+      this.immediate = false;
+      throw new KernelError("TRAP", `the compiled model failed: ${error.message}`, "call again: the model is loaded anew; if it fails again with these inputs, report it");
     }
   }
 
@@ -197,6 +206,7 @@ export class Engine {
 
   /** {name: typed array over the input's own memory} for inputs of these extents: given to run() as they are, nothing is copied. */
   async views(shapes) {
+    if (this.broken) await this.recover();
     const { inputs, language } = this.manifest;
     if (language) throw new UnsupportedError("NO_VIEWS", "a language model keeps its state in its inputs", "call run() with arrays");
     const ins = knownShapes(inputs, shapes);
@@ -206,6 +216,7 @@ export class Engine {
   }
 
   async run(inputs, outputs, into = {}) {
+    if (this.broken) await this.recover();
     const { manifest } = this;
     const wanted = chooseOutputs(manifest.outputs, outputs);
     const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state, this.defaults);

@@ -36,6 +36,9 @@ export function pack(error) {
   if (error instanceof LuthierError) {
     return { name: error.name, code: error.code, message: error.message, hint: error.hint, details: error.details };
   }
+  if (error instanceof RangeError && /alloc|memory|length/i.test(error.message)) {
+    return pack(new OutOfMemoryError("NO_MEMORY", `no memory for the call: ${error.message}`, "use smaller inputs, or read fewer outputs"));
+  }
   const text = error && error.message ? `${error.name}: ${error.message}` : String(error);
   return { name: "KernelError", code: "INTERNAL", message: text, hint: "", details: { stack: String((error && error.stack) || "") } };
 }

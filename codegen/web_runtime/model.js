@@ -96,7 +96,7 @@ class Remote {
         this.worker.post({ id, op, ...data }, transfer);
       } catch (error) {
         this.waiting.delete(id);
-        reject(new InputError("NOT_CLONABLE", `an input cannot be sent to the worker: ${error.message}`, "pass typed arrays"));
+        reject(new InputError("NOT_CLONABLE", `an input cannot be sent to the worker: ${error.message}`, "pass typed arrays of less than 2 GB"));
       }
     });
   }

@@ -25,6 +25,7 @@ export const DTYPES = {
   20: ["float8_e5m2fnuz", 8, Uint8Array],
   21: ["uint4", 4, Uint8Array],
   22: ["int4", 4, Int8Array],
+  23: ["float4_e2m1fn", 4, Uint8Array],
   24: ["float8_e8m0fnu", 8, Uint8Array],
   25: ["uint2", 2, Uint8Array],
   26: ["int2", 2, Int8Array],

@@ -8,10 +8,12 @@ that shape arithmetic is known when types are inferred. ``onnx.checker`` and ``o
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,30 @@ def constant_data(v: Value | None) -> Any:
     """The array of a value that is known to be a constant."""
     assert v is not None and v.data is not None
     return v.data
+
+
+def in_order(protos: Iterable[NodeProto]) -> list[NodeProto]:
+    """The nodes, each behind those whose outputs it reads; the specification asks for that, but writers forget it. Nodes in a circle stay
+    where they are."""
+    nodes = list(protos)
+    makers = {o: k for k, n in enumerate(nodes) for o in n.output if o}
+    before = [{makers[i] for i in _reads(n) if i in makers} for n in nodes]
+    if all(j < k for k, js in enumerate(before) for j in js):
+        return nodes
+    try:
+        return [nodes[k] for k in TopologicalSorter(dict(enumerate(before))).static_order()]
+    except CycleError:
+        return nodes
+
+
+def _reads(n: NodeProto) -> Iterator[str]:
+    """Names that a node or a subgraph of it reads."""
+    yield from n.input
+    for a in n.attribute:
+        for g in (a.g, *a.graphs):
+            for m in g.node:
+                yield from _reads(m)
+            yield from (o.name for o in g.output)
 
 
 def _label(n: NodeProto) -> str:
@@ -339,6 +365,8 @@ class _Importer:
                 raise ShapeError(f"input {i.name!r} declares no rank", hint=f"give it with shapes={{{i.name!r}: (...)}}")
             return TensorType(dtype, tuple(self._dim(i.name, k, None, w, pins) for k, w in enumerate(want)))
         dims = list(t.shape.dim)
+        if math.prod(d.dim_value for d in dims if d.dim_value > 0) >= 1 << 48:
+            raise ShapeError(f"input {i.name!r} is declared with more elements than any memory holds", shapes={i.name: tuple(d.dim_value for d in dims)})
         return TensorType(dtype, tuple(self._dim(i.name, k, d, None if want is None else want[k], pins) for k, d in enumerate(dims)))
 
     def _dim(self, name: str, axis: int, d: Any, want: Any, pins: Mapping[str, int]) -> Expr:
@@ -370,7 +398,7 @@ class _Importer:
             raise UnsupportedOperator(f"constant {name!r}: {e}") from None
 
     def import_nodes(self, protos: Iterable[NodeProto], scope: _Scope) -> None:
-        for n in protos:
+        for n in in_order(protos):
             check_texts(n.name, n.op_type, n.domain, *n.input, *n.output, *(t for a in n.attribute for t in (a.name, a.ref_attr_name)))
             try:
                 self._node(n, scope)
@@ -422,6 +450,8 @@ class _Importer:
         outs = list(n.output)
         while outs and not outs[-1]:
             outs.pop()
+        if graphs:  # one for every result of the bodies, used or not
+            outs += [""] * (min(len(attrs[k].outputs) for k in graphs) - int(op == "Loop") - len(outs))
         old = onnx_upgrade.Old(
             op, inputs, attrs, len(outs), scope.opsets.get(_domain(n.domain), 1), self._emitter(scope, n), lambda a: self._constant(a, scope.prefix + "const"),
             scope.prefix + (n.name or outs[0]), self.integral,
@@ -639,8 +669,17 @@ def onnx_upgrade_target(op: str) -> str:
     return {"Upsample": "Resize", "Scatter": "ScatterElements"}.get(op, op)
 
 
+# com.microsoft operators that are the standard's under another name or with more types
+SAME = {
+    "QuantizeLinear": "QuantizeLinear", "DequantizeLinear": "DequantizeLinear", "Trilu": "Trilu", "GatherND": "GatherND", "Range": "Range",
+    "ExpandDims": "Unsqueeze", "TransposeMatMul": "com.microsoft::FusedMatMul", "Pad": "Pad",
+}  # fmt: skip
+
+
 def _qualified(n: NodeProto) -> str:
     d = _domain(n.domain)
+    if d == "com.microsoft" and n.op_type in SAME:
+        return SAME[n.op_type]
     return f"{d}::{n.op_type}" if d else n.op_type
 
 

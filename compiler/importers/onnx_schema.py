@@ -89,13 +89,13 @@ def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Any_ | No
     """``attributes``: those of the node, references to a function's resolved. Raises InvalidModel or TypeMismatch."""
     if not any(n.output):
         raise InvalidModel("none of its outputs has a name")
-    d = _declared(n.op_type, domain, opset)
+    newest = _newest(n.op_type, domain)
+    d = _declared(n.op_type, domain, opset) or newest
     if d is None:
         return
     for name in d.required:
         if name not in attributes:
             raise InvalidModel(f"the attribute {name!r} is missing")
-    newest = _newest(n.op_type, domain)
     for name, a in attributes.items():
         want = d.attributes.get(name) or (newest.attributes.get(name) if newest is not None else None)
         if want is not None and a.type != want:

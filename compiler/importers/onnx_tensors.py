@@ -23,7 +23,7 @@ ELEMENT: dict[int, DType] = {
     TensorProto.FLOAT8E4M3FNUZ: D.f8e4m3fnuz, TensorProto.FLOAT8E5M2: D.f8e5m2, TensorProto.FLOAT8E5M2FNUZ: D.f8e5m2fnuz,
     TensorProto.UINT4: D.u4, TensorProto.INT4: D.i4,
 }  # fmt: skip
-for _name, _dtype in (("FLOAT8E8M0", D.f8e8m0), ("INT2", D.i2), ("UINT2", D.u2)):
+for _name, _dtype in (("FLOAT4E2M1", D.f4e2m1), ("FLOAT8E8M0", D.f8e8m0), ("INT2", D.i2), ("UINT2", D.u2)):
     if hasattr(TensorProto, _name):
         ELEMENT[getattr(TensorProto, _name)] = _dtype
 

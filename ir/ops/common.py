@@ -24,7 +24,7 @@ ZERO, ONE = const(0), const(1)
 # element types as ONNX numbers them (attributes `to`, `dtype`)
 ELEMENT_TYPES: dict[int, DType] = {
     1: D.f32, 2: D.u8, 3: D.i8, 4: D.u16, 5: D.i16, 6: D.i32, 7: D.i64, 8: D.string, 9: D.boolean, 10: D.f16, 11: D.f64, 12: D.u32,
-    13: D.u64, 16: D.bf16, 17: D.f8e4m3fn, 18: D.f8e4m3fnuz, 19: D.f8e5m2, 20: D.f8e5m2fnuz, 21: D.u4, 22: D.i4, 24: D.f8e8m0,
+    13: D.u64, 16: D.bf16, 17: D.f8e4m3fn, 18: D.f8e4m3fnuz, 19: D.f8e5m2, 20: D.f8e5m2fnuz, 21: D.u4, 22: D.i4, 23: D.f4e2m1, 24: D.f8e8m0,
     25: D.u2, 26: D.i2,
 }  # fmt: skip
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from luthier.ir import float4
 from luthier.ir.compute import Compute, LetStmt
-from luthier.ir.dtypes import DType, boolean, f32, from_numpy, i32
+from luthier.ir.dtypes import DType, boolean, f4e2m1, f32, from_numpy, i32
 from luthier.ir.expr import Expr, bitcast, cast, const, lor, select
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
@@ -40,6 +41,10 @@ F8_MAX = {"f8e4m3fn": 448.0, "f8e4m3fnuz": 240.0, "f8e5m2": 57344.0, "f8e5m2fnuz
 def cast_to(x: Expr, to: DType, saturate: bool = True, mode: str = "up") -> Expr:
     """Conversion as ONNX defines it: 8-bit floats saturate on demand; floats become
     sub-byte integers by way of i32, so they truncate and wrap."""
+    if x.dtype is f4e2m1:
+        x = float4.decode(x)
+    if to is f4e2m1:
+        return float4.encode(cast(x, f32))
     if x.dtype.is_bool and to.is_float and to.bits < 32:
         return cast(cast(x, f32), to)
     if to.name in F8_MAX:
