@@ -163,6 +163,7 @@ def test_elements_that_do_not_fit_are_refused() -> None:
     module = luthier.compile(proto)
     x = np.ones((2, 3), np.float32)
     np.testing.assert_array_equal(module.run({"q": [x, 2 * x]})["y"], np.concatenate([x, 2 * x], 1))
+    np.testing.assert_array_equal(module([x, 2 * x])[0], np.concatenate([x, 2 * x], 1))
     with pytest.raises(LuthierError, match="extents agree"):
         module.run({"q": [x, np.ones((4, 3), np.float32)]})
     with pytest.raises(InputError, match="list of arrays"):

@@ -134,10 +134,13 @@ def declared(t: onnx.TypeProto, what: str) -> Form | None:
         t = t.sequence_type.elem_type
     if t.WhichOneof("value") != "tensor_type":
         raise UnsupportedOperator(f"{what} is a {kind or 'value without a type'}; tensors, sequences of tensors and optionals of both are supported")
+    dtype = element_type(t.tensor_type.elem_type, what)
+    if dtype.kind == "s":
+        raise UnsupportedOperator(f"{what} holds strings; no target computes with them", hint="tokenise before the model")
     dims = t.tensor_type.shape.dim
     extents = tuple(d.dim_value if d.HasField("dim_value") and tensor else None for d in dims)
     known = tensor and t.tensor_type.HasField("shape") or len(extents) > 0  # sequences without extents are often declared as of scalars
-    return Form(element_type(t.tensor_type.elem_type, what), extents if known else MIXED, optional, tensor)
+    return Form(dtype, extents if known else MIXED, optional, tensor)
 
 
 def type_text(v: Any_, tensor: str) -> str:
