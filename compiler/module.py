@@ -111,6 +111,12 @@ class Module:
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""
+        if self._structured["inputs"] or self._structured["outputs"]:
+            owner = {port: name for name, s in self._structured["inputs"].items() for port in s["ports"]}
+            names = list(dict.fromkeys(owner.get(p.name, p.name) for p in self._ins if p.default is None))
+            if len(arrays) != len(names):
+                raise InputError(f"the module takes {len(names)} inputs ({', '.join(names)}), got {len(arrays)}")
+            return tuple(self.run(dict(zip(names, arrays, strict=True))).values())
         least = sum(p.default is None for p in self._ins)
         if not least <= len(arrays) <= len(self._ins):
             many = str(least) if least == len(self._ins) else f"{least} to {len(self._ins)}"

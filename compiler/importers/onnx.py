@@ -91,6 +91,12 @@ class _Scope:
             s = s.parent
         raise KeyError(name)
 
+    def constant(self, name: str) -> Value:
+        """An initializer of this graph."""
+        v = self.values[name]
+        assert isinstance(v, Value)
+        return v
+
 
 def constant_data(v: Value | None) -> Any:
     """The array of a value that is known to be a constant."""
@@ -185,7 +191,7 @@ class _Importer:
             try:
                 form = declared_form(i.type, f"input {i.name!r}")
                 if i.name in replaceable:  # the name is that of the constant, which nobody reads now
-                    default = scope.find(i.name)
+                    default = scope.constant(i.name)
                     v, values = self._input(i.name, self._default_type(i, pins, default), i.name)
                     defaults[i.name] = constant_data(default)
                 else:
@@ -221,7 +227,7 @@ class _Importer:
         """Initializers among the graph's inputs that calls may replace. Files of IR versions before 4 list all of them; they are constants."""
         asked = self.overridable
         if asked is None:
-            size = sum(constant_data(scope.find(n)).nbytes for n in listed)
+            size = sum(constant_data(scope.constant(n)).nbytes for n in listed)
             return listed if self.model.ir_version >= 4 and size <= OVERRIDABLE_BYTES else set()
         if isinstance(asked, bool):
             return listed if asked else set()
@@ -298,7 +304,8 @@ class _Importer:
                 v, values = self._input(scope.prefix + i.name, known if known is not None else self._input_type(i, {}))
                 scope.values[i.name] = v
                 ins += values
-            with self._counted({"Loop": ins[:1], "Scan": [None]}.get(op, [])):
+            counted: dict[str, list[Value | None]] = {"Loop": [*ins[:1]], "Scan": [None]}
+            with self._counted(counted.get(op, [])):
                 self.import_nodes(g.node, scope)
             return Body(scope.prefix.rstrip("/"), ins, self._outputs(g, scope), self.nodes, self.requirements)
         finally:
