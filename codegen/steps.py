@@ -17,12 +17,12 @@ import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
 from luthier.ir.dtypes import DType
-from luthier.ir.errors import CompilationError
+from luthier.ir.errors import CompilationError, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
-from luthier.passes.plan_memory import ALIGN, Plan, plan_memory
+from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
 DEFAULT = "default "  # before the name of an input: the constant that it is when a call leaves it out
@@ -55,7 +55,8 @@ class Weights:
 def lay_out(program: Program) -> Weights:
     """Bytes of every constant, sub-byte elements packed."""
     w = Weights()
-    dtypes = {b.name: b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
+    owner = roots(program)
+    dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
         w.add(name, _packed(a, d))
@@ -91,7 +92,7 @@ class Layout:
         self.plan: Plan = plan_memory(program)
         self.weights = lay_out(program)
         dims = set(program.dims)
-        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not free_vars(b.size()) <= dims}
+        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not b.symbols() <= dims}
         k = len(program.dims)
         self.table: dict[str, int] = {}
         for n in (*(b.name for b in program.inputs), *(b.name for b in program.outputs), *self.plan.slot_of):
@@ -116,7 +117,7 @@ class Layout:
         for what, bs in (("input", program.inputs), ("output", program.outputs)):
             for b in bs:
                 if b.rank > MAX_RANK:
-                    raise CompilationError(f"{what} {b.name} has rank {b.rank}, the ABI of artifacts allows {MAX_RANK}")
+                    raise UnsupportedOperator(f"{what} {b.name} has rank {b.rank}, a module takes and gives at most {MAX_RANK}", hint="reshape it inside of the model")
                 if b.dtype.name not in DTYPE_CODES:
                     raise CompilationError(f"{what} {b.name}: elements of type {b.dtype} cannot cross the ABI")
 
@@ -375,7 +376,7 @@ class _Walk:
         """Memory of buffers and outputs whose last unknown extent was just read."""
         m = self.m
         names = [n for n, e in m.plan.dynamic.items() if n not in self.placed and free_vars(e) <= self.known]
-        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and free_vars(b.size()) <= self.known]
+        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and b.symbols() <= self.known]
         if not names and not outs:
             return
         self.meet()

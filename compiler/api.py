@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from luthier.at_fork import whole
 from luthier.collection import collection_paused
 
 if TYPE_CHECKING:
@@ -33,11 +35,18 @@ def compile(
     here; True all, False none. Without it all, when together they are no more than 64 KiB: larger ones are weights that an exporter listed.
     Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
-    from luthier import settings
-    from luthier.codegen.target import parse_target
-    from luthier.errors import TargetError
-    from luthier.importers.onnx import import_onnx
-    from luthier.targets import builder
+    with whole:
+        from luthier import settings
+        from luthier.codegen.target import parse_target
+        from luthier.errors import TargetError
+        from luthier.importers.onnx import import_onnx
+        from luthier.ir.op import lookup
+        from luthier.targets import builder
+
+        lookup("")  # imports every operator
+        builder(parse_target(target).kind)
+        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.copy_graph", "numpy.random"):  # what would be imported on the way
+            importlib.import_module(name)
 
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
         from luthier.llm import compile_gguf

@@ -115,14 +115,13 @@ def aliased_kernels(program: Program) -> set[str]:
 
 def _dump(symbols: Mapping[str, str], texts: Mapping[str, str], main: str, target: Target) -> None:
     """With LUTHIER_DUMP: the LLVM text of the program and of every kernel, and the kernels' assembly."""
-    folder = settings.dump.get()
-    if folder is None:
+    if settings.dump.get() is None:
         return
     names = {symbol: name for name, symbol in symbols.items()}
-    (folder / "llvm-main.txt").write_text(main, encoding="utf-8")
+    settings.write_dump("llvm-main.txt", main)
     for symbol, text in texts.items():
-        (folder / f"llvm-{names[symbol]}.txt").write_text(text, encoding="utf-8")
-        (folder / f"machine-{names[symbol]}.txt").write_text(assembly(text, target), encoding="utf-8")
+        settings.write_dump(f"llvm-{names[symbol]}.txt", text)
+        settings.write_dump(f"machine-{names[symbol]}.txt", assembly(text, target))
 
 
 def _nodes_of(program: Program, kernel: str) -> str | None:
@@ -153,7 +152,16 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
         "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes, "checked": program.checked,
+        **_structured(program),
     }  # fmt: skip
+
+
+def _structured(program: Program) -> dict[str, Any]:
+    """What callers give and get as something else than one tensor."""
+    kinds = (("inputs", program.structured_inputs), ("outputs", program.structured_outputs))
+    if not any(d for _, d in kinds):
+        return {}
+    return {"structured": {k: {n: {"ports": list(s.ports), "tensor": s.tensor} for n, s in d.items()} for k, d in kinds}}
 
 
 def _io(b: Buffer, name: str) -> dict[str, Any]:

@@ -93,10 +93,9 @@ def _nodes_of(program: Program, kernel: str) -> str | None:
 
 def _dump(program: Program, printer: ProgramPrinter) -> None:
     """With LUTHIER_DUMP: the kernels as they are printed."""
-    folder = settings.dump.get()
-    if folder is not None:
+    if settings.dump.get() is not None:
         for name, f in printer.kernels.items():
-            (folder / f"wasm-{name}.txt").write_text(str(f), encoding="utf-8")
+            settings.write_dump(f"wasm-{name}.txt", str(f))
 
 
 def probes() -> dict[str, str]:

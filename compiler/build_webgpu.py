@@ -35,10 +35,9 @@ def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
 
 def _dump(g: GpuProgram, program: Program) -> None:
     """With LUTHIER_DUMP: what main does, and every shader."""
-    folder = settings.dump.get()
-    if folder is None:
+    if settings.dump.get() is None:
         return
-    (folder / "webgpu-main.txt").write_text(report(g, program.nodes), encoding="utf-8")
+    settings.write_dump("webgpu-main.txt", report(g, program.nodes))
     for k, text in enumerate(g.shaders):
         text = STANDARD.write(text, g.features[k])
-        (folder / f"wgsl-{k:03d}-{g.names[k]}.txt").write_text(text, encoding="utf-8")
+        settings.write_dump(f"wgsl-{k:03d}-{g.names[k]}.txt", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.errors import InputError
+from luthier.files import open_regular
 
 __all__ = ["random_inputs", "read_inputs"]
 
@@ -39,8 +41,8 @@ def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, A
         if not equals:
             name, file = "", text
         try:
-            loaded = np.load(Path(file), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            loaded = _load(Path(file))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"cannot read {file}: {error}", hint="give a .npy or .npz file") from error
         if isinstance(loaded, np.ndarray):
             free = [n for n in names if n not in found]
@@ -48,11 +50,18 @@ def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, A
                 raise InputError(f"{file} is one more than the model has inputs ({', '.join(names)})")
             found[name or free[0]] = loaded
         else:
-            found |= {key: loaded[key] for key in loaded.files}
+            found |= loaded
     for name in found:
         if name not in names:
             raise InputError(f'the model has no input "{name}"', hint=f"its inputs are {', '.join(names)}")
     return found
+
+
+def _load(path: Path) -> Array | dict[str, Array]:
+    """The array of a .npy, the arrays of a .npz."""
+    with open_regular(path) as f:
+        loaded = np.load(f, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
 
 
 def random_inputs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier import settings
-from luthier.errors import ArtifactError, InputError, KernelError, LuthierError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, OutOfMemoryError
+from luthier.files import open_regular
 
 ABI_VERSION = 1
 EXPORTS = (
@@ -125,7 +127,8 @@ class Context:
             text = (self.fns.message(self.ptr) or b"").decode(errors="replace").strip()
             if status == 1 or status == 2:
                 raise InputError(text or "the inputs do not fit the module")
-            raise KernelError(text or f"the module failed with status {status}")
+            kind = OutOfMemoryError if status == 3 else KernelError
+            raise kind(text or f"the module failed with status {status}")
 
     def close(self) -> None:
         self._end()
@@ -159,14 +162,29 @@ def aligned(size: int, fill: bool = True) -> np.ndarray[Any, Any]:
     return raw[o : o + max(size, 1)]
 
 
-def map_file(path: Path) -> np.ndarray[Any, Any]:
-    """A file's bytes, mapped; the pages are shared between processes."""
-    size = path.stat().st_size
-    if size == 0:
-        return aligned(1)
-    with open(path, "rb") as f:
-        m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(m, np.uint8)
+MAPPED = 1 << 22  # bytes from which weights are mapped
+
+
+def map_file(path: Path) -> tuple[np.ndarray[Any, Any], Callable[[], None] | None]:
+    """(a file's bytes, a check that it has not been cut short since). Large files are mapped and share their pages between processes: to
+    read one behind its new end kills a process, so calls check first. Small ones are copied and need no check. Raises ArtifactError."""
+    try:
+        f = open_regular(path)
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}") from e
+    size = os.fstat(f.fileno()).st_size
+    if size < MAPPED:
+        with f:
+            out = aligned(size, False)
+            f.readinto(out[:size].data)
+        return out, None
+    m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def intact() -> None:
+        if os.fstat(f.fileno()).st_size < size:
+            raise ArtifactError(f"{path} was cut short after it was loaded", hint="write another file and rename it; load the artifact again")
+
+    return np.frombuffer(m, np.uint8), intact
 
 
 def owned(ptr: int, nbytes: int, free: Callable[[int], None]) -> np.ndarray[Any, Any]:

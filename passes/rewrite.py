@@ -88,11 +88,8 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
         for v in n.outputs:
             ctx.producers[v] = n
         out = rule(n, ctx)
-        if out is None:
-            ctx.new.append(n)
-            continue
-        values = [out] if isinstance(out, Value) else list(out)
-        if not all(_takes_over(old, new) for old, new in zip(n.outputs, values, strict=False)):
+        values = [] if out is None else [out] if isinstance(out, Value) else list(out)
+        if out is None or not all(_takes_over(old, new) for old, new in zip(n.outputs, values, strict=False)):
             ctx.new.append(n)
             continue
         changed = True

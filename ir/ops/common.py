@@ -68,6 +68,14 @@ def need(node: Node, i: int) -> Value:
     return v
 
 
+def expect_shape(node: Node, i: int, shape: Sequence[Expr | int]) -> None:
+    """Input ``i``, where it is given, has this shape. Raises ShapeError; extents that only a run knows are checked then."""
+    v = node.input(i)
+    want = tuple(as_expr(s) for s in shape)
+    if v is not None and (v.rank != len(want) or any(differ(a, b) for a, b in zip(v.shape, want, strict=True))):
+        raise shape_error(node, f"input {i} ({v.name}) has the shape {list(v.shape)}, it should have {list(want)}")
+
+
 def get(ins: Sequence[Buffer | None], i: int) -> Buffer | None:
     return ins[i] if i < len(ins) else None
 

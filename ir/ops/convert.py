@@ -105,6 +105,7 @@ def cast_ref(a: Array, to: DType, saturate: bool = True, mode: str = "up") -> Ar
 
 class CastBase(Op):
     kind = "elementwise"
+    permutes = True
 
     def target(self, node: Node) -> DType:
         raise NotImplementedError
@@ -148,6 +149,7 @@ class BitCast(Op):
     """The same bits as another type of the same width."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x, to = need(node, 0), element_type(node, node.attrs["to"])

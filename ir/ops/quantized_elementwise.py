@@ -58,6 +58,7 @@ class QLinearBinary(Op):
     """(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero), broadcast like Add."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         a, b = need(node, 0), need(node, 3)
@@ -81,6 +82,7 @@ class QLinearUnary(Op):
     """(x, x_scale, x_zero, y_scale, y_zero)."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         return [need(node, 0).type]

@@ -19,7 +19,21 @@ from luthier.ir.expr import Expr, as_expr, cast, const, load, maximum, minimum, 
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import Array, define, differ, get, make, must, need, padded, shape_error, static, unsupported, widen
+from luthier.ir.ops.common import (
+    Array,
+    define,
+    differ,
+    expect_shape,
+    get,
+    make,
+    must,
+    need,
+    padded,
+    shape_error,
+    static,
+    unsupported,
+    widen,
+)
 
 # name: (default alpha, default beta, function of x, alpha, beta)
 ACTIVATIONS: dict[str, tuple[float | None, float | None, Callable[[Expr, float, float], Expr]]] = {
@@ -133,6 +147,13 @@ class Recurrent(Op):
         self.activations(node)
         flip = int(node.attrs.get("layout", 0))
         t, b = (x.shape[1], x.shape[0]) if flip else (x.shape[0], x.shape[1])
+        state = (b, n, h) if flip else (n, b, h)
+        expect_shape(node, 2, (n, self.gates * h, h))
+        expect_shape(node, 3, (n, 2 * self.gates * h))
+        expect_shape(node, 4, (b,))
+        for i in range(5, 5 + self.states):
+            expect_shape(node, i, state)
+        expect_shape(node, 7, (n, 3 * h))
         y = (b, t, n, h) if flip else (t, n, b, h)
         s = (b, n, h) if flip else (n, b, h)
         return [TensorType.of(x.dtype, y)] + [TensorType.of(x.dtype, s)] * self.states

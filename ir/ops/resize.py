@@ -199,6 +199,8 @@ class Resize(Op):
             if len(given) != len(axes):
                 raise shape_error(node, f"{len(given)} scales for {len(axes)} axes")
             for k, a in enumerate(axes):
+                if given[k].op == "const" and not 0 < given[k].attr < 1 << 31:
+                    raise shape_error(node, f"a scale is {given[k].attr}, it must be a positive number")
                 out[a] = Dim(x.shape[a], scaled_extent(x.shape[a], given[k]), given[k], roi[k])
             return out
         want = content_or_symbols(node, 3)
