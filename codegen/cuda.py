@@ -173,7 +173,11 @@ class _Cuda(CStyle):
         self.body(s.body)
         self.put("}")
         self.put(f"{a} = lane_{op}({a});")
-        other = self.choose(f"(x {'<' if op == 'min' else '>'} y)", "x", "y") if op in ("min", "max") else self.arithmetic(op, "x", "y", acc.dtype)
+        better = f"x {'<' if op.endswith('min') else '>'} y"
+        if op.endswith(("min", "max")):
+            other = self.choose(f"(x != x || {better})" if op.startswith("nan") else f"({better})", "x", "y")
+        else:
+            other = self.arithmetic(op, "x", "y", acc.dtype)
         step = f"const {t} y = __shfl_xor_sync(0xffffffffu, x, k); x = {other};"
         self.helpers[f"{op} {t}"] = f"__device__ __forceinline__ {t} lane_{op}({t} x) {{ for (int k = 16; k; k >>= 1) {{ {step} }} return x; }}"
         return True

@@ -173,7 +173,7 @@ class BindPrinter(HostPrinter):
 
         for b in (*p.inputs, *p.outputs):
             word = m.memory.pointer_word(b.name)
-            known = free_vars(b.size()) <= dims
+            known = b.symbols() <= dims
             if known:
                 take(word, byte_size(b.dtype, b.size()), word + 4)
         slots = m.layout.plan.slots

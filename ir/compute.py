@@ -19,7 +19,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, as_expr, cast, const, load, make_node, maximum, minimum, proj, select, substitute, var, walk
+from luthier.ir.expr import (
+    Expr,
+    as_expr,
+    carry_nan,
+    cast,
+    const,
+    lnot,
+    load,
+    make_node,
+    maximum,
+    minimum,
+    proj,
+    select,
+    substitute,
+    unary,
+    var,
+    walk,
+)
 from luthier.ir.loop import Buffer
 
 
@@ -62,8 +79,12 @@ def _highest(d: DType) -> Expr:
 
 def _arg(better: Callable[[Expr, Expr], Expr], last: bool = False) -> Callable[[tuple[Expr, ...], tuple[Expr, ...]], tuple[Expr, ...]]:
     def combine(a: tuple[Expr, ...], b: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        tie = (b[1] < a[1]) if not last else (a[1] < b[1])
+        u = DType("u", b[1].dtype.bits)  # no position yet is -1, which is behind all others as an unsigned number
+        tie = (cast(b[1], u) < cast(a[1], u)) if not last else (a[1] < b[1])
         take = better(b[0], a[0]) | (b[0].eq(a[0]) & tie)
+        if b[0].dtype.is_float:  # NaN beats every number, and its like by position
+            lost, held = unary("isnan", b[0]), unary("isnan", a[0])
+            take = select(lost, lnot(held) | tie, take)
         return select(take, b[0], a[0]), select(take, b[1], a[1])
 
     return combine
@@ -78,13 +99,24 @@ MONOIDS: dict[str, Monoid] = {
     "prod": Monoid("prod", lambda d: (const(1, d[0]),), _one(lambda a, b: a * b), "mul"),
     "max": Monoid("max", lambda d: (_lowest(d[0]),), _one(maximum), "max"),
     "min": Monoid("min", lambda d: (_highest(d[0]),), _one(minimum), "min"),
+    "nanmax": Monoid("nanmax", lambda d: (_lowest(d[0]),), _one(lambda a, b: carry_nan("max", b, a)), "max"),
+    "nanmin": Monoid("nanmin", lambda d: (_highest(d[0]),), _one(lambda a, b: carry_nan("min", b, a)), "min"),
     "any": Monoid("any", lambda d: (const(False, d[0]),), _one(lambda a, b: a | b), "or"),
     "all": Monoid("all", lambda d: (const(True, d[0]),), _one(lambda a, b: a & b), "and"),
-    "argmax": Monoid("argmax", lambda d: (_lowest(d[0]), const(d[1].limits()[1], d[1])), _arg(lambda a, b: b < a)),
-    "argmin": Monoid("argmin", lambda d: (_highest(d[0]), const(d[1].limits()[1], d[1])), _arg(lambda a, b: a < b)),
+    "argmax": Monoid("argmax", lambda d: (_lowest(d[0]), const(-1, d[1])), _arg(lambda a, b: b < a)),
+    "argmin": Monoid("argmin", lambda d: (_highest(d[0]), const(-1, d[1])), _arg(lambda a, b: a < b)),
     "argmax_last": Monoid("argmax_last", lambda d: (_lowest(d[0]), const(-1, d[1])), _arg(lambda a, b: b < a, last=True)),
     "argmin_last": Monoid("argmin_last", lambda d: (_highest(d[0]), const(-1, d[1])), _arg(lambda a, b: a < b, last=True)),
 }
+
+
+# ``max`` and ``min`` may lose a NaN (one instruction; where what follows is NaN anyway, as in a softmax). ``nanmax`` and ``nanmin`` are NaN
+# when an element is; ``argmax`` and ``argmin`` find the first NaN (``_last``: the last one) when there is one, as numpy and torch do.
+
+
+def carried(monoid: str, d: DType) -> str:
+    """``max`` or ``min`` of elements that may be NaN, which is kept."""
+    return "nan" + monoid if d.is_float else monoid
 
 
 def reduce_(monoid: str, axes: Iterable[Axis], *values: Expr, where: Expr | None = None) -> Expr:
@@ -125,7 +157,7 @@ class Pull:
 class Push:
     """``buf[axes] = init``; then for each point of ``over`` in lexicographic order ``buf[index] op= value``.
 
-    ``op``: set, add, mul, max, min. A point whose ``where`` is false is skipped."""
+    ``op``: set, add, mul, max, min (NaN when either is). A point whose ``where`` is false is skipped."""
 
     buf: Buffer
     axes: tuple[Axis, ...]
@@ -322,6 +354,6 @@ def normalize(c: Compute) -> Compute:
 
 
 __all__ = [
-    "Axis", "axis", "Monoid", "MONOIDS", "reduce_", "sum_", "max_", "min_", "Pull", "Push", "State", "Fold", "Compute", "LetStmt",
+    "Axis", "axis", "Monoid", "MONOIDS", "carried", "reduce_", "sum_", "max_", "min_", "Pull", "Push", "State", "Fold", "Compute", "LetStmt",
     "defined", "buffers_of", "pull", "map_let", "let_exprs", "normalize", "proj",
 ]

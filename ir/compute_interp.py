@@ -121,6 +121,12 @@ class _Run:
                 dst[tuple(i[j] for i in idx)] = val[j]
             return dst
         f = {"add": "add", "mul": "mul", "max": "max", "min": "min"}.get(p.op)
+        if f in ("max", "min"):
+            best = np.maximum if f == "max" else np.minimum  # NaN stays
+            for j in range(len(val)):
+                at = tuple(i[j] for i in idx)
+                dst[at] = best(dst[at], val[j])
+            return dst
         if f is None:
             raise VerificationError(f"{self.name}: Push with the unknown operation {p.op!r}")
         for j in range(len(val)):

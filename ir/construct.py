@@ -208,6 +208,19 @@ def maximum(a: Any, b: Any) -> Expr:
     return binary("max", a, b)
 
 
+def carry_nan(op: str, a: Expr, b: Expr) -> Expr:
+    """``min`` or ``max`` of a and b that is NaN when either is (numpy's and torch's): ``select(isnan(a), a, op(a, b))``."""
+    r = binary(op, a, b)
+    return select(unary("isnan", a), a, r) if a.dtype.is_float and a.op != "const" else r
+
+
+def before(a: Expr, b: Expr) -> Expr:
+    """``a`` stands before ``b`` in ascending order, NaN last: a total order once equal ones are told apart by their position."""
+    if not a.dtype.is_float:
+        return a < b
+    return binary("and", unary("not", b <= a), unary("not", unary("isnan", a)))
+
+
 def land(*conds: Any) -> Expr:
     out = const(True, boolean)
     for c in conds:

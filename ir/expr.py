@@ -23,9 +23,11 @@ Semantics of the operators (``OPS``); every backend and the interpreter implemen
 from __future__ import annotations
 
 from luthier.ir.construct import (
+    before,
     binary,
     bitcast,
     call,
+    carry_nan,
     cast,
     compare,
     extract,
@@ -85,7 +87,7 @@ from luthier.ir.traverse import (
 
 __all__ = [
     "BINARY", "Bounds", "COMPARE", "Expr", "Number", "Poly", "UNARY", "add_const", "affine_parts", "as_expr", "bcast",
-    "binary", "bitcast", "bounds", "call", "cast", "collect", "compare", "const", "extract", "floordiv", "free_vars",
+    "before", "binary", "bitcast", "bounds", "call", "carry_nan", "cast", "collect", "compare", "const", "extract", "floordiv", "free_vars",
     "from_linear", "is_const", "land", "linear", "lnot", "load", "load_parts", "loads", "lor", "make_node", "maximum",
     "minimum", "mod", "poly_const", "proj", "prove", "ramp", "rebuild", "rejoin", "rewrite", "rewrite_loads", "select",
     "shuffle", "substitute", "tree_size", "unary", "var", "vars_outside_loads", "vreduce", "walk",

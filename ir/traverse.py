@@ -50,7 +50,7 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
         return bitcast(args[0], e.dtype.scalar.vec(args[0].dtype.bits * args[0].dtype.lanes // e.dtype.bits))
     lanes = max((x.dtype.lanes for x in args), default=1)
     d = e.dtype
-    if lanes != d.lanes and d.lanes == 1:  # operands were vectorised
+    if lanes != d.lanes == 1 and lanes != max((x.dtype.lanes for x in e.args), default=1):  # operands were vectorised
         args = tuple(bcast(x, lanes) for x in args)
         d = d.vec(lanes)
     return make_node(op, d, args, a)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from luthier.ir.expr import Expr, binary, const, is_const, load, load_parts, rewrite, var
+from luthier.ir.expr import Expr, binary, carry_nan, const, is_const, load, load_parts, rewrite, var
 from luthier.ir.loop import (
     Alloc,
     Barrier,
@@ -38,15 +38,23 @@ FEW = 4  # partial results that are not worth a step of their own
 
 
 def merge_of(s: For) -> tuple[Buffer, str] | None:
-    """(accumulator, operator) of a loop whose rounds do nothing but merge a value into a register variable."""
+    """(accumulator, operator) of a loop whose rounds do nothing but merge a value into a register variable. An operator of ``MERGES``, or
+    one with ``nan`` before it (``carry_nan``)."""
     stmts = stmts_of(s.body)
     last = stmts[-1] if stmts else None
     if not isinstance(last, Store) or last.buf.rank or last.mask is not None or not all(isinstance(x, Let) for x in stmts[:-1]):
         return None
     v, old = last.value, load(last.buf, ())
+    if v.op == "select" and v.args[2].op in ("min", "max") and v is carry_nan(v.args[2].op, v.args[1], old) and is_const(s.lo, 0):
+        return last.buf, "nan" + v.args[2].op
     if v.op not in MERGES or not any(a is old for a in v.args) or not is_const(s.lo, 0):
         return None
     return last.buf, v.op
+
+
+def merged(op: str, x: Expr, acc: Expr) -> Expr:
+    """``acc`` and ``x`` combined by an operator of :func:`merge_of`."""
+    return carry_nan(op[3:], x, acc) if op.startswith("nan") else binary(op, acc, x)
 
 
 def spread_subgroups(f: Func) -> Func:
@@ -88,5 +96,5 @@ def _two_steps(s: For, acc: Buffer, op: str, n: int, number: int) -> Stmt:
         step = If(i < n, step)
     first = block(Store(part, (), load(acc, ())), For(j, const(0), const(-(-n // half)), "serial", step), Store(q, (t,), load(part, ())))
     k = var(f"{base}.k", lo=0, hi=half - 1)
-    last = For(k, const(0), const(half), "serial", Store(acc, (), binary(op, load(acc, ()), load(q, (k,)))))
+    last = For(k, const(0), const(half), "serial", Store(acc, (), merged(op, load(q, (k,)), load(acc, ()))))
     return Alloc(q, block(For(t, const(0), const(half), "thread.x", Alloc(part, first)), Barrier("shared"), last))

@@ -9,11 +9,29 @@ is listed in ``Func.attrs["scalar_loops"]``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from luthier.ir import intrin
 from luthier.ir.compute import MONOIDS
-from luthier.ir.expr import Expr, bcast, bounds, call, is_const, load, load_parts, ramp, rebuild, select, var, vreduce
+from luthier.ir.expr import (
+    Expr,
+    bcast,
+    binary,
+    bounds,
+    call,
+    carry_nan,
+    const,
+    is_const,
+    load,
+    load_parts,
+    ramp,
+    rebuild,
+    select,
+    unary,
+    var,
+    vreduce,
+)
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, map_children
 
 
@@ -170,13 +188,22 @@ class _Vec:
             x = bcast(x, self.lanes)
             if m is not None:
                 x = select(bcast(m, self.lanes), x, bcast(MONOIDS[_IDENT[v.op]].init((v.dtype,))[0], self.lanes))
-            from luthier.ir.expr import binary
-
             return Store(s.buf, ix, binary(v.op, load(s.buf, ix), vreduce(v.op, x)))
+        if m is None and (best := _carries_nan(v, old)) is not None:  # acc = nanmax(x, acc)
+            x = bcast(self.expr(v.args[1], m), self.lanes)
+            r = select(vreduce("or", unary("isnan", x)), const(math.nan, v.dtype), vreduce(best, x))
+            return Store(s.buf, ix, carry_nan(best, r, load(s.buf, ix)))
         x = self.expr(v, m)
         if x.dtype.lanes == 1 and m is None and old not in v.args:
             return Store(s.buf, ix, x)
         raise _CannotVectorize(f"lanes write the same element of {s.buf.name}")
+
+
+def _carries_nan(v: Expr, old: Expr) -> str | None:
+    """``min`` or ``max`` where ``v`` is ``carry_nan(op, x, old)``."""
+    if v.op != "select" or v.args[2].op not in ("min", "max") or v.args[2].args[1] is not old:
+        return None
+    return v.args[2].op if v is carry_nan(v.args[2].op, v.args[1], old) else None
 
 
 def _inside(buf: Buffer, ix: tuple[Expr, ...]) -> bool:

@@ -9,6 +9,7 @@ that divides the extent beats a larger one that does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,8 +34,10 @@ from luthier.ir.expr import (
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import flat, pointwise, stride
 from luthier.schedules.rowwise import positions
-from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, inline, pack, reorder, split, stage
+from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, in_runs, inline, pack, reorder, split, stage
 from luthier.schedules.simplify_axes import split_reduced_axes
+
+LONG, RUN_OF_TILE = 1 << 14, 2048  # products of a sum from where on it goes in runs, and their length: a register tile is added up seldom
 
 
 def apply(
@@ -56,6 +59,9 @@ def product(
     st = s.stages[acc]
     if work(st) is not None and work(st) < 2048:  # type: ignore[operator]
         return None
+    if st.reduction is not None and all(a.extent.op == "const" for a in st.reduction.attr[1]):
+        if math.prod(a.extent.attr for a in st.reduction.attr[1]) > LONG:
+            s = in_runs(s, RUN_OF_TILE)
     lanes = caps.lanes(max(st.buf.dtype.bits, 32))
     v = _vector_axis(s, st, lanes, constants)
     s = _pad_input(s, acc, caps)
@@ -66,6 +72,11 @@ def product(
     if v not in free_vars(p):
         return None
     depthwise = v in free_vars(q)
+    spatial = {a.var for a in st.axes}
+    if free_vars(p) & spatial == free_vars(q) & spatial:  # nothing is shared, each element read once
+        if any(_strided(x, v) for x in loads(p, q)):
+            return None  # rows: lanes along them
+        s = in_runs(s)
     rest = [a for a in st.axes if a.var is not v]
     us = [a for a in rest if a.var in free_vars(q if not depthwise else p) and a.var not in free_vars(p if not depthwise else q)]
     if depthwise and not us:
@@ -176,6 +187,11 @@ def _product(e: Expr) -> tuple[Expr, Expr] | None:
     if e.op != "mul" or not loads(e.args[0]) or not loads(e.args[1]):
         return None
     return e.args[0], e.args[1]
+
+
+def _strided(x: Expr, v: Expr) -> bool:
+    d = stride(flat(*load_parts(x)[:2]), v)
+    return d is None or not (is_const(d, 0) or is_const(d, 1))
 
 
 def _factors(st: Stage) -> tuple[Expr, Expr]:

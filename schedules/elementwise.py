@@ -14,10 +14,11 @@ from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rewrite, substitute, walk
 from luthier.passes.flatten import flat_index
 from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, reorder, split
+from luthier.schedules.schedule import Schedule, Stage, _pull_stage, annotate, fuse, in_runs, reorder, split
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096, unroll: int = 1) -> Schedule | None:
+    s = in_runs(s)
     for name, st in list(s.stages.items()):
         if st.at is None and st.fold is None:
             s = pointwise(s, name, caps, grain)

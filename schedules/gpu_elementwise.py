@@ -14,7 +14,7 @@ from luthier.ir.expr import Expr, linear
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import collapse
 from luthier.schedules.reduction import contiguity
-from luthier.schedules.schedule import Schedule, Stage, annotate, fuse, split
+from luthier.schedules.schedule import Schedule, Stage, annotate, fuse, in_runs, split
 
 THREADS = 64
 LANES = 4  # elements of a vector in memory
@@ -24,6 +24,7 @@ ENOUGH = 4096  # points from which on fewer threads still fill a machine
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, threads: int = THREADS) -> Schedule | None:
     if not caps.gpu:
         return None
+    s = in_runs(s)
     for name, st in list(s.stages.items()):
         if st.at is None:
             s = points(s, name, threads)

@@ -8,13 +8,12 @@ from luthier.ir.compute import Push
 from luthier.ir.expr import (
     Expr,
     as_expr,
+    carry_nan,
     const,
     free_vars,
     load,
     load_parts,
     loads,
-    maximum,
-    minimum,
     prove,
 )
 from luthier.ir.loop import Alloc, Buffer, For, Func, If, Stmt, Store
@@ -78,7 +77,7 @@ def push_nest(p: Push, buf: Buffer) -> Stmt:
     value = p.value
     if p.op != "set":
         old = load(dst, p.index)
-        value = old + value if p.op == "add" else old * value if p.op == "mul" else maximum(old, value) if p.op == "max" else minimum(old, value)
+        value = old + value if p.op == "add" else old * value if p.op == "mul" else carry_nan(p.op, old, value)
     s: Stmt = Store(dst, p.index, value)
     ok = as_expr(0).eq(0) if p.where is None else p.where
     if not prove(ok):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.ir.compute import MONOIDS
+from luthier.ir.dtypes import f16, f32
 from luthier.ir.expr import (
     Expr,
     as_expr,
@@ -74,6 +75,8 @@ class Nest:
         self.vector = {lp.var for lp in st.loops if lp.kind == "vectorize"}
         self.roots = {lo.root_var(st, a.var) for a in st.axes}
         self.acc: list[Buffer] | None = None
+        self.inner: list[int] = []
+        self.parts = 0
 
     # indices -----------------------------------------------------
 
@@ -182,6 +185,11 @@ class Nest:
         raise AssertionError("a cut loop comes from a split")
 
     def one_loop(self, lp: Loop, ext: Expr, env: Env, body) -> Stmt:  # type: ignore[no-untyped-def]
+        if lp.reduce and lp.kind == "serial" and self.sums() and self.terms(self.st.loops.index(lp) + 1, env, ext)[1]:
+            return self.in_runs(lp, ext, env, body)
+        return self.plain_loop(lp, ext, env, body)
+
+    def plain_loop(self, lp: Loop, ext: Expr, env: Env, body) -> Stmt:  # type: ignore[no-untyped-def]
         if ext.op == "const" and ext.attr == 1 and lp.kind not in ("parallel",):
             return body({**env, lp.var: const(0)})  # type: ignore[no-any-return]
         v = self.lo.fresh(lp.name, ext)
@@ -192,6 +200,81 @@ class Nest:
         if not loops:
             return leaf(env)  # type: ignore[no-any-return]
         return self.one_loop(self.st.loops[loops[0]], self.lo.resolve(self.st.loops[loops[0]].var, env), env, lambda e: self.spatial(loops[1:], e, leaf))
+
+    # long sums ---------------------------------------------------
+
+    def sums(self) -> bool:
+        """Whether this is a sum of narrow floats whose runs are limited."""
+        red = self.st.reduction
+        return bool(self.lo.s.run) and self.acc is not None and red is not None and red.attr[0] == "sum" and red.args[0].dtype in (f32, f16)
+
+    def terms(self, i: int, env: Env, ext: Expr | None = None) -> tuple[int, bool]:
+        """How many terms the loops from ``i`` on add to the accumulator, and whether the outermost of them goes in runs.
+        ``ext``: rounds of one more loop around them. Where only the run knows the extent, a loop ends with one term (or a few)."""
+        inner, n = 1, ext
+        if n is None:
+            k = next((k for k in range(i, len(self.st.loops)) if self.st.loops[k].reduce), None)
+            if k is None:
+                return 1, False
+            i, n = k + 1, self.lo.resolve(self.st.loops[k].var, env)
+            if self.st.loops[k].kind == "vectorize":  # lanes are summed pairwise
+                n = const(1)
+        inner, _ = self.terms(i, env)
+        if n.op != "const":
+            return 1, True
+        if inner * n.attr <= self.lo.s.run:
+            return inner * n.attr, False
+        blocks = -(-n.attr // max(self.lo.s.run // inner, 1))
+        return -(-blocks // self.lo.s.run) if blocks > self.lo.s.run else blocks, True
+
+    def in_runs(self, lp: Loop, ext: Expr, env: Env, body) -> Stmt:  # type: ignore[no-untyped-def]
+        """A long sum in runs, and a long sum of runs in runs.
+
+        Before ``for k < n: acc += x[k]``, after ``for b < ceil(n / R): { part = 0; for R b <= k < min(R b + R, n): part += x[k]; acc += part }``.
+        With u the rounding of a term, the error is at most ``(R + blocks) u`` times the sum of magnitudes, not ``n u``."""
+        run = self.lo.s.run
+        size = max(run // self.terms(self.st.loops.index(lp) + 1, env)[0], 1)
+        blocks = (ext + (size - 1)) // size
+
+        def rounds(name: str, count: Expr, number: Expr, step: int, inner) -> Stmt:  # type: ignore[no-untyped-def]
+            """The rounds of a loop of ``count`` that belong to block ``number``: bounded as if they were all, so that masks vanish."""
+            k, lo = self.lo.fresh(name, count), number * step
+            hi = lo + step if count.op == "const" and count.attr % step == 0 else minimum(lo + step, count)
+            return For(k, lo, hi, "serial", inner(k))
+
+        def one_run(b: Expr) -> Stmt:
+            return self.part(lp, env, lambda: rounds(lp.name, ext, b, size, lambda k: body({**env, lp.var: k})))
+
+        nested = any(x.reduce for x in self.st.loops[: self.st.loops.index(lp)])  # images and the like: 65,536 elements a row are enough
+        if blocks.op == "const" and blocks.attr <= run or blocks.op != "const" and nested:
+            return self.every(lp.name + ".b", blocks, one_run)
+        return self.every(lp.name + ".o", (blocks + (run - 1)) // run, lambda o: self.part(lp, env, lambda: rounds(lp.name + ".b", blocks, o, run, one_run)))
+
+    def every(self, name: str, count: Expr, inner) -> Stmt:  # type: ignore[no-untyped-def]
+        k = self.lo.fresh(name, count)
+        return For(k, const(0), count, "serial", inner(k))
+
+    def part(self, lp: Loop, env: Env, make) -> Stmt:  # type: ignore[no-untyped-def]
+        """What ``make`` sums into an accumulator of its own, added to the present one."""
+        assert self.acc is not None
+        outer, all_inner = self.acc[0], self.inner
+        at = self.st.loops.index(lp)
+        self.inner = [k for k in all_inner if k > at]
+        shape = tuple(self.lo.resolve(self.st.loops[k].var, env) for k in self.inner)
+        self.parts += 1
+        own = Buffer(f"{self.st.name}.s{self.parts}", outer.dtype, shape, "local")
+
+        def here(e: Env, inner: list[int]) -> tuple[Expr, ...]:
+            return tuple(e[self.st.loops[k].var] for k in inner)
+
+        self.acc = [own]
+        zero = self.spatial(self.inner, env, lambda e: Store(own, here(e, self.inner), const(0, own.dtype)))
+        main = make()
+        add = self.spatial(
+            self.inner, env, lambda e: Store(outer, here(e, all_inner), load(outer, here(e, all_inner)) + load(own, here(e, self.inner)))
+        )
+        self.acc, self.inner = [outer], all_inner
+        return Alloc(own, block(zero, main, add))
 
     # bodies ------------------------------------------------------
 

@@ -15,7 +15,7 @@ from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.contract import _pad_input, _split_epilogue
 from luthier.schedules.elementwise import _widest, flat, stride
 from luthier.schedules.rowwise import positions
-from luthier.schedules.schedule import Schedule, annotate, fuse, inline, reorder, split, stage
+from luthier.schedules.schedule import Schedule, annotate, fuse, in_runs, inline, reorder, split, stage
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16, **_: Any) -> Schedule | None:
@@ -26,6 +26,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
     acc = _window(s)
     if acc is None or list(s.stages)[-1] != out:
         return None
+    s = in_runs(s)
     lanes = min(caps.lanes(_widest(st)) for st in s.stages.values())
     n = s.static_extent(s.stages[acc].loops[len(s.stages[acc].axes) - 1].var)
     if lanes < 2 or n is None or n < lanes:

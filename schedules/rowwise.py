@@ -15,7 +15,7 @@ from luthier.ir.expr import Expr, const, free_vars, is_const, load_parts, loads,
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import _widest
 from luthier.schedules.reduction import contiguity, use_lanes
-from luthier.schedules.schedule import Schedule, Stage, annotate, fuse, inline, reorder, split, stage
+from luthier.schedules.schedule import Schedule, Stage, annotate, fuse, in_runs, inline, reorder, split, stage
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
@@ -24,6 +24,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     out = s.stages[s.compute.outs[0]]
     if list(s.stages)[-1] != out.name or not any(st.reduction is not None for st in s.stages.values()):
         return None
+    s = in_runs(s)
     if out.reduction is not None:
         return _root_reduction(s, caps) if len(s.stages) == 1 else None
     pos = positions(s, out.name)

@@ -27,6 +27,8 @@ from luthier.ir.expr import Expr, as_expr, bounds, const, load, load_parts, load
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import KINDS, Buffer
 
+RUN = 256  # terms that a reduction sums one after another, see `in_runs`
+
 
 class ScheduleError(LuthierError):
     """A primitive that would not be legal here; the message says what stands in the way."""
@@ -151,6 +153,7 @@ class Schedule:
     packed: dict[str, Packing] = field(default_factory=dict)
     trace: tuple[tuple[Any, ...], ...] = ()
     special: tuple[Expr, ...] = ()  # conditions of a second version (:mod:`luthier.schedules.specialize`)
+    run: int = 0  # a float sum adds at most so many terms to one accumulator before it starts another (0: any number); see `in_runs`
 
     def stage_of(self, loop: str) -> tuple[Stage, int]:
         for st in self.stages.values():
@@ -492,6 +495,12 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     return replace(s, stages=stages, ext=ext, trace=(*s.trace, ("stage", tensor, "private", loop)))
 
 
+def in_runs(s: Schedule, run: int = RUN) -> Schedule:
+    """Float sums add at most ``run`` terms to one accumulator before they start another, so that their error does not grow with their length
+    (:meth:`luthier.schedules.nest.Nest.in_runs`). Shorter sums are as they were."""
+    return replace(s, run=run, trace=(*s.trace, ("in_runs", run)))
+
+
 def tensorize(s: Schedule, loop: str, instr: Instruction) -> Schedule:
     """A reduction loop of ``instr.group`` rounds around the innermost, vectorised loop becomes one dot product instruction.
 
@@ -537,5 +546,5 @@ def readers(s: Schedule, tensor: str) -> list[Stage]:
 
 __all__ = [
     "Schedule", "Stage", "Loop", "ScheduleError", "schedule", "split", "reorder", "fuse", "annotate", "inline", "stage", "cache", "pack",
-    "peel", "tensorize", "readers", "bounds",
+    "peel", "tensorize", "in_runs", "RUN", "readers", "bounds",
 ]

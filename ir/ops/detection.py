@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import boolean, i64, index
-from luthier.ir.expr import Expr, cast, const, land, lor, maximum, minimum
+from luthier.ir.expr import Expr, before, cast, const, land, lnot, lor, maximum, minimum
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer, If, Stmt, While, block
 from luthier.ir.op import Kernel, Op, op
@@ -60,7 +60,7 @@ class NonMaxSuppression(Op):
                 return get(scores, base + cast(i, index))
 
             def better(p: tuple[Expr, ...], r: tuple[Expr, ...]) -> Expr:
-                return lor(score(r[0]) < score(p[0]), land(score(p[0]).eq(score(r[0])), p[0] < r[0]))
+                return lor(before(score(r[0]), score(p[0])), land(lnot(before(score(p[0]), score(r[0]))), p[0] < r[0]))
 
             heap = Heap(lambda i: (get(cand, i),), lambda i, e: put(cand, i, e[0]), better, (i64,))  # the best on top
 
@@ -111,7 +111,7 @@ class NonMaxSuppression(Op):
             area = (e[:, 2] - e[:, 0]) * (e[:, 3] - e[:, 1])
             for c in range(scores.shape[1]):
                 s = scores[b, c]
-                order = [int(i) for i in np.argsort(-s, kind="stable") if low is None or s[i] > low]
+                order = [int(i) for i in np.lexsort((-s, ~np.isnan(s))) if low is None or s[i] > low]
                 taken = 0
                 while order and taken < most:
                     i = order.pop(0)

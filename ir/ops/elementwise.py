@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import DType, boolean, f32, f64
-from luthier.ir.expr import Expr, binary, cast, const, is_const, land, lnot, lor, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, as_expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op
@@ -22,6 +22,7 @@ from luthier.ir.ops.common import (
     axes_of,
     broadcast,
     define,
+    differ,
     flag,
     make,
     map_content,
@@ -291,12 +292,6 @@ register("BitShift", Map("int", _shift, lambda node, a, b: scalar(_direction(nod
 # ---------------------------------------------------------------- any number of operands
 
 
-def propagate(op: str, a: Expr, b: Expr) -> Expr:
-    """min or max that is NaN when either operand is."""
-    r = binary(op, a, b)
-    return select(unary("isnan", a), a, r) if a.dtype.is_float and not is_const(a) else r
-
-
 def _chain(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     def g(node: Node, *args: Any) -> Any:
         out = args[0]
@@ -308,8 +303,8 @@ def _chain(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 _MANY = (1, 1 << 20)
-register("Max", Map("number", _chain(lambda a, b: propagate("max", a, b)), _chain(np.maximum), _MANY, content=_chain(maximum)))
-register("Min", Map("number", _chain(lambda a, b: propagate("min", a, b)), _chain(np.minimum), _MANY, content=_chain(minimum)))
+register("Max", Map("number", _chain(lambda a, b: carry_nan("max", a, b)), _chain(np.maximum), _MANY, content=_chain(maximum)))
+register("Min", Map("number", _chain(lambda a, b: carry_nan("min", a, b)), _chain(np.minimum), _MANY, content=_chain(minimum)))
 register("Sum", Map("number", _chain(lambda a, b: a + b), _chain(lambda a, b: a + b), _MANY))
 register(
     "Mean",
@@ -350,7 +345,7 @@ class Clip(Map):
         x = need(node, 0)
         self.check_types(node, [v.dtype for v in node.inputs if v is not None])
         for v in node.inputs[1:]:
-            if v is not None and any(s.op == "const" and s.attr != 1 for s in v.shape):
+            if v is not None and any(differ(s, as_expr(1)) for s in v.shape):
                 raise shape_error(node, f"bound {v.name} must have one element")
         return [x.type]
 
@@ -384,4 +379,4 @@ class Clip(Map):
 
 register("Clip", Clip())
 
-__all__ = ["Map", "power", "propagate", "erf", "k", "wide", "lnot"]
+__all__ = ["Map", "power", "erf", "k", "wide", "lnot"]

@@ -35,7 +35,7 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.shape import given_axes
-from luthier.ir.requirements import assume_at_least, assume_equal
+from luthier.ir.requirements import assume_at_least, assume_at_most, assume_equal
 
 FAR = (1 << 31) - 1  # slice ends from here on mean "to the end"
 
@@ -268,6 +268,9 @@ class Slice(Op):
         return [np.asarray(x)[tuple(sl)]]
 
 
+LARGEST = 1 << 48  # elements along an axis: more than any memory holds
+
+
 @op("Pad")
 class Pad(Op):
     """(data, pads, value?, axes?); ``mode`` constant, edge, reflect or wrap. Negative pads crop."""
@@ -293,12 +296,20 @@ class Pad(Op):
         v = node.input(2)
         if v is not None and v.dtype is not x.dtype:
             raise type_error(node, "the fill value has another type than the data")
-        left = [s + lo + hi for s, (lo, hi) in zip(x.shape, self.pads(node), strict=True)]
-        for k, n in enumerate(left):
-            if n.op == "const" and n.attr < 0:
-                raise shape_error(node, f"the pads crop dimension {k} to {n.attr} elements")
-            assume_at_least(n, ZERO, f"what the pads leave of dimension {k} and the least possible")
-        return [like(x.type, (maximum(n, 0) for n in left))]
+        out = []
+        for k, (s, pair) in enumerate(zip(x.shape, self.pads(node), strict=True)):
+            for p in pair:
+                if p.op == "const" and abs(p.attr) >= LARGEST:
+                    raise shape_error(node, f"a pad of axis {k} is {p.attr}")
+                if p.op != "const":
+                    assume_at_most(p, const(LARGEST), f"a pad of axis {k}")
+            left = s + pair[0] + pair[1]
+            if left.op == "const" and left.attr < 0:
+                raise shape_error(node, f"the pads crop dimension {k} to {left.attr} elements")
+            if pair != (ZERO, ZERO):
+                assume_at_least(left, ZERO, f"what the pads leave of dimension {k} and the least possible")
+            out.append(maximum(left, 0))
+        return [like(x.type, out)]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         return moved(self, node)
@@ -386,7 +397,10 @@ def _block(node: Node) -> tuple[int, tuple[Expr, ...]]:
     if x.rank != 4:
         raise shape_error(node, f"{node.op} takes NCHW, the input has rank {x.rank}")
     n, a, b, c = x.shape
-    return int(node.attrs["blocksize"]), (n, c, a, b) if _last(node) else (n, a, b, c)
+    size = int(node.attrs["blocksize"])
+    if not 1 <= size < 1 << 20:
+        raise shape_error(node, f"the blocksize is {size}")
+    return size, (n, c, a, b) if _last(node) else (n, a, b, c)
 
 
 def _last(node: Node) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Axis, Compute, LetStmt, Push, axis, reduce_, sum_
+from luthier.ir.compute import Axis, Compute, LetStmt, Push, axis, carried, reduce_, sum_
 from luthier.ir.dtypes import i64
 from luthier.ir.expr import Expr, binary, cast, const, land, load, maximum, minimum, proj, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
@@ -88,7 +88,7 @@ def back(node: Node, a: Array) -> Array:
 
 @op("MaxPool")
 class MaxPool(Pool):
-    """(Y, Indices?): the largest element of each window, and its position in the flattened input."""
+    """(Y, Indices?): the largest element of each window, and its position in the flattened input; the first NaN where there is one."""
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         (t,) = super().infer(node)
@@ -98,7 +98,7 @@ class MaxPool(Pool):
         x, out = must(ins, 0), outs[0]
         axes, k_axes, value, mask, at, _ = self.gather(node, x, out, x.dtype.limits()[0])
         if len(outs) == 1:
-            return make(node, ins, outs, [define(out, axes, reduce_("max", k_axes, value) if k_axes else value)])
+            return make(node, ins, outs, [define(out, axes, reduce_(carried("max", x.dtype), k_axes, value) if k_axes else value)])
         _, n, c, _ = join_axes(node, out)
         spatial = list(split_shape(node, need(node, 0))[2])
         order = list(reversed(range(len(at)))) if int(node.attrs.get("storage_order", 0)) else list(range(len(at)))
@@ -122,7 +122,7 @@ class MaxPool(Pool):
         ids = ids + np.arange(x.shape[0] * x.shape[1]).reshape(*x.shape[:2], *(1,) * r) * ids.size
         j = self.patches(node, ids, -1)
         flat_p, flat_j = p.reshape(*y.shape, -1), j.reshape(*y.shape, -1)
-        best = np.where((flat_p == y[..., None]) & (flat_j >= 0), flat_j, np.iinfo(np.int64).max).min(-1)
+        best = np.where(((flat_p == y[..., None]) | (flat_p != flat_p)) & (flat_j >= 0), flat_j, np.iinfo(np.int64).max).min(-1)
         return [back(node, y).astype(x.dtype), back(node, best)]
 
 
@@ -256,7 +256,7 @@ class GlobalAveragePool(GlobalPool):
 @op("GlobalMaxPool")
 class GlobalMaxPool(GlobalPool):
     def reduce(self, node: Node, axes: Sequence[Axis], x: Expr) -> Expr:
-        return reduce_("max", tuple(axes), x)
+        return reduce_(carried("max", x.dtype), tuple(axes), x)
 
     def ref(self, node: Node, x: Array, axes: tuple[int, ...]) -> Any:
         return x.max(axes)

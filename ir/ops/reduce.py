@@ -1,8 +1,8 @@
 """Reductions along axes: Reduce*, ArgMax, ArgMin.
 
 Narrow floats accumulate in f32. Axes may come at run time; then every dimension is walked and elements that do not belong to the
-output element are left out. An empty reduction gives the identity: 0, 1, the lowest or the highest value. NaN may be lost by
-ReduceMax and ReduceMin (``max(a, b)`` is b when either is NaN).
+output element are left out. An empty reduction gives the identity: 0, 1, the lowest or the highest value. ReduceMax and ReduceMin are NaN
+where an element is, and ArgMax and ArgMin give the position of the first NaN (the last one with ``select_last_index``), as in numpy and torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Axis, Compute, LetStmt, axis, reduce_
+from luthier.ir.compute import Axis, Compute, LetStmt, axis, carried, reduce_
 from luthier.ir.dtypes import DType, f32, i64
 from luthier.ir.expr import Expr, binary, cast, const, land, lnot, load, lor, proj, select, unary
 from luthier.ir.graph import Node, TensorType
@@ -151,7 +151,7 @@ class Reduction(Op):
             e = reduce_("any" if self.monoid == "max" else "all", reds, v, where=where) if reds else v
             return [define(out, axes, e)]
         if self.monoid in ("max", "min"):
-            return [define(out, axes, reduce_(self.monoid, reds, v, where=where) if reds else v)]
+            return [define(out, axes, reduce_(carried(self.monoid, v.dtype), reds, v, where=where) if reds else v)]
         v = cast(v, float_of(v.dtype) if self.floating else wide(v.dtype))
         v = self.pre(v) if self.pre else v
         e = reduce_(self.monoid, reds, v, where=where) if reds else v
@@ -230,7 +230,8 @@ register("ReduceLogSumExp", LogSumExp())
 
 
 class Arg(Op):
-    """The position of the largest (smallest) element along ``axis``: the first, or the last with ``select_last_index``."""
+    """The position of the largest (smallest) element along ``axis``: the first, or the last with ``select_last_index``. NaN comes before
+    every number in both, as in numpy and torch."""
 
     kind = "reduction"
     low = False

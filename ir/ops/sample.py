@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Compute, axis, reduce_, sum_
+from luthier.ir.compute import Compute, axis, carried, reduce_, sum_
 from luthier.ir.dtypes import f32, index
-from luthier.ir.expr import Expr, binary, cast, const, land, load, lor, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, binary, carry_nan, cast, const, land, load, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -378,8 +379,8 @@ class RoiAlign(Op):
                 parts.append(v * cast(wy * wx, v.dtype))
         zero = const(0.0, parts[0].dtype)
         if node.attrs.get("mode", "avg") == "max":
-            m = maximum(maximum(parts[0], parts[1]), maximum(parts[2], parts[3]))
-            return make(node, ins, outs, [define(out, axes, reduce_("max", (ky, kx), select(ok, m, zero)))])
+            m = functools.reduce(functools.partial(carry_nan, "max"), parts)
+            return make(node, ins, outs, [define(out, axes, reduce_(carried("max", m.dtype), (ky, kx), select(ok, m, zero)))])
         total = temp(out, "sum", axes, sum_((ky, kx), select(ok, parts[0] + parts[1] + parts[2] + parts[3], zero)))
         e = load(total.buf, [a.var for a in axes])
         return make(node, ins, outs, [total, define(out, axes, e / const(q * q, e.dtype))])

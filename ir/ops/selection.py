@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import boolean, i64, index
-from luthier.ir.expr import Expr, as_expr, cast, const, land, lor, minimum
+from luthier.ir.expr import Expr, as_expr, before, cast, const, land, lnot, lor, minimum
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer, If, Stmt, While, block
 from luthier.ir.op import Kernel, Op, op
@@ -24,7 +24,8 @@ def slices(shape: Sequence[Expr], axis: int) -> tuple[Expr, Expr, Expr]:
 
 @op("TopK")
 class TopK(Op):
-    """(X, k) to (values, indices i64): the k largest (or smallest) along ``axis``, best first, equal ones by position."""
+    """(X, k) to (values, indices i64): the k largest (or smallest) along ``axis``, best first, equal ones by position. NaN is larger than
+    every number, as in torch and numpy."""
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)
@@ -57,9 +58,11 @@ class TopK(Op):
                 p = (o * k + m) * inner + i
                 return block(put(vals, p, e[0]), put(ids, p, e[1]))
 
+            def behind(p: tuple[Expr, ...], q: tuple[Expr, ...]) -> Expr:
+                return before(p[0], q[0]) if largest else before(q[0], p[0])
+
             def worse(p: tuple[Expr, ...], q: tuple[Expr, ...]) -> Expr:
-                behind = p[0] < q[0] if largest else q[0] < p[0]
-                return lor(behind, land(p[0].eq(q[0]), q[1] < p[1]))
+                return lor(behind(p, q), land(lnot(behind(q, p)), q[1] < p[1]))
 
             h = Heap(at, place, worse, (x.dtype, i64))
 
@@ -67,7 +70,7 @@ class TopK(Op):
                 return get(x, (o * n + j) * inner + i), cast(j, i64)
 
             fill = for_("j", k, lambda j: h.push(j, entry(j)))
-            more = for_("j", n, lambda j: If(h.worse(at(const(0)), entry(j)), h.replace(k, entry(j))), lo=k)
+            more = for_("j", n, lambda j: If(behind(at(const(0)), entry(j)), h.replace(k, entry(j))), lo=k)  # of equal ones those held are earlier
             return with_regs(h.regs, If(const(0) < k, block(fill, more, h.sort(k))))
 
         return kernel(node, ins, outs, temps, for_("row", outer * inner, row, kind="parallel"))
@@ -76,7 +79,11 @@ class TopK(Op):
         x, k = np.asarray(arrays[0]), int(np.asarray(arrays[1]).reshape(-1)[0])
         a = int(node.attrs.get("axis", -1))
         key = x.astype(np.float64) if x.dtype.kind not in "iu" else x.astype(object)
-        order = np.argsort(-key if int(node.attrs.get("largest", 1)) else key, axis=a, kind="stable")
+        largest = bool(int(node.attrs.get("largest", 1)))
+        if largest and x.dtype.kind not in "iu":
+            order = np.lexsort((-key, ~np.isnan(key)), axis=a)
+        else:
+            order = np.argsort(-key if largest else key, axis=a, kind="stable")
         idx = np.take(order, range(k), axis=a).astype(np.int64)
         return [np.take_along_axis(x, idx, a), idx]
 
@@ -169,7 +176,9 @@ class Compress(Op):
 
 @op("Unique")
 class Unique(Op):
-    """X to (Y, indices, inverse_indices, counts): distinct elements, or slices along ``axis``, sorted or by first occurrence."""
+    """X to (Y, indices, inverse_indices, counts): distinct elements, or slices along ``axis``, sorted or by first occurrence.
+
+    All NaN are one element, the largest, as in numpy."""
 
     def axis(self, node: Node) -> int | None:
         a = node.attrs.get("axis")
@@ -199,7 +208,7 @@ class Unique(Op):
             """cmp = -1, 0, 1 as item p stands before, at or behind item q."""
             pos = (e() // inner, e() % inner)
             u, v = (get(x, (pos[0] * n + cast(i, index)) * inner + pos[1]) for i in (p, q))
-            step = block(If(u < v, cmp.set(-1), If(v < u, cmp.set(1))), e.add())
+            step = block(If(before(u, v), cmp.set(-1), If(before(v, u), cmp.set(1))), e.add())
             return block(cmp.set(0), e.set(0), While(land(cmp().eq(0), e() < length), step))
 
         h = _ItemHeap(by, compare, cmp)
@@ -245,7 +254,9 @@ class Unique(Op):
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         x, a = np.asarray(arrays[0]), self.axis(node)
-        y, idx, inv, cnt = np.unique(x, True, True, True, axis=a)
+        ranks = np.unique(x, return_inverse=True)[1].reshape(x.shape)  # one rank for all NaN, along an axis too
+        y, idx, inv, cnt = np.unique(ranks, True, True, True, axis=a)
+        y = np.take(x.reshape(-1) if a is None else x, idx, a or 0)
         inv = inv.reshape(-1)
         if not int(node.attrs.get("sorted", 1)):
             order = np.argsort(idx, kind="stable")
