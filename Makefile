@@ -1,11 +1,12 @@
 # make demo: compile two real models for this CPU, run them, time them beside onnxruntime.
-# make test: the tests. Both make their own environment in $(VENV) from this checkout; PYTHON names the interpreter (3.11+).
+# make test: the tests; what a missing tool leaves out is said at the end. make tools: installs those tools (Debian, as root).
+# Both make their own environment in $(VENV) from this checkout; PYTHON names the interpreter (3.11+).
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test env lint clean
+.PHONY: demo test env lint tools clean
 
 demo: $(VENV)/.luthier-demo
 	$(VENV)/bin/python examples/demo.py
@@ -14,6 +15,14 @@ test: $(VENV)/.luthier-dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 env: $(VENV)/.luthier-dev
+
+# Only packages whose command or file is missing are asked for: a machine may have its own node or gcc.
+tools: env
+	@wanted=$$(sed '/^\#/d' tests/system-packages.txt | while read -r p; do \
+	  case $$p in nodejs) command -v node >/dev/null && continue;; npm) command -v npm >/dev/null && continue;; esac; \
+	  dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$wanted" ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted >/dev/null; fi
+	$(PIP) 'torch==2.13.0'
 
 lint: $(VENV)/.luthier-dev
 	$(VENV)/bin/ruff check .
@@ -28,7 +37,7 @@ $(VENV)/.luthier-venv:
 
 $(VENV)/.luthier-dev: $(VENV)/.luthier-venv pyproject.toml setup.py
 	$(PIP) -e '.[dev]'
-	-$(VENV)/bin/python benchmarks/setup_web.py --tests  # for the browser tests, 10 MB; without npm or Chromium they are skipped
+	-$(VENV)/bin/python benchmarks/setup_web.py --tests  # for the tests that ask a browser, a bundler, Deno or Dawn, 370 MB; without npm or Chromium they are skipped
 	touch $@
 
 # rapidocr-onnxruntime is wanted for its model files alone: its own dependencies (OpenCV) and Python limit do not matter.

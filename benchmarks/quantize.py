@@ -139,7 +139,7 @@ def static(names: Sequence[str], observers: Sequence[str], say: Callable[[str], 
             for form in forms:
                 label = ", ".join(f"{k} {v}" if k != "observer" else str(v) for k, v in form.items())
                 start = time.perf_counter()
-                q = luthier.quantize(case.path, "int8", calibration=calibration, shapes=shapes, embeddings=False, detail=None, **form)
+                q = luthier.quantize(case.path, "int8", calibration=calibration, shapes=shapes, embeddings=False, detail=None, reduce_range=False, **form)
                 took = time.perf_counter() - start
                 module = q.compile()
                 file = str(q.save(os.path.join(folder, "own.onnx")))

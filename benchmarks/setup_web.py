@@ -2,8 +2,8 @@
 
     python benchmarks/setup_web.py [--tests]
 
-`--tests`: playwright-core alone (10 MB), else the peers as well (0.5 GB). Chromium is the system's (`apt-get install chromium`),
-Node 20 or newer too.
+`--tests`: what the tests use (370 MB: deno 92, playwright-core 14, Dawn for Node 130, and 130 of bundlers, TypeScript and jsdom), else the
+peers as well (0.5 GB). Browsers are the system's (`apt-get install chromium firefox-esr webkit2gtk-driver xvfb`), Node 20 or newer too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "web"
-TESTS = {"playwright-core": "1.65.1"}
+TESTS = {
+    "playwright-core": "1.65.1",
+    "vite": "8.4.0",
+    "webpack": "5.113.0",
+    "webpack-cli": "7.3.1",
+    "esbuild-loader": "4.5.0",  # TypeScript for webpack
+    "esbuild": "0.28.2",
+    "typescript": "7.0.2",
+    "jsdom": "26.1.0",  # the last one for Node 20
+    "deno": "2.9.6",
+    "@huggingface/tokenizers": "0.2.0",  # what packages of language models depend on, as the next
+    "@huggingface/jinja": "0.5.11",
+    "webgpu": "0.6.2",  # Dawn
+}
 PEERS = {
     "onnxruntime-web": "1.30.0",
     "@tensorflow/tfjs": "4.22.0",

@@ -167,7 +167,7 @@ class CStyle:
 
     def expr(self, e: Expr) -> str:
         op, d = e.op, e.dtype
-        if d.lanes > 1 and op not in ("var", "load", "shuffle", "bcast"):
+        if d.lanes > 1 and op not in ("var", "load", "shuffle", "bcast", "call", "select"):
             raise CompilationError(f"{self.target}: vector {e!r}", op=self.f.name, hint="scalarize first")
         if op == "extract":
             return f"{self.expr(e.args[0])}.{'xyzw'[e.attr]}"

@@ -12,10 +12,12 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from luthier.at_fork import in_child
 from luthier.errors import CompilationError
 
 WORTH_A_PROCESS = 40_000  # bytes of text
@@ -35,6 +37,7 @@ class Workers:
         self.size = 0
         self.folder: Path | None = None
         self.children: list[tuple[int, int]] = []  # process, pipe to it
+        _active.add(self)
 
     def __enter__(self) -> Workers:
         return self
@@ -96,7 +99,15 @@ class Workers:
             except BrokenPipeError:  # that process died; its job is found missing at the end
                 continue
 
+    def forget(self) -> None:
+        """In a forked child: the processes and the folder are its parent's."""
+        for _, pipe in self.children:
+            os.close(pipe)
+        self.children.clear()
+        self.folder = None
+
     def _fork(self) -> None:
+        folder = self.folder
         r, w = os.pipe()
         pid = os.fork()
         if pid:
@@ -106,8 +117,7 @@ class Workers:
         status = 1
         try:
             os.close(w)
-            for _, pipe in self.children:
-                os.close(pipe)
+            self.folder = folder
             self._serve(r)
             status = 0
         finally:
@@ -136,6 +146,17 @@ class Workers:
         for pid, _ in self.children:
             os.waitpid(pid, 0)
         self.children.clear()
+
+
+_active: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for w in list(_active):
+        w.forget()
+
+
+in_child(_forget_all)
 
 
 def _claim(folder: Path, k: int) -> bool:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from luthier.codegen.webgpu_features import LOOP_ANSWER, LOOP_PROBE
 from luthier.errors import CompilationError
 
 __all__ = ["print_host_js"]
@@ -114,6 +115,8 @@ class _Printer:
                 out.append(f"{pad}g.copy({self.memory(a[0])}, {self.value(a[1])}, {self.memory(a[2])}, {self.value(a[3])}, {self.value(a[4])});")
             elif op == "check":
                 out.append(f"{pad}g.check({self.value(a[0])}, {self.value(a[1])}, {json.dumps(a[2])});")
+            elif op == "rounds":
+                out.append(f"{pad}g.rounds({self.value(a[0])}, {json.dumps(a[1])});")
             elif op == "if":
                 out += [f"{pad}if ({self.value(a[0])}) {{", *self.block(a[1], depth + 1)]
                 if a[2]:
@@ -149,6 +152,7 @@ def print_host_js(host: Mapping[str, Any]) -> str:
         f"export const needs = {json.dumps(needs)};",
         f"export const narrow = {json.dumps(host['narrow'])};",
         f"export const fixed = {json.dumps(bool(host['fixed']))};",
+        f"export const loops = {json.dumps({'probe': LOOP_PROBE, 'answer': LOOP_ANSWER} if any('g.rounds(' in line for line in body) else None)};",
         *(_HELPERS[name] for name in sorted(p.used)),
         "export async function main(g) {",
         *(f"  {line}" for line in names),

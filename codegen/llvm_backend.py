@@ -13,12 +13,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from luthier import settings
+from luthier.at_fork import whole
 from luthier.codegen.compile_ahead import Workers
 from luthier.codegen.llvm_printer import print_kernels
 from luthier.codegen.target import Target, host, usable_cores
@@ -37,7 +37,6 @@ class Cache(Protocol):
 
 
 _machines: dict[str, Any] = {}
-_lock = threading.Lock()
 
 
 def machine(target: Target, opt: int = OPT_LEVEL) -> Any:
@@ -45,9 +44,9 @@ def machine(target: Target, opt: int = OPT_LEVEL) -> Any:
     key = f"{target.key}|{opt}"
     tm = _machines.get(key)
     if tm is None:
-        import llvmlite.binding as llvm
+        with whole:
+            import llvmlite.binding as llvm
 
-        with _lock:
             if target.triple.split("-")[0] == host().triple.split("-")[0]:
                 llvm.initialize_native_target()
                 llvm.initialize_native_asmprinter()
@@ -74,7 +73,7 @@ def _flags() -> Iterator[None]:
     """LLVM's options are global to the process: ours are set for the time of one compilation."""
     import llvmlite.binding as llvm
 
-    with _lock:
+    with whole:
         for f in FLAGS:
             llvm.set_option("luthier", f"-{f}")
         try:
@@ -182,7 +181,7 @@ class Library:
 
         machine(host())
         if not _jit:
-            with _lock:
+            with whole:
                 if not _jit:
                     h = host()
                     tm = llvm.Target.from_triple(h.triple).create_target_machine(h.cpu, h.features, OPT_LEVEL, "pic", "small", jit=True)

@@ -22,7 +22,22 @@ from luthier.codegen.llvm_printer import KernelPrinter, quote
 from luthier.codegen.llvm_share import SharePrinter, definition
 from luthier.codegen.llvm_types import reg_type
 from luthier.codegen.sharing import useful_threads
-from luthier.codegen.steps import DTYPE_CODES, Bind, Branch, Check, Layout, Meet, Place, Put, Repeat, Run, Step, Wait, steps
+from luthier.codegen.steps import (
+    DEFAULT,
+    DTYPE_CODES,
+    Bind,
+    Branch,
+    Check,
+    Layout,
+    Meet,
+    Place,
+    Put,
+    Repeat,
+    Run,
+    Step,
+    Wait,
+    steps,
+)
 from luthier.codegen.target import Target
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, free_vars
@@ -398,14 +413,36 @@ class _Bind(_Printer):
     def extent(self, t: str, k: int) -> str:
         return self.ins(f"load i64, ptr {self.ins(f'getelementptr i8, ptr {t}, i64 {24 + 8 * k}')}")
 
+    def input(self, j: int) -> str:
+        """The tensor of input ``j``: the caller's, or the default where it is left out (beyond the count, or all zeros)."""
+        b = self.m.program.inputs[j]
+        if b.name not in self.m.program.defaults:
+            return self.tensor("%in", j)
+        a = self.m.program.defaults[b.name]
+        own = self.ins(f"alloca [{TENSOR} x i8], align 8")
+        if a is None:
+            data = self.ins(f"call ptr @lt.random(ptr %ctx, ptr {self.word(self.m.layout.random_word)})")
+        else:
+            w = self.ins("getelementptr %ctx, ptr %ctx, i32 0, i32 14")
+            data = self.ins(f"getelementptr i8, ptr {self.ins(f'load ptr, ptr {w}')}, i64 {self.m.layout.weights.offsets[DEFAULT + b.name]}")
+        for k, n in enumerate((2,) if a is None else a.shape):
+            self.emit(f"store i64 {n}, ptr {self.ins(f'getelementptr i8, ptr {own}, i64 {24 + 8 * k}')}")
+        t = self.ins(f"call ptr @lt.optional(ptr %in, i32 %n, i32 {j}, ptr {own}, ptr {data}, i32 {DTYPE_CODES[b.dtype.name]}, i32 {b.rank})")
+        self.emit(f"store ptr {self.ins(f'load ptr, ptr {t}')}, ptr {self.word(self.m.layout.table[b.name])}")
+        return t
+
     def print_bind(self) -> str:
         p = self.m.program
-        self.emit(f"call void @lt.check_count(ptr %ctx, i32 %n, i32 {len(p.inputs)}, i32 0)")
+        count, least = "%n", len(p.inputs) - len(p.defaults)
+        if p.defaults:
+            few = self.ins(f"icmp ult i32 {self.ins(f'sub i32 %n, {least}')}, {len(p.defaults)}")
+            count = self.ins(f"select i1 {few}, i32 {len(p.inputs)}, i32 %n")
+        self.emit(f"call void @lt.check_count(ptr %ctx, i32 {count}, i32 {len(p.inputs)}, i32 0)")
         self.emit(f"call void @lt.check_count(ptr %ctx, i32 %m, i32 {len(p.outputs)}, i32 1)")
         ok, bad = self.label("l"), "fail"
         self.emit(f"br i1 {self.ins('call i1 @lt.failed(ptr %ctx)')}, label %{bad}, label %{ok}")
         self.start(ok)
-        ts = [self.tensor("%in", j) for j in range(len(p.inputs))]
+        ts = [self.input(j) for j in range(len(p.inputs))]
         for b, t in zip(p.inputs, ts):
             self.emit(f"call void @lt.check_tensor(ptr %ctx, ptr {t}, ptr {self.string(b.name)}, i32 {DTYPE_CODES[b.dtype.name]}, i32 {b.rank})")
         for k, (v, (i, axis)) in enumerate(p.dims.items()):
@@ -446,7 +483,8 @@ class _Bind(_Printer):
         for j, b in enumerate(p.inputs):
             known = free_vars(b.size()) <= set(p.dims)
             size = self.value(byte_size(b.dtype, b.size())) if known else "0"
-            self.emit(f"call void @lt.input(ptr %ctx, ptr {self.tensor('%in', j)}, ptr {self.string(b.name)}, ptr {self.word(m.layout.table[b.name])}, i64 {size})")
+            t = self.word(m.layout.table[b.name]) if b.name in p.defaults else self.tensor("%in", j)  # lt_bind has placed what is optional
+            self.emit(f"call void @lt.input(ptr %ctx, ptr {t}, ptr {self.string(b.name)}, ptr {self.word(m.layout.table[b.name])}, i64 {size})")
         for j, b in enumerate(p.outputs):
             if j not in m.layout.dynamic_outputs:
                 size = self.size(byte_size(b.dtype, b.size()))

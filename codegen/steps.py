@@ -16,19 +16,21 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.sharing import Hazards, KernelWork, parallel_loop
-from luthier.ir.errors import CompilationError
+from luthier.ir.dtypes import DType
+from luthier.ir.errors import CompilationError, UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, bounds, const, free_vars, loads, substitute
 from luthier.ir.loop import Buffer, Call, For, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
-from luthier.passes.plan_memory import ALIGN, Plan, plan_memory
+from luthier.passes.plan_memory import ALIGN, Plan, plan_memory, roots
 
 MAX_RANK = 8
+DEFAULT = "default "  # before the name of an input: the constant that it is when a call leaves it out
 
 # Codes of element types in the ABI, those of ONNX.
 DTYPE_CODES = {
     "f32": 1, "u8": 2, "i8": 3, "u16": 4, "i16": 5, "i32": 6, "i64": 7, "bool": 9, "f16": 10, "f64": 11, "u32": 12, "u64": 13,
-    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f8e8m0": 24, "u2": 25, "i2": 26,
+    "bf16": 16, "f8e4m3fn": 17, "f8e4m3fnuz": 18, "f8e5m2": 19, "f8e5m2fnuz": 20, "u4": 21, "i4": 22, "f4e2m1": 23, "f8e8m0": 24, "u2": 25, "i2": 26,
 }  # fmt: skip
 
 
@@ -53,11 +55,20 @@ class Weights:
 def lay_out(program: Program) -> Weights:
     """Bytes of every constant, sub-byte elements packed."""
     w = Weights()
-    dtypes = {b.name: b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
+    owner = roots(program)
+    dtypes = {owner.get(b.name, b.name): b.dtype for s in walk_stmts(program.body) for b in _mentioned(s)}
     for name, a in program.constants.items():
         d = dtypes.get(name)
-        w.add(name, pack_array(a, d) if d is not None and is_subbyte(d) and a.dtype != np.uint8 else a)
+        w.add(name, _packed(a, d))
+    for b in program.inputs:
+        a = program.defaults.get(b.name)
+        if a is not None:
+            w.add(DEFAULT + b.name, _packed(a, b.dtype))
     return w
+
+
+def _packed(a: np.ndarray[Any, Any], d: DType | None) -> np.ndarray[Any, Any]:
+    return pack_array(a, d) if d is not None and is_subbyte(d) and a.dtype != np.uint8 else a
 
 
 def _mentioned(s: Stmt) -> list[Buffer]:
@@ -81,7 +92,7 @@ class Layout:
         self.plan: Plan = plan_memory(program)
         self.weights = lay_out(program)
         dims = set(program.dims)
-        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not free_vars(b.size()) <= dims}
+        self.dynamic_outputs = {j for j, b in enumerate(program.outputs) if not b.symbols() <= dims}
         k = len(program.dims)
         self.table: dict[str, int] = {}
         for n in (*(b.name for b in program.inputs), *(b.name for b in program.outputs), *self.plan.slot_of):
@@ -91,7 +102,8 @@ class Layout:
         for n in self.plan.dynamic:
             self.table[n] = k
             k += 2
-        self.words = k
+        self.random_word = k  # two words, for inputs that are random bits when they are left out
+        self.words = k + 2 * any(program.defaults.get(b.name, k) is None for b in program.inputs)
         self.used: set[Expr] = set().union(*(free_vars(e) for s in walk_stmts(program.body) for e in exprs_of(s)), set())
         for e in (*self.plan.dynamic.values(), *(e for b in program.outputs for e in b.shape), *(o for _, o in program.views.values())):
             self.used |= free_vars(e)
@@ -105,7 +117,7 @@ class Layout:
         for what, bs in (("input", program.inputs), ("output", program.outputs)):
             for b in bs:
                 if b.rank > MAX_RANK:
-                    raise CompilationError(f"{what} {b.name} has rank {b.rank}, the ABI of artifacts allows {MAX_RANK}")
+                    raise UnsupportedOperator(f"{what} {b.name} has rank {b.rank}, a module takes and gives at most {MAX_RANK}", hint="reshape it inside of the model")
                 if b.dtype.name not in DTYPE_CODES:
                     raise CompilationError(f"{what} {b.name}: elements of type {b.dtype} cannot cross the ABI")
 
@@ -364,7 +376,7 @@ class _Walk:
         """Memory of buffers and outputs whose last unknown extent was just read."""
         m = self.m
         names = [n for n, e in m.plan.dynamic.items() if n not in self.placed and free_vars(e) <= self.known]
-        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and free_vars(b.size()) <= self.known]
+        outs = [(j, b) for j, b in enumerate(self.p.outputs) if j in m.dynamic_outputs and b.name not in self.placed and b.symbols() <= self.known]
         if not names and not outs:
             return
         self.meet()

@@ -17,6 +17,7 @@ STORAGE_BUFFERS = 8
 BINDING_BYTES = 128 << 20
 OFFSET_ALIGN = 256
 GRID_LIMIT = 65535
+LOOP_LIMIT = 65535  # rounds of all its loops after which a thread may end: not by the standard, but llvmpipe does so
 
 CAPS = Capabilities(
     vector_bits=32, registers=128, features=frozenset({"fma", "dp4a"}), l1=16 << 10, l2=4 << 20, l3=4 << 20, gpu=True, max_threads_per_block=256,

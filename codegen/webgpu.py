@@ -8,6 +8,7 @@ writes them; any other read of a buffer is a crossing.
 
 Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipeline [[memory, offset, bytes]..] [word..] x y z call``;
 ``write memory offset dtype [value..]``; ``mirror k index value``; ``copy memory offset memory offset bytes``; ``check got want what``;
+``rounds n what``, before a dispatch whose threads may go through more rounds of loops than some adapters run;
 ``if cond then else``; ``while cond body``; ``output j memory offset [extent..]``. A memory is ``["in", j]``, ``["w", k]`` or ``["b", k]``.
 """
 
@@ -20,14 +21,17 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.host_expr import host_expr
-from luthier.codegen.target_webgpu import BINDING_BYTES, OFFSET_ALIGN, STORAGE_BUFFERS
+from luthier.codegen.steps import DEFAULT
+from luthier.codegen.target_webgpu import BINDING_BYTES, LOOP_LIMIT, OFFSET_ALIGN, STORAGE_BUFFERS
 from luthier.codegen.webgpu_features import subsets
 from luthier.codegen.wgsl import Shader, legalize_wgsl, optional_features, print_wgsl
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError, LuthierError
-from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, substitute
-from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, exprs_of, stmts_of, walk_stmts
+from luthier.ir.expr import Expr, const, floordiv, free_vars, linear, load_parts, loads, maximum, prove, substitute
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, While, children, exprs_of, stmts_of, walk_stmts
 from luthier.ir.program import Program
+from luthier.passes.count_rounds import count_rounds
+from luthier.passes.find_wide_buffers import find_wide_buffers, narrow_params
 from luthier.passes.lower_subbyte import is_subbyte, pack_array
 from luthier.passes.offset_buffers import offset_buffers
 from luthier.passes.plan_memory import byte_size, plan_memory, round_up, touched
@@ -55,6 +59,7 @@ class GpuProgram:
     buffers: int = 0
     crossings: list[str] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
+    defaults: dict[str, int] = field(default_factory=dict)  # where the blob holds what inputs are that a call leaves out
 
 
 def build_webgpu(program: Program) -> GpuProgram:
@@ -91,6 +96,7 @@ class _Builder:
         self.mirror: dict[str, int] = {}
         self.large: dict[str, int] = {}  # constants larger than a binding: how many weight buffers they fill
         self.calls = 0
+        self.wide = find_wide_buffers(program, lambda b: self.root(b)[0])
 
     # ------------------------------------------------------------ memory
 
@@ -121,7 +127,7 @@ class _Builder:
         g.buffers = n
         for j, b in enumerate(p.inputs):
             self.place[b.name] = (("in", j), zero)
-            if b.dtype.is_int and b.dtype.bits == 64:
+            if b.dtype.is_int and b.dtype.bits == 64 and b.name not in self.wide:
                 g.narrow.append(j)
         self.lay_out_weights()
         self.find_mirrors()
@@ -167,7 +173,7 @@ class _Builder:
     def lay_out_weights(self) -> None:
         """Constants one after the other in ranges that a binding can hold, each from a multiple of 256 bytes."""
         g = self.g
-        dtypes = {b.name: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
+        dtypes = {self.root(b)[0]: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
         parts: list[np.ndarray[Any, Any]] = []
         at = 0
         order = sorted(self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL)  # small ones side by side: one binding may hold several
@@ -177,12 +183,6 @@ class _Builder:
                 continue
             if is_subbyte(d) and a.dtype != np.uint8:
                 a = pack_array(a, d)
-            if a.dtype in (np.int64, np.uint64) and a.size:
-                lo, hi = (-(1 << 31), (1 << 31) - 1) if a.dtype == np.int64 else (0, (1 << 32) - 1)
-                if int(a.min()) < lo or int(a.max()) > hi:
-                    raise CompilationError(
-                        f"constant {name} has 64-bit integers that 32 bits cannot hold", hint="WebGPU computes with 32-bit integers"
-                    )
             raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
             size = -(-max(raw.size, 4) // OFFSET_ALIGN) * OFFSET_ALIGN
             if size > BINDING_BYTES:  # whole weight buffers of its own, the last one shorter
@@ -202,6 +202,14 @@ class _Builder:
             g.weights[-1][1] += size
         if g.weights and not g.weights[-1][1]:
             g.weights.pop()
+        for b in self.p.inputs:
+            default = self.p.defaults.get(b.name)
+            if default is not None:
+                a = pack_array(default, b.dtype) if is_subbyte(b.dtype) else default
+                raw = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+                g.defaults[DEFAULT + b.name] = at
+                parts += [raw, np.zeros(-raw.size % OFFSET_ALIGN, np.uint8)]
+                at += raw.size + -raw.size % OFFSET_ALIGN
         g.blob = np.concatenate(parts) if parts else np.zeros(0, np.uint8)
 
     def root(self, b: Buffer) -> tuple[str, Expr]:
@@ -303,19 +311,13 @@ class _Builder:
             out += [["buffer", k, self.expr(e)] for k, e in ready]
         elif isinstance(s, Store):
             self.stores((s,), 0, out)
-        elif isinstance(s, If):
-            then: list[Any] = []
-            orelse: list[Any] = []
-            cond = self.expr(s.cond)
-            self.stmt(s.then, then)
-            if s.orelse is not None:
-                self.stmt(s.orelse, orelse)
-            out.append(["if", cond, then, orelse])
-        elif isinstance(s, While):
-            body: list[Any] = []
-            cond = self.expr(s.cond)
-            self.stmt(s.body, body)
-            out.append(["while", cond, body])
+        elif isinstance(s, (If, While)):
+            waiting, cond = self.pending, self.expr(s.cond)
+            bodies: list[list[Any]] = [[] for _ in children(s)]
+            for body, c in zip(bodies, children(s), strict=True):
+                self.stmt(c, body)
+            out += [["buffer", k, 0] for k, _ in waiting if not any(k == j for j, _ in self.pending)]  # no round, no branch: they are empty
+            out.append(["while", cond, *bodies] if isinstance(s, While) else ["if", cond, *bodies, *([[]] if s.orelse is None else [])])
         elif isinstance(s, Call):
             if s.callee == "lt.check":
                 out.append(["check", self.expr(s.args[0]), self.expr(s.args[1]), str(dict(s.attrs).get("what", "an extent"))])
@@ -401,6 +403,9 @@ class _Builder:
                         args.append(_Arg(part, ("w", memory[1] + k), const(0), const(0), const(self.g.weights[memory[1] + k][1]), False))
                     continue
                 args.append(_Arg(q, memory, base, offset + byte_size(b.dtype, more), n, q.name in self.written[s.callee]))
+        roots = {q.name: self.root(a if isinstance(a, Buffer) else a[0])[0] for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Buffer) and not isinstance(a, Expr)}
+        narrow = narrow_params(f, roots, self.wide)
+        narrow |= {f"{n}.{k}" for n in narrow & pieces.keys() for k in range(1, pieces[n][1])}
         f = split_buffers(f, pieces)
         groups, moved = self.groups(args, out)
         args = moved or args
@@ -414,10 +419,10 @@ class _Builder:
             places[x.param.name] = (start, 128 // bits if _multiple(start, 16) else 1)
         names = tuple(places)
         units = {n: u for n, (_, u) in places.items()}
-        key = (s.callee, groups, tuple(units.items()), tuple(pieces))
+        key = (s.callee, groups, tuple(units.items()), tuple(pieces), narrow)
         variant = self.variants.get(key)
         if variant is None:
-            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups)
+            variant = self.variants[key] = self.pipeline(offset_buffers(f, names, units), groups, narrow, self.p.nodes.get(number, ()))
         pipeline, shader, least = variant
         scalars = dict(env)
         for x in shifted:
@@ -445,6 +450,9 @@ class _Builder:
         for v in shader.scalars:
             e = self.expr(by_name[v.attr[0]])
             words.append(["bits", e] if v.dtype.is_float else e)
+        rounds = substitute(count_rounds(f), env)
+        if not prove(rounds <= LOOP_LIMIT):
+            out.append(["rounds", self.expr(rounds), ", ".join(self.p.nodes.get(number, ())) or s.callee])
         grid = [self.expr(substitute(e, {v: by_name[v.attr[0]] for v in free_vars(e)})) for e in shader.grid]
         out.append(["dispatch", pipeline, bound, words, *grid, number])
 
@@ -495,21 +503,23 @@ class _Builder:
         groups.append(tuple(x.param.name for x in chosen))
         return tuple(groups), moved
 
-    def pipeline(self, f: Func, groups: Sequence[Sequence[str]]) -> tuple[int, Shader, tuple[int, ...]]:
+    def pipeline(self, f: Func, groups: Sequence[Sequence[str]], narrow: frozenset[str], nodes: Sequence[str]) -> tuple[int, Shader, tuple[int, ...]]:
         """(its number, its shader without optional features, the least bytes of each binding). What a device may have is printed again
-        with it; equal texts are one shader."""
+        with it; equal texts are one shader. ``nodes``: what it computes, for messages; of equal pipelines the first one's stay."""
         g = self.g
-        made = [print_wgsl(legalize_wgsl(f, groups, features)) for features in subsets(optional_features(f))]
+        made = [print_wgsl(legalize_wgsl(f, groups, features, narrow)) for features in subsets(optional_features(f))]
         shader = made[-1]
         letters = ["".join("w" if b.writable else "r" for b in s.buffers) for s in made]
         if len({(x, s.scalars, s.grid) for x, s in zip(letters, made, strict=True)}) > 1:
             raise CompilationError("the alternatives of a shader differ in their bindings", op=f.name)
         ids = list(dict.fromkeys(self.shader(s) for s in made))
         entry = {"shaders": ids, "bindings": letters[-1], "uniforms": -(-4 * len(shader.scalars) // 16) * 16}
-        if entry not in g.pipelines:
-            g.pipelines.append(entry)
+        same = [k for k, p in enumerate(g.pipelines) if p.items() >= entry.items()]
+        if not same:
+            same = [len(g.pipelines)]
+            g.pipelines.append({**entry, "nodes": list(nodes)})
         least = tuple(max(4, *(int(b.dtype.itemsize) * b.dtype.lanes for b in bs)) for bs in zip(*(s.buffers for s in made), strict=True))
-        return g.pipelines.index(entry), shader, least
+        return same[0], shader, least
 
     def shader(self, s: Shader) -> int:
         """The number of a text."""

@@ -24,6 +24,18 @@ _HEAD = "@group(0) @binding(0) var<storage, read_write> o: array<u32>;\n@compute
 PROBES: Mapping[str, str] = {PACKED_DOT: _HEAD + "o[0] = u32(dot4I8Packed(o[1], o[2])) + dot4U8Packed(o[1], o[2]); }\n"}
 
 
+# A thread with more rounds than some implementations run (llvmpipe ends it without a word), and what it must find
+LOOP_PROBE = """@group(0) @binding(0) var<storage, read_write> o: array<u32>;
+@compute @workgroup_size(1)
+fn main() {
+  var n = o[0];
+  for (var i = 0u; i < 70000u; i++) { n = n * 1664525u + 1013904223u; }
+  o[0] = n;
+}
+"""
+LOOP_ANSWER = 1724221232
+
+
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """``names``: {WebGPU's name of a device's feature: the implementation's}, where they differ. ``silent``: features whose directive is

@@ -74,8 +74,9 @@ def _print(g: GpuProgram, body: Sequence[Any], nodes: Mapping[int, Sequence[str]
             _print(g, s[2], nodes, lines, depth + 1)
         elif op == "write":
             lines.append(f"{pad}write {_place(s[1])}+{_text(s[2])} {s[3]} {', '.join(_text(v) for v in s[4])} (host to device)")
-        elif op in ("copy", "output"):
-            m = s[1] if op == "copy" else s[2]
-            lines.append(f"{pad}{op} {_place(m)} {_text(s[2] if op == 'copy' else s[4])}")
+        elif op == "copy":
+            lines.append(f"{pad}copy {_place(s[1])} {_text(s[2])}")
+        elif op == "output":
+            lines.append(f"{pad}output {_place(s[2])} [{', '.join(map(_text, s[4]))}]")
         else:
             lines.append(f"{pad}{op} {' '.join(_text(e) for e in s[1:])}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from luthier.codegen import wgsl_wide
 from luthier.codegen.c_style import CStyle
 from luthier.codegen.webgpu_features import ALL, F16, PACKED_DOT, STANDARD, SUBGROUPS, Dialect
 from luthier.ir.dtypes import DType, f16, f32, i32
@@ -32,6 +33,7 @@ from luthier.passes.round_by_operator import round_by_operator
 from luthier.passes.scalarize import scalarize
 from luthier.passes.split_grid import split_grid
 from luthier.passes.spread_subgroups import spread_subgroups
+from luthier.passes.wide_words import PREFIX
 
 KEYWORDS = frozenset(
     """alias break case const const_assert continue continuing default diagnostic discard else enable false fn for if let loop
@@ -51,8 +53,8 @@ REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{
     let b = bitcast<u32>(y) & 2147483647u;
     if (a >= 2139095040u || b > 2139095040u || b == 0u) {{ return {nan}; }}
     if (a < b) {{ return x; }}
-    var r = select(a, a & 8388607u | 8388608u, a >= 8388608u);
-    var m = select(b, b & 8388607u | 8388608u, b >= 8388608u);
+    var r = select(a, (a & 8388607u) | 8388608u, a >= 8388608u);
+    var m = select(b, (b & 8388607u) | 8388608u, b >= 8388608u);
     var up = countLeadingZeros(r) - 8u;
     r <<= up;
     var e = max(i32(a >> 23u), 1i) - i32(up);
@@ -67,7 +69,7 @@ REMAINDER = """fn {name}(x: f32, y: f32) -> f32 {{
     up = countLeadingZeros(r) - 8u;
     r <<= up;
     e = low - i32(up);
-    r = select(r >> u32(1i - e), r & 8388607u | u32(max(e, 0i)) << 23u, e > 0i);
+    r = select(r >> u32(1i - e), (r & 8388607u) | (u32(max(e, 0i)) << 23u), e > 0i);
     return bitcast<f32>(r | sign);
 }}"""
 
@@ -100,6 +102,7 @@ class _Wgsl(CStyle):
         self.features: set[str] = set()  # those that what is printed needs
         self.special: dict[str, int] = {}
         self.globals: list[str] = []
+        self.words: set[str] = set()  # functions on values of two words
         self.functions: dict[str, str] = {}  # intrinsic -> the function that computes it
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
 
@@ -250,9 +253,20 @@ class _Wgsl(CStyle):
         if name in WORDS:
             self.features.add(PACKED_DOT)
             return f"{WORDS[name].spelling['wgsl'][32]}({args})"
+        if name.startswith(PREFIX):
+            return self.wide(name.removeprefix(PREFIX), args)
         if name == "decode.f16":
             return f"unpack2x16float({args}).x"
         return f"{self.function(name)}({args})" if name in CODES else super().instruction(e)
+
+    def wide(self, name: str, args: str) -> str:
+        """An intrinsic on values of two words."""
+        if name == "pair":
+            return f"vec2<u32>({args})"
+        for f in reversed(wgsl_wide.SPELLING[name]):
+            self.words.add(f)
+            args = f"{f}({args})"
+        return args
 
     def function(self, intrinsic: str) -> str:
         """The name of a function that computes one of ``CODES``, printed when it is first needed."""
@@ -288,8 +302,10 @@ class _Wgsl(CStyle):
             t = f"atomic<{self.type(b.dtype)}>" if b.name in self.atomic else self.type(b.dtype)
             head.append(f"@group(0) @binding({k}) var<storage, {'read_write' if b.writable else 'read'}> {self.name(b.name)}: array<{t}>;")
         for name, a in f.data.items():
-            vals = ", ".join(self.literal(v, _dtype(f, name)) for v in np.asarray(a).reshape(-1).tolist())
-            head.append(f"var<private> {self.name(name)} = array<{self.type(_dtype(f, name))}, {np.asarray(a).size}>({vals});")
+            d = _dtype(f, name)
+            rows = np.asarray(a).reshape(-1, d.lanes).tolist()
+            vals = ", ".join(self.vector([self.literal(v, d.scalar) for v in row], d) if d.lanes > 1 else self.literal(row[0], d) for row in rows)
+            head.append(f"var<private> {self.name(name)} = array<{self.type(d)}, {len(rows)}>({vals});")
         if f.scalars:
             fields = ", ".join(f"{self.name(v)}: {self.type(v.dtype)}" for v in f.scalars)
             head.append(f"struct Dims {{ {fields} }}")
@@ -302,7 +318,7 @@ class _Wgsl(CStyle):
         self.lines += body
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
         head += [f"var<private> special_{n}: u32 = {bits}u;" for bits, n in self.special.items()]
-        head += self.globals
+        head += [*self.globals, *wgsl_wide.needed(self.words)]
         sig = f"@compute @workgroup_size({group[0]}, {group[1]}, {group[2]})\n"
         sig += "fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid: vec3<u32>) {"
         src = "\n".join([*head, "", sig, *self.lines, "}", ""])
@@ -338,16 +354,17 @@ def optional_features(f: Func) -> frozenset[str]:
     return frozenset(found)
 
 
-def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Collection[str] = ()) -> Func:
+def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Collection[str] = (), narrow: Collection[str] = ()) -> Func:
     """A kernel with the loop passes done, made printable as WGSL: one dimension, no vectors, 32-bit types, a grid, and one binding
-    for each of ``groups`` of buffers. ``features``: the optional ones that the device has."""
+    for each of ``groups`` of buffers. ``features``: the optional ones that the device has. ``narrow``: buffers of 64-bit integers that are
+    known to fit 32."""
     if SUBGROUPS not in features:
         f = spread_subgroups(f)
     halves = {b.name for b in f.buffers if b.dtype.scalar is f16}
     shared = any(halves & {*g} for g in groups if len(g) > 1)  # a binding of several buffers has whole words
     rules = replace(WGSL_RULES, half=F16 in features and not shared, dots=PACKED_DOT in features)
     f = scalarize(split_grid(map_parallel(flatten(f))))
-    f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules)  # whole words of narrow elements
+    f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules, narrow)  # whole words of narrow elements
     return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16))
 
 

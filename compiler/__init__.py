@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "luthier":
     raise ImportError("import luthier; the folder 'compiler' is the package luthier and has no other name")
 
+from luthier.at_fork import whole
 from luthier.errors import (
     ArtifactError,
     InputError,
@@ -50,7 +51,8 @@ def __getattr__(name: str) -> Any:
     where = _LAZY.get(name)
     if where is None:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
-    value = getattr(importlib.import_module(where), name)
+    with whole:
+        value = getattr(importlib.import_module(where), name)
     globals()[name] = value
     return value
 

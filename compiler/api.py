@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from luthier.at_fork import whole
 from luthier.collection import collection_paused
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
-    debug: str | None = None, tune: bool = False,
+    debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None,
 ) -> Module:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`; a Graph,
     such as ``luthier.quantize`` gives) for ``target``.
@@ -29,13 +31,22 @@ def compile(
     and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
     ``tune``: where several templates fit a kernel, they are measured on this machine, once (:mod:`luthier.tuner.choose`); without it, and for
     a target whose code does not run here (a warning says so), the one that was fastest where it was written is taken.
+    ``overridable``: initializers that the model lists among its inputs (from IR version 4) are defaults, and a call may replace those named
+    here; True all, False none. Without it all, when together they are no more than 64 KiB: larger ones are weights that an exporter listed.
     Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
-    from luthier import settings
-    from luthier.codegen.target import parse_target
-    from luthier.errors import TargetError
-    from luthier.importers.onnx import import_onnx
-    from luthier.targets import builder
+    with whole:
+        from luthier import settings
+        from luthier.codegen.target import parse_target
+        from luthier.errors import TargetError
+        from luthier.importers.onnx import import_onnx
+        from luthier.ir.op import lookup
+        from luthier.targets import builder
+
+        lookup("")  # imports every operator
+        builder(parse_target(target).kind)
+        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.copy_graph", "numpy.random"):  # what would be imported on the way
+            importlib.import_module(name)
 
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
         from luthier.llm import compile_gguf
@@ -51,7 +62,7 @@ def compile(
         from luthier.ir.graph import Graph
         from luthier.passes.copy_graph import copy_graph
 
-        return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes)
+        return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes, overridable=overridable)
 
     def build() -> Module:
         return build_graph(imported, chosen, threads, checked, tune)

@@ -7,7 +7,7 @@
 ``weights.bin``    constants at 64-byte aligned offsets, to be mapped
 =================  =====================================================================================
 
-Written beside its place and renamed: a folder of that name is the old artifact or the whole new one.
+Written beside its place, which it takes at once: a folder of that name is the old artifact or the whole new one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import hashlib
 import importlib.resources
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ArtifactError
-from luthier.native import ABI_VERSION, SharedObject, map_file
+from luthier.files import open_regular
+from luthier.manifest import FORMAT, NAME, read_manifest
+from luthier.native import SharedObject, map_file
+from luthier.replace_folder import replacing
 from luthier.targets import loader
 
 if TYPE_CHECKING:
@@ -30,31 +34,39 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "load", "save"]
 
-FORMAT = 1
 _CPU_FILES = ("model.so", "model.h", "weights.bin")
 
 
-def save(module: Module, path: Path, shard_mb: float | None = None) -> Path:
-    """Write ``module`` as the folder ``path``; an artifact that is there is replaced.
+def save(module: Module, path: Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
+    """Write ``module`` as the folder ``path``; an artifact that is there is replaced. ``name``, ``version``: of a web package.
 
-    Raises ArtifactError when something else is there or the disk refuses, TargetError without a linker."""
-    path = path.absolute()
-    if path.exists() and not (path / "manifest.json").is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise ArtifactError(f"{path} exists and is no artifact", hint="name another folder")
-    fresh = path.with_name(f".{path.name}.new-{os.getpid()}")
-    stale = path.with_name(f".{path.name}.old-{os.getpid()}")
+    Raises ArtifactError when something else is there, a name is no package's or the disk refuses, TargetError without a linker."""
+    path = Path(os.path.realpath(path))
+    if module.is_package:
+        module.manifest["package"] = package_names(path, name, version)
+    elif name is not None or version is not None:
+        raise ArtifactError(f"an artifact for {module.manifest['target']['name']} is no npm package", hint="leave name and version out")
     try:
-        fresh.mkdir(parents=True)
-        _write(module, fresh, shard_mb)
-        if path.exists():
-            path.rename(stale)
-        fresh.rename(path)
+        if path.exists() and not (path / NAME).is_file() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtifactError(f"{path} exists and is no artifact", hint="name another folder")
+        with replacing(path) as fresh:
+            _write(module, fresh, shard_mb)
     except OSError as e:
-        raise ArtifactError(f"cannot write {path}: {e}") from e
-    finally:
-        for folder in (fresh, stale):
-            shutil.rmtree(folder, ignore_errors=True)
+        raise ArtifactError(f"cannot write {path}: {e.strerror or e}") from e
     return path
+
+
+def package_names(path: Path, name: str | None, version: str | None) -> dict[str, str]:
+    """What npm calls the package in the folder ``path``: after it, unless the caller has named it. Raises ArtifactError."""
+    if name is None:
+        name = re.sub(r"[^a-z0-9._~-]+", "-", path.name.removesuffix(".luthier").lower()).strip("-._") or "model"
+    elif not re.fullmatch(r"(@[a-z0-9~-][a-z0-9._~-]*/)?[a-z0-9~-][a-z0-9._~-]*", name) or len(name) > 214:
+        raise ArtifactError(f"{name!r} is no name of an npm package", hint="small letters, digits and -._~, with or without @scope/ before it")
+    if version is None:
+        version = "1.0.0"
+    elif not re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?", version):
+        raise ArtifactError(f"{version!r} is no version of an npm package", hint="three numbers, such as 1.2.0")
+    return {"name": name[:214], "version": version}
 
 
 def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
@@ -65,7 +77,7 @@ def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
     known = {s["file"]: {"bytes": s["bytes"], "sha256": s["sha256"]} for s in module.manifest.get("web", {}).get("shards", ())}
     files = {name: known.get(name) or _digest(folder / name) for name in names}
     manifest = {**module.manifest, "format": FORMAT, "files": files, "extra": list(module.files)}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def write_native(module: Module, folder: Path) -> tuple[str, ...]:
@@ -86,28 +98,24 @@ def write_native(module: Module, folder: Path) -> tuple[str, ...]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+    with open_regular(path) as f:
+        return {"bytes": os.fstat(f.fileno()).st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
 
 def load(path: Path, threads: int | None = None) -> Module:
     """An artifact as a Module. Raises ArtifactError when it is missing, damaged, of another version or for another machine."""
     path = path.absolute()
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is no artifact: it has no manifest.json", hint="make one with: luthier compile MODEL -o FOLDER") from None
-    except (OSError, ValueError) as e:
-        raise ArtifactError(f"cannot read {path / 'manifest.json'}: {e}") from e
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("abi") != ABI_VERSION:
-        found = f"format {manifest.get('format')}, ABI {manifest.get('abi')}" if isinstance(manifest, dict) else "no object"
-        raise ArtifactError(f"{path} has {found}; this package reads format {FORMAT}, ABI {ABI_VERSION}", hint="compile the model again")
-    missing = {"name", "target", "inputs", "outputs", "dims", "calls", "files", "weights_bytes"} - set(manifest)
-    if missing:
-        raise ArtifactError(f"{path / 'manifest.json'} lacks {', '.join(sorted(missing))}")
-    module: Module = loader(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
-    extra = manifest.get("extra", ())
-    check_files(path, manifest, extra)
+    manifest = read_manifest(path)
+    while True:
+        try:
+            module: Module = loader(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
+            extra = manifest.get("extra", ())
+            check_files(path, manifest, extra)
+            break
+        except ArtifactError:
+            before, manifest = manifest, read_manifest(path)
+            if manifest == before:
+                raise  # otherwise another process has just replaced the folder
     module.files = {name: (path / name).read_bytes for name in extra}
     return module
 
@@ -119,7 +127,7 @@ def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
         try:
             got = _digest(path / name)
         except OSError as e:
-            raise ArtifactError(f"cannot read {path / name}: {e}") from e
+            raise ArtifactError(f"cannot read {path / name}: {e.strerror or e}") from e
         if got != want:
             raise ArtifactError(f"{path / name} is damaged: its checksum differs from the manifest's", hint="compile the model again")
 
@@ -135,7 +143,10 @@ def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Mo
             f"{path} was compiled for {manifest['target']['name']}, this machine lacks {', '.join(lacking)}",
             hint="compile it for this machine, or for cpu:x86-64-v2",
         )
-    return Module(manifest, SharedObject(path / "model.so"), map_file(path / "weights.bin"), threads, path)
+    if manifest["files"]["weights.bin"]["bytes"] < manifest["weights_bytes"]:
+        raise ArtifactError(f"{path / 'weights.bin'} holds fewer than {manifest['weights_bytes']} bytes", hint="compile the model again")
+    weights, intact = map_file(path / "weights.bin")
+    return Module(manifest, SharedObject(path / "model.so"), weights, threads, path, intact)
 
 
 # features whose absence makes code crash, as Linux spells them where it differs

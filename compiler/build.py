@@ -12,9 +12,10 @@ from luthier.cache import ObjectCache
 from luthier.codegen.llvm_backend import Library, Objects, assembly, compile_texts, kernel_text
 from luthier.codegen.llvm_main import DTYPE_CODES, print_main, runtime_text
 from luthier.codegen.sharing import resolve
+from luthier.codegen.steps import DEFAULT
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
-from luthier.ir.expr import Expr, const, free_vars, substitute, walk
+from luthier.ir.expr import Expr, const, free_vars, substitute, tree_size, walk
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.module import Module
@@ -91,7 +92,7 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         a = main.arrays[name]
         weights[offset : offset + a.size] = a
     native = None if chosen.missing_here() else Library(objects, EXPORTS)
-    return Module(manifest(program, chosen, main.calls, main.weights_bytes), native, weights, threads, objects)
+    return Module(manifest(program, chosen, main.calls, main.weights_bytes, dict(main.weights)), native, weights, threads, objects)
 
 
 def aliased_kernels(program: Program) -> set[str]:
@@ -114,14 +115,13 @@ def aliased_kernels(program: Program) -> set[str]:
 
 def _dump(symbols: Mapping[str, str], texts: Mapping[str, str], main: str, target: Target) -> None:
     """With LUTHIER_DUMP: the LLVM text of the program and of every kernel, and the kernels' assembly."""
-    folder = settings.dump.get()
-    if folder is None:
+    if settings.dump.get() is None:
         return
     names = {symbol: name for name, symbol in symbols.items()}
-    (folder / "llvm-main.txt").write_text(main, encoding="utf-8")
+    settings.write_dump("llvm-main.txt", main)
     for symbol, text in texts.items():
-        (folder / f"llvm-{names[symbol]}.txt").write_text(text, encoding="utf-8")
-        (folder / f"machine-{names[symbol]}.txt").write_text(assembly(text, target), encoding="utf-8")
+        settings.write_dump(f"llvm-{names[symbol]}.txt", text)
+        settings.write_dump(f"machine-{names[symbol]}.txt", assembly(text, target))
 
 
 def _nodes_of(program: Program, kernel: str) -> str | None:
@@ -130,8 +130,8 @@ def _nodes_of(program: Program, kernel: str) -> str | None:
     return next((", ".join(program.nodes.get(k, ())) or None for k, s in enumerate(sites) if s.callee == kernel), None)
 
 
-def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int) -> dict[str, Any]:
-    """Everything about a module but its code and weights, as JSON data."""
+def manifest(program: Program, target: Target, calls: list[str], weights_bytes: int, offsets: Mapping[str, int]) -> dict[str, Any]:
+    """Everything about a module but its code and weights, as JSON data. ``offsets``: where the weights hold the defaults of inputs."""
     flops = {n: kernel_flops(f) for n, f in program.kernels.items()}
     sites = [s for s in walk_stmts(program.body) if isinstance(s, Call) and s.callee in program.kernels]
     rows = []
@@ -148,11 +148,20 @@ def manifest(program: Program, target: Target, calls: list[str], weights_bytes: 
     return {
         "format": 1, "abi": ABI_VERSION, "name": program.name,
         "target": {"kind": target.kind, "name": target.name, "triple": target.triple, "cpu": target.cpu, "features": sorted(target.flags)},
-        "inputs": [_io(b, b.name) for b in program.inputs],
+        "inputs": [_io(b, b.name) | _default(program, b, offsets) for b in program.inputs],
         "outputs": [_io(b, program.output_names.get(b.name, b.name)) for b in program.outputs],
         "dims": {v.attr[0]: [i, axis] for v, (i, axis) in program.dims.items()},
         "kernels": sorted(program.kernels), "calls": rows, "weights_bytes": weights_bytes, "checked": program.checked,
+        **_structured(program),
     }  # fmt: skip
+
+
+def _structured(program: Program) -> dict[str, Any]:
+    """What callers give and get as something else than one tensor."""
+    kinds = (("inputs", program.structured_inputs), ("outputs", program.structured_outputs))
+    if not any(d for _, d in kinds):
+        return {}
+    return {"structured": {k: {n: {"ports": list(s.ports), "tensor": s.tensor} for n, s in d.items()} for k, d in kinds}}
 
 
 def _io(b: Buffer, name: str) -> dict[str, Any]:
@@ -160,11 +169,24 @@ def _io(b: Buffer, name: str) -> dict[str, Any]:
     return {"name": name, "code": DTYPE_CODES[b.dtype.name], "shape": shape}
 
 
+def _default(program: Program, b: Buffer, offsets: Mapping[str, int]) -> dict[str, Any]:
+    """What an input is that a call leaves out."""
+    if b.name not in program.defaults:
+        return {}
+    a = program.defaults[b.name]
+    if a is None:
+        return {"default": "random"}
+    return {"default": {"offset": offsets[DEFAULT + b.name], "bytes": -(-a.size * b.dtype.bits // 8), "shape": list(a.shape)}}
+
+
+MAX_FORMULA = 100_000  # nodes
 _OPS = {"add": "+", "sub": "-", "mul": "*", "min": "min", "max": "max", "floordiv": "//", "mod": "%"}
 
 
 def formula(e: Expr) -> Any:
-    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else."""
+    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else, or too long to write out."""
+    if tree_size(e) > MAX_FORMULA:
+        return 0
     if e.op == "const":
         return int(e.attr)
     if e.op == "var":

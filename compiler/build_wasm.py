@@ -10,6 +10,7 @@ import numpy as np
 
 from luthier import settings
 from luthier.build import manifest
+from luthier.codegen.host_expr import check_extents
 from luthier.codegen.target import Target
 from luthier.codegen.target_wasm import BASELINE, CAPS
 from luthier.codegen.wasm_encoder import Function, Module
@@ -37,6 +38,7 @@ def build_module(
     or temporaries that would change are the same in all variants.
     Raises CompilationError naming the nodes of the kernel at fault, TargetError."""
     variant = target.name.partition(":")[2] or "relaxed"
+    check_extents(program)
     try:
         printer = ProgramPrinter(program)
         first = _print(printer, variant)
@@ -47,7 +49,7 @@ def build_module(
     for name, offset in w.offsets.items():
         a = w.arrays[name]
         weights[offset : offset + a.size] = a
-    m = manifest(program, target, list(first.calls), w.size)
+    m = manifest(program, target, list(first.calls), w.size, w.offsets)
     m["wasm"] = {**printer.describe(), "names": first.names, "probes": probes()}
     _dump(program, printer)
     printers = {"relaxed" in variant: printer}
@@ -93,10 +95,9 @@ def _nodes_of(program: Program, kernel: str) -> str | None:
 
 def _dump(program: Program, printer: ProgramPrinter) -> None:
     """With LUTHIER_DUMP: the kernels as they are printed."""
-    folder = settings.dump.get()
-    if folder is not None:
+    if settings.dump.get() is not None:
         for name, f in printer.kernels.items():
-            (folder / f"wasm-{name}.txt").write_text(str(f), encoding="utf-8")
+            settings.write_dump(f"wasm-{name}.txt", str(f))
 
 
 def probes() -> dict[str, str]:

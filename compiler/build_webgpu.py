@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier import settings
 from luthier.build import manifest
+from luthier.codegen.host_expr import check_extents
 from luthier.codegen.target import Target
 from luthier.codegen.webgpu import GpuProgram, build_webgpu
 from luthier.codegen.webgpu_features import STANDARD
@@ -19,8 +20,9 @@ __all__ = ["build_module"]
 
 def build_module(program: Program, target: Target, threads: int | None = None) -> WebGpuModule:
     """Raises CompilationError, naming node and operator, for what WebGPU cannot compute."""
+    check_extents(program)
     g = build_webgpu(program)
-    info = manifest(program, target, g.calls, int(g.blob.size))
+    info = manifest(program, target, g.calls, int(g.blob.size), g.defaults)
     _dump(g, program)
     return WebGpuModule(info, host_data(g, info), g.shaders, g.blob, threads)
 
@@ -35,10 +37,9 @@ def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
 
 def _dump(g: GpuProgram, program: Program) -> None:
     """With LUTHIER_DUMP: what main does, and every shader."""
-    folder = settings.dump.get()
-    if folder is None:
+    if settings.dump.get() is None:
         return
-    (folder / "webgpu-main.txt").write_text(report(g, program.nodes), encoding="utf-8")
+    settings.write_dump("webgpu-main.txt", report(g, program.nodes))
     for k, text in enumerate(g.shaders):
         text = STANDARD.write(text, g.features[k])
-        (folder / f"wgsl-{k:03d}-{g.names[k]}.txt").write_text(text, encoding="utf-8")
+        settings.write_dump(f"wgsl-{k:03d}-{g.names[k]}.txt", text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -22,11 +21,10 @@ import click
 from luthier import settings
 from luthier.cli_quantize import quantize_options
 from luthier.cli_tools import COMMANDS, ShapeParam
-from luthier.errors import ArtifactError, InputError, LuthierError
+from luthier.errors import InputError, LuthierError
+from luthier.terminal import console, echo, printable
 
 if TYPE_CHECKING:
-    import rich.console
-
     from luthier.module import Module
 
 INTERRUPTED, DEFECT = 130, 70
@@ -58,13 +56,6 @@ _data_options = _options(
 )
 
 
-def _console(stderr: bool = False) -> rich.console.Console:
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 200
-    return Console(stderr=stderr, no_color=settings.color.is_set() or None, highlight=False, width=width)
-
-
 def _checks(debug: str | None) -> str | None:
     """What the compiler needs to know of ``--debug``; without it the setting decides."""
     return debug if debug and "bounds" in debug else None
@@ -92,25 +83,10 @@ def _inputs(
     """The arrays named by ``--input``, and random ones for what remains (symbolic extents from ``--shape``, else 1)."""
     from luthier.feeds import random_inputs, read_inputs
 
+    for kind, found in module.manifest.get("structured", {}).items():
+        if found:
+            raise InputError(f"{kind} of the model are sequences or optionals: {', '.join(found)}", hint="run it from Python, where they are lists of arrays and None")
     return random_inputs(module.inputs, dict(shapes), seed, given=read_inputs(module.inputs, files))
-
-
-def _publish(module: Module, out: Path, write: Callable[[Path], None] | None = None) -> None:
-    """Save beside ``out``, then rename: ``out`` is the old artifact or the whole new one, never a part."""
-    out = out.absolute()
-    if out.exists() and not (out / "manifest.json").exists():
-        raise ArtifactError(f"{out} exists and is no artifact", hint="name another folder with -o")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
-    stale = out.with_name(f".{out.name}.old-{os.getpid()}")
-    try:
-        module.save(fresh)
-        if out.exists():
-            out.rename(stale)
-        fresh.rename(out)
-    finally:
-        for folder in (fresh, stale):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -125,21 +101,27 @@ def luthier() -> None:
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
 @click.option("--tune", is_flag=True, help="Measure kernels on this machine where several templates fit.")
+@click.option("--name", help="What npm calls a web package; default: the name of its folder.")
+@click.option("--version", help="The version of a web package; default: 1.0.0.")
+@click.option("--shard-mb", type=float, help="The most megabytes of a file of weights of a web package; default: 24.")
 @click.option("--language", is_flag=True, help="MODEL is an ONNX decoder: make a language model of it (docs/llm.md).")
 @quantize_options
 @_debug
 def compile_command(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, tune: bool, language: bool, debug: str | None,
-    **quantization: Any,
+    name: str | None, version: str | None, shard_mb: float | None, **quantization: Any,
 ) -> None:
     """Compile an ONNX MODEL (or a GGUF language model) into an artifact: a folder that runs without Python."""
     import luthier as package
+    from luthier.artifact import package_names
 
     out = output or Path(f"{_existing(model).stem}.luthier")
+    package_names(out, name, version)  # what is wrong with them is told before the work
     source: Any = model
     if precision is not None:
         from luthier.cli_quantize import quantize_file
 
+        quantization["reduce_range"] = bool(quantization["reduce_range"])  # this package's own kernels are exact with 8 bits
         source, shapes = quantize_file(model, precision, dict(shapes) or None, threads, quantization).graph, ()
     start = time.perf_counter()
     if language and precision is not None:
@@ -152,14 +134,14 @@ def compile_command(
         else:
             module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=tune)
     for note in notes:
-        click.echo(f"note: {note.message}", err=True)
+        echo(f"note: {note.message}", err=True)
     compiled = time.perf_counter() - start
-    _publish(module, out)
+    module.save(out, shard_mb, name, version)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-    click.echo(f"{out}: {size / 1e6:.1f} MB, compiled for {target} in {compiled:.2f} s")
+    echo(f"{out}: {size / 1e6:.1f} MB, compiled for {target} in {compiled:.2f} s")
     for kind, values in (("input", module.inputs), ("output", module.outputs)):
         for value in values:
-            click.echo(f"  {kind:6} {value.name}: {value.dtype}[{', '.join(map(str, value.shape))}]")
+            echo(f"  {kind:6} {printable(value.name)}: {value.dtype}[{printable(', '.join(map(str, value.shape)))}]")
 
 
 @luthier.command()
@@ -179,9 +161,12 @@ def run(
     feeds = _inputs(module, files, shapes, seed)
     outputs = module.run(feeds)
     for name, array in outputs.items():
-        click.echo(f"{name}: {_describe(array)}")
+        echo(f"{printable(name)}: {_describe(array)}")
     if output is not None:
-        np.savez(output, allow_pickle=True, **outputs)
+        try:
+            np.savez(output, allow_pickle=True, **outputs)
+        except (OSError, ValueError) as e:
+            raise InputError(f"cannot write {output}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def _describe(value: Any) -> str:
@@ -232,7 +217,7 @@ def bench(
                 write_trace(rows, trace, model.name)
             except OSError as e:
                 raise InputError(f"cannot write {trace}: {e}") from e
-            click.echo(f"{trace}: {len(rows)} kernel calls, open it in chrome://tracing or ui.perfetto.dev")
+            echo(f"{trace}: {len(rows)} kernel calls, open it in chrome://tracing or ui.perfetto.dev")
 
 
 def _times(call: Callable[[], object], runs: int) -> list[float]:
@@ -251,7 +236,7 @@ def _times(call: Callable[[], object], runs: int) -> list[float]:
 
 
 def _print_times(name: str, times: list[float]) -> None:
-    click.echo(f"{name}: median {statistics.median(times):.3f} ms, min {min(times):.3f} ms, {len(times)} runs")
+    echo(f"{name}: median {statistics.median(times):.3f} ms, min {min(times):.3f} ms, {len(times)} runs")
 
 
 def _print_profile(rows: Sequence[Mapping[str, Any]], top: int) -> None:
@@ -268,9 +253,9 @@ def _print_profile(rows: Sequence[Mapping[str, Any]], top: int) -> None:
         rate = [f"{row[k] / row['ms'] / 1e6:.1f}" if row.get(k) and row["ms"] else "" for k in ("flops", "bytes")]
         nodes = row["nodes"] if isinstance(row["nodes"], str) else ", ".join(row["nodes"])
         table.add_row(f"{row['ms']:.3f}", f"{100 * row['ms'] / total:.1f}", *rate, str(row["kernel"]), nodes)
-    _console().print(table)
+    console().print(table)
     if len(ordered) > top:
-        click.echo(f"and {len(ordered) - top} more kernels, {sum(r['ms'] for r in ordered[top:]):.3f} ms")
+        echo(f"and {len(ordered) - top} more kernels, {sum(r['ms'] for r in ordered[top:]):.3f} ms")
 
 
 @luthier.command()
@@ -291,12 +276,12 @@ def inspect(
         if stage and not any(s in name for s in stage):
             continue
         if listing:
-            click.echo(f"{name}: {text.count(chr(10)) + 1} lines")
+            echo(f"{name}: {text.count(chr(10)) + 1} lines")
             continue
         if kernel:
             text = "\n\n".join(block for block in text.split("\n\n") if kernel in block)
         if text:
-            click.echo(f"== {name}\n{text}")
+            echo(f"== {name}\n{text}")
 
 
 @luthier.command()
@@ -317,11 +302,11 @@ def compare(
     bad = [row for row in rows if not row.error <= rtol]
     for row in rows:
         if everything or row in bad:
-            click.echo(f"{'DIVERGES' if row in bad else 'ok':8} {row.value} ({row.op} {row.node}): error {row.error:.3g} {row.detail}".rstrip())
-    click.echo(f"{len(rows)} values compared, {len(bad)} diverge by more than {rtol:g}")
+            echo(f"{'DIVERGES' if row in bad else 'ok':8} {row.value} ({row.op} {row.node}): error {row.error:.3g} {row.detail}".rstrip())
+    echo(f"{len(rows)} values compared, {len(bad)} diverge by more than {rtol:g}")
     if bad:
         first = bad[0]
-        click.echo(f'first divergence: value "{first.value}" of node "{first.node}" ({first.op})')
+        echo(f'first divergence: value "{first.value}" of node "{first.node}" ({first.op})')
         raise click.exceptions.Exit(1)
 
 
@@ -338,13 +323,13 @@ def ops(missing: bool, debug: str | None) -> None:
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    _console().print(table)
-    click.echo(f"{len(rows)} operators; cells are tests of the ONNX suite {conformance()['onnx']} passed / run; untested: none was run; no: the target builds no module")
+    console().print(table)
+    echo(f"{len(rows)} operators; cells are tests of the ONNX suite {conformance()['onnx']} passed / run; untested: none was run; no: the target builds no module")
     for k, target in enumerate(header[2:], 2):
         counts = [tuple(map(int, row[k].split("/"))) for row in rows if "/" in row[k]]
         if counts:
             whole = sum(1 for passed, run in counts if passed == run)
-            click.echo(f"  {target}: {whole} of {len(counts)} tested operators pass all their tests, {sum(p for p, _ in counts)} of {sum(r for _, r in counts)} tests")
+            echo(f"  {target}: {whole} of {len(counts)} tested operators pass all their tests, {sum(p for p, _ in counts)} of {sum(r for _, r in counts)} tests")
 
 
 @luthier.command()
@@ -365,11 +350,11 @@ def settings_command(debug: str | None) -> None:
     """The environment variables that luthier reads, with their values now."""
     for setting in settings.all_settings():
         origin = "set" if setting.is_set() else "default"
-        click.echo(f"{setting.name} = {setting.get()} ({origin})\n    {setting.help}")
+        echo(f"{setting.name} = {setting.get()} ({origin})\n    {setting.help}")
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"luthier: {' '.join(message.split())}", err=True)
+    echo(f"luthier: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 
@@ -382,7 +367,7 @@ def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> No
         debug = debug or "trace" in settings.debug.get()
         code = command.main(words, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        echo(error.format_message())
         sys.exit(0)
     except click.ClickException as error:
         if debug:
@@ -397,6 +382,10 @@ def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> No
         if debug:
             raise
         _fail(str(error), error.exit_code)
+    except OSError as error:  # a disk, a folder, a right: of the machine, not of the model
+        if debug:
+            raise
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", LuthierError.exit_code)
     except Exception as error:
         if debug:
             raise

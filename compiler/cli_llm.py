@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -42,7 +43,11 @@ def generate(
         raise InputError(f"no such file: {model}")
     sampling = Sampling(temperature, top_k, top_p, seed)
     t0 = time.perf_counter()
-    lm = load(model, target, threads=threads, capacity=capacity, exact=exact, cache_bits=int(cache_bits), precision=precision)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        lm = load(model, target, threads=threads, capacity=capacity, exact=exact, cache_bits=int(cache_bits), precision=precision)
+    for note in notes:
+        click.echo(f"note: {note.message}", err=True)
     t1 = time.perf_counter()
     first = 0.0
     pieces = 0

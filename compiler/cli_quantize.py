@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from luthier.errors import InputError
+from luthier.terminal import console, echo
 
 if TYPE_CHECKING:
     from luthier.quantization import Quantized
@@ -27,6 +28,7 @@ _OPTIONS = (
     click.option("--observer", default="minmax", show_default=True, help="Ranges of int8: minmax, percentile or entropy."),
     click.option("--percentile", default=99.99, show_default=True, help="What observer percentile keeps."),
     click.option("--smooth", type=float, help="int8: strength of activation smoothing, 0 to 1."),
+    click.option("--reduce-range/--full-range", default=None, help="int8: weights of 7 bits, right on every CPU and runtime (default of quantize), or of 8 (of compile)."),
     click.option("--budget-mb", type=float, help="auto: all constants take at most so many million bytes."),
     click.option("--sensitivity", default="output", show_default=True, help="auto: output (measured) or proxy (layers' own errors)."),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes that stay as they are, by name with *; repeatable."),
@@ -45,18 +47,16 @@ def quantize_options(command: F) -> F:
 
 def quantize_file(model: Path, precision: str, shapes: Mapping[str, Any] | None, threads: int | None, options: Mapping[str, Any]) -> Quantized:
     """Quantize with the values of :func:`quantize_options`; the report is printed and written."""
-    from rich.console import Console
-
     from luthier.quantization import quantize as run
 
     report, speed = options["report"], options["speed"]
-    given = {k: v for k, v in options.items() if k not in ("report", "speed")}
+    given = {k: v for k, v in options.items() if k not in ("report", "speed") and v is not None}
     done = run(model, precision, shapes=shapes, progress=sys.stderr.isatty(), **given)
     if speed:
         from luthier.codegen.ceilings import measure
 
         done.report.estimate_speed(measure(threads or 1))
-    done.report.print(Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+    done.report.print(console())
     if report is not None:
         done.report.save(report)
     return done
@@ -83,6 +83,8 @@ def quantize(model: Path, precision: str, shapes: tuple[str, ...], threads: int 
     if not model.exists():
         raise InputError(f"no such file: {model}")
     pins = dict(ShapeParam().convert(text, None, None) for text in shapes)
+    if options["reduce_range"] is None:
+        options["reduce_range"] = form == "portable"  # the file is for other runtimes
     done = quantize_file(model, precision, pins or None, threads, options)
     out = done.save(output or Path(f"{model.stem}.{precision}.onnx"), form)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

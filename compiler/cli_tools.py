@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 from luthier.cli_llm import generate
 from luthier.cli_quantize import quantize
 from luthier.errors import InputError, LuthierError
+from luthier.terminal import console, echo
 
 if TYPE_CHECKING:
     from luthier.roofline import Roofline
@@ -58,7 +58,7 @@ def reduce(case: Path, command: str | None, target: str | None, kernel: str | No
 
 
 def _progress(text: str) -> None:
-    click.echo(f"  {text}", err=True)
+    echo(f"  {text}", err=True)
 
 
 def _reduce_model(case: Path, command: str | None, target: str | None, timeout: float, output: Path | None) -> None:
@@ -71,7 +71,7 @@ def _reduce_model(case: Path, command: str | None, target: str | None, timeout: 
     if case.is_dir():
         model, facts = read_bundle(case)
         options = facts["options"]
-        click.echo(f"{case}: {facts['error']}: {facts['message'][:300]}")
+        echo(f"{case}: {facts['error']}: {facts['message'][:300]}")
     else:
         try:
             model = onnx.load(case)
@@ -83,7 +83,7 @@ def _reduce_model(case: Path, command: str | None, target: str | None, timeout: 
     small = reduce_model(model, check, _progress)
     out = output or (case / "reduced.onnx" if case.is_dir() else case.with_suffix(".reduced.onnx"))
     onnx.save(small, out)
-    click.echo(f"{out}: {len(small.graph.node)} of {len(model.graph.node)} nodes: {', '.join(n.op_type for n in small.graph.node)[:300]}")
+    echo(f"{out}: {len(small.graph.node)} of {len(model.graph.node)} nodes: {', '.join(n.op_type for n in small.graph.node)[:300]}")
 
 
 def _write_kernel(f: Any, path: Path) -> None:
@@ -108,7 +108,7 @@ def _reduce_kernel(case: Path, command: str | None, target: str | None, kernel: 
     small = reduce_kernel(funcs[name], check, _progress)
     out = output or case.with_suffix(".reduced.txt")
     out.write_text(str(small), encoding="utf-8")
-    click.echo(f"{out}: {len(str(small).splitlines())} of {len(str(funcs[name]).splitlines())} lines")
+    echo(f"{out}: {len(str(small).splitlines())} of {len(str(funcs[name]).splitlines())} lines")
 
 
 @click.command()
@@ -130,8 +130,6 @@ def roofline(
     """Operations, bytes, bound, ideal and measured time of every kernel of MODEL, against ceilings measured on this machine.
 
     For a GGUF file: decoded tokens a second against the bandwidth limit, by precision and length of the context."""
-    from rich.console import Console
-
     from luthier.feeds import read_inputs
     from luthier.roofline import analyse, draw
 
@@ -149,8 +147,8 @@ def roofline(
         specs = luthier.compile(model, target=target, shapes=dict(shapes) or None).inputs
         feeds = read_inputs(specs, files)
     report = analyse(model, feeds, target, dict(shapes) or None, threads, runs, seed=seed)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table(report, top))
-    click.echo(summary(report))
+    console().print(table(report, top))
+    echo(summary(report))
     try:
         if json_file is not None:
             json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -162,13 +160,11 @@ def roofline(
 
 def _language(model: Path, target: str, threads: int | None, runs: int, json_file: Path | None) -> None:
     """Tokens a second against the bandwidth limit."""
-    from rich.console import Console
-
     from luthier.llm_roofline import analyse_language, summary, table
 
     report = analyse_language(model, target, threads, runs=runs)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table(report))
-    click.echo(summary(report))
+    console().print(table(report))
+    echo(summary(report))
     if json_file is not None:
         json_file.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
 

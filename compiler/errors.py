@@ -15,7 +15,8 @@ from typing import ClassVar
 
 __all__ = [
     "LuthierError", "InvalidModel", "UnsupportedOperator", "ShapeError", "TypeMismatch", "InputError", "ArtifactError",
-    "QuantizationError", "TargetError", "ScheduleError", "VerificationError", "CompilationError", "KernelError", "TuningError", "SettingError",
+    "QuantizationError", "TargetError", "ScheduleError", "VerificationError", "CompilationError", "KernelError", "OutOfMemoryError", "TuningError",
+    "SettingError",
 ]  # fmt: skip
 
 Shapes = Mapping[str, object] | Iterable[object] | str
@@ -151,6 +152,10 @@ class CompilationError(LuthierError):
 
 class KernelError(LuthierError):
     """A kernel reported a failure at run time: an index out of range, an impossible extent."""
+
+
+class OutOfMemoryError(KernelError):
+    """A call needs more memory than the process or the device gives, or a larger buffer than it allows."""
 
 
 class TuningError(LuthierError):

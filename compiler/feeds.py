@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.errors import InputError
+from luthier.files import open_regular
 
 __all__ = ["random_inputs", "read_inputs"]
 
@@ -24,6 +26,8 @@ class InputSpec(Protocol):
     def dtype(self) -> Any: ...
     @property
     def shape(self) -> Sequence[int | str]: ...
+    @property
+    def optional(self) -> bool: ...
 
 
 def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, Array]:
@@ -37,8 +41,8 @@ def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, A
         if not equals:
             name, file = "", text
         try:
-            loaded = np.load(Path(file), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            loaded = _load(Path(file))
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"cannot read {file}: {error}", hint="give a .npy or .npz file") from error
         if isinstance(loaded, np.ndarray):
             free = [n for n in names if n not in found]
@@ -46,11 +50,18 @@ def read_inputs(specs: Sequence[InputSpec], files: Sequence[str]) -> dict[str, A
                 raise InputError(f"{file} is one more than the model has inputs ({', '.join(names)})")
             found[name or free[0]] = loaded
         else:
-            found |= {key: loaded[key] for key in loaded.files}
+            found |= loaded
     for name in found:
         if name not in names:
             raise InputError(f'the model has no input "{name}"', hint=f"its inputs are {', '.join(names)}")
     return found
+
+
+def _load(path: Path) -> Array | dict[str, Array]:
+    """The array of a .npy, the arrays of a .npz."""
+    with open_regular(path) as f:
+        loaded = np.load(f, allow_pickle=False)
+        return loaded if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
 
 
 def random_inputs(
@@ -59,7 +70,8 @@ def random_inputs(
     seed: int = 0,
     given: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """Seeded arrays: normal floats, integers and bools of 0 and 1 (valid as indices, token ids and masks).
+    """Seeded arrays: normal floats, integers and bools of 0 and 1 (valid as indices, token ids and masks). Optional inputs are left out
+    unless ``given``.
 
     Symbolic extents come from ``given`` arrays and from ``shapes`` ({input: shape}), consistently by name; what remains is 1.
     Raises InputError when a shape has another rank than its input."""
@@ -76,11 +88,11 @@ def random_inputs(
         extents |= {str(d): k for d, k in zip(spec.shape, known) if isinstance(k, int) and not isinstance(d, int)}
     generator = np.random.default_rng(seed)
     for spec in specs:
-        if spec.name in arrays:
+        if spec.name in arrays or spec.optional:
             continue
         shape = [d if isinstance(d, int) else extents.get(str(d), 1) for d in spec.shape]
         arrays[spec.name] = _random(generator, _dtype(spec), shape)
-    return {spec.name: arrays[spec.name] for spec in specs}
+    return {spec.name: arrays[spec.name] for spec in specs if spec.name in arrays}
 
 
 def _dtype(spec: InputSpec) -> np.dtype[Any]:

@@ -10,6 +10,9 @@ Text needs the ``tokenizers`` package (``pip install luthier[llm]``); :meth:`Lan
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.errors import InputError, InvalidModel, TargetError
+from luthier.chat_template import Message, render_chat
+from luthier.errors import InputError, InvalidModel, KernelError, TargetError
 from luthier.llm_onnx import stepper
 
 if TYPE_CHECKING:
+    from luthier.importers.gguf import GGUF
     from luthier.importers.requantize import Weights
     from luthier.ir.graph import Graph
     from luthier.module import Module
@@ -49,24 +54,31 @@ class Sampling:
             raise InputError(f"top_k {self.top_k} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed {self.seed} must be at least 0")
 
     def pick(self, logits: Array, rng: np.random.Generator) -> int:
-        """A token by f32 logits [vocabulary]."""
+        """A token by f32 logits [vocabulary]. Raises KernelError when one of them is no number, or none is finite."""
+        best = int(np.argmax(logits))  # NaN counts as the largest
+        if not np.isfinite(logits[best]):
+            raise KernelError(f"the logit of token {best} is {logits[best]}", hint="the model's weights are damaged, or its numbers leave their range: try exact=True")
         if self.temperature == 0:
-            return int(np.argmax(logits))
+            return best
         order = np.argsort(-logits, kind="stable")
         if self.top_k:
             order = order[: self.top_k]
-        x = logits[order].astype(np.float64) / self.temperature
-        p = np.exp(x - x.max())
+        x = logits[order].astype(np.float64)
+        p = np.exp((x - x.max()) / self.temperature)
         p /= p.sum()
-        keep = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
+        keep = min(int(np.searchsorted(np.cumsum(p), self.top_p)) + 1, p.size)  # the sum of all need not reach 1
         p = p[:keep] / p[:keep].sum()
         return int(order[rng.choice(keep, p=p) if keep > 1 else 0])
 
 
 class LanguageModel:
-    """A compiled language model and one sequence: the cache holds the first ``length`` of at most ``capacity`` tokens.
+    """A compiled language model and one sequence: the cache holds ``tokens``, ``length`` of at most ``capacity``. ``waiting``: the last token that
+    :meth:`decode_tokens` decided, where it was not fed yet (the mark that ended the text, or the last of ``max_tokens``); the next call begins with it.
+    ``messages``: of the chat so far.
 
     ``module``: what :func:`compile_model` made, or the artifact of it; ``about``: its description (``module.manifest["language"]``)."""
 
@@ -78,8 +90,15 @@ class LanguageModel:
         self.capacity, self.chunk, self.vocabulary = (int(self.about[k]) for k in ("capacity", "chunk", "vocabulary"))
         self.step, self._forget = stepper(module, self.about)
         self.given: dict[str, Any] = {}
-        self.length = 0
+        self.tokens: list[int] = []
+        self.waiting: list[int] = []
+        self.messages: list[Message] = []
         self._tokenizer: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return len(self.tokens)
 
     # ------------------------------------------------------------ tokens
 
@@ -100,10 +119,18 @@ class LanguageModel:
         """Tokens that end a text."""
         return frozenset(self.about["end"])
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self.length = 0
-        self._forget()
+    def reset(self, length: int = 0) -> None:
+        """Forget the sequence, or all but its first ``length`` tokens (all where the model cannot keep a part). Raises InputError."""
+        if not 0 <= length <= self.length:
+            raise InputError(f"the sequence has {self.length} tokens, {length} cannot be kept")
+        if length < self.length:
+            keep = length if self.about.get("by", "pos") in ("pos", "past") else 0
+            if not keep:
+                self._forget()
+            del self.tokens[keep:]
+        self.waiting = []
+        if not length:
+            self.messages = []
 
     def give(self, **inputs: Any) -> None:
         """Arrays for further inputs of the model (``about["given"]``, such as the states of an encoder), used by every call from now on.
@@ -116,9 +143,11 @@ class LanguageModel:
     def feed(self, tokens: Sequence[int]) -> Array:
         """Append tokens to the sequence, in chunks; the logits f32 [vocabulary] after the last one (every row's, [n, vocabulary], where
         the model was loaded with ``all_logits``). Raises InputError for an empty list, an unknown token or a full cache."""
-        ids = np.asarray(tokens, np.int64).reshape(-1)
+        ids = np.asarray(tokens).reshape(-1)
         if not ids.size:
             raise InputError("no tokens to feed", hint="give at least one")
+        if ids.dtype.kind not in "iu":
+            raise InputError(f"tokens are whole numbers, not {ids.dtype.name}")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             bad = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
             raise InputError(f"token {bad} is outside of the vocabulary of {self.vocabulary}")
@@ -134,7 +163,7 @@ class LanguageModel:
         parts = []
         every = bool(self.about["all_logits"])
         for lo in range(0, ids.size, self.chunk):
-            part = ids[lo : lo + self.chunk]
+            part = ids[lo : lo + self.chunk].astype(np.int64)
             given = {"tokens": part, **self.given}
             if by == "pos":
                 given["pos"] = np.array([self.length], np.int64)
@@ -143,16 +172,22 @@ class LanguageModel:
             if not every:
                 given["last"] = np.array([part.size - 1], np.int64)
             parts.append(self.step(given)["logits"])
-            self.length += part.size
+            self.tokens += part.tolist()
+        self.waiting = []
         return np.concatenate(parts) if every else np.asarray(parts[-1][0])
 
     def decode_tokens(self, prompt: Sequence[int], max_tokens: int = 128, sampling: Sampling | None = None) -> Iterator[int]:
-        """Tokens that continue the sequence after ``prompt``, until an end token, ``max_tokens`` or a full cache."""
+        """Tokens that continue the sequence after ``prompt``, until an end token, ``max_tokens`` or a full cache. Raises KernelError, naming the
+        step, when logits are no numbers."""
         how = sampling or Sampling()
         rng = np.random.default_rng(how.seed)
-        logits = self.feed(prompt)
+        logits = self.feed([*self.waiting, *prompt])
         for k in range(max_tokens):
-            t = how.pick(logits if logits.ndim == 1 else logits[-1], rng)
+            try:
+                t = how.pick(logits if logits.ndim == 1 else logits[-1], rng)
+            except KernelError as e:
+                raise KernelError(f"step {k} of this call, after {self.length} tokens of the sequence: {e.message}", hint=e.hint) from None
+            self.waiting = [t]
             if t in self.end_tokens:
                 return
             yield t
@@ -160,34 +195,65 @@ class LanguageModel:
                 return
             logits = self.feed([t])
 
-    def generate(self, prompt: str, max_tokens: int = 128, sampling: Sampling | None = None, chat: bool = False) -> Iterator[str]:
-        """Pieces of text as they are decided. ``chat``: the prompt is a user's message in the model's own format. Raises InputError
-        when the prompt does not fit the cache."""
-        text = self.chat_prompt(prompt) if chat else prompt
-        ids = self.tokenizer.encode(text, add_special_tokens=bool(self.about.get("special", False)) and not chat).ids
-        if self.about["begin"] is not None:
-            ids = [self.about["begin"], *ids]
-        yield from self.stream_text(self.decode_tokens(ids, max_tokens, sampling))
+    def generate(self, prompt: str | Sequence[Message], max_tokens: int = 128, sampling: Sampling | None = None, chat: bool = False) -> Iterator[str]:
+        """Pieces of text as they are decided, after a text that continues the sequence, or in a chat: ``chat``: the prompt is what the user says next;
+        ``messages``, each with ``role`` and ``content``, are a whole conversation. A chat is the whole sequence, as the model's own template writes it; what the
+        cache holds of it already is kept. Raises InputError when the prompt does not fit the cache."""
+        if not chat and isinstance(prompt, str):
+            ids = self.encode(prompt)
+            yield from self.stream_text(self.decode_tokens(ids, max_tokens, sampling), ids)
+            return
+        messages: list[Message] = [*self.messages, {"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        ids = self._begun(self.tokenizer.encode(self.chat_prompt(messages), add_special_tokens=False).ids)
+        same = next((k for k, (a, b) in enumerate(zip(self.tokens, ids)) if a != b), min(self.length, len(ids)))
+        self.reset(min(same, len(ids) - 1))  # one at least has to be fed
+        answer = ""
+        for piece in self.stream_text(self.decode_tokens(ids[self.length :], max_tokens, sampling), ids):
+            answer += piece
+            yield piece
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def stream_text(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text as tokens arrive; bytes of a character that is not complete yet are held back."""
-        seen: list[int] = []
-        shown = ""
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with the mark that begins one where the sequence is empty."""
+        first = not self.tokens and not self.waiting
+        ids = list(self.tokenizer.encode(text, add_special_tokens=first and bool(self.about.get("special", False))).ids)
+        return self._begun(ids) if first else ids
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        begin = self.about["begin"]
+        return ids if begin is None or ids[:1] == [begin] else [begin, *ids]
+
+    def stream_text(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Text as tokens arrive, after the tokens ``before``; bytes of a character that is not complete yet are held back, and left out where it never is."""
+
+        def text(ids: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+        def more(shown: Sequence[int], held: Sequence[int]) -> str:
+            whole = text([*shown, *held])
+            return whole[len(os.path.commonprefix([text(shown), whole])) :]
+
+        shown: Sequence[int] = before[-8:]  # a few tokens decide whether a blank stands before the next one
+        held: list[int] = []
         for t in tokens:
-            seen.append(t)
-            text = self.tokenizer.decode(seen, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        rest = self.tokenizer.decode(seen, skip_special_tokens=True)[len(shown) :]
+            held.append(t)
+            piece = more(shown, held)
+            if piece.endswith("\ufffd") and len(held) < 8:  # so many are no character
+                continue
+            if piece:
+                yield piece
+            shown, held = held if not text(shown).endswith("\ufffd") else [*shown, *held], []  # what is shown begins with a whole character
+        rest = more(shown, held).rstrip("\ufffd")
         if rest:
             yield rest
 
-    def chat_prompt(self, message: str) -> str:
-        """A user's message between the marks of the ChatML format. Raises InvalidModel for a model of another format."""
-        if self.about["chat"] != "chatml":
-            raise InvalidModel(f"{self.module.manifest['name']} has no ChatML template; only that chat format is supported", hint="give the whole prompt instead")
-        return f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+    def chat_prompt(self, messages: str | Sequence[Message]) -> str:
+        """The messages (or one of the user) as the model's own template writes them, ready for the answer. Raises InvalidModel for a model without one."""
+        chat = self.about["chat"]
+        if not isinstance(chat, dict):
+            raise InvalidModel(f"{self.module.manifest['name']} has no chat template", hint="give the whole prompt instead")
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return render_chat(chat["template"], given, {k: v for k, v in chat.items() if k != "template"})
 
 
 def compile_model(
@@ -213,6 +279,7 @@ def compile_model(
     from luthier.importers.builder import compile_graph
     from luthier.importers.gguf import read_gguf
     from luthier.importers.gguf_llama import config, llama_graph
+    from luthier.importers.gguf_tokenizer import begin_token, end_tokens, supported, tokenizer_json
     from luthier.importers.requantize import requantizer
 
     file = read_gguf(path)
@@ -226,20 +293,28 @@ def compile_model(
         raise InputError(f"a cache of {cache_bits} bits is not supported", hint="8 or 16")
     graph = llama_graph(file, n, exact, all_logits, cache_bits, requantizer(precision, weights))
     module = compile_graph(graph, target, threads, tune)
-    ends = (file.metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom"))
-    begin = file.metadata.get("tokenizer.ggml.bos_token_id") if file.metadata.get("tokenizer.ggml.add_bos_token") else None
-    module.manifest["name"] = str(file.metadata.get("general.name", Path(path).stem))
+    why = supported(file)
+    notes = [*c.notes, *([f"the file {why}: the model takes token numbers alone"] if why and file.value("tokenizer.ggml.model") else ())]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    module.manifest["name"] = file.value("general.name") or Path(path).stem
     module.manifest["language"] = {
         "vocabulary": c.vocabulary, "capacity": n, "chunk": min(chunk, n), "all_logits": all_logits,
         "state": [s.name for s in module.inputs if s.name.startswith("cache.")],
-        "end": sorted({int(e) for e in ends if e is not None}), "begin": None if begin is None else int(begin),
-        **_sizes(graph), "chat": "chatml" if "<|im_start|>" in str(file.metadata.get("tokenizer.chat_template", "")) else None,
+        "end": end_tokens(file, c.vocabulary), "begin": begin_token(file, c.vocabulary), **_sizes(graph), "chat": _chat(file), "notes": notes,
     }  # fmt: skip
-    if "tokenizer.ggml.model" in file.metadata:
-        from luthier.importers.gguf_tokenizer import tokenizer_json
-
+    if why is None and importlib.util.find_spec("tokenizers"):
         module.files[TOKENIZER] = lambda: tokenizer_json(file)
     return module
+
+
+def _chat(file: GGUF) -> dict[str, str] | None:
+    """The file's chat template and the texts of the tokens that it may name."""
+    template, tokens = file.value("tokenizer.chat_template"), file.value("tokenizer.ggml.tokens") or ()
+    if template is None:
+        return None
+    numbers = {name: file.value(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    return {"template": template, **{f"{name}_token": tokens[i] if i is not None and 0 <= i < len(tokens) else "" for name, i in numbers.items()}}
 
 
 def _sizes(graph: Graph) -> dict[str, int]:
@@ -255,6 +330,9 @@ def _sizes(graph: Graph) -> dict[str, int]:
     for n in (n for n in graph.nodes if n.op == "luthier::ExpertMatMul"):  # of the chosen experts
         _, rows, groups = (int(x.attr) for x in n.inputs[3].shape)  # type: ignore[union-attr]
         parameters += int(n.inputs[1].shape[1].attr) * rows * groups * int(n.attrs["group"])  # type: ignore[union-attr]
+    for n in (n for n in graph.nodes if n.op == "luthier::ExpertProduct"):
+        _, rows, columns = (int(x.attr) for x in n.inputs[2].shape)  # type: ignore[union-attr]
+        parameters += int(n.inputs[1].shape[1].attr) * rows * columns  # type: ignore[union-attr]
     for n in (n for n in graph.nodes if n.op == "luthier::SparseMatMul"):  # of the kept blocks
         parameters += int(n.attrs["block"]) * int(n.inputs[2].shape[0].attr)  # type: ignore[union-attr]
     state = [v for v in graph.inputs if v.name.startswith("cache.")]

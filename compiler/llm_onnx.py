@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import InputError, InvalidModel, TargetError
+from luthier.importers.gguf_tokenizer import END_NAMES
 
 if TYPE_CHECKING:
     from luthier.module import Module
@@ -65,26 +66,48 @@ class Whole:
         return {"logits": logits if "last" in given else logits[-len(new) :]}
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file. Raises InvalidModel."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InvalidModel(f"cannot read {file}: {e}") from None
+    if not isinstance(data, dict):
+        raise InvalidModel(f"{file} is no JSON object")
+    return data
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
     """What the files beside an export say: ``context``, ``end``, ``chat``. Raises InvalidModel for a file that is no JSON object."""
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json", "genai_config.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
+        if not (folder / name).is_file():
             continue
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise InvalidModel(f"cannot read {file}: {e}") from None
-        if not isinstance(data, dict):
-            raise InvalidModel(f"{file} is no JSON object")
+        data = _json(folder / name)
         if name == "genai_config.json":
             data = data.get("model", {})
         found |= {k: v for k, v in data.items() if v is not None}
     context = next((found[k] for k in ("max_position_embeddings", "n_positions", "n_ctx", "context_length") if isinstance(found.get(k), int)), None)
     end = found.get("eos_token_id", [])
     ends = [end] if isinstance(end, int) else [t for t in end if isinstance(t, int)] if isinstance(end, list) else []
-    return {"context": context, "end": ends, "chat": "chatml" if "<|im_start|>" in str(found.get("chat_template", "")) else None}
+    if (folder / "tokenizer.json").is_file():  # marks that end a turn, which configurations often lack
+        added = _json(folder / "tokenizer.json").get("added_tokens") or []
+        ends += [t["id"] for t in added if isinstance(t, dict) and t.get("content") in END_NAMES and isinstance(t.get("id"), int)]
+    return {"context": context, "end": ends, "chat": _chat(folder, found)}
+
+
+def _chat(folder: Path, found: Mapping[str, Any]) -> dict[str, str] | None:
+    """The chat template and the texts of the tokens that it may name."""
+    file, template = folder / "chat_template.jinja", found.get("chat_template")
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    elif isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str):
+        return None
+    named = {k: found.get(k) for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+    return {"template": template, **{k: v for k, v in texts.items() if isinstance(v, str)}}
 
 
 def compile_onnx(
@@ -99,7 +122,7 @@ def compile_onnx(
     from luthier.importers.onnx_language import decoder_graph
 
     path = Path(path)
-    about = _settings(path.parent)
+    about = read_settings(path.parent)
     n = capacity or min(about["context"] or CAPACITY, 2048)
     if n < 1 or about["context"] and n > about["context"]:
         raise InputError(f"a capacity of {n} positions is outside of 1 to {about['context']}, the model's context")
@@ -116,7 +139,7 @@ def compile_onnx(
     module.manifest["name"] = path.stem
     module.manifest["language"] = {
         "vocabulary": d.vocabulary, "capacity": n, "chunk": min(chunk, n), "all_logits": all_logits, "state": d.state,
-        "end": sorted(set(about["end"])), "begin": None, "chat": about["chat"], "by": d.by, "fed": [list(x) for x in d.fed], "given": d.given,
+        "end": sorted({t for t in about["end"] if 0 <= t < d.vocabulary}), "begin": None, "chat": about["chat"], "by": d.by, "fed": [list(x) for x in d.fed], "given": d.given,
         "parameters": parameters, "picked_bytes": 0, "special": True,
         "cache_bytes": sum(int(v.shape[0].attr * v.shape[1].attr * v.shape[3].attr) * v.dtype.bits // 8 for v in state),
     }  # fmt: skip

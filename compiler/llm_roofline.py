@@ -94,7 +94,7 @@ def _steps(lm: Any, context: int, runs: int) -> float:
     """Tokens a second of a step that is the sequence's token number ``context``."""
     times = []
     for _ in range(runs + 3):
-        lm.length = context - 1
+        lm.tokens = [0] * (context - 1)
         start = time.perf_counter()
         lm.feed([0])
         times.append(time.perf_counter() - start)

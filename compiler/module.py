@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from luthier import dlpack, settings
-from luthier.errors import ArtifactError, InputError, LuthierError, TargetError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
 from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
+from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
     from luthier.codegen.target import Target
@@ -25,16 +27,19 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``)."""
+    """``dtype``: name of the numpy (or ml_dtypes) type; ``shape``: integers, or text for what a call decides (``"n"``, ``"2*n"``).
+    ``optional``: an input that a call may leave out."""
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
 class _Port:
-    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together."""
+    """An input or output, prepared for calls. ``bits``: width of an element in the ABI; ``word``: dtype and rank together; ``default``:
+    what an input is that a call leaves out, as the manifest says it."""
 
     name: str
     dtype: np.dtype[Any]
@@ -42,21 +47,26 @@ class _Port:
     bits: int
     word: int
     shape: tuple[int | str, ...]
+    default: Any = None
 
 
 def _port(d: Mapping[str, Any]) -> _Port:
     name, bits = DTYPES[d["code"]]
-    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]))
+    return _Port(d["name"], numpy_dtype(name), len(d["shape"]), bits, d["code"] | len(d["shape"]) << 32, tuple(d["shape"]), d.get("default"))
 
 
 class Module:
     """``inputs``, ``outputs``: what a call takes and gives. ``manifest``: all that is known about the module, as plain data.
 
     A module may be called from several threads at once; each concurrent call has its own context. ``threads``: workers of a
-    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code."""
+    call (None: the setting LUTHIER_THREADS, else the cores that this process may use). ``files``: what ``save`` writes beside the code.
+    ``is_package``: whether ``save`` writes an npm package."""
+
+    is_package: ClassVar[bool] = False
 
     def __init__(
-        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None
+        self, manifest: dict[str, Any], native: Native | None, weights: Array, threads: int | None = None, source: Any = None,
+        intact: Callable[[], None] | None = None,
     ) -> None:
         self.manifest = manifest
         self.inputs = tuple(_spec(d) for d in manifest["inputs"])
@@ -64,12 +74,14 @@ class Module:
         self.threads = threads if threads is not None else settings.threads.get()
         self._weights = weights
         self._source = source  # objects to link, or the folder that the module was loaded from
+        self._intact = intact  # raises when the weights can no longer be read
         self._fns = Functions(native) if native is not None else None
         self._ins = tuple(_port(d) for d in manifest["inputs"])
         self._outs = tuple(_port(d) for d in manifest["outputs"])
         self._packed = any(p.bits < 8 for p in self._ins)
         self._names = {p.name for p in self._ins}
         self._out_names = {p.name for p in self._outs}
+        self._structured = manifest.get("structured", {"inputs": {}, "outputs": {}})
         self.files: dict[str, Callable[[], bytes]] = {}
         self._idle: list[Context] = []
         self._shapes: dict[Any, list[tuple[int, ...] | None]] = {}
@@ -99,9 +111,17 @@ class Module:
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""
-        if len(arrays) != len(self._ins):
-            raise InputError(f"the module takes {len(self._ins)} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
-        return tuple(self._run(arrays, None).values())
+        if self._structured["inputs"] or self._structured["outputs"]:
+            owner = {port: name for name, s in self._structured["inputs"].items() for port in s["ports"]}
+            names = list(dict.fromkeys(owner.get(p.name, p.name) for p in self._ins if p.default is None))
+            if len(arrays) != len(names):
+                raise InputError(f"the module takes {len(names)} inputs ({', '.join(names)}), got {len(arrays)}")
+            return tuple(self.run(dict(zip(names, arrays, strict=True))).values())
+        least = sum(p.default is None for p in self._ins)
+        if not least <= len(arrays) <= len(self._ins):
+            many = str(least) if least == len(self._ins) else f"{least} to {len(self._ins)}"
+            raise InputError(f"the module takes {many} inputs ({', '.join(p.name for p in self._ins)}), got {len(arrays)}")
+        return tuple(self._run([*arrays, *(self._default(p) for p in self._ins[len(arrays) :])], None).values())
 
     def run(self, inputs: Mapping[str, Any], out: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """``{input name: array}`` to ``{output name: array}``.
@@ -109,22 +129,50 @@ class Module:
         Arrays are numpy's or anything with DLPack or ``__array_interface__``, in the processor's memory (not copied when
         contiguous). Outputs are numpy arrays, which other libraries take by DLPack. ``out``: arrays, numpy's or DLPack's, to write
         outputs into and to return (contiguous, writable, right dtype, right shape, apart from the inputs). Raises InputError for a
-        wrong name, dtype, rank, extent or device, KernelError when a kernel fails."""
+        wrong name, dtype, rank, extent or device, KernelError when a kernel fails.
+
+        A sequence is a list of arrays, an optional may be None or left out, as an input and as an output."""
+        arrays = self._given(inputs)
+        if out is not None and not (isinstance(out, Mapping) and out.keys() <= self._out_names):
+            if not isinstance(out, Mapping):
+                raise InputError(f"out takes arrays by name, got {type(out).__name__}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
+            extra = sorted(repr(n) for n in out if n not in self._out_names)
+            raise InputError(f"the model has no output {', '.join(extra)}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
+        results = self._run(arrays, out)
+        return unpack(self._structured["outputs"], results) if self._structured["outputs"] else results
+
+    def _given(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The inputs in order; those that are left out and have a default are that. Raises InputError for a wrong name."""
+        if self._structured["inputs"]:
+            inputs = pack(self._structured["inputs"], inputs, {p.name: p.dtype for p in self._ins})
         try:
             arrays = [inputs[p.name] for p in self._ins]
-        except KeyError:
-            missing = [p.name for p in self._ins if p.name not in inputs]
-            raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
-        if len(inputs) != len(arrays):
-            extra = sorted(set(inputs) - self._names)
-            raise InputError(f"the model has no input {', '.join(map(repr, extra))}", hint=f"the inputs are {self._describe()}")
-        if out is not None and not out.keys() <= self._out_names:
-            extra = sorted(set(out) - self._out_names)
-            raise InputError(f"the model has no output {', '.join(map(repr, extra))}", hint=f"the outputs are {', '.join(sorted(self._out_names))}")
-        return self._run(arrays, out)
+            left = 0
+        except (KeyError, TypeError, IndexError, AttributeError):
+            if not isinstance(inputs, Mapping):
+                raise InputError(f"run takes inputs by name, got {type(inputs).__name__}", hint=f"the inputs are {self._describe()}; call the module itself to give them in order") from None
+            missing = [p.name for p in self._ins if p.name not in inputs and p.default is None]
+            if missing:
+                raise InputError(f"missing input {', '.join(missing)}", hint=f"the inputs are {self._describe()}") from None
+            arrays = [inputs[p.name] if p.name in inputs else self._default(p) for p in self._ins]
+            left = sum(p.name not in inputs for p in self._ins)
+        if len(inputs) + left != len(arrays):
+            extra = sorted(repr(n) for n in inputs if n not in self._names)
+            raise InputError(f"the model has no input {', '.join(extra)}", hint=f"the inputs are {self._describe()}")
+        return arrays
+
+    def _default(self, p: _Port) -> Array:
+        """What input ``p`` is in a call that leaves it out."""
+        if p.default == "random":
+            return np.frombuffer(os.urandom(8), p.dtype)
+        raw = self._weights[p.default["offset"] : p.default["offset"] + p.default["bytes"]]
+        shape = tuple(p.default["shape"])
+        if p.bits < 8:
+            return unpack_bits(raw, p.bits, shape, p.dtype, not p.dtype.name.startswith("u"))
+        return raw.view(p.dtype).reshape(shape)
 
     def _describe(self) -> str:
-        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]" for s in self.inputs)
+        return ", ".join(f"{s.name} {s.dtype}[{', '.join(map(str, s.shape))}]{' (optional)' if s.optional else ''}" for s in self.inputs)
 
     def _context(self) -> Context:
         try:
@@ -139,6 +187,8 @@ class Module:
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
 
     def _run(self, arrays: Sequence[Any], out: Mapping[str, Array] | None, profile: int = 0) -> dict[str, Array]:
+        if self._intact is not None:
+            self._intact()
         ctx = self._context()
         try:
             keep = []  # arrays must live until the call returns
@@ -169,13 +219,15 @@ class Module:
             if shapes is None:
                 shapes = self._infer(ctx, tkey)
             results: list[Array | None] = []
+            given: list[Array] = []
             outs = ctx.outs
             for j, (q, s) in enumerate(zip(self._outs, shapes, strict=True)):
                 a = None if out is None else out.get(q.name)
                 if a is not None:
-                    a = _check_out(a, q, s, keep)
+                    a = _check_out(a, q, s, keep, given)
+                    given.append(a)
                 elif s is not None and q.bits >= 8:
-                    a = np.empty(s, q.dtype)
+                    a = _empty(s, q)
                 if a is None:
                     outs[WORDS * j] = outs[WORDS * j + 1] = 0
                 else:
@@ -198,13 +250,15 @@ class Module:
                     got = _shape(ctx, j, self._outs[j].rank)
                     if got != a.shape:
                         raise InputError(f"output {self._outs[j].name} has shape {list(got)}, the array given has {list(a.shape)}")
-        except BaseException:
+        except BaseException as e:
             ctx.key = None
             self._idle.append(ctx)
+            if isinstance(e, MemoryError):  # numpy's, for an output
+                raise KernelError(f"no memory for the outputs: {e}") from e
             raise
         self._idle.append(ctx)
-        given = {} if out is None else {n: a for n, a in out.items() if a is not None}
-        return {q.name: given.get(q.name, a) for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
+        own = {} if out is None else {n: a for n, a in out.items() if a is not None}
+        return {q.name: own.get(q.name, a) for q, a in zip(self._outs, results, strict=True)}  # type: ignore[misc]
 
     def _infer(self, ctx: Context, key: Any) -> list[tuple[int, ...] | None]:
         """Shapes of the outputs for input shapes; None where only the run decides."""
@@ -244,7 +298,7 @@ class Module:
         """Mean time of every kernel call over ``runs`` calls: dicts with ``kernel``, ``nodes`` (names), ``ms``, ``flops``,
         ``bytes`` (both of one call, 0 where unknown). All threads meet after every kernel, so the sum exceeds an ordinary call."""
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         self.run(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         for _ in range(max(1, runs)):
@@ -270,12 +324,13 @@ class Module:
 
         return write_native(self, folder)
 
-    def save(self, path: str | Path, shard_mb: float | None = None) -> Path:
-        """Write the artifact folder ``path`` (whole or not at all). ``shard_mb``: the most megabytes of a file of weights in a web
-        package (default 24). Raises ArtifactError, TargetError without a linker."""
+    def save(self, path: str | Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
+        """Write the artifact folder ``path`` (whole or not at all). For web packages alone: ``shard_mb``: the most megabytes of a file of
+        weights (default 24); ``name``, ``version``: what npm calls it (default: as the folder, 1.0.0). Raises ArtifactError, TargetError
+        without a linker."""
         from luthier.artifact import save
 
-        return save(self, Path(path), shard_mb)
+        return save(self, Path(path), shard_mb, name, version)
 
 
 def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:
@@ -284,7 +339,7 @@ def _shape(ctx: Context, j: int, rank: int) -> tuple[int, ...]:
 
 
 def _spec(d: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]))
+    return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]), "default" in d)
 
 
 def _convert(a: Any, p: _Port) -> Array:
@@ -304,7 +359,15 @@ def _convert(a: Any, p: _Port) -> Array:
     return a if a.flags.c_contiguous else np.ascontiguousarray(a)
 
 
-def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = ()) -> Array:
+def _empty(shape: tuple[int, ...], q: _Port) -> Array:
+    """Memory for an output. Raises KernelError where there is none."""
+    try:
+        return np.empty(shape, q.dtype)
+    except (MemoryError, ValueError):
+        raise KernelError(f"out of memory: {math.prod(shape) * q.bits // 8} bytes for {q.name}") from None
+
+
+def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = (), outs: Sequence[Array] = ()) -> Array:
     """An array for an output, as numpy's. Raises InputError when it cannot take the result."""
     if not isinstance(a, np.ndarray) and hasattr(a, "__dlpack__"):
         a = dlpack.view(a, f"out[{q.name!r}]")
@@ -316,6 +379,8 @@ def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Ar
         raise InputError(f"out[{q.name!r}] has rank {a.ndim}, the output has {q.rank}")
     if any(np.may_share_memory(a, x) for x in ins):
         raise InputError(f"out[{q.name!r}] shares memory with an input", hint="give another array")
+    if any(np.may_share_memory(a, x) for x in outs):
+        raise InputError(f"out[{q.name!r}] shares memory with another output", hint="give each output an array of its own")
     return a
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier import settings
-from luthier.errors import ArtifactError, InputError, KernelError, LuthierError
+from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, OutOfMemoryError
+from luthier.files import open_regular
 
 ABI_VERSION = 1
 EXPORTS = (
@@ -31,7 +33,7 @@ DTYPES: dict[int, tuple[str, int]] = {
     1: ("float32", 32), 2: ("uint8", 8), 3: ("int8", 8), 4: ("uint16", 16), 5: ("int16", 16), 6: ("int32", 32), 7: ("int64", 64),
     9: ("bool", 8), 10: ("float16", 16), 11: ("float64", 64), 12: ("uint32", 32), 13: ("uint64", 64), 16: ("bfloat16", 16),
     17: ("float8_e4m3fn", 8), 18: ("float8_e4m3fnuz", 8), 19: ("float8_e5m2", 8), 20: ("float8_e5m2fnuz", 8), 21: ("uint4", 4),
-    22: ("int4", 4), 24: ("float8_e8m0fnu", 8), 25: ("uint2", 2), 26: ("int2", 2),
+    22: ("int4", 4), 23: ("float4_e2m1fn", 4), 24: ("float8_e8m0fnu", 8), 25: ("uint2", 2), 26: ("int2", 2),
 }  # fmt: skip
 
 
@@ -125,7 +127,8 @@ class Context:
             text = (self.fns.message(self.ptr) or b"").decode(errors="replace").strip()
             if status == 1 or status == 2:
                 raise InputError(text or "the inputs do not fit the module")
-            raise KernelError(text or f"the module failed with status {status}")
+            kind = OutOfMemoryError if status == 3 else KernelError
+            raise kind(text or f"the module failed with status {status}")
 
     def close(self) -> None:
         self._end()
@@ -159,14 +162,29 @@ def aligned(size: int, fill: bool = True) -> np.ndarray[Any, Any]:
     return raw[o : o + max(size, 1)]
 
 
-def map_file(path: Path) -> np.ndarray[Any, Any]:
-    """A file's bytes, mapped; the pages are shared between processes."""
-    size = path.stat().st_size
-    if size == 0:
-        return aligned(1)
-    with open(path, "rb") as f:
-        m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(m, np.uint8)
+MAPPED = 1 << 22  # bytes from which weights are mapped
+
+
+def map_file(path: Path) -> tuple[np.ndarray[Any, Any], Callable[[], None] | None]:
+    """(a file's bytes, a check that it has not been cut short since). Large files are mapped and share their pages between processes: to
+    read one behind its new end kills a process, so calls check first. Small ones are copied and need no check. Raises ArtifactError."""
+    try:
+        f = open_regular(path)
+    except OSError as e:
+        raise ArtifactError(f"cannot read {path}: {e.strerror or e}") from e
+    size = os.fstat(f.fileno()).st_size
+    if size < MAPPED:
+        with f:
+            out = aligned(size, False)
+            f.readinto(out[:size].data)
+        return out, None
+    m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def intact() -> None:
+        if os.fstat(f.fileno()).st_size < size:
+            raise ArtifactError(f"{path} was cut short after it was loaded", hint="write another file and rename it; load the artifact again")
+
+    return np.frombuffer(m, np.uint8), intact
 
 
 def owned(ptr: int, nbytes: int, free: Callable[[int], None]) -> np.ndarray[Any, Any]:
@@ -182,7 +200,7 @@ def owned(ptr: int, nbytes: int, free: Callable[[int], None]) -> np.ndarray[Any,
 def pack_bits(a: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     """Elements of 1, 2 or 4 bits into bytes, the first element lowest."""
     per = 8 // bits
-    v = a.reshape(-1).astype(np.int8).view(np.uint8) & ((1 << bits) - 1)
+    v = (a.view(np.uint8) if a.dtype.name.startswith("float") else a.astype(np.int8).view(np.uint8)).reshape(-1) & ((1 << bits) - 1)
     v = np.concatenate([v, np.zeros(-v.size % per, np.uint8)]).reshape(-1, per)
     out = np.zeros(v.shape[0], np.uint8)
     for k in range(per):
@@ -194,6 +212,8 @@ def unpack_bits(b: np.ndarray[Any, Any], bits: int, shape: Sequence[int], dtype:
     """The reverse of :func:`pack_bits`."""
     per, n = 8 // bits, int(np.prod(shape, dtype=np.int64))
     v = np.stack([(b >> (k * bits)) & ((1 << bits) - 1) for k in range(per)], -1).reshape(-1)[:n].astype(np.int8)
+    if dtype.name.startswith("float"):
+        return v.view(dtype).reshape(shape)
     if signed:
         v = np.where(v >= 1 << (bits - 1), v - (1 << bits), v).astype(np.int8)
     return v.reshape(shape).astype(dtype)

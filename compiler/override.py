@@ -53,8 +53,7 @@ def _signature(p: object) -> str:
     return f"{p.name}: {p.dtype}[{', '.join(map(repr, p.shape))}]" if isinstance(p, Buffer) else f"{p!r}: {getattr(p, 'dtype', '')}"
 
 
-def write_kernels(program: Program, folder: Path) -> None:
-    """One file a kernel, in the form that :func:`override_kernels` reads."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_kernels(program: Program) -> None:
+    """With LUTHIER_DUMP: one file a kernel, in the form that :func:`override_kernels` reads."""
     for name, f in program.kernels.items():
-        (folder / f"{name}.txt").write_text(str(f), encoding="utf-8")
+        settings.write_dump(f"kernels/{name}.txt", str(f))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier import settings
@@ -27,6 +26,7 @@ from luthier.passes.legalize_operators import legalize_operators
 from luthier.passes.materialize_contents import materialize_contents
 from luthier.passes.merge_common import merge_common
 from luthier.passes.merge_siblings import merge_siblings
+from luthier.passes.poison_memory import poison_memory
 from luthier.passes.quantize_integer import quantize_integer
 from luthier.passes.recognise_activations import recognise_activations
 from luthier.passes.recognise_attention import recognise_attention
@@ -77,14 +77,12 @@ class Dump:
     """Writes the IR after each pass that changed it into the folder named by LUTHIER_DUMP."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = settings.dump.get()
+        self.on = settings.dump.get() is not None
         self.count = 0
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, text: Callable[[], str]) -> None:
-        if self.folder is not None:
-            (self.folder / f"{self.count:03d}-{name}.txt").write_text(text(), encoding="utf-8")
+        if self.on:
+            settings.write_dump(f"{self.count:03d}-{name}.txt", text())
             self.count += 1
 
 
@@ -113,10 +111,12 @@ def lower_graph(
         if getattr(caps, flag) and p(graph):
             dump.write(flag, lambda: str(graph))
     program = build_program(graph, lambda c, consts: build(c, caps, consts, record), lambda f: build_kernel(f, caps), on_kernel)
+    if "poison" in settings.debug.get():
+        program = poison_memory(program, lambda c: build(c, caps).funcs)
     override_kernels(program)
     dump.write("program", lambda: str(program))
-    if dump.folder is not None:
-        write_kernels(program, dump.folder / "kernels")
+    if dump.on:
+        write_kernels(program)
     return program
 
 

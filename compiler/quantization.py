@@ -38,6 +38,14 @@ __all__ = ["PRECISIONS", "Precision", "Quantized", "WeightOptions", "parse_preci
 PRECISIONS = ("f32", "f16", "bf16", "int8", "w8", "w6", "w5", "w4", "w3", "w2", "w1", "ternary", "auto")
 
 
+REDUCED = (
+    "weights of 7 bits (-63 to 63): runtimes on CPUs without VNNI add two products of bytes in 16 bits, which saturate with 8; "
+    "--full-range (reduce_range=False) makes 8 bits, for this package and for CPUs with VNNI"
+)
+FULL = "weights of 8 bits: exact in this package; other runtimes saturate on CPUs without VNNI, --reduce-range (reduce_range=True) makes a file for them"
+BF16 = "bf16: this package runs it; onnxruntime's CPU kernels refuse MatMul and Conv of bf16 (1.32: NOT_IMPLEMENTED): choose f16 for a file that it runs"
+
+
 @dataclass(frozen=True)
 class Precision:
     """``kind``: f32, f16, bf16, int8, weights or auto; ``bits``: of weights, 0 for ternary; ``round``: activations are rounded to 8 bits
@@ -109,7 +117,7 @@ class Quantized:
 
 def quantize(
     model: Any, precision: str = "w4", *, calibration: Any = None, shapes: Mapping[str, Sequence[Any]] | None = None, group: int = 64, symmetric: bool = False,
-    method: str | None = None, scale_dtype: str = "f16", embeddings: bool = True, observer: str = "minmax", percentile: float = 99.99, smooth: float | None = None,
+    method: str | None = None, scale_dtype: str = "f16", embeddings: bool = True, observer: str = "minmax", percentile: float = 99.99, smooth: float | None = None, reduce_range: bool = True,
     budget_mb: float | None = None, sensitivity: str = "output", exclude: Sequence[str] = (), samples: int | None = None, detail: int | None = 4, progress: bool = False,
 ) -> Quantized:  # fmt: skip
     """Quantize ``model`` (path, ``onnx.ModelProto`` or Graph).
@@ -119,7 +127,8 @@ def quantize(
     million bytes, by ``sensitivity``: ``output``, measured, or ``proxy``, from the layers' own errors), ``f32`` (nothing).
     ``calibration``: see :func:`luthier.calibrate.read_data`; at most ``samples`` of it. Needed by int8, auto and gptq, else only for the report.
     ``group``, ``symmetric``, ``method``, ``scale_dtype``: see :class:`WeightOptions` (``method``: default gptq with calibration data, else mse; for
-    int8 rtn). ``embeddings``: large tables become bytes. ``observer``, ``percentile``, ``smooth``: see :class:`StaticOptions`. ``exclude``: patterns
+    int8 rtn). ``embeddings``: large tables become bytes. ``observer``, ``percentile``, ``smooth``: see :class:`StaticOptions`.
+    ``reduce_range``: int8 weights of 7 bits, for a file that other runtimes read (:data:`REDUCED`); False: of 8 bits, for :meth:`Quantized.compile`. ``exclude``: patterns
     of node names that stay. ``detail``: batches on which the errors inside the model are measured; 0: of the outputs only; None: nothing is run for the report.
 
     Raises QuantizationError, InputError, and what ``luthier.compile`` raises. Ctrl-C leaves nothing behind."""
@@ -151,13 +160,15 @@ def quantize(
         chosen = _quantize_layers(layers, plan, how, stats, rows, progress)
         quantize_products(graph, chosen, 32 if want.round else 0)
     elif want.kind == "int8":
-        options = StaticOptions(observer, percentile, False, smooth, method or "rtn")
+        options = StaticOptions(observer, percentile, False, smooth, method or "rtn", reduced=reduce_range)
+        report.notes.append(REDUCED if reduce_range else FULL)
         for name, q in quantize_static(graph, layers, data, options, progress).items():
             _fill(rows[name], q, "int8")
             rows[name].own = output_error(next(x for x in layers if x.name == name).matrix(), q.dequantize()) if smooth is None else None
     elif want.kind in ("f16", "bf16"):
         from luthier.quantize_half import quantize_half
 
+        report.notes += [BF16] if want.kind == "bf16" else []
         report.notes += quantize_half(graph, want.kind, data, exclude, rows, progress)
     if embeddings and want.kind in ("weights", "auto", "int8"):
         _embeddings(graph, exclude, report)

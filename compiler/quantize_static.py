@@ -23,7 +23,8 @@ __all__ = ["StaticOptions", "quantize_static"]
 class StaticOptions:
     """``observer``: minmax, percentile or entropy; ``percentile``: what the second keeps, in percent; ``symmetric``: activations as i8 without
     zero point; ``smooth``: strength of activation smoothing in front of matrix products, 0 to 1, None for none; ``method``: rtn, mse or gptq
-    for the weights; ``chains``: residual sums and poolings between convolutions in integers as well."""
+    for the weights; ``chains``: residual sums and poolings between convolutions in integers as well; ``reduced``: weights of -63 to 63, of which two
+    products with an activation fit 16 bits."""
 
     observer: str = "minmax"
     percentile: float = 99.99
@@ -31,6 +32,7 @@ class StaticOptions:
     smooth: float | None = None
     method: str = "rtn"
     chains: bool = True
+    reduced: bool = False
 
 
 def quantize_static(graph: Graph, layers: Sequence[Layer], data: Sequence[Feed], options: StaticOptions, progress: bool = False) -> dict[str, QuantizedWeight]:
@@ -72,7 +74,7 @@ def _activation(stats: Statistics, v: Value, options: StaticOptions) -> Activati
 
 def _weights(layer: Layer, stats: Statistics, options: StaticOptions) -> QuantizedWeight:
     w = layer.matrix()
-    how: dict[str, Any] = {"bits": 8, "group": 0, "scale_dtype": "f32", "narrow": True}
+    how: dict[str, Any] = {"bits": 8, "group": 0, "scale_dtype": "f32", "narrow": True, "reduced": options.reduced}
     if options.method != "gptq":
         return quantize(w, method=options.method, **how)
     h = stats.hessian(layer)

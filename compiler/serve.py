@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import http.server
-import json
+import os
+import re
+import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 from luthier.errors import ArtifactError
+from luthier.manifest import read_manifest
+from luthier.terminal import echo
 
 __all__ = ["POLICY", "Server", "make_server"]
 
@@ -23,10 +28,14 @@ ISOLATION = {
 }
 
 
+_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])\.?(:[0-9]{1,5})?", re.IGNORECASE)
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Files of one folder; requests that name another host are refused, so that no other site can read them."""
 
     protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds without a byte, either way
     extensions_map = {
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         ".wasm": "application/wasm", ".js": "text/javascript", ".mjs": "text/javascript", ".json": "application/json",
@@ -40,11 +49,26 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
-        host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in ("localhost", "127.0.0.1", "[::1]"):
+        if not _HOST.fullmatch(self.headers.get("Host", "")):
             self.send_error(403, "served on the loopback interface alone")
             return False
         return True
+
+    def send_head(self) -> Any:
+        """What is served: regular files below the folder, links followed no further, nothing whose name begins with a dot."""
+        path = urllib.parse.unquote(self.path.partition("?")[0].partition("#")[0], errors="replace")
+        hidden = any(part.startswith(".") for part in path.split("/"))
+        if not hidden and "\0" not in path:
+            root, file = (os.path.realpath(p) for p in (self.directory, self.translate_path(self.path)))
+            if os.path.isdir(file) and path.endswith("/"):
+                file = os.path.realpath(os.path.join(file, "index.html"))
+            if os.path.commonpath([root, file]) == root and (os.path.isfile(file) or os.path.isdir(file)):
+                return super().send_head()
+        self.send_error(404, "no such file")
+        return None
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(404, "no such file")
 
     def end_headers(self) -> None:
         for name, value in self.extra.items():
@@ -62,6 +86,11 @@ class Server(http.server.ThreadingHTTPServer):
     """``url``: of the folder's start page."""
 
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away or fell asleep is no news."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -84,11 +113,11 @@ def make_server(folder: Path, port: int = 0, isolated: bool = True, policy: str 
 def check_package(folder: Path) -> None:
     """Raises ArtifactError when ``folder`` is no web package."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ArtifactError(f"{folder} is no web package: {e}", hint="make one with: luthier compile MODEL --target=wasm -o FOLDER") from e
+        manifest = read_manifest(folder)
+    except ArtifactError as e:
+        raise ArtifactError(f"{folder} is no web package: {e.message}", hint="make one with: luthier compile MODEL --target=wasm -o FOLDER") from e
     if "web" not in manifest or not (folder / "index.html").is_file():
-        raise ArtifactError(f"{folder} was compiled for {manifest.get('target', {}).get('name')}, not for the web", hint="compile with --target=wasm or --target=webgpu")
+        raise ArtifactError(f"{folder} was compiled for {manifest['target']['name']}, not for the web", hint="compile with --target=wasm or --target=webgpu")
 
 
 def serve(folder: Path, port: int, show: bool) -> None:
@@ -97,12 +126,12 @@ def serve(folder: Path, port: int, show: bool) -> None:
 
     check_package(folder)
     server = make_server(folder, port, quiet=False)
-    print(f"{folder} at {server.url} (Ctrl-C stops)", flush=True)
+    echo(f"{folder} at {server.url} (Ctrl-C stops)")
     if show:
         webbrowser.open(server.url)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print()
+        echo()
     finally:
         server.server_close()

@@ -84,11 +84,11 @@ def _positive(text: str) -> int:
 
 
 def _modes(text: str) -> frozenset[str]:
-    """``trace``, ``bounds`` or both with a comma; 1 is ``trace``, 0 nothing."""
+    """``trace``, ``bounds``, ``poison`` with commas; 1 is ``trace``, 0 nothing."""
     words = {w.strip() for w in text.lower().split(",") if w.strip()}
     words = {"trace" if w in ("1", "true", "yes", "on") else w for w in words} - {"0", "false", "no", "off"}
-    if words - {"trace", "bounds"}:
-        raise ValueError("expected trace, bounds, 1 or 0")
+    if words - {"trace", "bounds", "poison"}:
+        raise ValueError("expected trace, bounds, poison, 1 or 0")
     return frozenset(words)
 
 
@@ -115,6 +115,19 @@ def provide(name: str, text: str) -> None:
     os.environ.setdefault(name, text)
 
 
+def write_dump(name: str, text: str) -> None:
+    """A file of the folder LUTHIER_DUMP, where that is set. Raises SettingError when it cannot be written."""
+    folder = dump.get()
+    if folder is None:
+        return
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise SettingError(f"{dump.name}: cannot write {path}: {e.strerror or e}", hint=dump.help) from e
+
+
 def all_settings() -> list[Setting[object]]:
     """Every declared setting, in the order of this file."""
     return list(_REGISTRY)
@@ -130,7 +143,8 @@ spin_us = _declare("LUTHIER_SPIN_US", _count, 50, "Microseconds that an idle wor
 _NO_MODES: frozenset[str] = frozenset()
 debug = _declare(
     "LUTHIER_DEBUG", _modes, _NO_MODES,
-    "trace (or 1): the command line shows tracebacks, and every pass is followed by the verifier; bounds: compiled modules check every access",
+    "trace (or 1): the command line shows tracebacks, and every pass is followed by the verifier; bounds: compiled modules check every access; "
+    "poison: they fill new memory with NaN and absurd integers first",
 )  # fmt: skip
 webgpu_features = _declare(
     "LUTHIER_WEBGPU_FEATURES", _gpu_features, None,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.errors import InputError, KernelError, LuthierError, TargetError
+from luthier.errors import InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
 from luthier.module import Array, Module, _check_out, _convert, _evaluate
 from luthier.native import pack_bits, unpack_bits
 
@@ -128,7 +128,7 @@ class _Instance:
             raise InputError(f"{who}: dimension {axis} would be {got}; the inputs do not allow it")
         if kind == 6:
             raise InputError(f"{who} is {got} in the data of this run, allowed are {want} to {want2}")
-        raise KernelError(f"out of memory: {got} bytes for {who}")
+        raise OutOfMemoryError(f"out of memory: {got} bytes for {who}")
 
 
 def _stop(stop: Any, store: Any, workers: list[threading.Thread]) -> None:
@@ -140,6 +140,8 @@ def _stop(stop: Any, store: Any, workers: list[threading.Thread]) -> None:
 class WasmModule(Module):
     """A Module whose code is WebAssembly. ``binary(variant)``: the bytes of a variant; ``weights``: the blob that every variant reads;
     ``variant``: what ``run`` uses."""
+
+    is_package = True
 
     def __init__(
         self, manifest: dict[str, Any], binaries: dict[str, bytes], weights: Array, threads: int | None = None,
@@ -210,7 +212,7 @@ class WasmModule(Module):
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Array]:
             if inputs.keys() != {p.name for p in rest}:
-                raise InputError(f"got the inputs {', '.join(sorted(inputs))}, expected {', '.join(p.name for p in rest)}")
+                raise InputError(f"got the inputs {', '.join(sorted(map(repr, inputs)))}, expected {', '.join(p.name for p in rest)}")
             if not inst:
                 inst.append(_Instance(self, self._threads()))
             return self._call(inst[0], [*[None] * n, *(inputs[p.name] for p in rest)], None)
@@ -249,6 +251,7 @@ class WasmModule(Module):
         inst.check(inst.call(inst.run_, inst.threads, 1))
         view = inst.view()
         result: dict[str, Array] = {}
+        own: list[Array] = []
         for j, q in enumerate(self._outs):
             base = io + RECORD * (len(self._ins) + j)
             at, n = struct.unpack_from("<2I", view.data, base)
@@ -261,8 +264,9 @@ class WasmModule(Module):
                 a = raw[:size].copy().view(q.dtype).reshape(shape) if size else np.empty(shape, q.dtype)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, a.shape)
+                _check_out(given, q, a.shape, outs=own)
                 given[...] = a
+                own.append(given)
                 a = given
             result[q.name] = a
         return result
@@ -272,7 +276,7 @@ class WasmModule(Module):
         import time
 
         calls = self.manifest["calls"]
-        arrays = [inputs[p.name] for p in self._ins]
+        arrays = self._given(inputs)
         times = np.zeros((max(len(calls), 1), 2), np.int64)
         last = 0
 
@@ -304,7 +308,7 @@ class WasmModule(Module):
         from luthier.web_package import SHARD_MB, write_package
 
         files = {f"model.{v}.wasm": partial(self.binary, v) for v in VARIANTS}
-        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self.weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> WasmModule:

@@ -3,6 +3,7 @@
 ===============================  ====================================================================================
 ``package.json``                 name, entry point, types
 ``index.js``, ``index.d.ts``     the API, typed for this model's inputs and outputs
+``files.js``                     the addresses of all files below, in the words by which bundlers find them
 ``index.html``                   a page that loads the model and runs it
 ``runtime/``                     JavaScript that does not depend on the model (``codegen/web_runtime``)
 ``model.VARIANT.wasm``           code of a wasm package, one file a variant; the loader takes the best that the browser knows
@@ -20,7 +21,7 @@ import html
 import importlib.resources
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from luthier.native import DTYPES
 __all__ = ["ENGINES", "SHARD_MB", "read_weights", "write_package"]
 
 SHARD_MB = 24.0
-TOKENIZERS = {"@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for texts
+COMMENTS = re.compile(r"^ *(/\*\*.*?\*/|//[^\n]*)\n", re.M | re.S)  # lines of their own: a sixth of the runtime
+TEXTS = {"@huggingface/jinja": "^0.5.0", "@huggingface/tokenizers": "^0.2.0"}  # what language.js imports for chats and texts
 Array = np.ndarray[Any, Any]
 
 # what a package carries of the runtime, by the kind of its target
@@ -46,17 +48,18 @@ ENGINES: dict[str, tuple[str, ...]] = {"wasm": ("engine_wasm.js", "thread.js"), 
 _ARRAYS = {
     "float32": "Float32Array", "float64": "Float64Array", "int8": "Int8Array", "uint8": "Uint8Array", "int16": "Int16Array",
     "uint16": "Uint16Array", "int32": "Int32Array", "uint32": "Uint32Array", "int64": "BigInt64Array", "uint64": "BigUint64Array",
-    "int4": "Int8Array", "int2": "Int8Array", "float16": "Uint16Array", "bfloat16": "Uint16Array",
+    "int4": "Int8Array", "int2": "Int8Array", "float16": "Half", "bfloat16": "Uint16Array",
 }  # fmt: skip
 
 
 def write_package(
-    folder: Path, manifest: dict[str, Any], weights: Array, files: Mapping[str, bytes | str | Callable[[], bytes]], shard_mb: float = SHARD_MB
+    folder: Path, manifest: dict[str, Any], weights: Array, files: Mapping[str, bytes | str | Callable[[], bytes]], shard_mb: float = SHARD_MB,
+    extra: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """All files but ``manifest.json`` into the existing ``folder``; returns their names. ``manifest["web"]`` is set in place.
 
     ``weights``: the blob, flat ``uint8``; ``files``: generated code by name (a function makes it while shards are written); ``shard_mb``: the most
-    10**6 bytes of a shard.
+    10**6 bytes of a shard; ``extra``: names of files that the caller adds; ``manifest["package"]``: name and version for npm.
     Raises ArtifactError for a kind of target without an engine or a shard size below 0.1."""
     kind = manifest["target"]["kind"]
     if kind not in ENGINES:
@@ -88,11 +91,14 @@ def write_package(
     source = importlib.resources.files("luthier.codegen.web_runtime")
     language = manifest.get("language")
     for name in (*_COMMON, *ENGINES[kind], *(_LANGUAGE if language else ())):
-        put(f"runtime/{name}", source.joinpath(name).read_text(encoding="utf-8"))
+        text = source.joinpath(name).read_text(encoding="utf-8")
+        put(f"runtime/{name}", COMMENTS.sub("", text).lstrip() if name.endswith(".js") else text)
     put("runtime/target.js", f'export {{ Engine }} from "./{ENGINES[kind][0]}";\n')
     page = source.joinpath("language.html" if language else "index.html").read_text(encoding="utf-8")
     put("index.html", page.replace("<title>Model</title>", f"<title>{html.escape(manifest['name'])}</title>"))
     put("index.js", _index_js(manifest["web"]["id"], bool(language)))
+    fetched = [n for n in (*code, *extra) if n.endswith((".wasm", "shaders.json", "tokenizer.json"))]
+    put("files.js", _files_js(["manifest.json", *fetched, *(s["file"] for s in shards)]))
     put("index.d.ts", _index_d_ts(manifest))
     put("package.json", _package_json(manifest))
     return tuple(names)
@@ -127,35 +133,32 @@ def _index_js(mark: str, language: bool) -> str:
     kind, file = ("LanguageModel", "language") if language else ("Model", "model")
     return f"""// Generated: the model's entry point. Everything else is in runtime/ and manifest.json.
 
+import {{ files }} from "./files.js";
 import {{ load{kind} }} from "./runtime/{file}.js";
 
 export * from "./runtime/errors.js";
 export {{ {kind} }} from "./runtime/{file}.js";
 
-const here = new URL("./", import.meta.url);
-
-function folder(url) {{
-  if (url === undefined || url === null) return here;
-  const text = String(url);
-  const base = globalThis.location ? globalThis.location.href : globalThis.process ? `file://${{globalThis.process.cwd()}}/` : here;
-  return new URL(text.endsWith("/") ? text : `${{text}}/`, base);
-}}
-
-/** Loads the model from the folder `url` (default: the one of this file). */
+/** Loads the model from the folder `url` (default: the one of this file, or where a bundler has put its files). */
 export function load(url, options) {{
-  return load{kind}(folder(url), "{mark}", options);
+  return load{kind}({{ url, files }}, "{mark}", options);
 }}
 """
 
 
+def _files_js(names: Iterable[str]) -> str:
+    lines = "\n".join(f'  "{name}": new URL("./{name}", import.meta.url),' for name in names)
+    return f"// Generated: where the files of the model are. A bundler copies what is named so, and puts its own addresses here.\n\nexport const files = {{\n{lines}\n}};\n"
+
+
 def _package_json(manifest: Mapping[str, Any]) -> str:
-    name = re.sub(r"[^a-z0-9._-]+", "-", manifest["name"].lower()).strip("-._")[:200] or "model"
+    about = manifest.get("package", {"name": "model", "version": "1.0.0"})
     return json.dumps(
         {
-            "name": name, "version": "1.0.0", "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
+            **about, "description": f"The model {manifest['name']}, compiled for {manifest['target']['kind']}",
             "type": "module", "main": "./index.js", "types": "./index.d.ts",
             "exports": {".": {"types": "./index.d.ts", "default": "./index.js"}, "./*": "./*"},
-            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TOKENIZERS} if "language" in manifest else {}),
+            "sideEffects": False, "engines": {"node": ">=20"}, **({"dependencies": TEXTS} if "language" in manifest else {}),
         },
         indent=2,
     ) + "\n"  # fmt: skip
@@ -182,7 +185,8 @@ export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
 """
 
 _LANGUAGE_D_TS = """export interface Tokenizer {
-  encode(text: string): number[];
+  /** `first`: the text begins a sequence. */
+  encode(text: string, first?: boolean): number[];
   decode(tokens: number[]): string;
 }
 
@@ -216,20 +220,24 @@ export class LanguageModel {
   readonly endTokens: readonly number[];
   readonly info: Info;
   readonly hasTokenizer: boolean;
-  /** Tokens of the sequence so far. */
-  length: number;
+  /** The sequence in the cache. */
+  readonly tokens: number[];
+  readonly length: number;
+  /** The last token that was decided, where it is not in the cache yet; the next call begins with it. */
+  readonly waiting: number[];
   encode(text: string): number[];
   decode(tokens: Iterable<number>): string;
   reset(length?: number): void;
   /** Logits after the last token. */
   feed(tokens: Iterable<number>, options?: { signal?: AbortSignal }): Promise<Float32Array>;
   generateTokens(prompt: Iterable<number>, options?: SamplingOptions): AsyncGenerator<number, void>;
+  /** `prompt`: a text that continues the sequence, or a whole conversation, which the model's own template writes. */
   generate(prompt: string | Message[], options?: SamplingOptions): AsyncGenerator<string, void>;
   close(): Promise<void>;
 }
 
 /** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null }): Promise<LanguageModel>;
+export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null; Template?: new (template: string) => { render(values: object): string } }): Promise<LanguageModel>;
 """
 
 
@@ -254,12 +262,20 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
     state = manifest.get("language", {}).get("state", ())
     for p in (p for p in manifest["inputs"] if p["name"] not in state):
         array = _array(p["code"])
+        numbers = "" if DTYPES[p["code"]][0].startswith(("bfloat16", "float8")) else " | Numbers"
         bare = f"{array} | " if _bare(p["shape"]) else ""
-        inputs += [about(p), f"  {json.dumps(p['name'])}: {bare}TensorLike<{array}, {shape(p)}>;"]
+        mark = "?" if "default" in p else ""
+        inputs += [about(p), f"  {json.dumps(p['name'])}{mark}: {bare}TensorLike<{array}, {shape(p)}>{numbers};"]
     for p in manifest["outputs"]:
         outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
     lines = "\n".join
     return f"""// Generated for the model {re.sub(r"[^ -~]", "?", manifest["name"])}.
+
+/** A number, or numbers in (nested) arrays. */
+export type Numbers = number | bigint | boolean | readonly Numbers[];
+
+/** Where there is no Float16Array, a Uint16Array of the bits. */
+export type Half = (typeof globalThis extends {{ Float16Array: {{ prototype: infer T }} }} ? T : never) | Uint16Array;
 
 export interface TensorLike<Data, Shape extends number[]> {{
   data: Data;
@@ -283,6 +299,8 @@ export interface TensorSpec {{
   readonly dtype: string;
   /** Numbers, or names of extents that a call decides. */
   readonly shape: readonly (number | string)[];
+  /** Of an input: a call may leave it out. */
+  readonly optional?: true;
 }}
 
 export interface Info {{

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import struct
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -17,15 +18,17 @@ from typing import Any
 import numpy as np
 
 from luthier import settings
-from luthier.codegen.webgpu_features import NATIVE, choose, in_use
-from luthier.errors import CompilationError, InputError, KernelError, TargetError
+from luthier.codegen.webgpu_features import LOOP_ANSWER, LOOP_PROBE, NATIVE, choose, in_use
+from luthier.errors import CompilationError, InputError, KernelError, OutOfMemoryError, TargetError
 
 CHUNK = 1 << 16
 ALIGN = 256
 MAX_ROUNDS = 1_000_000
+LOOP_LIMIT = 65535  # rounds after which an adapter that ends loops does so
 OPTIONAL = ("timestamp-query",)  # asked for where the adapter has them; nothing needs them
 TIMED = 2048  # dispatches whose times one query set holds
 LARGER = ("max-buffer-size", "max-storage-buffer-binding-size")  # as much as the adapter has: temporaries may be larger than the default
+SMALLER = "use smaller inputs, another adapter, or the targets cpu and wasm"
 FORMATS = {
     "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q", "f16": "e", "f32": "f", "f64": "d",
 }  # fmt: skip
@@ -64,9 +67,37 @@ def features() -> tuple[str, ...]:
     return NATIVE.usable(d.features, accepts)
 
 
+def new_buffer(size: int, *usages: str) -> Any:
+    """A buffer of the default device; ``usages``: names of ``wgpu.BufferUsage``. Raises OutOfMemoryError."""
+    import wgpu
+
+    most = int(device().limits["max-buffer-size"])
+    if size > most:
+        raise OutOfMemoryError(f"a buffer needs {size} bytes, this adapter allows {most}", hint=SMALLER)
+    try:
+        return device().create_buffer(size=size, usage=functools.reduce(operator.or_, (getattr(wgpu.BufferUsage, u) for u in usages)))
+    except wgpu.GPUError as e:
+        raise OutOfMemoryError(f"the GPU has no memory for a buffer of {size} bytes: {e}", hint=SMALLER) from e
+
+
 def largest_binding() -> int:
     """Bytes that one binding may have on the default device."""
     return int(device().limits["max-storage-buffer-binding-size"])
+
+
+@functools.lru_cache(maxsize=1)
+def ends_loops() -> bool:
+    """Whether the default device ends a thread that goes through many rounds of a loop."""
+    import wgpu
+
+    d, u = device(), wgpu.BufferUsage
+    b = d.create_buffer_with_data(data=bytes(16), usage=u.STORAGE | u.COPY_SRC)
+    pipeline = d.create_compute_pipeline(layout="auto", compute={"module": d.create_shader_module(code=LOOP_PROBE), "entry_point": "main"})
+    group = d.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=[{"binding": 0, "resource": {"buffer": b, "offset": 0, "size": 16}}])
+    enc = d.create_command_encoder()
+    _encode(enc, [("d", pipeline, group, 0, 1, 1, 1)])
+    d.queue.submit([enc.finish()])
+    return struct.unpack_from("<I", bytes(d.queue.read_buffer(b)))[0] != LOOP_ANSWER
 
 
 class Pipelines:
@@ -79,7 +110,7 @@ class Pipelines:
         self.made: dict[int, tuple[Any, Any]] = {}
 
     def get(self, k: int) -> tuple[Any, Any]:
-        """(pipeline, bind group layout). Raises CompilationError with the implementation's message."""
+        """(pipeline, bind group layout). Raises CompilationError with the nodes and the implementation's message."""
         hit = self.made.get(k)
         if hit is None:
             hit = self.made[k] = self.make(self.entries[k])
@@ -105,7 +136,7 @@ class Pipelines:
             layout = d.create_pipeline_layout(bind_group_layouts=[bgl])
             return d.create_compute_pipeline(layout=layout, compute={"module": self.modules[s], "entry_point": "main"}), bgl
         except wgpu.GPUError as error:
-            raise CompilationError(f"WGSL refused: {error}") from error
+            raise CompilationError(f"this device refuses shader {s}: {error}", node=", ".join(e["nodes"]) or None) from error
 
 
 @dataclass(slots=True)
@@ -152,23 +183,21 @@ class Runner:
     # ------------------------------------------------------------ memory
 
     def buffer(self, size: int, old: Any) -> Any:
-        import wgpu
-
         n = max(16, -(-size // 4) * 4)
         if old is not None and old.size >= n:
             return old
-        u = wgpu.BufferUsage
         self.recorded.clear()
         self.groups.clear()
-        return device().create_buffer(size=n, usage=u.STORAGE | u.COPY_SRC | u.COPY_DST)
+        return new_buffer(n, "STORAGE", "COPY_SRC", "COPY_DST")
 
     def upload(self) -> list[Any]:
         if self.weights is None:
-            self.weights = []
+            weights = []
             for start, size in self.host["weights"]:
                 b = self.buffer(size, None)
                 device().queue.write_buffer(b, 0, np.ascontiguousarray(self.blob[start : start + size]))
-                self.weights.append(b)
+                weights.append(b)
+            self.weights = weights
         return self.weights
 
     # ------------------------------------------------------------ a run
@@ -186,7 +215,22 @@ class Runner:
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> list[tuple[tuple[int, ...], bytes]]:
         """``arrays``: the inputs with their shapes; ``raw``: their bytes as the device wants them. Returns (shape, bytes) of every
-        output."""
+        output. Raises OutOfMemoryError, InputError, KernelError; a call that failed leaves nothing behind for the next one."""
+        import wgpu
+
+        try:
+            return self.attempt(arrays, raw)
+        except BaseException as e:
+            for kept in (self.recorded, self.groups, self.temporaries, self.inputs):
+                kept.clear()
+            if isinstance(e, wgpu.GPUOutOfMemoryError):
+                raise OutOfMemoryError(f"the GPU has no memory for the run: {e}", hint=SMALLER) from e
+            if isinstance(e, wgpu.GPUError):
+                raise KernelError(f"the GPU refused a command: {e}") from e
+            raise
+
+    def attempt(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> list[tuple[tuple[int, ...], bytes]]:
+        """One call; what it raises may be the implementation's."""
         weights = self.upload()
         for j, r in enumerate(raw):
             self.inputs[j] = self.buffer(r.nbytes, self.inputs.get(j))
@@ -275,6 +319,14 @@ class _Run:
         if n:
             self.rec.commands.append(("c", self.memory(src), int(self.value(so)), self.memory(dst), int(self.value(do)), n))
 
+    def do_rounds(self, n: Any, what: str) -> None:
+        rounds = int(self.value(n))
+        if rounds > LOOP_LIMIT and ends_loops():
+            raise KernelError(
+                f"{what} takes {rounds} rounds in one thread, this adapter ends a thread after {LOOP_LIMIT}", node=what,
+                hint="use smaller inputs, another adapter, or the targets cpu and wasm",
+            )
+
     def do_output(self, j: int, mem: Any, offset: Any, shape: Sequence[Any]) -> None:
         self.rec.outputs[j] = (self.memory(mem), int(self.value(offset)), tuple(int(self.value(e)) for e in shape))
 
@@ -296,10 +348,7 @@ class _Run:
             if o + n > b.size:
                 raise KernelError(f"dispatch {call} binds bytes {o} to {o + n} of a buffer of {b.size}")
             if n > self.most:
-                raise KernelError(
-                    f"dispatch {call} needs {n} bytes in one binding, this adapter allows {self.most}",
-                    hint="use smaller inputs, another adapter, or the targets cpu and wasm",
-                )
+                raise OutOfMemoryError(f"dispatch {call} needs {n} bytes in one binding, this adapter allows {self.most}", hint=SMALLER)
         entries = [{"binding": i, "resource": {"buffer": b, "offset": o, "size": n}} for i, (b, o, n) in enumerate(places)]
         group = device().create_bind_group(layout=layout, entries=entries)
         self.rec.commands.append(("d", pipeline, group, call, *grid))
@@ -359,13 +408,10 @@ class _Run:
 
     def stream(self, data: bytes, align: int) -> tuple[_Chunk, int]:
         """Where ``data`` will lie on the device when the next submit runs."""
-        import wgpu
-
         c = self.chunk
         at = 0 if c is None else -(-c.used // align) * align
         if c is None or at + len(data) + 4 > CHUNK:
-            u = wgpu.BufferUsage
-            c = self.chunk = _Chunk(device().create_buffer(size=CHUNK, usage=u.UNIFORM | u.COPY_SRC | u.COPY_DST))
+            c = self.chunk = _Chunk(new_buffer(CHUNK, "UNIFORM", "COPY_SRC", "COPY_DST"))
             self.fresh_chunks.append(c)
             at = 0
         c.data[at : at + len(data)] = data
@@ -416,8 +462,7 @@ class _Run:
             total += -(-n // 4) * 4
         stage = None
         if total:
-            u = wgpu.BufferUsage
-            stage = device().create_buffer(size=total, usage=u.MAP_READ | u.COPY_DST)
+            stage = new_buffer(total, "MAP_READ", "COPY_DST")
             for at, n, _, b, offset in sizes.values():
                 if n:
                     enc.copy_buffer_to_buffer(b, offset, stage, at, -(-n // 4) * 4)
@@ -468,10 +513,10 @@ class _Queries:
         import wgpu
 
         calls = [c[3] for c in commands if c[0] == "d"]
-        u, n = wgpu.BufferUsage, 2 * max(1, len(calls))
+        n = 2 * max(1, len(calls))
         queries = device().create_query_set(type="timestamp", count=n)
-        ticks = device().create_buffer(size=8 * n, usage=u.QUERY_RESOLVE | u.COPY_SRC)
-        stage = device().create_buffer(size=8 * n, usage=u.MAP_READ | u.COPY_DST)
+        ticks = new_buffer(8 * n, "QUERY_RESOLVE", "COPY_SRC")
+        stage = new_buffer(8 * n, "MAP_READ", "COPY_DST")
         enc = device().create_command_encoder()
         k = 0
         for c in commands:
@@ -501,10 +546,8 @@ class _Waits:
     """Without timestamps: every dispatch is a submit of its own, timed by the host until a read behind it returns."""
 
     def __init__(self) -> None:
-        import wgpu
-
         self.times: dict[int, float] = {}
-        self.word = device().create_buffer(size=4, usage=wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST)
+        self.word = new_buffer(4, "COPY_SRC", "COPY_DST")
 
     def run(self, commands: Sequence[tuple[Any, ...]]) -> None:
         for c in commands:

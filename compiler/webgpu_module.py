@@ -25,6 +25,8 @@ FILES = ("host.json", "shaders.json")
 class WebGpuModule(Module):
     """``shaders``: WGSL texts; ``host``: the program's main as data (:mod:`luthier.codegen.webgpu`); ``blob``: all constants."""
 
+    is_package = True
+
     def __init__(self, manifest: dict[str, Any], host: dict[str, Any], shaders: Sequence[str], blob: Array, threads: int | None = None) -> None:
         super().__init__(manifest, None, blob, threads)
         self.host, self.shaders = host, list(shaders)
@@ -60,6 +62,7 @@ class WebGpuModule(Module):
         ins, raw = self._bytes(arrays)
         got = self.runner.run(ins, raw)
         results: dict[str, Array] = {}
+        own: list[Array] = []
         for q, (shape, data) in zip(self._outs, got, strict=True):
             flat = np.frombuffer(bytearray(data), np.uint8)
             if q.bits < 8:
@@ -68,8 +71,9 @@ class WebGpuModule(Module):
                 a = flat.view(q.dtype).reshape(shape)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, shape)
+                _check_out(given, q, shape, outs=own)
                 given[...] = a
+                own.append(given)
                 a = given
             results[q.name] = a
         return results
@@ -86,7 +90,7 @@ class WebGpuModule(Module):
             if j in self.host["narrow"] and a.size:
                 lo, hi = (-(1 << 31), (1 << 31) - 1) if a.dtype.kind == "i" else (0, (1 << 32) - 1)
                 if int(a.min()) < lo or int(a.max()) > hi:
-                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; WebGPU computes with 32-bit integers")
+                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; the kernels that read it take 32-bit integers")
             ins.append(a)
             raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
         return ins, raw
@@ -94,7 +98,7 @@ class WebGpuModule(Module):
     def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:
         """As :meth:`Module.profile`: the device's own timestamps where the adapter has them, else the host's clock around every dispatch.
         Calls that only the host does have 0 ms. Times of a software adapter say nothing about a GPU."""
-        ins, raw = self._bytes([inputs[p.name] for p in self._ins])
+        ins, raw = self._bytes(self._given(inputs))
         total: dict[int, float] = {}
         self.runner.run(ins, raw)
         for _ in range(runs):
@@ -114,7 +118,7 @@ class WebGpuModule(Module):
             "host.json": json.dumps(self.host), "shaders.json": json.dumps(self.shaders),
             "program.js": print_host_js(self.host),
         }  # fmt: skip
-        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb)
+        return write_package(folder, self.manifest, self._weights, files, SHARD_MB if shard_mb is None else shard_mb, self.files)
 
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:

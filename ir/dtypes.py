@@ -6,6 +6,7 @@
 ``f``      IEEE float of 16, 32 or 64 bits
 ``bf``     bfloat16
 ``f8...``  8-bit floats, kind is the full ONNX-style name (``f8e4m3fn`` ...)
+``f4...``  the 4-bit float ``f4e2m1``; operators compute on its codes (:mod:`luthier.ir.float4`)
 ``i``      signed integer of 2, 4, 8, 16, 32, 64 bits, two's complement, wraps on overflow
 ``u``      unsigned integer of 1, 2, 4, 8, 16, 32, 64 bits, wraps on overflow
 ``b``      bool; a condition in registers, one byte (0 or 1) in memory
@@ -48,7 +49,7 @@ class DType:
             return hit
         self = object.__new__(cls)
         self.kind, self.bits, self.lanes = kind, bits, lanes
-        base = {"b": "bool", "x": "index", "s": "str"}.get(kind) or (kind if kind.startswith("f8") else f"{kind}{bits}")
+        base = {"b": "bool", "x": "index", "s": "str"}.get(kind) or (kind if kind.startswith(("f8", "f4")) else f"{kind}{bits}")
         self.name = base if lanes == 1 else f"{base}x{lanes}"
         self.is_float = kind[0] == "f" or kind == "bf"
         self.is_int, self.is_signed, self.is_index, self.is_bool = kind in "iu", kind in "ix", kind == "x", kind == "b"
@@ -93,6 +94,7 @@ u8, u16, u32, u64 = DType("u", 8), DType("u", 16), DType("u", 32), DType("u", 64
 i2, i4, u1, u2, u4 = DType("i", 2), DType("i", 4), DType("u", 1), DType("u", 2), DType("u", 4)
 boolean, index, string = DType("b", 8), DType("x", 64), DType("s", 64)
 f8e4m3fn, f8e4m3fnuz, f8e5m2, f8e5m2fnuz, f8e8m0 = (DType(k, 8) for k in _F8)
+f4e2m1 = DType("f4e2m1", 4)
 
 _BY_NAME = {d.name: d for d in list(DType._table.values())}
 
@@ -125,7 +127,7 @@ def to_numpy(d: DType) -> np.dtype[Any]:
     names = {
         "bf16": "bfloat16", "f8e4m3fn": "float8_e4m3fn", "f8e4m3fnuz": "float8_e4m3fnuz", "f8e5m2": "float8_e5m2",
         "f8e5m2fnuz": "float8_e5m2fnuz", "f8e8m0": "float8_e8m0fnu", "i4": "int4", "u4": "uint4", "i2": "int2",
-        "u2": "uint2",
+        "u2": "uint2", "f4e2m1": "float4_e2m1fn",
     }
     if d.scalar.name not in names:
         raise TypeError(f"numpy has no type for {d}")
@@ -144,6 +146,7 @@ def from_numpy(dt: Any) -> DType:
     names = {
         "bfloat16": bf16, "float8_e4m3fn": f8e4m3fn, "float8_e4m3fnuz": f8e4m3fnuz, "float8_e5m2": f8e5m2,
         "float8_e5m2fnuz": f8e5m2fnuz, "float8_e8m0fnu": f8e8m0, "int4": i4, "uint4": u4, "int2": i2, "uint2": u2,
+        "float4_e2m1fn": f4e2m1,
     }
     if dt.name not in names:
         raise TypeError(f"no Luthier type for numpy's {dt}")

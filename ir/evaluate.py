@@ -88,6 +88,7 @@ def _loop(n: Node, args: list[Any], env: dict[Value, Array]) -> list[Array]:
         inner = dict(env)
         for v, a in zip(body.inputs, [np.array(i, np.int64), np.array(going), *state], strict=True):
             inner[v] = np.asarray(a)
+            bind_symbols(inner, v)
         outs = run_nodes(body, inner)
         going = bool(np.asarray(outs[0]).reshape(()))
         state = outs[1 : 1 + len(state)]

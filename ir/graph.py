@@ -120,12 +120,24 @@ class Node:
         return f"{outs} = {self.op}({ins}){' {' + at + '}' if at else ''}"
 
 
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """An input or output that is a sequence, or a ``tensor`` whose rank only the run knows. ``ports``: the tensors that it is: all elements,
+    flat; a row of extents for each of them, -1 behind the last; for an optional whether there is one."""
+
+    ports: tuple[str, ...]
+    tensor: bool
+
+
 @dataclass(eq=False, slots=True)
 class Graph:
     """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place.
 
     ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
-    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run."""
+    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run.
+    ``defaults``: {name of an input that a call may leave out: the array it is then, or None for random bits that every call draws};
+    those inputs come last. ``structured_inputs``, ``structured_outputs``: those that callers give or get as something else than one
+    tensor."""
 
     name: str
     inputs: list[Value]
@@ -134,6 +146,9 @@ class Graph:
     aliases: dict[str, str] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     requirements: list[Requirement] = field(default_factory=list)
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
+    structured_inputs: dict[str, Structured] = field(default_factory=dict)
+    structured_outputs: dict[str, Structured] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]

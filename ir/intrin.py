@@ -19,12 +19,14 @@ from luthier.ir.expr import Expr, cast, shuffle, var
 @dataclass(frozen=True, slots=True)
 class Intrinsic:
     """``evaluate(dtype, attr, *args)`` for a pure one: the result as a numpy value of ``dtype`` (lanes on the last axis).
-    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place. ``lanewise``: on vectors it is the same in every lane."""
+    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place. ``lanewise``: on vectors it is the same in every lane.
+    ``expand(attr, *args)``: a lane-wise one in basic operators, which ``expand_math`` puts in its place."""
 
     name: str
     evaluate: Callable[..., Any]
     doc: str = ""
     lanewise: bool = False
+    expand: Callable[..., Expr] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,11 @@ EFFECT: dict[str, Intrinsic] = {}
 DOTS: dict[str, Instruction] = {}
 
 
-def register(name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False, lanewise: bool = False) -> None:
+def register(
+    name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False, lanewise: bool = False, expand: Callable[..., Expr] | None = None,
+) -> None:
     """Declare an intrinsic; the same name may be registered again only with the same meaning (last one wins)."""
-    (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc, lanewise)
+    (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc, lanewise or expand is not None, expand)
 
 
 def declare(i: Instruction) -> Instruction:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import DType, types_in
-from luthier.ir.expr import Expr, as_expr, is_const, rewrite
+from luthier.ir.expr import Expr, as_expr, free_vars, is_const, rewrite
 
 KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup")
 SCOPES = ("param", "global", "shared", "local", "const")
@@ -60,6 +60,10 @@ class Buffer:
         for s in self.shape:
             n = n * s
         return n
+
+    def symbols(self) -> set[Expr]:
+        """Variables of the extents; the size may have fewer, where one extent is 0."""
+        return set().union(*(free_vars(s) for s in self.shape))
 
     def __getitem__(self, idx: Any) -> Expr:
         from luthier.ir.expr import load

@@ -32,6 +32,7 @@ from fractions import Fraction
 
 from luthier.ir.dtypes import DType, f32, f64, i32, i64
 from luthier.ir.expr import Expr, binary, bitcast, cast, const, maximum, minimum, select, unary, vreduce, walk
+from luthier.ir.intrin import PURE
 from luthier.ir.large_angles import reduce_large
 from luthier.ir.math_tables import POLY
 
@@ -560,6 +561,8 @@ def expander(native: Iterable[str] = (), small: bool = False) -> Callable[[Expr]
     def fn(e: Expr) -> Expr | None:
         if e.op in RULES and e.op not in rules.native and (e.dtype.is_float or e.op == "pow"):
             return rules.apply(e.op, *e.args)
+        if e.op == "call" and (known := PURE.get(e.attr[0])) is not None and known.expand is not None:
+            return known.expand(e.attr[1], *e.args)
         return None
 
     return fn

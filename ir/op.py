@@ -38,10 +38,13 @@ class Op:
     """Base class. ``name``: registry key. ``kind`` tells fusion how outputs depend on inputs:
 
     ``elementwise`` (same index or broadcast), ``injective`` (each output element reads O(1) elements: transpose, slice, gather),
-    ``reduction``, ``contraction`` (matmul, conv), ``view`` (same bytes, other shape), ``opaque`` (everything else)."""
+    ``reduction``, ``contraction`` (matmul, conv), ``view`` (same bytes, other shape), ``opaque`` (everything else).
+    ``permutes``: of an elementwise operator, that its operands broadcast like numpy's and no value depends on where it stands, so that
+    transposed operands give the transposed result."""
 
     name: str = ""
     kind: str = "opaque"
+    permutes: bool = False
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         """Types of the outputs from ``node.inputs`` (their types, constant data, symbolic content) and ``node.attrs``.

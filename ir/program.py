@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.expr import Expr
+from luthier.ir.graph import Structured
 from luthier.ir.loop import Buffer, Func, Stmt
 
 
@@ -25,7 +26,8 @@ class Program:
     first place a symbol is read from (other occurrences are checked at run time). ``views``: {buffer name: (name of the buffer
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
     ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
-    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`)."""
+    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``defaults``: as in
+    :class:`~luthier.ir.graph.Graph`, for the inputs that come last. ``structured_*``: as there, too."""
 
     name: str
     inputs: tuple[Buffer, ...]
@@ -39,6 +41,9 @@ class Program:
     nodes: dict[int, tuple[str, ...]] = field(default_factory=dict)
     output_names: dict[str, str] = field(default_factory=dict)
     checked: bool = False
+    defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
+    structured_inputs: dict[str, Structured] = field(default_factory=dict)
+    structured_outputs: dict[str, Structured] = field(default_factory=dict)
 
     def __str__(self) -> str:
         from luthier.ir.printer import format_buffer, format_func, format_stmt

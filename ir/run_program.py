@@ -15,6 +15,7 @@ from luthier.ir.program import Program
 
 Array = np.ndarray[Any, Any]
 MAX_ROUNDS = 1_000_000
+POISON = 0xFF  # what new memory holds: NaN, -1
 
 
 def run_program(program: Program, feeds: Mapping[str, Any]) -> dict[str, Array]:
@@ -28,6 +29,10 @@ class _Run:
         self.env: dict[Expr, Any] = {}
         self.memory: dict[str, Array] = dict(program.constants)
         self.declared: dict[str, Buffer] = {b.name: b for b in (*program.buffers, *program.outputs)}
+        self.sized: dict[Expr, list[str]] = {}
+        for b in self.declared.values():
+            for v in b.symbols():
+                self.sized.setdefault(v, []).append(b.name)
         for b in program.inputs:
             if b.name not in feeds:
                 raise InputError(f"input {b.name!r} is missing; expected {[x.name for x in program.inputs]}")
@@ -58,8 +63,10 @@ class _Run:
             d = self.declared.get(root)
             if d is None:
                 raise KernelError(f"buffer {root!r} is neither declared nor computed")
-            size = int(np.prod([int(self.value(s)) for s in d.shape], dtype=np.int64))
+            known = d.symbols() <= self.env.keys()  # memory that no round of a loop has asked for is empty
+            size = int(np.prod([int(self.value(s)) for s in d.shape], dtype=np.int64)) if known else 0
             a = self.memory[root] = np.empty(size, d.dtype.numpy)
+            a.view(np.uint8)[:] = POISON
         flat = a.reshape(-1)
         return flat if offset is None else flat[int(self.value(offset)) :]
 
@@ -76,6 +83,8 @@ class _Run:
         elif isinstance(s, Let):
             v = self.value(s.value)
             self.env[s.var] = float(v) if s.var.dtype.is_float else int(v)
+            for name in self.sized.get(s.var, ()):  # memory of these extents is found now
+                self.memory.pop(name, None)
         elif isinstance(s, Store):
             self.array(s.buf)[int(self.value(s.idx[0]))] = self.value(s.value)
         elif isinstance(s, If):

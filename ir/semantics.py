@@ -56,7 +56,7 @@ def _shift(left: bool) -> Callable[[Any, Any], Any]:
 
 def _is_float(a: Any) -> bool:
     k = np.asarray(a).dtype
-    return k.kind == "f" or k.kind == "V" or k.name in ("bfloat16",) or k.name.startswith("float8")
+    return k.kind == "f" or k.kind == "V" or k.name in ("bfloat16",) or k.name.startswith(("float8", "float4"))
 
 
 def _f64(f: Callable[..., Any]) -> Callable[..., Any]:

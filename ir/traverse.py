@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.ir.construct import FOLDING, binary, bitcast, cast, compare, extract, load, ramp, select, shuffle, unary, vreduce
 from luthier.ir.dtypes import index
-from luthier.ir.index_algebra import Poly, from_linear, linear, mul_linear
+from luthier.ir.index_algebra import Poly, from_linear, is_atom, linear, mul_linear
 from luthier.ir.node import BINARY, COMPARE, UNARY, Expr, bcast, free_vars, make_node
 
 
@@ -50,7 +50,7 @@ def rebuild(e: Expr, args: tuple[Expr, ...]) -> Expr:
         return bitcast(args[0], e.dtype.scalar.vec(args[0].dtype.bits * args[0].dtype.lanes // e.dtype.bits))
     lanes = max((x.dtype.lanes for x in args), default=1)
     d = e.dtype
-    if lanes != d.lanes and d.lanes == 1:  # operands were vectorised
+    if lanes != d.lanes == 1 and lanes != max((x.dtype.lanes for x in e.args), default=1):  # operands were vectorised
         args = tuple(bcast(x, lanes) for x in args)
         d = d.vec(lanes)
     return make_node(op, d, args, a)
@@ -110,7 +110,7 @@ def substitute(e: Expr, env: Mapping[Expr, Expr], memo: dict[Expr, Expr] | None 
         if plain and x.op != "load" and not keys & free_vars(x):
             return x
         r = memo.get(x)
-        if r is None and x.dtype is index and x.op in ("add", "sub", "mul"):  # in one step, without the sums in between
+        if r is None and x.dtype is index and x.op in ("add", "sub", "mul") and not is_atom(x):  # in one step, without the sums in between
             p: Poly = {}
             for m, c in linear(x).items():
                 if len(m) == 1:
@@ -165,6 +165,21 @@ def loads(*es: Expr) -> list[Expr]:
             if e.op == "load":
                 stack.append((e, True))
             stack.extend([(a, False) for a in e.args if a.loading and a not in seen])
+    return out
+
+
+def vars_outside_loads(e: Expr) -> set[Expr]:
+    """Variables whose value ``e`` uses, and not only to find an element: those outside of the indices of its loads."""
+    out: set[Expr] = set()
+    seen: set[Expr] = set()
+    stack = [e]
+    while stack:
+        x = stack.pop()
+        if x.op == "var":
+            out.add(x)
+        elif x not in seen:
+            seen.add(x)
+            stack.extend(x.args[len(load_parts(x)[1]) :] if x.op == "load" else x.args)
     return out
 
 

@@ -15,20 +15,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from luthier.ir.compute import Compute, axis, pull
-from luthier.ir.dtypes import DType, i64, index
-from luthier.ir.errors import LuthierError
+from luthier.ir.dtypes import DType, i64, index, u8
+from luthier.ir.errors import CompilationError, LuthierError
 from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, load, substitute, var
 from luthier.ir.graph import Graph, Node, Value, node_reads, type_symbols
-from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, block
+from luthier.ir.loop import Block, Buffer, Call, Func, If, Let, Stmt, Store, block, children, exprs_of, walk_stmts
 from luthier.ir.op import Kernel
-from luthier.ir.printer import format_compute
 from luthier.ir.program import Program
 from luthier.ir.requirements import Requirement
 from luthier.passes import build_loops
 from luthier.passes.abstract_extents import abstract_extents
 from luthier.passes.fuse_operators import VIEW, Group, fuse_operators, kind_of
 from luthier.passes.join_computes import Joined, join
+from luthier.passes.lower_subbyte import is_subbyte
 from luthier.passes.materialize_contents import CONTENT
+from luthier.passes.retype_float4 import retype_float4
+from luthier.passes.widen_subbyte import carrier, packing, widen_subbyte
 
 Array = np.ndarray[Any, Any]
 REQUIRE = "luthier::Require"
@@ -83,7 +85,7 @@ class _Builder:
         self.kernels: dict[str, Func] = {}
         self.kernel_texts: dict[Any, str] = {}
         self.kernel_ids: dict[int, tuple[Func, str]] = {}
-        self.cache: dict[str, Scheduled] = {}
+        self.cache: dict[Any, Scheduled] = {}  # by all that decides the kernels: a text would say a variable's name and not its bounds
         self.nodes: dict[int, tuple[str, ...]] = {}
         self.calls = 0
         self.required: set[tuple[Expr, Expr]] = set()  # checks that were made already
@@ -113,14 +115,15 @@ class _Builder:
         defined |= {s.var for s in read}
         body = self.block(self.graph, outs, defined)
         used = self._used_symbols(body)
+        body = [*(s for s in read if s.var in used), *body]
+        _check_bound(body, set(dims), self.nodes)
         return Program(
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
-            block(*(s for s in read if s.var in used), *body), self.views, self.nodes, output_names,
+            block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
+            structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
-        from luthier.ir.loop import exprs_of, walk_stmts
-
         out: set[Expr] = set()
         for s in body:
             for t in walk_stmts(s):
@@ -161,7 +164,7 @@ class _Builder:
             symbols |= it.symbols
             items.append(it)
         items.reverse()
-        self._bind_outputs(items, outs)
+        self._bind_outputs(items, outs, makes)
         stmts: list[Stmt] = []
         outside, self.required = self.required, set(self.required)
         pending = self._require(graph.requirements, stmts, defined)
@@ -178,7 +181,7 @@ class _Builder:
             if (s is b or (s is not None and self.views.get(s.name, ("",))[0] == b.name)) and b.name not in done:
                 done.add(b.name)
                 continue
-            self._copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
+            self.copy(self.buffer_of(v), b, stmts, (f"copy to {b.name}",))
         return stmts
 
     def _require(self, requirements: Sequence[Requirement], stmts: list[Stmt], defined: set[Expr]) -> list[Requirement]:
@@ -232,9 +235,11 @@ class _Builder:
         reads = [v for v in work.params.values() if v.data is None]
         return _Item(g, work, reads, shapes | set(work.compute.dims))
 
-    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]]) -> None:
-        """Producers write straight into output buffers, through views where the shape differs."""
+    def _bind_outputs(self, items: Sequence[_Item], outs: Sequence[tuple[Value, Buffer]], makes: Mapping[Group, set[Expr]]) -> None:
+        """Producers write straight into output buffers, through views where the shape differs and its extents are known by then."""
         makers = {v: it for it in items for n in it.group.nodes for v in n.outputs}
+        place = {it.group: k for k, it in enumerate(items)}
+        decided = {s: k for k, it in enumerate(items) for s in makes.get(it.group, ())}
         taken: set[Value] = set(self.storage)
         for v, b in outs:
             it = makers.get(v)
@@ -248,7 +253,7 @@ class _Builder:
                 continue
             if isinstance(it.work, Kernel) and it.work.capacity or (it.node.op in _CONTROL and type_symbols(v.type) - {s for s in type_symbols(b_type(b))}):
                 continue
-            if it.node.op in ("Loop", "Scan"):
+            if it.node.op in ("Loop", "Scan") or any(decided.get(s, -1) > place[it.group] for s in b.symbols()):
                 continue
             top = chain[0] if chain else v
             self.storage[top] = b
@@ -335,7 +340,7 @@ class _Builder:
             assert u is not None
             src = self.buffer_of(u)
             if v in self.storage:
-                self._copy(src, self.storage[v], stmts, (n.name,))
+                self.copy(src, self.storage[v], stmts, (n.name,))
             elif u.data is not None:
                 self.storage[v] = self.constant(v.name, u.data, u.dtype)
             else:
@@ -344,16 +349,16 @@ class _Builder:
     def _emit_compute(self, it: _Item, work: Joined, stmts: list[Stmt]) -> None:
         args: dict[str, Buffer] = {}
         consts: dict[str, Array] = {}
-        compute, scalars = abstract_extents(work.compute)
-        key = format_compute(replace(compute, name="k"))
+        joined, narrow = widen_subbyte(retype_float4(work.compute))
+        compute, scalars = abstract_extents(joined)
         for name, v in work.params.items():
             if v.data is not None:
                 consts[name] = v.data
             else:
                 args[name] = self.buffer_of(v)
         for name, v in work.outs.items():
-            args[name] = self.buffer_of(v)
-        key += ",".join(sorted(consts))
+            args[name] = self.buffer_of(v) if name not in narrow else self.temp(f"{v.name}.bytes", carrier(narrow[name]), v.shape)
+        key = (replace(compute, name="k"), *sorted(consts))
         k = self.cache.get(key)
         if k is None:
             k = self.schedule(compute, consts)
@@ -377,7 +382,18 @@ class _Builder:
             args[t.name] = self.temp(f"{it.node.name}.{t.name}", t.dtype, [substitute(s, scalars) for s in t.shape])
         names = tuple(m.name for m in it.group.nodes)
         for f in k.funcs:
-            self._call(f, args, scalars, stmts, names)
+            self.call(f, args, scalars, stmts, names)
+        for name, d in narrow.items():
+            self._pack(args[name], self.buffer_of(work.outs[name]), d.bits, stmts, names)
+
+    def _pack(self, src: Buffer, dst: Buffer, bits: int, stmts: list[Stmt], names: tuple[str, ...]) -> None:
+        """Elements one to a byte to those of ``bits`` bits."""
+        c = packing(bits)
+        k = self.cache.get(c.name)
+        if k is None:
+            k = self.cache[c.name] = self.schedule(c, {})
+        for f in k.funcs:
+            self.call(f, {"p0": src, "o0": dst}, {c.dims[0]: src.size()}, stmts, names)
 
     def _fits(self, k: Scheduled, consts: Mapping[str, Array]) -> bool:
         """Whether kernels made for one layer's weights have room for those of another."""
@@ -391,7 +407,7 @@ class _Builder:
             return {name: p.apply(consts[p.param]) for name, p in packings.items() if p.param in consts}
         return self.schedule(compute, consts).packed
 
-    def _call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
+    def call(self, f: Func, args: Mapping[str, Buffer | tuple[Buffer, Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], names: tuple[str, ...]) -> None:
         callee = self.kernel(f)
         actual = [scalars.get(p, p) if isinstance(p, Expr) else args[p.name] for p in f.params]
         self.nodes[self.calls] = names
@@ -446,25 +462,28 @@ class _Builder:
         for b in work.func.buffers:
             if b.name not in args:
                 args[b.name] = self.temp(f"{n.name}.{b.name}", b.dtype, b.shape)
-        self._call(self.finish_kernel(work.func), args, {}, stmts, (n.name,))
+        self.call(self.finish_kernel(work.func), args, {}, stmts, (n.name,))
         for s, (name, k) in work.symbols.items():
             stmts.append(Let(s, cast(self.at(args[name], k), index)))
         for v, b in later:
             self.storage[v] = self._view(v, b)
 
-    def _copy(self, src: Buffer | tuple[Buffer, Expr], dst: Buffer | tuple[Buffer, Expr], stmts: list[Stmt], names: tuple[str, ...], size: Expr | None = None) -> None:
+    def copy(self, src: Buffer | tuple[Buffer, Expr], dst: Buffer | tuple[Buffer, Expr], stmts: list[Stmt], names: tuple[str, ...], size: Expr | None = None) -> None:
         """All elements of ``src`` to ``dst`` in row-major order."""
         b = src if isinstance(src, Buffer) else src[0]
         n = var("n")
         a = axis("i", n)
-        c = Compute("copy", (Buffer("p0", b.dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", b.dtype, (n,), "param", False), [a.var])),), ("o0",))
-        key = f"copy {b.dtype}"
+        total = size if size is not None else b.size()
+        dtype = b.dtype
+        if is_subbyte(dtype) and isinstance(src, Buffer) and isinstance(dst, Buffer):  # whole bytes: threads share none
+            dtype, total = u8, (total * dtype.bits + 7) // 8
+        c = Compute("copy", (Buffer("p0", dtype, (n,), "param", False),), (n,), (pull("o0", [a], load(Buffer("p0", dtype, (n,), "param", False), [a.var])),), ("o0",))
+        key = f"copy {dtype}"
         k = self.cache.get(key)
         if k is None:
             k = self.cache[key] = self.schedule(c, {})
-        total = size if size is not None else b.size()
         for f in k.funcs:
-            self._call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
+            self.call(f, {"p0": src, "o0": dst}, {n: total}, stmts, names)  # type: ignore[dict-item]
 
     # ---------------------------------------------------------------- control flow
 
@@ -500,13 +519,39 @@ class _Builder:
         for k, v in enumerate(n.outputs):
             b = self.buffer_of(v)
             for side in (0, 1):
-                self._copy(results[side][k], b, copies[side], (n.name,), b.size())
+                self.copy(results[side][k], b, copies[side], (n.name,), b.size())
         stmts.append(If(cond, Block(tuple(copies[0])), Block(tuple(copies[1]))))
 
 
 _CONTROL: dict[str, Callable[[_Builder, _Item, list[Stmt], set[Expr]], None]] = {
     "If": _Builder._emit_if, "Loop": build_loops.emit_loop, "Scan": build_loops.emit_scan,
 }  # fmt: skip
+
+
+def _check_bound(body: Iterable[Stmt], known: set[Expr], nodes: Mapping[int, tuple[str, ...]]) -> None:
+    """Every extent that a statement reads is one that the run knows there; ``nodes``: those that each call of a kernel computes.
+
+    Raises CompilationError."""
+    calls = 0
+
+    def visit(stmts: Iterable[Stmt], known: set[Expr]) -> None:
+        nonlocal calls
+        for s in stmts:
+            missing = set().union(*(free_vars(e) for e in exprs_of(s))) - known
+            kernel = isinstance(s, Call) and not s.callee.startswith("lt.")
+            if missing:
+                names = ", ".join(sorted(repr(v) for v in missing))
+                raise CompilationError(f"a defect of luthier: the extent {names} is read before it is known", node=", ".join(nodes.get(calls, ())) or None)
+            calls += kernel
+            if isinstance(s, Let):
+                known.add(s.var)
+            elif isinstance(s, Block):
+                visit(s.stmts, known)
+            else:
+                for c in children(s):
+                    visit((c,), set(known))
+
+    visit(body, known)
 
 
 def _graph_symbols(n: Node) -> set[Expr]:

@@ -1,7 +1,7 @@
 """Sink transposes through operators that do not care, until they meet their inverse.
 
 Before: ``y = Relu(Transpose[p](x)); z = Transpose[p^-1](y)``. After: ``z = Relu(x)``.
-A transpose moves behind an elementwise operator when every full-rank operand carries the same one (constants are permuted at
+A transpose moves behind an operator that permutes when every full-rank operand carries the same one (constants are permuted at
 compile time), and behind Concat, reductions, Softmax, Pad, Slice and quantization with the axes renumbered. One forward sweep
 suffices because operands are visited before their readers.
 """
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.graph import Graph, Node, Value
+from luthier.ir.op import lookup
 from luthier.passes.canonicalize import perm_of
-from luthier.passes.fuse_operators import ELEMENTWISE, kind_of
 from luthier.passes.rewrite import Context, rewrite_graph
 
 Perm = tuple[int, ...]
@@ -37,7 +37,7 @@ def _rule(n: Node, ctx: Context) -> Any:
     if n.op == "Transpose":
         return _compose(n, ctx)
     sink = SINKS.get(n.op)
-    if sink is None and kind_of(n) == ELEMENTWISE and len(n.outputs) == 1:
+    if sink is None and len(n.outputs) == 1 and (o := lookup(n.op)) is not None and o.permutes:
         sink = _elementwise
     return None if sink is None else sink(n, ctx)
 
@@ -66,7 +66,7 @@ def _elementwise(n: Node, ctx: Context) -> Value | None:
         if got is not None and len(got[1]) == rank and v is not None and not all(s.op == "const" and s.attr == 1 for s in v.shape):
             perm = got[1]
             break
-    if perm is None or rank < 3 or any(k in n.attrs for k in ("axis", "block_size", "layout")):
+    if perm is None or rank < 3:
         return None
     ins: list[Value | None] = []
     for v in n.inputs:

@@ -1,4 +1,5 @@
-"""expand_math: transcendental operators become range reduction, polynomial and selects (:mod:`luthier.ir.math_rules`).
+"""expand_math: transcendental operators become range reduction, polynomial and selects (:mod:`luthier.ir.math_rules`), and
+intrinsics that no target has become what they state.
 
 Before: ``y[i] = exp(x[i])``. After: adds, multiplies, a shift and a bitcast; no library is called.
 

@@ -6,13 +6,13 @@ Rules (each is data in :class:`Rules`):
   (f32 has more than twice the bits, so one operation and one rounding is the correctly rounded result); memory keeps 16 bits.
 * 8-bit floats: the same, memory keeps 8 bits (:mod:`luthier.passes.float8`).
 * values of 2 and 4 bits: carried in 8, wrapped by every cast to them (memory is :mod:`luthier.passes.lower_subbyte`'s).
-* 64-bit integers where there are none: values are carried in 32 bits (indices and counts fit; a kernel whose numbers need more
-  must not be sent there), memory keeps 64 bits: the low word is read, both are written.
+* 64-bit integers where there are none: values that are known to fit (:mod:`luthier.passes.integer_ranges`) are carried in 32 bits, all
+  others as two words (:mod:`luthier.passes.wide_words`). Memory keeps 64 bits: the low word is read of what fits, both are written.
+* ``f64`` where there is none: two words, computed with integers.
 * memory without 8- and 16-bit elements: a parameter (of elements down to one bit) becomes 32-bit words, a load extracts its part, a store is
   ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Elements that are vectors of whole
   words (:mod:`luthier.passes.combine_accesses`) are stored as such. Buffers of a kernel's own get 32-bit elements.
 * dot products of bytes in words (:mod:`luthier.ir.words`) without the instruction: the bytes are taken apart.
-* ``f64`` where there is none is refused.
 
 Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4]``, ``call atomic_store_bits(&Y, i // 4, 255 <<
 (i % 4 * 8), u32(X[i] < 0) << (i % 4 * 8))``.
@@ -20,7 +20,7 @@ Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from luthier.ir.expr import (
     extract,
     load,
     load_parts,
+    loads,
     rebuild,
     select,
     shuffle,
@@ -53,6 +54,8 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of
 from luthier.ir.words import WORD, WORDS, word_dot, word_of_bytes
 from luthier.passes import float8
+from luthier.passes.integer_ranges import IntegerRanges
+from luthier.passes.wide_words import PAIR, compare_pairs, is_wide, narrow_of, operate, pair, to_odd, wide_const, wide_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +149,23 @@ for _d in _DECODE:
 _EXACT = frozenset("neg abs floor ceil round trunc min max".split())
 
 
-def legalize_dtype(f: Func, rules: Rules = DEFAULT_RULES) -> Func:
-    """Raises CompilationError for a type that has no rule (f64 where there is none, strings)."""
-    lg = _Legalizer(f, rules)
+def legalize_dtype(f: Func, rules: Rules = DEFAULT_RULES, narrow: Collection[str] = ()) -> Func:
+    """``narrow``: parameters of 64-bit integers whose contents are known to fit 32 bits. Raises CompilationError for a type that has no
+    rule (strings)."""
+    lg = _Legalizer(f, rules, narrow)
     if not lg.needed():
         return f
     return lg.run()
 
 
 class _Legalizer:
-    def __init__(self, f: Func, rules: Rules) -> None:
+    def __init__(self, f: Func, rules: Rules, narrow: Collection[str]) -> None:
         self.f, self.r = f, rules
+        self.ranges = None if rules.int64 else IntegerRanges(f, narrow)
         self.memo: dict[Expr, Expr] = {}
         self.vars: dict[Expr, Expr] = {}
         self.bufs: dict[Buffer, Buffer] = {}
+        self.fresh: list[Expr] = []  # names of values that are stored in two words
 
     # types -------------------------------------------------------
 
@@ -173,10 +179,16 @@ class _Legalizer:
         if s.kind in "iu" and s.bits == 64 and not self.r.int64:
             return (i32 if s.kind == "i" else u32).vec(d.lanes)
         if s is f64 and not self.r.float64:
-            raise CompilationError("this target has no f64", op=self.f.name, hint="use f32, or another target")
+            return PAIR
         if s.kind == "s":
             raise CompilationError(f"no rule for {s}", op=self.f.name)
         return d
+
+    def wide(self, e: Expr) -> bool:
+        """Whether a value is carried as two words."""
+        if e.dtype.scalar is f64:
+            return not self.r.float64
+        return self.ranges is not None and self.ranges.wide(e)
 
     def soft(self, d: DType) -> bool:
         s = d.scalar
@@ -215,6 +227,8 @@ class _Legalizer:
         """Elements of a parameter per 32-bit word: 4, 2, or 1; 0 for two words an element."""
         if d.is_index or (d.is_int and d.bits == 64):
             return 0 if not self.r.int64 else 1
+        if d.scalar is f64 and not self.r.float64:
+            return 0
         if d.scalar is f16 and self.r.half:  # a type of its own is one of memory, too
             return 1
         return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
@@ -243,6 +257,8 @@ class _Legalizer:
                     nb = replace(b, dtype=u32, shape=((b.size() + (w - 1)) // w,))
                 else:
                     nb = replace(b, dtype=self.cell(d)) if self.soft(d) else replace(b, dtype=self.carried(d))
+            elif self.ranges is not None and self.ranges.wide_buffer(b):
+                nb = replace(b, dtype=PAIR)
             else:
                 c = self.carried(d)
                 if not self.r.small_memory and c.bits < 32 and b.rank and not (c.scalar is f16 and self.r.half):
@@ -266,14 +282,19 @@ class _Legalizer:
 
     def _expr(self, e: Expr) -> Expr:
         op, d = e.op, e.dtype
+        wide = self.wide(e)
+        if wide and d.lanes > 1:
+            raise CompilationError(f"lanes of {d}, which this target has not", op=self.f.name, hint="scalarize first")
         if op == "const":
-            return const(e.attr, self.carried(d))
+            return wide_const(e.attr, d) if wide else const(e.attr, self.carried(d))
         if op == "var":
-            c = self.carried(d)
+            c = PAIR if wide else self.carried(d)
             return e if c is d else self.vars.setdefault(e, var(e.attr[0], c, e.attr[1], e.attr[2]))
         if op == "load":
             return self.load(e)
         args = tuple(self.expr(a) for a in e.args)
+        if wide or any(a.dtype is PAIR for a in args):
+            return self.wide_expr(e, args, wide)
         c = self.carried(d)
         src = e.args[0].dtype
         if op == "call" and e.attr[0] == WORD:
@@ -304,12 +325,50 @@ class _Legalizer:
             raise CompilationError(f"a reduction over lanes of {d} must be accumulated in f32", op=self.f.name)
         return rebuild(e, args)
 
+    @staticmethod
+    def pair(v: Expr, d: DType) -> Expr:
+        """A carried value of the 64-bit type ``d`` as two words."""
+        return v if v.dtype is PAIR else wide_const(v.attr, d) if v.op == "const" else wide_of(v, d, d)
+
+    def wide_expr(self, e: Expr, args: tuple[Expr, ...], wide: bool) -> Expr:
+        """An operator of which the result or an operand is two words."""
+        op, d, src = e.op, e.dtype, e.args[0].dtype.scalar
+        if op == "cast":
+            if wide:
+                return wide_of(args[0], src, d)
+            if self.soft(d):
+                return self.rnd(to_odd(args[0], src), d)
+            return narrow_of(args[0], src, self.carried(d) if is_wide(d) else d)
+        if op == "bitcast":
+            return self.pair(args[0], src)
+        if op == "select":
+            return select(args[0], self.pair(args[1], d), self.pair(args[2], d))
+        operands = [self.pair(a, src) for a in args]
+        if op in COMPARE:
+            return compare_pairs(op, src, *operands)
+        r = operate(op, src, *operands)
+        if r is None:
+            raise CompilationError(f"this target has no {op} of {src}", op=self.f.name, hint="use a type of 32 bits, or another target")
+        return r if wide or r.dtype is not PAIR else narrow_of(r, src, self.carried(d))
+
+    def wide_load(self, e: Expr, nb: Buffer, ix: tuple[Expr, ...], mask: Expr | None, other: Expr | None) -> Expr:
+        b, d = e.attr[0], e.dtype
+        if b.scope != "param":
+            v = self.pair(load(nb, ix, mask), d)
+        elif d.scalar is f64 or (self.ranges is not None and self.ranges.wide_buffer(b)):
+            v = pair(load(nb, (ix[0] * 2,), mask), load(nb, (ix[0] * 2 + 1,), mask))
+        else:
+            v = self.pair(cast(load(nb, (ix[0] * 2,), mask), self.carried(d)), d)
+        return v if mask is None or other is None else select(mask, v, self.pair(other, d))
+
     def load(self, e: Expr) -> Expr:
         b, idx, m, o = load_parts(e)
         nb = self.buffer(b)
         ix = tuple(self.expr(i) for i in idx)
         mm, oo = None if m is None else self.expr(m), None if o is None else self.expr(o)
         n = e.dtype.lanes
+        if self.wide(e):
+            return self.wide_load(e, nb, ix, mm, oo)
         c = self.carried(e.dtype)
         if b.scope != "param":
             v = load(nb, ix, mm, None if oo is None else cast(oo, nb.dtype.scalar))
@@ -391,24 +450,27 @@ class _Legalizer:
         b, nb = s.buf, self.buffer(s.buf)
         ix = tuple(self.expr(i) for i in s.idx)
         v, m = self.expr(s.value), None if s.mask is None else self.expr(s.mask)
+        if nb.dtype is PAIR:
+            return Store(nb, ix, self.pair(v, b.dtype), m)
         if b.scope != "param":
             if v.dtype.scalar is not nb.dtype.scalar:
                 v = cast(v, nb.dtype.scalar)
             return Store(nb, ix, v, m)
         w = self.words(b.dtype)
+        if w == 0 and v.op != "const" and any(ld.attr[0].name == b.name for ld in loads(s.value)):  # the first word stored must not change the second
+            name = var(f"{b.name}.word~{len(self.fresh)}", v.dtype, None)
+            self.fresh.append(name)
+            return block(Let(name, v), *self.words_of(nb, ix[0], name, m, b.dtype))
         if w > 1 and b.dtype.lanes > 1:
             return self.store_words(nb, b.dtype, ix[0], v, m)
         if self.soft(b.dtype):
             v = self.packed(b.dtype.scalar, v)
         if w == 1:
             return Store(nb, ix, cast(v, nb.dtype.scalar) if self.soft(b.dtype) else v, m)
-        if v.dtype.lanes > 1:
+        if v.dtype.lanes > 1 and v.dtype is not PAIR:
             raise CompilationError(f"lanes stored to packed buffer {b.name}", op=self.f.name, hint="scalarize first")
         if w == 0:
-            lo = cast(cast(v, i32), u32)
-            hi = cast(binary("shr", cast(v, i32), 31), u32) if b.dtype.is_signed else const(0, u32)
-            at = ix[0] * 2
-            return block(Store(nb, (at,), lo, m), Store(nb, (at + 1,), hi, m))
+            return block(*self.words_of(nb, ix[0], v, m, b.dtype))
         full = (1 << (32 // w)) - 1
         shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
         bits = self.bits(v, full)
@@ -416,6 +478,16 @@ class _Legalizer:
             "atomic_store_bits", (nb, binary("floordiv", ix[0], w), binary("shl", const(full, u32), shift), binary("shl", bits, shift)),
         )
         return call if m is None else If(m, call)
+
+    @staticmethod
+    def words_of(nb: Buffer, i: Expr, v: Expr, m: Expr | None, d: DType) -> list[Stmt]:
+        """Both words of element ``i`` of a buffer of 64-bit elements."""
+        if v.dtype is PAIR:
+            lo, hi = extract(v, 0), extract(v, 1)
+        else:
+            lo = cast(cast(v, i32), u32)
+            hi = cast(binary("shr", cast(v, i32), 31), u32) if d.is_signed else const(0, u32)
+        return [Store(nb, (i * 2,), lo, m), Store(nb, (i * 2 + 1,), hi, m)]
 
     @staticmethod
     def bits(v: Expr, full: int) -> Expr:
@@ -437,6 +509,8 @@ class _Legalizer:
     def run(self) -> Func:
         params = tuple(self.buffer(p) if isinstance(p, Buffer) else self.expr(p) for p in self.f.params)
         body = self.stmt(self.f.body)
-        return replace(self.f, params=params, body=body)
+        pairs = {b.name for b in contents_of(body).allocated if b.dtype is PAIR} & self.f.data.keys()
+        data = {n: np.ascontiguousarray(a).view(np.uint32).reshape(-1, 2) if n in pairs else a for n, a in self.f.data.items()}
+        return replace(self.f, params=params, body=body, data=data)
 
 

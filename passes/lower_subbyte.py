@@ -21,7 +21,7 @@ from luthier.ir.loop import Alloc, Block, Buffer, For, Func, Stmt, Store, conten
 
 
 def is_subbyte(d: DType) -> bool:
-    return d.is_int and d.bits < 8
+    return d.bits < 8 and d.kind in ("i", "u", "f4e2m1")
 
 
 def byte_buffer(b: Buffer) -> Buffer:
@@ -31,9 +31,10 @@ def byte_buffer(b: Buffer) -> Buffer:
 
 
 def pack_array(a: Any, d: DType) -> Any:
-    """A numpy array of sub-byte values (any integer dtype) as ``uint8`` bytes, flat. Shape: ceil(size / (8 // bits))."""
+    """A numpy array of sub-byte values (any integer dtype, or ml_dtypes' float of 4 bits) as ``uint8`` bytes, flat. Shape: ceil(size / (8 // bits))."""
     per = 8 // d.bits
-    v = np.asarray(a).astype(np.int64).reshape(-1) & ((1 << d.bits) - 1)
+    a = np.asarray(a)
+    v = (a.view(np.uint8) if d.is_float else a.astype(np.int64)).astype(np.int64).reshape(-1) & ((1 << d.bits) - 1)
     v = np.concatenate([v, np.zeros(-len(v) % per, np.int64)]).reshape(-1, per)
     return (v << (np.arange(per) * d.bits)).sum(1).astype(np.uint8)
 
@@ -43,6 +44,8 @@ def unpack_array(raw: Any, d: DType, shape: tuple[int, ...]) -> Any:
     per = 8 // d.bits
     v = (np.asarray(raw).astype(np.int64)[:, None] >> (np.arange(per) * d.bits)) & ((1 << d.bits) - 1)
     v = v.reshape(-1)[: int(np.prod(shape))].reshape(shape)
+    if d.is_float:
+        return v.astype(np.uint8).view(d.numpy)
     if d.is_signed:
         v = np.where(v >> (d.bits - 1), v - (1 << d.bits), v)
     return v.astype(np.uint8 if d.bits == 1 else d.numpy)

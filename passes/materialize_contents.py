@@ -9,6 +9,7 @@ from __future__ import annotations
 from luthier.ir.graph import Graph, Node, subgraphs
 
 CONTENT = "Content"
+_KEPT = frozenset({CONTENT, "luthier::Require"})  # a check is not only its content
 
 
 def materialize_contents(graph: Graph) -> bool:
@@ -17,7 +18,7 @@ def materialize_contents(graph: Graph) -> bool:
     for i, n in enumerate(graph.nodes):
         for g in subgraphs(n):
             changed |= materialize_contents(g)
-        if n.op != CONTENT and n.outputs and all(v.content is not None and not v.bound and v.data is None for v in n.outputs):
+        if n.op not in _KEPT and n.outputs and all(v.content is not None and not v.bound and v.data is None for v in n.outputs):
             graph.nodes[i] = Node(CONTENT, (), n.outputs, {}, n.name, n.source)
             changed = True
     return changed

@@ -93,7 +93,7 @@ def fit_group(columns: int, group: int, least: int = 16) -> int | None:
 
 def quantize(
     weight: Array, bits: int, group: int = 64, symmetric: bool = False, method: str = "rtn", hessian: Array | None = None, scale_dtype: str = "f16",
-    importance: Array | None = None, narrow: bool = False, rows: int | None = None,
+    importance: Array | None = None, narrow: bool = False, reduced: bool = False, rows: int | None = None,
 ) -> QuantizedWeight:
     """Quantize ``weight`` f32 [N, K].
 
@@ -102,7 +102,7 @@ def quantize(
     least squared error), ``hqq`` (half-quadratic, robust against outliers, zero points keep a fraction), ``gptq`` (error compensation;
     needs ``hessian``, ``X.T X`` [K, K] of the layer's inputs or any multiple). ``scale_dtype``: f16, bf16 or f32. ``importance``: weight of
     each column's squared error [K], for ``mse``. ``narrow``: symmetric with the zero point in the middle of ``2**bits - 1`` codes and scales
-    above 0, as QuantizeLinear wants weights (2 bits and more). ``rows``: of activations behind ``hessian``; few of them say little about correlations,
+    above 0, as QuantizeLinear wants weights (2 bits and more); ``reduced``: with codes of one bit less. ``rows``: of activations behind ``hessian``; few of them say little about correlations,
     which then count less (see :func:`shrink_correlations`). Raises QuantizationError."""
     w = np.asarray(weight, np.float32)
     if w.ndim != 2 or not w.size:
@@ -118,7 +118,7 @@ def quantize(
     n, k = w.shape
     group = check_group(k, group)
     symmetric = symmetric or bits == 0 or (bits == 1 and method != "hqq")  # two codes, one of them 0, would be half a grid
-    grid = Grid(bits, symmetric or narrow, floats(scale_dtype), method == "hqq" and not symmetric, narrow and bits > 1)
+    grid = Grid(bits, symmetric or narrow, floats(scale_dtype), method == "hqq" and not symmetric, narrow and bits > 1, reduced and bits > 1)
     symmetric = grid.symmetric
     cut = w.reshape(n, k // group, group)
     wide = None if importance is None else np.asarray(importance, np.float32).reshape(1, k // group, group)

@@ -88,11 +88,11 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
         for v in n.outputs:
             ctx.producers[v] = n
         out = rule(n, ctx)
-        if out is None:
+        values = [] if out is None else [out] if isinstance(out, Value) else list(out)
+        if out is None or not all(_takes_over(old, new) for old, new in zip(n.outputs, values, strict=False)):
             ctx.new.append(n)
             continue
         changed = True
-        values = [out] if isinstance(out, Value) else list(out)
         for old, new in zip(n.outputs, values, strict=False):
             if old is new:
                 continue
@@ -102,6 +102,16 @@ def rewrite_graph(graph: Graph, rule: Rule, names: Names | None = None, _outer: 
     if changed or replaced:
         graph.outputs = [_require(now(v)) for v in graph.outputs]
     return changed
+
+
+def _takes_over(old: Value, new: Value) -> bool:
+    """Symbols that the program reads from ``old`` are read from ``new`` from now on; False when ``new`` has contents of its own."""
+    if old is new or not old.bound:
+        return True
+    if new.data is not None or new.content is not None:
+        return False
+    new.content, new.bound = old.content, True
+    return True
 
 
 def _require(v: Value | None) -> Value:

@@ -35,22 +35,23 @@ def floats(dtype: str) -> np.dtype[Any]:
 class Grid:
     """``bits``: 1 to 6, 8, or 0 for ternary; ``symmetric``: one zero point for all groups, the middle; ``scale_dtype``: of :func:`floats`;
     ``float_zeros``: zero points keep a fraction (asymmetric only); ``narrow``: as many codes above the middle as below, and scales above 0
-    (what QuantizeLinear's weights have; symmetric, 2 bits and more)."""
+    (what QuantizeLinear's weights have; symmetric, 2 bits and more); ``reduced``: half as many codes, stored in the same bits."""
 
     bits: int
     symmetric: bool
     scale_dtype: np.dtype[Any]
     float_zeros: bool = False
     narrow: bool = False
+    reduced: bool = False
 
     @property
     def levels(self) -> int:
-        return (1 << self.bits) - self.narrow if self.bits else 3
+        return (1 << (self.bits - self.reduced)) - self.narrow if self.bits else 3
 
     @property
     def middle(self) -> float:
         """Zero point of a symmetric grid: one of the codes, but for 1 bit, whose two weights are ``-scale / 2`` and ``scale / 2``."""
-        return 0.5 if self.bits == 1 else 1.0 if self.bits == 0 else float((1 << (self.bits - 1)) - self.narrow)
+        return 0.5 if self.bits == 1 else 1.0 if self.bits == 0 else float((1 << (self.bits - self.reduced - 1)) - self.narrow)
 
     def stored_scale(self, scale: Array) -> Array:
         """f32 of ``scale`` as it will be stored: never 0, which a group of zeros would give. Raises QuantizationError when it does not fit."""

@@ -29,7 +29,7 @@ from luthier.ir.expr import (
     rewrite,
     substitute,
     var,
-    walk,
+    vars_outside_loads,
 )
 from luthier.schedules.capabilities import Capabilities
 from luthier.schedules.elementwise import flat, pointwise, stride
@@ -386,8 +386,7 @@ def _walks_as_one(st: Stage, k: int) -> bool:
         da, db = stride(e, a.var), stride(e, b.var)
         if da is None or db is None or (da is not db * b.extent and not is_const(b.extent, 1)):
             return False
-    inside = {y for x in loads(st.expr) for i in load_parts(x)[1] for y in walk(i)}
-    return not any(y in (a.var, b.var) and y not in inside for y in walk(st.expr))
+    return vars_outside_loads(st.expr).isdisjoint((a.var, b.var))
 
 
 def _join_axes(st: Stage, k: int) -> Stage:
@@ -435,9 +434,10 @@ def _merge_reduce(s: Schedule, acc: str) -> Schedule:
     new_axes, e = split_reduced_axes(red.attr[1], red.args[0])
     axes = list(new_axes)
     k = len(axes) - 1
+    apart = vars_outside_loads(e)
     while k > 0:
         a, b = axes[k - 1], axes[k]
-        good = True
+        good = apart.isdisjoint((a.var, b.var))
         for x in loads(e):
             buf, idx, m, _ = load_parts(x)
             f = flat(buf, idx)

@@ -16,7 +16,7 @@ from luthier.ir.expr import (
     substitute,
     var,
 )
-from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block, substitute_stmt
+from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block, map_children, substitute_stmt
 from luthier.schedules.nest import Env, Nest, Region, box_of
 
 FOLD_THREADS = 128  # threads of a group that keeps the states of a Fold in shared memory
@@ -158,8 +158,11 @@ class FoldNest(Nest):
 
 
 def _shift_store(s: Stmt, name: str, base: list[Expr]) -> Stmt:
-    from luthier.ir.loop import map_children
-
     if isinstance(s, Store) and s.buf.name == name:
-        return replace(s, idx=tuple(i + b for i, b in zip(s.idx, base, strict=True)))
+        idx = tuple(i + b for i, b in zip(s.idx, base, strict=True))
+        inside = as_expr(0).eq(0)
+        for i, n in zip(idx, s.buf.shape, strict=True):
+            inside = inside & (i < n)
+        s = replace(s, idx=idx)
+        return s if prove(inside) else If(inside, s)  # loops outside of the Fold's may run past the end of a shared axis
     return map_children(s, lambda c: _shift_store(c, name, base))

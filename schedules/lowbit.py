@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.compute import Axis, Compute, Pull
-from luthier.ir.errors import CompilationError
+from luthier.ir.errors import InvalidModel
 from luthier.ir.expr import (
     Expr,
     bounds,
@@ -302,7 +302,7 @@ class LowbitPacking:
     buf: Buffer
 
     def apply(self, a: Array) -> Array:
-        """The packed stream of parameter contents ``a``. Raises CompilationError when a value is not finite."""
+        """The packed stream of parameter contents ``a``. Raises InvalidModel when a value is not finite."""
         return self.fn(self.grid(a))
 
     def grid(self, a: Array) -> Array:
@@ -322,7 +322,7 @@ class LowbitPacking:
             parts.append(v.astype(np.float32) if v.dtype.kind not in "iub" else v.astype(np.int16 if v.dtype.kind == "i" else np.uint8) if v.dtype.itemsize > 2 else v)
         out = np.concatenate(parts)
         if out.dtype.kind not in "iub" and not np.isfinite(out.astype(np.float32)).all():
-            raise CompilationError(f"{self.param} holds values that are not finite", hint="scales, zero points and offsets of low-bit weights must be finite")
+            raise InvalidModel(f"{self.param} holds values that are not finite", hint="scales, zero points and offsets of low-bit weights must be finite")
         return out
 
 

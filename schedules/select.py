@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.at_fork import whole
 from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_exprs, map_let
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
@@ -34,6 +35,7 @@ from luthier.schedules.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.simplify_axes import drop_units
 from luthier.schedules.split_arg import split_arg
 from luthier.schedules.split_long import split_long, split_single
+from luthier.schedules.split_scan import split_scan
 
 TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
@@ -109,16 +111,18 @@ def build(
     register tiles decide.
 
     ``pieces``: a long reduction may be cut. ``knobs`` go to the template (``template="name"`` forces one)."""
-    consts = constants or {}
-    record = record or Record()
-    slim = drop_units(compute if caps.gpu else split_arg(compute))
+    return _build(split_scan(compute) if caps.gpu else compute, caps, constants or {}, record or Record(), pieces, knobs)
+
+
+def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Record, pieces: bool, knobs: dict[str, Any]) -> Kernels:
+    slim = drop_units(split_arg(compute, anywhere=caps.gpu))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
 
     def parts(groups: list[list[LetStmt]]) -> Kernels:
         numbers = [[sum(map(len, groups[:i])) + j for j in range(len(g))] for i, g in enumerate(groups)]
         whole = replace(slim, lets=tuple(x for g in groups for x in g))
-        return join_kernels([build(p, caps, consts, record, pieces=pieces and long is None) for p in cut(whole, numbers)], compute)
+        return join_kernels([_build(p, caps, consts, record, pieces and long is None, {}) for p in cut(whole, numbers)], compute)
 
     long = split_long(slim) if pieces and not forced and not caps.gpu else None
     if long is not None:
@@ -126,9 +130,10 @@ def build(
     for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
-        t = importlib.import_module(f"luthier.schedules.{name}")
+        with whole:
+            t = importlib.import_module(f"luthier.schedules.{name}")
         s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
-        if s is None and name in ("attention", "rowwise", "gpu_rowwise") and slim is not compute:  # a single row is still a row
+        if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
             return record.note(compute, consts, s)
@@ -137,7 +142,7 @@ def build(
         if name in ("rowwise", "gpu_rowwise"):
             cuts = partition(s0.compute)
             if len(cuts) > 1:
-                return join_kernels([build(p, caps, consts, record) for p in cuts], compute)
+                return join_kernels([_build(p, caps, consts, record, True, {}) for p in cuts], compute)
             single = split_single(slim) if name == "rowwise" and pieces else None
             if single is not None:
                 return parts(single)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.skips import Skips
+
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 settings.register_profile("luthier", deadline=None, derandomize=True, print_blob=True)
@@ -17,6 +19,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "luthier"))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden files instead of comparing with them")
+    parser.addoption("--all-tools", action="store_true", help="fail when a test is skipped that an installed tool would run (tests/skips.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Skips(bool(config.getoption("--all-tools"))), "luthier-skips")
 
 
 @pytest.fixture(scope="session", autouse=True)

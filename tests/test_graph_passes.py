@@ -10,6 +10,7 @@ import numpy as np
 import onnx.parser
 import pytest
 
+import luthier
 from luthier.importers.onnx import import_onnx
 from luthier.ir.evaluate import evaluate_graph
 from luthier.ir.graph import Graph
@@ -435,3 +436,34 @@ def test_resize_with_an_unread_region_becomes_channels_last() -> None:
     }""")
     apply(g, choose_layout, eliminate_transposes)
     assert ops(g)["Transpose"] == 2
+
+
+@pytest.mark.parametrize("between", ["Gather", "Identity", "Cast", "Dropout"])
+def test_symbols_survive_the_rewriting_of_their_value(between: str) -> None:
+    """An extent is read from a value that a rule replaces: from then on it is read from what stands in its place."""
+    nodes = {
+        "Gather": "j = Gather(k, zero)", "Identity": "s = Squeeze(k)  j = Identity(s)", "Cast": "s = Squeeze(k)  j = Cast<to = 7>(s)",
+        "Dropout": "s = Squeeze(k)  f = Cast<to = 1>(s)  d = Dropout(f)  j = Cast<to = 7>(d)",
+    }[between]  # fmt: skip
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n] x, float[1] r) => (float[m] y) <int64 zero = {{0}}, int64 nought = {{0}}, int64 one = {{1}}> {{
+        c = Ceil(r)  k = Cast<to = 7>(c)  {nodes}  i = Range(nought, j, one)  y = Gather(x, i)
+    }}"""
+    m = luthier.compile(onnx.parser.parse_model(text))
+    x = np.arange(9, dtype=np.float32)
+    for r in (2.5, 0.0, 7.0):
+        np.testing.assert_array_equal(m.run({"x": x, "r": np.array([r], np.float32)})["y"], x[: int(np.ceil(r))])
+
+
+def test_equal_counts_keep_their_symbols() -> None:
+    """Two equal NonZeros whose counts stand in the shapes of other tensors, as torch writes ``x[mask]`` and ``w[mask]``."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n] x, float[n] w) => (float[n] y) <float nought = {0}> {
+        m = Greater(x, nought)  i = NonZero(m)  j = NonZero(m)  it = Transpose(i)  jt = Transpose(j)
+        a = GatherND(x, it)  b = GatherND(w, jt)  s = Mul(a, b)  r = Neg(s)  k = NonZero(m)  kt = Transpose(k)  y = ScatterND(x, kt, r)
+    }"""
+    m = luthier.compile(onnx.parser.parse_model(text))
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 40):
+        x, w = rng.standard_normal(n).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+        np.testing.assert_allclose(m.run({"x": x, "w": w})["y"], np.where(x > 0, -x * w, x), rtol=1e-6)

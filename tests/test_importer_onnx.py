@@ -180,13 +180,15 @@ def test_a_sparse_initializer_becomes_dense() -> None:
     np.testing.assert_array_equal(got["y"], [0, 5, 0, 0, 7])
 
 
-def test_strings_and_sequences_are_refused_clearly() -> None:
+def test_strings_and_maps_are_refused_clearly() -> None:
     g = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [helper.make_tensor_value_info("x", TensorProto.STRING, [2])], [helper.make_tensor_value_info("y", TensorProto.STRING, [2])])
     with pytest.raises(UnsupportedOperator, match="strings"):
         import_onnx(helper.make_model(g))
-    s = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [helper.make_tensor_sequence_value_info("x", TensorProto.FLOAT, None)], [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)])
-    with pytest.raises(UnsupportedOperator, match="sequence"):
+    words = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [2]))
+    s = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [helper.make_value_info("x", words)], [helper.make_value_info("y", words)])
+    with pytest.raises(UnsupportedOperator, match="map"):
         import_onnx(helper.make_model(s))
+
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

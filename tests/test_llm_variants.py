@@ -218,7 +218,7 @@ def test_factors_of_a_tensor(tmp_path: Path) -> None:
 def test_bad_metadata(tmp_path: Path) -> None:
     for extra, text in (
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "longrope"),
-        ({"llama.rope.scaling.type": "yarn"}, "without a positive factor"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": -2.0}, "at least 0"),
         ({"llama.expert_count": 4, "llama.expert_used_count": 5}, "of which 5 are used"),
     ):
         with pytest.raises(InvalidModel, match=text):

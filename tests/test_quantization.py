@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +144,65 @@ def test_static_convolutions(options: dict, tmp_path: Path) -> None:
     step = max(float(v.data) for n in q.graph.nodes if n.op == "QuantizeLinear" for v in n.inputs[1:2] if v is not None and v.data is not None)
     # a value on a tie may become the neighbouring step in one of 16 inputs of the classifier
     assert np.abs(got - saved).max() <= 4 * step
+
+
+@pytest.mark.parametrize(("make", "method"), [("convolutions", "rtn"), ("products", "mse"), ("products", "gptq")])
+def test_weights_for_sums_of_16_bits(make: str, method: str) -> None:
+    """Two products of a weight and an activation of 255 fit 16 bits in every pair, by default; not with the full range, which is nearer to f32."""
+    source, data = (convolutions(), IMAGES) if make == "convolutions" else (products(), ROWS)
+    errors = {}
+    for reduced, words in ((True, {}), (False, {"reduce_range": False})):
+        q = luthier.quantize(source, "int8", calibration=data, method=method, detail=0, **words)
+        weights = [v.data for n in q.graph.nodes if n.op == "DequantizeLinear" for v in n.inputs[:1] if v is not None and v.data is not None and v.data.dtype == np.int8]
+        assert len(weights) >= 3
+        largest = [int(np.abs(w.astype(int)).max()) for w in weights]
+        assert max(largest) == (63 if reduced else 127) and reduced == (2 * 255 * max(largest) <= 2**15 - 1)
+        module = q.compile()
+        errors[reduced] = float(np.mean([nmse(run_ort(source.SerializeToString(), x)[0], module.run(x)["y"]) for x in data]))
+        notes = " ".join(q.report.notes)
+        assert ("weights of 7 bits" if reduced else "weights of 8 bits") in notes and "VNNI" in notes
+    assert errors[False] < errors[True] < 0.02
+
+
+ON_A_CPU_WITHOUT_VNNI = """
+import sys, numpy, onnxruntime
+x = dict(numpy.load(sys.argv[1]))
+want, *got = (onnxruntime.InferenceSession(p, providers=["CPUExecutionProvider"]).run(None, x)[0] for p in sys.argv[2:])
+print(*(float(numpy.square(y - want).sum() / numpy.square(want).sum()) for y in got))
+"""
+
+
+@pytest.mark.slow
+def test_onnxruntime_on_a_cpu_without_vnni(tmp_path: Path) -> None:
+    """In an emulated Haswell: the file made by default is as right as elsewhere, the full range saturates."""
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("qemu-x86_64 is not installed (qemu-user)")
+    source = convolutions()
+    files = [tmp_path / "f32.onnx"]
+    onnx.save(source, files[0])
+    np.savez(tmp_path / "x.npz", **IMAGES[0])
+    for reduced in (True, False):
+        q = luthier.quantize(source, "int8", calibration=IMAGES, reduce_range=reduced, detail=None)
+        files.append(q.save(tmp_path / f"{reduced}.onnx"))
+    words = [qemu, "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", ON_A_CPU_WITHOUT_VNNI, str(tmp_path / "x.npz"), *map(str, files)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    right, wrong = map(float, done.stdout.split())
+    want = run_ort(str(files[0]), IMAGES[0])[0]
+    assert right < 1.5 * nmse(want, run_ort(str(files[1]), IMAGES[0])[0]) and wrong > 10 * right
+
+
+def test_what_runs_bf16() -> None:
+    """The report says what the file is good for, and that is so."""
+    for precision, runs in (("bf16", False), ("f16", True)):
+        q = luthier.quantize(products(), precision)
+        assert any("onnxruntime" in n for n in q.report.notes) is not runs
+        if runs:
+            run_ort(q.model().SerializeToString(), ROWS[0])
+        else:
+            with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+                run_ort(q.model().SerializeToString(), ROWS[0])
 
 
 @pytest.mark.parametrize("smooth", [None, 0.5])
@@ -320,6 +383,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(Path("r.json").read_text())
     assert report["bytes_after"] < report["bytes_before"] and len(report["layers"]) == 3 and 0 < report["outputs"]["y"]["nmse"] < 0.02
     call("compile", "m.onnx", "-p", "int8", "-c", "data.npz", "-o", "m.luthier", "--no-speed")
+    for words, top in (((), 63), (("--full-range",), 127), (("--form", "luthier"), 127)):
+        call("quantize", "m.onnx", "-p", "int8", "-c", "data.npz", "--no-speed", *words)
+        assert max(np.abs(onnx.numpy_helper.to_array(t).astype(int)).max() for t in onnx.load("m.int8.onnx").graph.initializer if t.data_type == onnx.TensorProto.INT8) == top
     got = luthier.load("m.luthier").run(ROWS[0])["y"]
     assert nmse(run_ort("m.onnx", ROWS[0])[0], got) < 0.01
     for words in (["compile", "m.onnx", "-p", "int8"], ["quantize", "m.onnx", "-p", "w9"], ["quantize", "m.onnx", "-p", "w4", "-c", "none.npz"], ["quantize", "m.onnx", "-p", "w4", "--form", "x"]):

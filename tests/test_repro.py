@@ -225,7 +225,7 @@ def test_a_kernel_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         luthier.compile(m)
 
 
-def test_kernels_written_and_read_back_are_the_same(tmp_path: Path) -> None:
+def test_kernels_written_and_read_back_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.codegen.target import parse_target
     from luthier.importers.onnx import import_onnx
     from luthier.override import write_kernels
@@ -233,8 +233,9 @@ def test_kernels_written_and_read_back_are_the_same(tmp_path: Path) -> None:
 
     program = compile_program(import_onnx(model("indexing")), parse_target("cpu:x86-64-v3").caps)
     before = {n: str(f) for n, f in program.kernels.items()}
-    write_kernels(program, tmp_path)
-    assert sorted(override_kernels(program, tmp_path)) == sorted(before)
+    monkeypatch.setenv("LUTHIER_DUMP", str(tmp_path))
+    write_kernels(program)
+    assert sorted(override_kernels(program, tmp_path / "kernels")) == sorted(before)
     assert {n: str(f) for n, f in program.kernels.items()} == before
 
 

@@ -109,7 +109,8 @@ def test_dot_product_loops_compute_sums_of_products() -> None:
         acc = 3
         left, right = (np.int16, np.int16) if name == "words" else (np.uint8, np.int8)
         for _ in range(5):
-            a, b = np.array([acc], np.int32).view(left).astype(np.int64), np.array([3], np.int32).view(right).astype(np.int64)
+            # VNNI adds to a third operand, so both factors are the constant; the others multiply what they have so far
+            a, b = np.array([3 if name == "vnni" else acc], np.int32).view(left).astype(np.int64), np.array([3], np.int32).view(right).astype(np.int64)
             acc = int(np.int64(acc + (a * b).sum()).astype(np.int32))
         assert loop(5, 3) == int(np.int64(12 * acc).astype(np.int32)) and products == n * len(np.zeros(1, np.int32).view(left)), name
     assert dot_peak(1, 1) > 0

@@ -139,6 +139,30 @@ def test_demo_page(browser: Browser, root: Path, target: str) -> None:
         page.close()
 
 
+OPEN_IMAGES = {  # a window wider than sixteen pixels; a picture of 64 pixels and no other
+    "window": ([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": np.ones((1, 1, 20, 20), np.float32)}, ["a", "b"]),
+    "product": ([helper.make_node("Reshape", ["x", "to"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])],
+                {"to": np.array([1, -1]), "w": np.ones((64, 2), np.float32)}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPEN_IMAGES)
+def test_demo_page_of_open_height_and_width(browser: Browser, tmp_path: Path, kind: str) -> None:
+    """The page begins with extents that the model takes, and shows no error."""
+    nodes, weights, out = OPEN_IMAGES[kind]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, kind, [value("x", TensorProto.FLOAT, [1, 1, "h", "w"])], [value("y", TensorProto.FLOAT, [1, 1, *out] if out else [1, 2])],
+        [onnx.numpy_helper.from_array(a, name) for name, a in weights.items()],
+    )  # fmt: skip
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    for url in start(luthier.compile(proto, target="wasm").save(tmp_path / kind)):
+        page = browser.open(url)
+        page.wait_for("html[data-state=ran], html[data-state=failed]", 60)
+        assert page.text("#error") == "" and "float32" in page.text("#outputs")
+        page.close()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("worker", [True, False])
 def test_results(page: Page, target: str, worker: bool) -> None:
@@ -336,3 +360,77 @@ def test_another_build(page: Page, root: Path) -> None:
     (mixed / "manifest.json").write_text(json.dumps(manifest))
     reply = load(page, "mixed")
     assert (reply["error"], reply["code"]) == ("PackageError", "OTHER_BUILD")
+
+
+@pytest.fixture(scope="module")
+def outer(root: Path) -> str:
+    """A package in the site: y[n,n] = relu(x[n,1] @ x[1,n]), and the largest of each row."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "one"], ["a"]), helper.make_node("Unsqueeze", ["x", "zero"], ["b"]), helper.make_node("MatMul", ["a", "b"], ["m"]),
+        helper.make_node("Relu", ["m"], ["y"]), helper.make_node("ReduceMax", ["y", "one"], ["z"], keepdims=0),
+    ]  # fmt: skip
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "outer", [value("x", TensorProto.FLOAT, ["n"])], [value("y", TensorProto.FLOAT, ["n", "n"]), value("z", TensorProto.FLOAT, ["n"])],
+        [onnx.numpy_helper.from_array(np.array([k]), name) for k, name in enumerate(("zero", "one"))],
+    )  # fmt: skip
+    luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), target="webgpu").save(root / "outer")
+    return "outer"
+
+
+def squares(page: Page, key: int, n: int, outputs: list[str] | None = None) -> dict[str, Any]:
+    return dict(page.call("/page.js", "run", {"key": key, "inputs": {"x": {"dtype": "float32", "shape": [n], "fill": 3}}, "outputs": outputs}))
+
+
+def check_squares(reply: dict[str, Any], n: int) -> None:
+    assert "outputs" in reply, reply
+    for name, count in (("y", n * n), ("z", n)):
+        np.testing.assert_array_equal(np.frombuffer(base64.b64decode(reply["outputs"][name]["base64"]), np.float32), np.full(count, 9, np.float32))
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_too_large_a_call_does_not_harm_the_next(page: Page, outer: str, worker: bool) -> None:
+    """Temporaries and outputs that no adapter has room for: an error of their own class each time, and small calls between them run."""
+    key = load(page, outer, worker=worker)["key"]
+    for n, outputs in ((5, None), (100_000, None), (5, None), (7, None), (300_000, ["z"]), (7, None)):
+        reply = squares(page, key, n, outputs)
+        if n < 10:
+            check_squares(reply, n)
+        else:
+            assert (reply["error"], reply["code"]) == ("OutOfMemoryError", "NO_GPU_MEMORY"), reply
+            assert "the adapter allows" in reply["message"] and reply["hint"]
+    assert page.log() == []
+
+
+# the page's device has no memory for buffers of a megabyte and more, as a real one says it: an invalid buffer and an error in the scope
+NO_ROOM = """
+const { createBuffer, popErrorScope } = GPUDevice.prototype;
+let failed = 0;
+GPUDevice.prototype.createBuffer = function (d) {
+  if (d.size < 1 << 20) return createBuffer.call(this, d);
+  failed += 1;
+  this.pushErrorScope("validation");
+  const buffer = createBuffer.call(this, { ...d, size: 2 ** 45, mappedAtCreation: false });
+  popErrorScope.call(this);
+  failed = 1;
+  return buffer;
+};
+GPUDevice.prototype.popErrorScope = function () {
+  const error = failed ? new GPUOutOfMemoryError("made up") : null;
+  failed = 0;
+  return popErrorScope.call(this).then((own) => error || own);
+};
+"""
+
+
+def test_out_of_gpu_memory(browser: Browser, site: str, outer: str) -> None:
+    """The GPU itself has no memory for a buffer: the buffer is not kept."""
+    page = browser.open(site, (NO_ROOM,))
+    key = load(page, outer, worker=False)["key"]
+    for n in (5, 600, 5, 7, 700, 600, 7, 300_000, 5):  # the last but one: the input, too
+        reply = squares(page, key, n, None if n < 1000 else ["z"])
+        if n < 10:
+            check_squares(reply, n)
+        else:
+            assert (reply["error"], reply["code"]) == ("OutOfMemoryError", "NO_GPU_MEMORY") and "made up" in reply["message"], reply
+    page.close()

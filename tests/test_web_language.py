@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from luthier import llm
+from tests.test_chat import CHATML, speaker
 from tests.test_gguf import forward, tiny
 
 NODE = shutil.which("node")
@@ -138,8 +139,86 @@ def test_sampler(small: Path) -> None:
     assert np.allclose(three, np.array([0, 0.5, 0.15, 0.3]) / 0.95, atol=0.03)
 
 
+def test_logits_that_are_no_numbers(small: Path) -> None:
+    text = """
+    import { Sampler } from "./package/runtime/sampling.js";
+    const out = [];
+    for (const bad of [NaN, Infinity, -Infinity]) for (const temperature of [0, 1]) for (const at of [0, 2, 4]) {
+      const logits = new Float32Array(5).fill(bad === -Infinity ? bad : 1);
+      logits[at] = bad;
+      try { out.push(new Sampler({ temperature, topP: 1, topK: 0 }).pick(logits, "step 3")); } catch (e) { out.push(`${e.code} ${e.message.slice(0, 28)}`); }
+    }
+    console.log(JSON.stringify(out));
+    """
+    out = javascript(small, text)
+    assert len(out) == 18 and all(x.startswith("BAD_LOGITS step 3: the logit of token") for x in out), out
+
+
+def test_texts_that_go_on(tmp_path: Path) -> None:
+    """As in Python: the beginning stands once, the last token is not forgotten, a chat is the whole sequence, and both give the same tokens."""
+    pytest.importorskip("tokenizers")
+    path = speaker(tmp_path / "m.gguf", add_bos_token=True)
+    llm.compile_model(path, "wasm", capacity=128, exact=True).save(tmp_path / "package", 0.1)
+    m = llm.load(path, threads=1, capacity=128, exact=True)
+    talk = [{"role": "user", "content": "ab"}]
+    turns, tokens = [], []
+    for words in ("ab", "c"):
+        turns.append("".join(m.generate(words, 4, chat=True)))
+        tokens.append(list(m.tokens))
+        talk = [*talk, {"role": "assistant", "content": turns[0]}, {"role": "user", "content": "c"}]
+    prompts = [m.chat_prompt(talk[:1]), m.chat_prompt(talk[:3])]
+    m.reset()
+    plain = []
+    for words, n in (("<s>ab", 2), ("c", 1), ("d", 3)):
+        plain.append(["".join(m.generate(words, n)), list(m.tokens), list(m.waiting)])
+    letters = {m.tokenizer.id_to_token(i): i for i in range(96)}
+    text = """
+    const [letters, talk, prompts, template] = JSON.parse(process.argv[2]);
+    const names = Object.fromEntries(Object.entries(letters).map(([s, i]) => [i, s]));
+    const tokenizer = {
+      encode: (text) => (text.match(/<s>|<\\/s>|<\\|im_start\\|>|<\\|im_end\\|>|[^]/g) || []).map((s) => letters[s === " " ? "\u0120" : s === "\\n" ? "\u010a" : s]),
+      decode: (tokens) => tokens.filter((t) => t > 3).map((t) => names[t].replace("\u0120", " ").replace("\u010a", "\\n")).join(""),
+    };
+    let rendered = 0;
+    class Template {
+      constructor(text) { if (text !== template) throw new Error("another template"); }
+      render({ messages, add_generation_prompt, bos_token }) {
+        if (!add_generation_prompt || bos_token !== "<s>") throw new Error("what is missing");
+        return prompts[rendered++ % 2 && messages.length === 3 ? 1 : 0];
+      }
+    }
+    const m = await load(undefined, { threads: 1, tokenizer, Template });
+    const all = async (x) => { let text = ""; for await (const y of x) text += y; return text; };
+    const out = { turns: [], tokens: [], plain: [] };
+    for (const n of [1, 3]) {
+      out.turns.push(await all(m.generate(talk.slice(0, n), { maxTokens: 4 })));
+      out.tokens.push([...m.tokens]);
+    }
+    m.reset();
+    for (const [words, maxTokens] of [["<s>ab", 2], ["c", 1], ["d", 3]]) out.plain.push([await all(m.generate(words, { maxTokens })), [...m.tokens], [...m.waiting]]);
+    console.log(JSON.stringify(out));
+    """
+    out = javascript(tmp_path, text, json.dumps([letters, talk, prompts, CHATML]))
+    assert out == {"turns": turns, "tokens": tokens, "plain": plain}
+
+
+def test_streamed_bytes(small: Path) -> None:
+    """Characters of several tokens appear whole, one that is never completed does not appear."""
+    text = """
+    const bytes = [...new TextEncoder().encode("a\\u{1f600}b\\u00e9\\u65e5"), 0xf0, 0x9f, 0x98];
+    const given = { encode: () => [1], decode: (tokens) => new TextDecoder().decode(Uint8Array.from(tokens)) };
+    const m = await load(undefined, { threads: 1, tokenizer: given });
+    let at = 0;
+    m.generateTokens = async function* () { for (const t of bytes) yield t; };
+    const pieces = [];
+    for await (const p of m.generate("x")) pieces.push(p);
+    console.log(JSON.stringify(pieces));
+    """
+    assert javascript(small, text) == ["a", "😀", "b", "é", "日"]
+
+
 def test_types_of_the_package(small: Path) -> None:
     types = (small / "package" / "index.d.ts").read_text()
     assert "export class LanguageModel" in types and "cache.0" not in types and "Promise<LanguageModel>" in types
     package = json.loads((small / "package" / "package.json").read_text())
-    assert list(package["dependencies"]) == ["@huggingface/tokenizers"]
+    assert list(package["dependencies"]) == ["@huggingface/jinja", "@huggingface/tokenizers"]

@@ -76,7 +76,7 @@ def test_folder(packages: dict[str, Path], target: str) -> None:
     shards = manifest["web"]["shards"]
     assert sum(s["bytes"] for s in shards) == len(read_weights(folder, manifest)) >= W.nbytes
     package = json.loads((folder / "package.json").read_text())
-    assert package["name"] == "small-model" and package["type"] == "module" and (folder / package["main"]).is_file()
+    assert package["name"] == target and package["type"] == "module" and (folder / package["main"]).is_file()
     types = (folder / "index.d.ts").read_text()
     assert '"x": Float32Array | TensorLike<Float32Array, [number, 64]>' in types
     assert '"z": Tensor<BigInt64Array, [number], "int64">' in types
@@ -213,6 +213,58 @@ def test_node_bad_packages(packages: dict[str, Path], tmp_path: Path) -> None:
     assert attempt("manifest", lambda f: (f / "manifest.json").write_text("<html>")).startswith("PackageError FILE_CORRUPTED")
     other = json.loads((packages["webgpu"] / "manifest.json").read_text())
     assert attempt("build", lambda f: (f / "manifest.json").write_text(json.dumps(other))).startswith("PackageError OTHER_BUILD")
+
+
+@node
+def test_a_call_that_fails_does_not_harm_the_next(packages: dict[str, Path]) -> None:
+    """A trap, too little memory, inputs that do not fit, an output that JavaScript has no array for: the next call is right."""
+    assert NODE is not None
+    script = packages["wasm"] / "fail.mjs"
+    script.write_text("""
+const { instantiate } = WebAssembly;
+let fault = null;
+WebAssembly.instantiate = async (...words) => {
+  const { exports } = await instantiate(...words);
+  const lt_run = (...a) => {
+    if (!fault) return exports.lt_run(...a);
+    const error = fault;
+    fault = null;
+    if (error instanceof WebAssembly.RuntimeError) new Uint8Array(words[1].env.memory.buffer).fill(255); // whatever it did to the memory
+    throw error;
+  };
+  return { exports: { ...exports, lt_run } };
+};
+const { load } = await import("./index.js");
+const m = await load(undefined, { threads: 2, variant: process.argv[2] });
+const inputs = (n) => ({ x: new Float32Array(64 * n).fill(0.5), t: { data: new BigInt64Array(2 * n).fill(3n), shape: [n, 2] }, b: new Uint8Array(3) });
+const attempt = async (f) => { try { await f(); return "no error"; } catch (e) { return [e.name, e.code]; } };
+const good = async (n) => { const r = await m.run(inputs(n)); return [Array.from(r.y.data), Array.from(r.z.data, Number)]; };
+const out = { rows: [await good(3)], errors: [] };
+const trap = () => { fault = new WebAssembly.RuntimeError("unreachable"); return m.run(inputs(5)); };
+const memory = () => { fault = new RangeError("Array buffer allocation failed"); return m.run(inputs(5)); };
+for (const f of [trap, memory, trap, () => m.run({ ...inputs(3), t: new BigInt64Array(8) }), trap]) {
+  out.errors.push(await attempt(f));
+  out.rows.push(await good(3));
+}
+const calls = [trap(), m.run(inputs(3)), m.run(inputs(3))]; // those that wait run on the new one
+out.waiting = (await Promise.allSettled(calls)).map((r) => (r.status === "fulfilled" ? Array.from(r.value.y.data) : r.reason.code));
+out.threads = m.info.threads;
+await m.close();
+console.log(JSON.stringify(out));
+""")
+    for variant in ("simd", "simd-threads"):
+        done = subprocess.run([NODE, str(script), variant], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        out = json.loads(done.stdout)
+        assert out["errors"] == [
+            ["KernelError", "TRAP"], ["OutOfMemoryError", "NO_MEMORY"], ["KernelError", "TRAP"], ["InputError", "WRONG_SHAPE"], ["KernelError", "TRAP"],
+        ]  # fmt: skip
+        want = np.maximum(np.full((3, 64), 0.5, np.float32) @ W, 0).ravel()
+        for y, z in out["rows"]:
+            np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+            assert z == [6, 6, 6]
+        assert out["waiting"][0] == "TRAP" and np.allclose(out["waiting"][1:], want, atol=1e-5)
+        assert out["threads"] == (2 if "threads" in variant else 1)
 
 
 @node

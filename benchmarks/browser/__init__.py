@@ -73,6 +73,10 @@ class Browser:
         """A new page with a fresh profile, on its way to ``url``; ``scripts`` run before the page's own."""
         return Page(self, self.ask("open", url=url, scripts=list(scripts)))
 
+    def extension(self, folder: Path) -> Any:
+        """What the global promise ``answer`` of the background worker of the extension in ``folder`` comes to."""
+        return self.ask("extension", folder=str(folder))
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()

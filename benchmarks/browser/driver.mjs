@@ -23,6 +23,17 @@ const operations = {
     await page.goto(url, { waitUntil: "commit" });
     return key;
   },
+  // what the global promise `answer` of an extension's background worker comes to, in a browser of its own
+  async extension({ folder }) {
+    const args = [...flags, `--disable-extensions-except=${folder}`, `--load-extension=${folder}`];
+    const context = await chromium.launchPersistentContext("", { executablePath: executable, headless: true, args });
+    try {
+      const worker = context.serviceWorkers()[0] || (await context.waitForEvent("serviceworker", { timeout: 30000 }));
+      return await worker.evaluate(() => globalThis.answer);
+    } finally {
+      await context.close();
+    }
+  },
   async goto({ key, url }) {
     await pages.get(key).page.goto(url, { waitUntil: "commit" });
   },

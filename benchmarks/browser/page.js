@@ -1,10 +1,11 @@
-// The page's side of tests and benchmarks: functions that the driver calls, data as JSON (arrays as {dtype, shape, base64 or fill}).
+// The page's side of tests and benchmarks: functions that the driver calls, data as JSON (arrays as {dtype, shape, file or fill}, results in base64).
 
 const TYPES = { float32: Float32Array, float64: Float64Array, int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, int32: Int32Array, uint32: Uint32Array, int64: BigInt64Array, uint64: BigUint64Array, bool: Uint8Array, float16: Uint16Array };
 const models = new Map();
 let next = 1;
 
-export async function tensor({ dtype, shape, file }) {
+export async function tensor({ dtype, shape, file, fill }) {
+  if (fill !== undefined) return { data: new TYPES[dtype](shape.reduce((a, b) => a * b, 1)).fill(fill), shape };
   const buffer = await (await fetch(file)).arrayBuffer();
   return { data: new TYPES[dtype](buffer), shape };
 }
@@ -37,7 +38,7 @@ export async function run({ key, inputs, outputs, times = 1 }) {
   try {
     const model = models.get(key);
     const given = {};
-    for (const [name, t] of Object.entries(inputs)) given[name] = t.file ? await tensor(t) : t;
+    for (const [name, t] of Object.entries(inputs)) given[name] = t.dtype ? await tensor(t) : t;
     let result;
     const ms = [];
     for (let k = 0; k < times; k++) {

@@ -23,7 +23,7 @@ extern "C" {
 /* Element types: the codes of ONNX. Types below 8 bits are packed, first element in the lowest bits. */
 enum {
   LT_F32 = 1, LT_U8 = 2, LT_I8 = 3, LT_U16 = 4, LT_I16 = 5, LT_I32 = 6, LT_I64 = 7, LT_BOOL = 9, LT_F16 = 10, LT_F64 = 11,
-  LT_U32 = 12, LT_U64 = 13, LT_BF16 = 16, LT_U4 = 21, LT_I4 = 22, LT_U2 = 25, LT_I2 = 26
+  LT_U32 = 12, LT_U64 = 13, LT_BF16 = 16, LT_U4 = 21, LT_I4 = 22, LT_F4E2M1 = 23, LT_U2 = 25, LT_I2 = 26
 };
 
 /* INPUT: the caller's tensors do not fit, or a shape that the model computes is impossible for them. OUTPUT: an array given for an
@@ -52,7 +52,8 @@ int32_t lt_abi_version(void);
 lt_context *lt_create(const void *weights, int64_t weights_bytes, int32_t threads);
 void lt_destroy(lt_context *);
 
-/* LT_OK, or a code whose reason lt_message tells, naming the tensor and the dimension. */
+/* Optional inputs (`default` in manifest.json) come last: leave them out of the count, or zero their tensors.
+ * LT_OK, or a code whose reason lt_message tells, naming the tensor and the dimension. */
 int32_t lt_run(lt_context *, lt_tensor *inputs, int32_t n_inputs, lt_tensor *outputs, int32_t n_outputs);
 
 /* Checks the inputs (their data is not read) and sets dtype, rank and shape of the outputs; a dimension that only the run finds

@@ -259,6 +259,54 @@ ok:
   ret void
 }
 
+; An input that may be left out (beyond the count, or all zeros): the caller's tensor, or %own, whose shape is set.
+define hidden ptr @lt.optional(ptr %in, i32 %n, i32 %j, ptr %own, ptr %data, i32 %dtype, i32 %rank) {
+entry:
+  store ptr %data, ptr %own
+  %dp = getelementptr %tensor, ptr %own, i32 0, i32 2
+  store i32 %dtype, ptr %dp
+  %rp = getelementptr %tensor, ptr %own, i32 0, i32 3
+  store i32 %rank, ptr %rp
+  %inside = icmp slt i32 %j, %n
+  br i1 %inside, label %given, label %out
+given:
+  %t = getelementptr %tensor, ptr %in, i32 %j
+  %tp = getelementptr %tensor, ptr %t, i32 0, i32 2
+  %code = load i32, ptr %tp
+  %zero = icmp eq i32 %code, 0
+  %r = select i1 %zero, ptr %own, ptr %t
+  ret ptr %r
+out:
+  ret ptr %own
+}
+
+; 64 bits that no other call gets, in the second of two words of the context: the first counts, and clock, process and address tell
+; contexts apart (the finalizer of splitmix64).
+define hidden ptr @lt.random(ptr %ctx, ptr %words) {
+  %s = load i64, ptr %words
+  %s1 = add i64 %s, -7046029254386353131
+  store i64 %s1, ptr %words
+  %now = call i64 @lt.now()
+  %pid = call i32 @getpid()
+  %pid64 = zext i32 %pid to i64
+  %high = shl i64 %pid64, 40
+  %at = ptrtoint ptr %ctx to i64
+  %a = add i64 %s1, %now
+  %b = xor i64 %a, %high
+  %c = xor i64 %b, %at
+  %c1 = lshr i64 %c, 30
+  %d = xor i64 %c, %c1
+  %e = mul i64 %d, -4658895280553007687
+  %e1 = lshr i64 %e, 27
+  %f = xor i64 %e, %e1
+  %g = mul i64 %f, -7723592293110705685
+  %g1 = lshr i64 %g, 31
+  %h = xor i64 %g, %g1
+  %p = getelementptr i64, ptr %words, i64 1
+  store i64 %h, ptr %p
+  ret ptr %p
+}
+
 ; Memory for an output: the caller's array when it is large enough, else a new one (released by lt_free).
 define hidden void @lt.output(ptr %ctx, ptr %t, ptr %name, ptr %word, i64 %bytes) {
   %p = load ptr, ptr %t

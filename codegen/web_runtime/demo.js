@@ -4,7 +4,7 @@ import { load } from "../index.js";
 
 const $ = (id) => document.getElementById(id);
 const isOpen = (extent) => typeof extent !== "number";
-const ARRAYS = { float32: Float32Array, float64: Float64Array, int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, int32: Int32Array, uint32: Uint32Array, int64: BigInt64Array, uint64: BigUint64Array, bool: Uint8Array, float16: Uint16Array, bfloat16: Uint16Array };
+const ARRAYS = { float32: Float32Array, float64: Float64Array, int8: Int8Array, uint8: Uint8Array, int16: Int16Array, uint16: Uint16Array, int32: Int32Array, uint32: Uint32Array, int64: BigInt64Array, uint64: BigUint64Array, bool: Uint8Array, float16: globalThis.Float16Array || Uint16Array, bfloat16: Uint16Array };
 
 function row(cells) {
   const tr = document.createElement("tr");
@@ -73,12 +73,14 @@ try {
   const parts = [backend, variant, used && `${used} thread${used > 1 ? "s" : ""}`, adapter, ...warnings].filter(Boolean);
   $("status").textContent = `Loaded in ${((performance.now() - start) / 1e3).toFixed(2)} s: ${parts.join(", ")}`;
   $("progress").hidden = true;
-  const names = new Map(); // of open extents, with the values to start with: one thing at a time, sequences of sixteen
-  for (const input of model.inputs) {
+  const names = new Map(); // of open extents, with the values to start with: one thing at a time, sequences of sixteen, images of 224
+  const needed = model.inputs.filter((i) => !i.optional);
+  for (const input of needed) {
+    const image = input.shape.length === 4 && input.shape.slice(1).filter(isOpen).length > 1;
     input.shape.forEach((e, axis) => {
       for (const part of isOpen(e) ? String(e).split("*") : []) {
         const name = part.trim();
-        if (!Number(name) && !names.has(name)) names.set(name, axis === 0 ? 1 : 16);
+        if (!Number(name) && !names.has(name)) names.set(name, axis === 0 ? 1 : image ? 224 : 16);
       }
     });
     $("inputs").append(row([input.name, input.dtype, `[${input.shape.join(", ")}]`, filler(input)[0]]));
@@ -91,13 +93,14 @@ try {
     $("dims").append(label);
   }
   $("form").hidden = false;
+  /** Whether it ran. */
   const run = async () => {
     show(null);
     const values = Object.fromEntries([...$("dims").querySelectorAll("input")].map((f) => [f.name, Number(f.value)]));
     const button = $("form").querySelector("button");
     button.disabled = true;
     try {
-      const inputs = Object.fromEntries(model.inputs.map((i) => [i.name, make(i, values)]));
+      const inputs = Object.fromEntries(needed.map((i) => [i.name, make(i, values)]));
       const times = [];
       let outputs;
       for (let k = 0; k < Number($("times").value); k++) {
@@ -109,8 +112,10 @@ try {
       $("timing").textContent = `Outputs, ${times.length === 1 ? "" : "median "}${times[times.length >> 1].toFixed(2)} ms`;
       $("outputs").replaceChildren(...Object.entries(outputs).map(([name, t]) => row([name, t.dtype, `[${t.shape.join(", ")}]`, first(t)])));
       $("results").hidden = false;
+      return true;
     } catch (error) {
       show(error);
+      return false;
     } finally {
       button.disabled = false;
     }
@@ -120,7 +125,12 @@ try {
     run();
   });
   document.documentElement.dataset.state = "loaded";
-  await run();
+  const fields = [...$("dims").querySelectorAll("input")].filter((f) => !query.get(f.name) && Number(f.value) > 1);
+  const starts = fields.map((f) => f.value);
+  for (const size of [0, 256, 64, 32, 8, 1, 0]) {
+    fields.forEach((field, k) => (field.value = size || starts[k]));
+    if ((await run()) || !fields.length) break; // a model may take some extents only
+  }
   document.documentElement.dataset.state = "ran";
 } catch (error) {
   $("status").textContent = "Not loaded";

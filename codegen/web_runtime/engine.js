@@ -14,8 +14,8 @@ export function describe({ inputs, outputs, name, language, files }) {
  * An engine with run(inputs, outputs), close() and info. `onProgress({loaded, total})` counts bytes.
  * Options: threads, requireThreads, variant (wasm), stall (milliseconds), signal.
  */
-export async function openEngine(base, id, options, onProgress) {
-  const files = new Files(base, options);
+export async function openEngine(places, id, options, onProgress) {
+  const files = new Files(places, options);
   let manifest = await files.json("manifest.json");
   if (id && (!manifest.web || manifest.web.id !== id)) manifest = await files.json("manifest.json", true); // an old copy in a cache
   if (!manifest.web) throw files.fail("FILE_CORRUPTED", "manifest.json", "describes no web package", "compile the model for wasm or webgpu");

@@ -1,21 +1,30 @@
 // Runs a model compiled to WebAssembly on this thread and its helpers. The ABI of the module is described in docs/web.md.
 
 import { IsolationError, InputError, KernelError, OutOfMemoryError, UnsupportedError } from "./errors.js";
-import { canShare, cores, mayWait, openWorker } from "./platform.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, knownShapes, product, toBytes, viewOf } from "./tensors.js";
+import { canShare, cores, hasWorkers, mayWait, openWorker } from "./platform.js";
+import { byteSize, checkInputs, chooseOutputs, Defaults, fromBytes, knownShapes, product, toBytes, viewOf } from "./tensors.js";
 
 const RECORD = 48; // bytes of one tensor's record in the io table
 const THREAD_START = 10000; // milliseconds that a helper thread may take to start
 
 const decode = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
+/** Why WebAssembly refused `what`: a policy, or the engine itself. */
+const refused = (what) => (error) => {
+  if (/content.security.policy|\bCSP\b|unsafe-eval/i.test(error.message)) {
+    throw new UnsupportedError("POLICY", "the Content-Security-Policy forbids WebAssembly", "add 'wasm-unsafe-eval' to its script-src (content_security_policy.extension_pages in an extension)");
+  }
+  throw new UnsupportedError("CODE_REFUSED", `this engine refuses ${what}: ${error.message}`, "leave the option variant out, or update the browser");
+};
+
 /** Whether relaxed dot products of 8-bit integers are right here: some baseline compilers had them wrong. */
 async function dotWorks(probe) {
   if (!probe) return true;
   try {
-    const { instance } = await WebAssembly.instantiate(decode(probe), { env: { memory: new WebAssembly.Memory({ initial: 1 }) } });
+    const { instance } = await WebAssembly.instantiate(decode(probe), { env: { memory: new WebAssembly.Memory({ initial: 1 }) } }).catch(refused("a probe"));
     return instance.exports.check() === 1;
-  } catch {
+  } catch (error) {
+    if (error.code === "POLICY") throw error;
     return false;
   }
 }
@@ -30,11 +39,13 @@ async function choose(manifest, options, warnings) {
   if (typeof WebAssembly !== "object" || !valid("simd")) {
     throw new UnsupportedError("NO_WASM_SIMD", "this browser has no WebAssembly with 128-bit SIMD", "use a browser of 2021 or later (Safari: 16.4)");
   }
-  let threads = Math.max(1, Math.floor(options.threads || Math.min(cores(), 8)));
+  let threads = Math.max(1, Math.floor(options.threads || Math.min(await cores(), 8)));
   if (!wasm.parallel) threads = 1;
   if (threads > 1) {
-    const why = !canShare()
-      ? "the page is not cross-origin isolated"
+    const why = !hasWorkers
+      ? "there are no workers in this place"
+      : !canShare()
+      ? globalThis.crossOriginIsolated ? "the browser has no shared memory" : "the page is not cross-origin isolated"
       : !valid("threads")
         ? "the browser has no WebAssembly threads"
         : "";
@@ -84,23 +95,27 @@ export class Engine {
   constructor(manifest) {
     this.manifest = manifest;
     this.wasm = manifest.wasm;
+    this.defaults = new Defaults(manifest.inputs);
     this.threads = [];
     this.key = "";
+    this.immediate = true; // run() has read its inputs when it returns
   }
 
   static async load(manifest, files, options, onBytes) {
     const engine = new Engine(manifest);
+    engine.again = () => Engine.load(manifest, files, options, () => undefined);
     const warnings = [];
     const { variant, threads } = await choose(manifest, options, warnings);
     const shared = variant.endsWith("-threads");
     const { pages: initial, max_pages: maximum, weights } = manifest.wasm;
     engine.memory = allocate(initial, shared ? maximum : 0);
     const file = `model.${variant}.wasm`;
-    const refused = (error) => {
-      throw new UnsupportedError("CODE_REFUSED", `this engine refuses ${file}: ${error.message}`, "leave the option variant out, or update the browser");
+    const compile = files.checked(file, manifest.files[file], onBytes).then((bytes) => WebAssembly.compile(bytes).catch(refused(file)));
+    const store = (offset, bytes) => {
+      new Uint8Array(engine.memory.buffer, weights + offset, bytes.length).set(bytes);
+      engine.defaults.take(offset, bytes);
     };
-    const compile = files.checked(file, manifest.files[file], onBytes).then((bytes) => WebAssembly.compile(bytes).catch(refused));
-    const upload = files.shards(manifest.web.shards, (offset, bytes) => new Uint8Array(engine.memory.buffer, weights + offset, bytes.length).set(bytes), onBytes);
+    const upload = files.shards(manifest.web.shards, store, onBytes);
     const [module] = await Promise.all([compile, upload]);
     engine.module = module;
     engine.exports = (await WebAssembly.instantiate(module, { env: { memory: engine.memory } })).exports;
@@ -111,21 +126,14 @@ export class Engine {
   }
 
   async startThreads(threads, warnings, options) {
+    const literal = () => new Worker(new URL("./thread.js", import.meta.url), { type: "module" });
     const start = async (number) => {
-      const worker = await openWorker(new URL("./thread.js", import.meta.url), `luthier-${number}`);
+      const worker = await openWorker(literal, null, THREAD_START);
       this.threads.push(worker);
       await new Promise((resolve, reject) => {
-        const timer = setTimeout(() => reject(new Error(`no answer within ${THREAD_START / 1000} s`)), THREAD_START);
-        worker.onMessage((m) => {
-          if (m.up) worker.post({ module: this.module, memory: this.memory, number, faults: options.faults });
-          if (!m.ready) return;
-          clearTimeout(timer);
-          resolve();
-        });
-        worker.onError((error) => {
-          clearTimeout(timer);
-          reject(error);
-        });
+        worker.onMessage((m) => m.ready && resolve());
+        worker.onError(reject);
+        worker.post({ module: this.module, memory: this.memory, number, faults: options.faults });
       });
     };
     try {
@@ -142,6 +150,13 @@ export class Engine {
     if (this.threads.length && this.exports.lt_stop) this.exports.lt_stop();
     for (const worker of this.threads) worker.terminate();
     this.threads = [];
+  }
+
+  /** After a trap nothing in the memory can be trusted: the model is loaded again, unless it had a state to lose. */
+  async recover() {
+    if (this.manifest.language) throw new KernelError("TRAP", "the compiled model failed in an earlier call", "load the model again");
+    for (const worker of this.threads) worker.terminate();
+    Object.assign(this, await this.again(), { broken: false });
   }
 
   record(k) {
@@ -166,7 +181,8 @@ export class Engine {
     } catch (error) {
       if (!(error instanceof WebAssembly.RuntimeError)) throw error;
       this.broken = true;
-      throw new KernelError("TRAP", `the compiled model failed: ${error.message}`, "load the model again; if it fails again with these inputs, report it");
+      this.immediate = false;
+      throw new KernelError("TRAP", `the compiled model failed: ${error.message}`, "call again: the model is loaded anew; if it fails again with these inputs, report it");
     }
   }
 
@@ -190,6 +206,7 @@ export class Engine {
 
   /** {name: typed array over the input's own memory} for inputs of these extents: given to run() as they are, nothing is copied. */
   async views(shapes) {
+    if (this.broken) await this.recover();
     const { inputs, language } = this.manifest;
     if (language) throw new UnsupportedError("NO_VIEWS", "a language model keeps its state in its inputs", "call run() with arrays");
     const ins = knownShapes(inputs, shapes);
@@ -199,9 +216,10 @@ export class Engine {
   }
 
   async run(inputs, outputs, into = {}) {
+    if (this.broken) await this.recover();
     const { manifest } = this;
     const wanted = chooseOutputs(manifest.outputs, outputs);
-    const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state);
+    const ins = checkInputs(manifest.inputs, inputs, manifest.language?.state, this.defaults);
     this.bind(ins);
     ins.forEach((t, k) => {
       if (t.data === null) return; // it lies in the memory, at an address that does not depend on the other inputs

@@ -3,7 +3,8 @@
 import * as program from "../program.js";
 import { DeviceLostError, InputError, KernelError, LuthierError, OutOfMemoryError, UnsupportedError } from "./errors.js";
 import { Recorder } from "./gpu_recorder.js";
-import { byteSize, checkInputs, chooseOutputs, fromBytes, product, toBytes } from "./tensors.js";
+import { textOf } from "./platform.js";
+import { byteSize, checkInputs, chooseOutputs, Defaults, fromBytes, product, toBytes } from "./tensors.js";
 
 const PLANS = 8; // shapes whose commands are kept
 const ENABLE = { "shader-f16": "f16", subgroups: "subgroups" }; // features of a device: the directive that a shader needs to use them
@@ -42,6 +43,7 @@ export class Engine {
     this.manifest = manifest;
     this.files = files;
     this.options = options;
+    this.defaults = new Defaults(manifest.inputs);
     this.info = { backend: "webgpu", adapter: "", features: [], pipelines: program.pipelines.length, restarts: 0, warnings: [] };
   }
 
@@ -53,7 +55,7 @@ export class Engine {
 
   /** Device, pipelines and weights; pipelines are made while weights arrive. */
   async start(onBytes) {
-    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then((b) => JSON.parse(new TextDecoder().decode(b)));
+    const shaders = this.files.checked("shaders.json", this.manifest.files["shaders.json"], onBytes).then(async (b) => JSON.parse(await textOf(b)));
     shaders.catch(() => undefined); // reported below
     const { device, adapter, features, chosen } = await openDevice(this.options);
     this.device = device;
@@ -68,24 +70,70 @@ export class Engine {
     device.addEventListener("uncapturederror", (e) => {
       this.fault = this.fault || e.error.message;
     });
-    device.pushErrorScope("out-of-memory");
-    this.weights = program.weights.map(([, bytes]) => this.allocate(bytes));
-    const memory = device.popErrorScope();
+    this.pending = [];
+    this.weights = program.weights.map(([, bytes]) => this.allocate(bytes, "the weights"));
     const upload = this.files.shards(this.manifest.web.shards, (offset, bytes) => this.upload(offset, bytes), onBytes);
     try {
-      const [, , error] = await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, memory]);
-      if (error) throw this.noMemory("the weights", error.message);
+      await Promise.all([shaders.then((texts) => this.pipelines(texts)), upload, this.room()]);
+      this.endsLoops = await this.probeLoops();
     } catch (error) {
-      if (error instanceof LuthierError) throw error;
-      throw this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      const own = error instanceof LuthierError ? error : this.lost ? this.deviceLost() : new KernelError("GPU", `the GPU refused the model: ${error.message}`, "update the browser and the driver; if it stays, report it");
+      device.destroy(); // frees what there is of the weights
+      throw own;
     }
     this.recorder = new Recorder(this, program);
     this.plans = new Map();
   }
 
-  allocate(bytes) {
+  /** Whether the adapter ends a thread that goes through many rounds of a loop, as software does. Asked where the model may have such a thread. */
+  async probeLoops() {
+    if (!program.loops) return false;
+    const { device } = this;
+    const { buffer } = this.allocate(16, "a question to the adapter");
+    const staging = device.createBuffer({ size: 16, usage: 1 | GPUBufferUsage_.COPY_DST });
+    const pipeline = await device.createComputePipelineAsync({ layout: "auto", compute: { module: device.createShaderModule({ code: program.loops.probe }), entryPoint: "main" } });
+    const group = device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries: [{ binding: 0, resource: { buffer } }] });
+    const encoder = device.createCommandEncoder();
+    const pass = encoder.beginComputePass();
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, group);
+    pass.dispatchWorkgroups(1);
+    pass.end();
+    encoder.copyBufferToBuffer(buffer, 0, staging, 0, 16);
+    device.queue.submit([encoder.finish()]);
+    await staging.mapAsync(1);
+    const [found] = new Uint32Array(staging.getMappedRange().slice(0));
+    staging.destroy();
+    buffer.destroy();
+    return found !== program.loops.answer;
+  }
+
+  /** A buffer; room() tells whether the GPU had the memory. Raises OutOfMemoryError. */
+  create(descriptor, what) {
+    const { device } = this;
+    const { size } = descriptor;
+    if (size > device.limits.maxBufferSize) throw this.noMemory(what, `it needs a buffer of ${size} bytes, the adapter allows ${device.limits.maxBufferSize}`);
+    device.pushErrorScope("out-of-memory");
+    try {
+      return device.createBuffer(descriptor);
+    } catch (error) {
+      throw error instanceof RangeError ? this.noMemory(what, error.message) : error;
+    } finally {
+      // a device that is lost answers to nothing
+      this.pending.push(device.popErrorScope().then((error) => error && this.noMemory(what, error.message), () => null));
+    }
+  }
+
+  /** Raises OutOfMemoryError where one of the buffers made since the last call of this has no memory. */
+  async room() {
+    const error = (await Promise.all(this.pending.splice(0))).find(Boolean);
+    if (error) throw error;
+  }
+
+  allocate(bytes, what) {
     const usage = GPUBufferUsage_.STORAGE | GPUBufferUsage_.COPY_DST | GPUBufferUsage_.COPY_SRC;
-    return { buffer: this.device.createBuffer({ size: Math.max(16, up4(bytes)), usage }), size: Math.max(16, up4(bytes)) };
+    const size = Math.max(16, up4(bytes));
+    return { buffer: this.create({ size, usage }, what), size };
   }
 
   noMemory(what, message) {
@@ -97,6 +145,7 @@ export class Engine {
   }
 
   upload(offset, bytes) {
+    this.defaults.take(offset, bytes);
     program.weights.forEach(([start, size], k) => {
       const lo = Math.max(offset, start);
       const hi = Math.min(offset + bytes.length, start + up4(size));
@@ -133,7 +182,12 @@ export class Engine {
       }
       return layouts.get(key);
     };
-    const failed = (s, error) => new KernelError("SHADER", `the GPU refused shader ${s}: ${error.message}`, "update the browser and the driver; if it stays, report it");
+    const failed = async (s, nodes, error) => {
+      const { messages } = await moduleOf(s).getCompilationInfo();
+      const lines = messages.filter((m) => m.type === "error").map((m) => `${m.lineNum}:${m.linePos} ${m.message}`);
+      const text = lines.length ? lines.join("\n") : error.message;
+      return new KernelError("SHADER", `the GPU refused shader ${s} of "${nodes.join(", ")}": ${text}`, "update the browser and the driver; if it stays, report it", { shader: s, nodes });
+    };
     this.compiled = await Promise.all(
       program.pipelines.map(async (p, k) => {
         const s = this.chosen[k];
@@ -142,7 +196,7 @@ export class Engine {
           const pipeline = await device.createComputePipelineAsync({ layout, compute: { module: moduleOf(s), entryPoint: "main" } });
           return { pipeline, group };
         } catch (error) {
-          throw this.lost ? this.deviceLost() : failed(s, error);
+          throw this.lost ? this.deviceLost() : await failed(s, p.nodes, error);
         }
       }),
     );
@@ -150,10 +204,11 @@ export class Engine {
 
   narrow(ins) {
     for (const j of program.narrow) {
+      const low = ins[j].data instanceof BigUint64Array ? BigInt.asUintN : BigInt.asIntN;
       for (const v of ins[j].data) {
-        if (v !== BigInt.asIntN(32, v)) {
+        if (v !== low(32, v)) {
           const { name } = this.manifest.inputs[j];
-          throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, WebGPU computes with 32-bit integers`, "use the package compiled for wasm", { name });
+          throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, the kernels that read it take 32-bit integers`, "use the package compiled for wasm", { name });
         }
       }
     }
@@ -161,20 +216,35 @@ export class Engine {
 
   async run(inputs, outputs) {
     const wanted = chooseOutputs(this.manifest.outputs, outputs);
-    const ins = checkInputs(this.manifest.inputs, inputs);
+    const ins = checkInputs(this.manifest.inputs, inputs, [], this.defaults);
     this.narrow(ins);
     for (let round = 0; ; round++) {
       try {
         if (this.lost) await this.restart();
         return await this.attempt(ins, wanted);
       } catch (error) {
-        if (error instanceof InputError) throw error;
         const soon = new Promise((resolve) => setTimeout(resolve, 50));
-        await Promise.race([this.device.lost, soon]); // what failed may have failed because of it
-        if (!this.lost) throw error instanceof LuthierError ? error : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
+        if (!(error instanceof InputError)) await Promise.race([this.device.lost, soon]); // what failed may have failed because of it
+        if (!this.lost) {
+          const memory = await this.forget().then(() => error, (e) => e);
+          if (memory instanceof LuthierError) throw memory;
+          throw error instanceof RangeError ? error : new KernelError("GPU", `the run failed: ${error.message}`, "report it");
+        }
         if (round > 0) throw this.deviceLost();
       }
     }
+  }
+
+  /** A call failed: what it made, and what it may have left unfinished, goes. Raises OutOfMemoryError when that was the cause. */
+  async forget() {
+    const cause = this.room();
+    cause.catch(() => undefined);
+    this.recorder.discard();
+    this.recorder = new Recorder(this, program);
+    this.plans.clear();
+    await Promise.race([this.device.queue.onSubmittedWorkDone(), this.device.lost]); // late reports belong to the call that failed
+    this.fault = "";
+    await cause;
   }
 
   async restart() {
@@ -194,11 +264,8 @@ export class Engine {
     const known = this.plans.get(key);
     recorder.begin(ins);
     ins.forEach((t, j) => recorder.setInput(j, toBytes(manifest.inputs[j].code, t.data)));
-    if (!known) {
-      device.pushErrorScope("validation");
-      device.pushErrorScope("out-of-memory");
-    }
-    let scopes = [];
+    if (!known) device.pushErrorScope("validation");
+    let refused = null;
     let plan = this.plans.get(key); // setInput may have thrown the plans away
     let staging = null;
     let places = [];
@@ -217,11 +284,14 @@ export class Engine {
       if (size) staging = recorder.staging(size);
       recorder.finish(plan, wanted.map((j, k) => [plan.outputs[j], staging, places[k], up4(Math.max(1, byteSize(manifest.outputs[j].code, product(plan.outputs[j].shape))))]));
     } finally {
-      if (!known) scopes = [device.popErrorScope(), device.popErrorScope()];
+      if (!known) refused = device.popErrorScope();
     }
-    const [memory, validation] = await Promise.all([...scopes, staging ? staging.mapAsync(1) : device.queue.onSubmittedWorkDone()]);
-    if (scopes.length && memory) throw this.noMemory("the run", memory.message);
-    if (scopes.length && validation) throw new KernelError("GPU", `the GPU refused a command: ${validation.message}`, "report it");
+    const done = staging ? staging.mapAsync(1) : device.queue.onSubmittedWorkDone();
+    done.catch(() => undefined); // the cause, if there is one, comes first
+    await this.room();
+    const validation = await refused;
+    if (validation) throw new KernelError("GPU", `the GPU refused a command: ${validation.message}`, "report it");
+    await done;
     if (this.fault) throw new KernelError("GPU", `the GPU reported: ${this.fault}`, "report it");
     if (plan.replayable && !known) {
       if (this.plans.size >= PLANS) this.plans.delete(this.plans.keys().next().value);

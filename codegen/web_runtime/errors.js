@@ -3,7 +3,6 @@
 export class LuthierError extends Error {
   constructor(code, message, hint = "", details = {}) {
     super(hint ? `${message}; to do: ${hint}` : message);
-    this.name = new.target.name;
     this.code = code;
     this.hint = hint;
     this.details = details;
@@ -30,11 +29,15 @@ export class ClosedError extends LuthierError {}
 const CLASSES = {
   LuthierError, InputError, PackageError, UnsupportedError, IsolationError, DeviceLostError, OutOfMemoryError, KernelError, ClosedError,
 };
+for (const [name, Class] of Object.entries(CLASSES)) Class.prototype.name = name; // a minifier renames classes, not these keys
 
 /** An error as plain data, for postMessage. */
 export function pack(error) {
   if (error instanceof LuthierError) {
     return { name: error.name, code: error.code, message: error.message, hint: error.hint, details: error.details };
+  }
+  if (error instanceof RangeError && /alloc|memory|length/i.test(error.message)) {
+    return pack(new OutOfMemoryError("NO_MEMORY", `no memory for the call: ${error.message}`, "use smaller inputs, or read fewer outputs"));
   }
   const text = error && error.message ? `${error.name}: ${error.message}` : String(error);
   return { name: "KernelError", code: "INTERNAL", message: text, hint: "", details: { stack: String((error && error.stack) || "") } };

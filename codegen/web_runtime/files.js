@@ -1,23 +1,24 @@
 // Files of a package: fetched with progress, checked against the manifest, streamed to where they belong.
 
 import { PackageError } from "./errors.js";
-import { openFile } from "./platform.js";
+import { openFile, refusedBy, textOf } from "./platform.js";
 import { sha256 } from "./sha256.js";
 
 const PARALLEL = 4;
 const PIECE = 1 << 20; // the weights are handed on in pieces of about this many bytes
 const RETRIES = 1;
 
-/** Reads the files below `base`. `stall`: milliseconds without a byte after which a download counts as failed. */
+/** Reads the files of `places`: {base} for those below a folder, or {files: {name: address}}, which a bundler filled in. `stall`: milliseconds without a byte after which a download counts as failed. */
 export class Files {
-  constructor(base, { signal, stall = 60000 } = {}) {
-    this.base = base;
+  constructor(places, { signal, stall = 60000 } = {}) {
+    this.places = places;
     this.signal = signal;
     this.stall = stall;
   }
 
   url(name) {
-    return new URL(name, this.base);
+    const { base, files } = this.places;
+    return new URL(files ? files[name] : name, base);
   }
 
   fail(code, name, why, hint) {
@@ -29,11 +30,12 @@ export class Files {
     const control = new AbortController();
     const stop = () => control.abort();
     if (this.signal) this.signal.addEventListener("abort", stop);
+    const start = performance.now();
     let file;
     try {
       file = await this.within(openFile(this.url(name), { signal: control.signal, reload }), name);
       if (file.status !== 200) {
-        throw this.fail("FILE_MISSING", name, `is missing (status ${file.status})`, "upload the whole folder that luthier compile wrote");
+        throw this.fail("FILE_MISSING", name, `is missing (status ${file.status})`, "upload the whole folder that luthier compile wrote; beside a bundle, name its address: load(\"model/\")");
       }
       for (;;) {
         const { done, value } = await this.within(file.chunks.next(), name);
@@ -44,6 +46,8 @@ export class Files {
       if (file && file.cancel) file.cancel();
       if (error instanceof PackageError) throw error;
       if (this.signal && this.signal.aborted) throw new PackageError("ABORTED", "loading was aborted");
+      const directive = await refusedBy(start, "connect-src", "default-src");
+      if (directive) throw this.fail("FILE_UNREACHABLE", name, `is refused by the Content-Security-Policy: ${directive}`, "allow the address there");
       const hint = this.url(name).protocol === "file:" ? "serve the folder over http, for instance with: luthier serve FOLDER" : "check the network and the server's CORS headers";
       throw this.fail("FILE_UNREACHABLE", name, `cannot be fetched (${error.message})`, hint);
     } finally {
@@ -78,7 +82,7 @@ export class Files {
   }
 
   async json(name, reload = false) {
-    const text = new TextDecoder().decode(await this.bytes(name, reload));
+    const text = await textOf(await this.bytes(name, reload));
     try {
       return JSON.parse(text);
     } catch {

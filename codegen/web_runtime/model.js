@@ -1,18 +1,17 @@
 // What index.js hands out: `load` and the Model. In a page the engine lives in a worker, elsewhere on the caller's thread.
 
+import { describe, openEngine } from "./engine.js";
 import { asLuthierError, ClosedError, InputError, KernelError, UnsupportedError, unpack } from "./errors.js";
-import { isPage, openWorker } from "./platform.js";
-import { dtypeName } from "./tensors.js";
-
-const WORKER_START = 20000; // milliseconds
+import { isPage, openWorker, resolve } from "./platform.js";
+import { buffersOf, dtypeName, fill, snapshot } from "./tensors.js";
 
 class Inline {
-  static async open(base, id, options, onProgress) {
-    const { describe, openEngine } = await import("./engine.js"); // a page whose engine is in a worker does without
+  static async open(places, id, options, onProgress) {
     const backend = new Inline();
-    const { engine, manifest } = await openEngine(base, id, options, onProgress);
+    const { engine, manifest } = await openEngine(places, id, options, onProgress);
     backend.engine = engine;
     backend.queue = Promise.resolve();
+    backend.waiting = 0;
     backend.described = { ...describe(manifest), info: engine.info };
     return backend;
   }
@@ -22,13 +21,17 @@ class Inline {
   }
 
   next(action) {
-    const result = this.queue.then(action);
+    this.waiting++;
+    const result = this.queue.then(action).finally(() => this.waiting--);
     this.queue = result.catch(() => undefined);
     return result;
   }
 
+  /** The inputs are read before this returns: at once, or as a copy where the engine reads them later. */
   run(inputs, outputs, into) {
-    return this.next(() => this.engine.run(inputs, outputs, into));
+    if (this.engine.immediate && !this.waiting) return this.engine.run(inputs, outputs, into);
+    const kept = snapshot(inputs, this.engine.memory);
+    return this.next(() => this.engine.run(kept, outputs, into));
   }
 
   views(shapes) {
@@ -50,39 +53,30 @@ function noViews(why, hint) {
 }
 
 class Remote {
-  static async open(base, id, options, onProgress) {
+  static async open(places, id, options, onProgress) {
     const backend = new Remote();
     backend.waiting = new Map();
     backend.next = 1;
-    backend.worker = await openWorker(new URL("./worker.js", import.meta.url), "luthier");
+    try {
+      const beside = places.base ? new URL("runtime/worker.js", places.base) : null;
+      backend.worker = await openWorker(() => new Worker(new URL("./worker.js", import.meta.url), { type: "module" }), beside);
+    } catch (error) {
+      throw new ClosedError("WORKER_NOT_STARTED", `the worker could not be started (${error.message})`, "serve runtime/worker.js as JavaScript, and allow workers from it in the Content-Security-Policy");
+    }
     const { signal, ...plain } = options;
-    backend.faults = new BroadcastChannel(`luthier-${globalThis.crypto.randomUUID ? globalThis.crypto.randomUUID() : Math.random()}`);
+    backend.faults = new BroadcastChannel(`luthier-${globalThis.crypto && globalThis.crypto.randomUUID ? globalThis.crypto.randomUUID() : Math.random()}`);
     if (backend.faults.unref) backend.faults.unref();
     backend.faults.addEventListener("message", (e) => backend.fail(new KernelError("TRAP", `a thread of the model failed: ${e.data}`, "load the model again; if it fails again with these inputs, report it")));
     plain.faults = backend.faults.name;
+    backend.worker.onMessage((m) => (m.progress ? onProgress(m.progress) : backend.settle(m)));
+    backend.worker.onError((error) => backend.fail(new ClosedError("WORKER_FAILED", `the worker failed: ${error.message}`, "load the model again")));
     try {
-      await new Promise((resolve, reject) => {
-        const timer = setTimeout(() => reject(new ClosedError("WORKER_NOT_STARTED", `the worker did not start within ${WORKER_START / 1000} s`, "see that runtime/worker.js is served as JavaScript, and that the Content-Security-Policy allows workers from it")), WORKER_START);
-        backend.worker.onMessage((m) => {
-          if (m.ready) {
-            clearTimeout(timer);
-            resolve();
-          } else if (m.progress) onProgress(m.progress);
-          else backend.settle(m);
-        });
-        backend.worker.onError((error) => {
-          clearTimeout(timer);
-          const failure = new ClosedError("WORKER_FAILED", `the worker failed: ${error.message}`, "load the model again");
-          reject(failure);
-          backend.fail(failure);
-        });
-      });
       const stop = () => backend.fail(new ClosedError("ABORTED", "loading was aborted"));
       if (signal) {
         if (signal.aborted) stop();
         signal.addEventListener("abort", stop);
       }
-      backend.described = await backend.ask("load", { base: base.href, mark: id, options: plain });
+      backend.described = await backend.ask("load", { places, mark: id, options: plain });
       backend.info = backend.described.info;
       if (signal) signal.removeEventListener("abort", stop);
     } catch (error) {
@@ -102,7 +96,7 @@ class Remote {
         this.worker.post({ id, op, ...data }, transfer);
       } catch (error) {
         this.waiting.delete(id);
-        reject(new InputError("NOT_CLONABLE", `an input cannot be sent to the worker: ${error.message}`, "pass typed arrays"));
+        reject(new InputError("NOT_CLONABLE", `an input cannot be sent to the worker: ${error.message}`, "pass typed arrays of less than 2 GB"));
       }
     });
   }
@@ -126,7 +120,8 @@ class Remote {
   }
 
   run(inputs, outputs) {
-    return this.ask("run", { inputs, outputs });
+    const kept = snapshot(inputs); // postMessage would clone the whole buffer behind a small view
+    return this.ask("run", { inputs: kept, outputs }, buffersOf(kept));
   }
 
   views() {
@@ -147,9 +142,7 @@ class Remote {
 function put(tensor, array, name) {
   if (!tensor) throw new InputError("UNKNOWN_OUTPUT", `into: there is no output "${name}" in this call`, "name outputs that the call returns", { name });
   if (tensor.data === array) return;
-  if (!array || array.constructor !== tensor.data.constructor) throw new InputError("WRONG_DTYPE", `into: output "${name}" is ${tensor.dtype}`, `pass a ${tensor.data.constructor.name}`, { name });
-  if (array.length !== tensor.data.length) throw new InputError("WRONG_SHAPE", `into: output "${name}" has ${tensor.data.length} elements, the array ${array.length}`, "", { name });
-  array.set(tensor.data);
+  fill(array, tensor, name);
   tensor.data = array;
 }
 
@@ -161,7 +154,7 @@ export class Model {
   constructor(backend) {
     this.#backend = backend;
     const { inputs, outputs, name, language } = backend.described;
-    const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]) });
+    const spec = (p) => Object.freeze({ name: p.name, dtype: dtypeName(p.code), shape: Object.freeze([...p.shape]), ...(p.default && { optional: true }) });
     this.name = name;
     if (language) this.language = language; // what language.js needs to know
     this.inputs = Object.freeze(inputs.map(spec));
@@ -180,6 +173,7 @@ export class Model {
   async run(inputs, options = {}) {
     if (this.#closed) throw new ClosedError("CLOSED", "the model was closed", "load it again");
     if (inputs === null || typeof inputs !== "object") throw new InputError("INPUTS_NOT_AN_OBJECT", "run() takes an object of inputs by name");
+    checkOptions(options, RUN, "run()");
     try {
       const results = await this.#backend.run(inputs, options.outputs, options.into);
       for (const [name, array] of Object.entries(options.into || {})) put(results[name], array, name);
@@ -215,14 +209,47 @@ export class Model {
   }
 }
 
-/**
- * Loads the model whose folder is `base` (a URL, or text relative to the page). Options: onProgress({loaded, total}), threads,
- * requireThreads, variant, stall (milliseconds without a byte), signal (AbortSignal), worker (default: true in a page).
- */
-export async function loadModel(base, id, { onProgress = () => undefined, worker = isPage, ...options } = {}) {
-  const Backend = worker ? Remote : Inline;
+const LOAD = new Set(["onProgress", "threads", "requireThreads", "variant", "stall", "signal", "worker", "powerPreference", "features", "gpu"]);
+const RUN = new Set(["outputs", "into"]);
+
+function checkOptions(options, known, call) {
+  const unknown = Object.keys(options).find((name) => !known.has(name));
+  if (unknown !== undefined) throw new InputError("UNKNOWN_OPTION", `${call} has no option "${unknown}"`, `the options are ${[...known].filter((name) => name !== "gpu").join(", ")}`);
+}
+
+/** Where the files are: {base} or {files}, as text. `where`: {url: what load() was given, files: {name: URL} of the package itself}. */
+export function placesOf({ url, files }) {
+  if (url === undefined || url === null) return { files: Object.fromEntries(Object.entries(files).map(([name, at]) => [name, at.href])) };
+  if (typeof url === "object" && typeof url.href !== "string") throw new InputError("UNKNOWN_OPTION", "load() takes the address of the model first", "load(undefined, options) for the package itself");
+  const text = String(url);
   try {
-    return new Model(await Backend.open(base, id, options, onProgress));
+    return { base: resolve(text.endsWith("/") ? text : `${text}/`).href };
+  } catch {
+    throw new InputError("BAD_ADDRESS", `load() cannot read the address "${text}"`, "pass a URL, or text relative to the page");
+  }
+}
+
+/**
+ * Loads the model at `where` (see placesOf). Options: onProgress({loaded, total}), threads, requireThreads, variant, stall (milliseconds
+ * without a byte), signal (AbortSignal), worker (default: in a page, where one can be had), powerPreference, features.
+ */
+export async function loadModel(where, id, given = {}) {
+  checkOptions(given, LOAD, "load()");
+  const { onProgress = () => undefined, worker, ...options } = given;
+  const places = placesOf(where);
+  let word = "";
+  try {
+    if (worker || (worker === undefined && isPage)) {
+      try {
+        return new Model(await Remote.open(places, id, options, onProgress));
+      } catch (error) {
+        if (worker || error.code !== "WORKER_NOT_STARTED") throw error;
+        word = `inference on the page's own thread: ${error.message}`;
+      }
+    }
+    const backend = await Inline.open(places, id, options, onProgress);
+    if (word) backend.info.warnings.unshift(word);
+    return new Model(backend);
   } catch (error) {
     throw asLuthierError(error);
   }

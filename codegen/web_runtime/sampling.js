@@ -1,6 +1,6 @@
 // Picks a token by logits.
 
-import { InputError } from "./errors.js";
+import { InputError, KernelError } from "./errors.js";
 
 /** Numbers in [0, 1) from a 32-bit state (a counter, scrambled). */
 function generator(seed) {
@@ -14,10 +14,17 @@ function generator(seed) {
   };
 }
 
-function argmax(logits) {
+/** The place of the largest logit. Throws where one is no number, or none is finite. */
+function argmax(logits, where) {
   let best = 0;
-  for (let k = 1; k < logits.length; k++) if (logits[k] > logits[best]) best = k;
-  return best;
+  let top = -Infinity;
+  for (let k = 0; k < logits.length && !Number.isNaN(top); k++) {
+    if (logits[k] <= top) continue; // NaN is not
+    best = k;
+    top = logits[k];
+  }
+  if (Number.isFinite(top)) return best;
+  throw new KernelError("BAD_LOGITS", `${where}: the logit of token ${best} is ${logits[best]}`, "the model's weights are damaged, or its numbers leave their range");
 }
 
 /** Indices of the `count` largest logits, largest first. */
@@ -49,8 +56,10 @@ export class Sampler {
     Object.assign(this, { temperature, topK, topP, random: generator(seed) });
   }
 
-  pick(logits) {
-    if (this.temperature === 0) return argmax(logits);
+  /** A token; `where` stands before the message of an error. */
+  pick(logits, where = "sampling") {
+    const best = argmax(logits, where);
+    if (this.temperature === 0) return best;
     const order = largest(logits, this.topK || logits.length);
     const top = logits[order[0]];
     const p = order.map((k) => Math.exp((logits[k] - top) / this.temperature));

@@ -4,13 +4,13 @@ import { describe, openEngine } from "./engine.js";
 import { pack } from "./errors.js";
 import { parentPort } from "./platform.js";
 
-const port = await parentPort();
+let port;
 let engine = null;
 
 const operations = {
-  async load({ base, mark, options }) {
+  async load({ places, mark, options }) {
     let last = 0;
-    const opened = await openEngine(new URL(base), mark, options, (progress) => {
+    const opened = await openEngine(places, mark, options, (progress) => {
       const now = performance.now();
       if (now - last < 30 && progress.loaded < progress.total) return;
       last = now;
@@ -35,15 +35,22 @@ const operations = {
 };
 
 let queue = Promise.resolve();
-port.onMessage((message) => {
-  queue = queue.then(async () => {
-    try {
-      const value = await operations[message.op](message);
-      const transfer = message.op === "run" ? Object.values(value).map((t) => t.data.buffer) : [];
-      port.post({ id: message.id, value, info: engine ? engine.info : null }, transfer);
-    } catch (error) {
-      port.post({ id: message.id, error: pack(error) });
-    }
+
+async function answer(message) {
+  try {
+    const value = await operations[message.op](message);
+    const transfer = message.op === "run" ? Object.values(value).map((t) => t.data.buffer) : [];
+    port.post({ id: message.id, value, info: engine ? engine.info : null }, transfer);
+  } catch (error) {
+    port.post({ id: message.id, error: pack(error) });
+  }
+}
+
+// no await at the top: a bundler may make a classic script of this file
+parentPort().then((opened) => {
+  port = opened;
+  port.onMessage((message) => {
+    queue = queue.then(() => answer(message));
   });
+  port.post({ up: true });
 });
-port.post({ ready: true });

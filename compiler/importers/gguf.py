@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from luthier.errors import InvalidModel
+from luthier.files import open_regular
 from luthier.importers.gguf_blocks import BLOCKS, Grouped, read_blocks
+from luthier.importers.gguf_metadata import KEYS, read_metadata
 
 Array = np.ndarray[Any, Any]
 PLAIN: dict[int, tuple[str, str]] = {0: ("F32", "<f4"), 1: ("F16", "<f2"), 28: ("F64", "<f8"), 30: ("BF16", "<u2")}
@@ -64,18 +66,15 @@ class GGUF:
     tensors: dict[str, Tensor]
     data: Any = field(repr=False, default=None)
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value of the metadata. Raises InvalidModel when it is missing (and has no default) or of another type."""
-        if key not in self.metadata:
-            if default is not None:
-                return default
-            raise InvalidModel(f"{self.path} lacks the metadata {key!r}")
-        v = self.metadata[key]
-        if kind is float and isinstance(v, int):
-            v = float(v)
-        if not isinstance(v, kind):
-            raise InvalidModel(f"{self.path}: metadata {key!r} is {v!r}, expected {kind.__name__}")
-        return v
+    def value(self, key: str) -> Any:
+        """A value of the metadata by its key in :data:`luthier.importers.gguf_metadata.KEYS`. Raises InvalidModel when it is missing (and has no
+        default), of another type or out of range."""
+        return read_metadata(self.path, self.metadata, key)
+
+    def check_metadata(self) -> None:
+        """Raises InvalidModel for a wrong value of any key that is read."""
+        for key in KEYS:
+            self.value(key)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """Raises InvalidModel when it is missing or has another shape."""
@@ -127,7 +126,7 @@ def read_gguf(path: str | Path) -> GGUF:
     """The contents of a GGUF file. Raises InvalidModel when it is none, is truncated, or has tensors of unknown types."""
     name = str(path)
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             size = f.seek(0, 2)
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as e:
@@ -142,17 +141,23 @@ def read_gguf(path: str | Path) -> GGUF:
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = r.text("a metadata key")
+        if key in metadata:
+            raise InvalidModel(f"{name} has the metadata {key!r} twice", hint="the file is damaged")
         metadata[key] = r.value(r.number("I", f"metadata {key!r}"), f"metadata {key!r}")
     entries = []
+    names: set[str] = set()
     for _ in range(count):
         t = r.text("a tensor's name")
+        if t in names:
+            raise InvalidModel(f"{name} has the tensor {t!r} twice", hint="the file is damaged")
+        names.add(t)
         rank = r.number("I", f"tensor {t!r}")
         if not 1 <= rank <= 4:
             raise InvalidModel(f"{name}: tensor {t!r} has rank {rank}")
         dims = [r.number("Q", f"tensor {t!r}") for _ in range(rank)]
         entries.append((t, tuple(int(d) for d in reversed(dims)), r.number("I", f"tensor {t!r}"), r.number("Q", f"tensor {t!r}")))
-    align = int(metadata.get("general.alignment", 32))
-    if align < 1 or align & (align - 1):
+    align = read_metadata(name, metadata, "general.alignment")
+    if align & (align - 1):
         raise InvalidModel(f"{name}: the alignment {align} is no power of two")
     base = -(-r.at // align) * align
     whole = np.frombuffer(data, np.uint8)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from luthier.errors import InvalidModel
 from luthier.importers.gguf import GGUF
+from luthier.importers.gguf_metadata import full_name
 
 __all__ = ["Architecture", "architecture", "check_tensors"]
 
@@ -37,18 +38,38 @@ _LAYER = re.compile(
     r"|attn_(q|k|v|output)\.(weight|bias)"
 )
 _OUTSIDE = frozenset({"token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"})
+# parts that other architectures have: a model that has one of them and is computed without it is another model
+_MEANT = re.compile(
+    r"(attn|ffn|layer|post|pre|output|token_embd|position|rope|ssm|time_mix|channel_mix|cross|enc|dec|exp_probs|altup|laurel|per_layer|inp_gate|proj|hc|indexer|cls|cvec|nextn)"
+    r"[a-z0-9_]*(\.[a-z_]+)*\.(weight|bias|scale)|(ssm_[a-z]+)"
+)
 
 
 def architecture(g: GGUF) -> tuple[str, Architecture]:
     """(name, what it adds). Raises InvalidModel for one that is not known."""
-    name = g.get("general.architecture", str)
+    name = g.value("general.architecture")
     if name not in _KNOWN:
         raise InvalidModel(f"{g.path} holds a model of architecture {name!r}, which is not supported", hint="known: " + ", ".join(sorted(_KNOWN)))
     return name, _KNOWN[name]
 
 
-def check_tensors(g: GGUF) -> None:
-    """Raises InvalidModel for a tensor that nothing would read: the model would be another one."""
+def check_tensors(g: GGUF, layers: int) -> list[str]:
+    """Notes on tensors that nothing reads. Raises InvalidModel for a part of another architecture, without which the model would be another
+    one, and where the file has tensors of more or fewer than ``layers`` layers."""
+    notes, there = [], set()
     for name in g.tensors:
-        if name not in _OUTSIDE and not _LAYER.fullmatch(re.sub(r"^blk\.\d+\.", "", name)):
-            raise InvalidModel(f"{g.path}: tensor {name!r} belongs to no part of the architecture {g.metadata.get('general.architecture')!r} that is supported")
+        layer = re.match(r"blk\.(\d+)\.", name)
+        part = name[layer.end() :] if layer else name
+        if layer:
+            there.add(int(layer[1]))
+        if name in _OUTSIDE or (layer and _LAYER.fullmatch(part)):
+            continue
+        if _MEANT.fullmatch(part):
+            raise InvalidModel(f"{g.path}: tensor {name!r} belongs to no part of the architecture {g.value('general.architecture')!r} that is supported")
+        notes.append(f"tensor {name!r} is not read: no known architecture has such a part")
+    if len(there) != layers or max(there, default=-1) != layers - 1:
+        raise InvalidModel(
+            f"{g.path}: the metadata {full_name(g.metadata, 'block_count')!r} is {layers}, and there are tensors of {len(there)} layers",
+            hint="the file must hold a whole model, not a part of a split one",
+        )
+    return notes

@@ -20,8 +20,9 @@ from luthier.importers.builder import GraphBuilder
 from luthier.importers.gguf import GGUF, Tensor
 from luthier.importers.gguf_architectures import architecture, check_tensors
 from luthier.importers.gguf_blocks import BLOCKS, Grouped
+from luthier.importers.gguf_metadata import full_name
 from luthier.importers.requantize import Requantize, permute_rows, stack_blocks
-from luthier.importers.rope_scaling import check_scaling, rope_angles
+from luthier.importers.rope_scaling import rope_angles
 from luthier.ir.dtypes import f16, f32, i8, i64
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph, Value
@@ -37,7 +38,8 @@ Weight = Grouped | BlockSparse | Array
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
     """Extents of a model; ``head``: size of one head; ``window``: positions that attention looks back (0: all); ``experts``: of a layer, of which
-    ``chosen`` work on a token (0: none); ``hidden``: of the feed-forward net, or of an expert."""
+    ``chosen`` work on a token (0: none); ``hidden``: of the feed-forward net, or of an expert. ``heads``, ``kv_heads`` and ``hidden`` are the first
+    layer's, :meth:`layer` has those of another (``each``). ``notes``: what the user should know of the file."""
 
     layers: int
     width: int
@@ -53,33 +55,54 @@ class LlamaConfig:
     experts: int = 0
     chosen: int = 0
     arch: str = "llama"
+    each: tuple[tuple[int, int, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def layer(self, i: int) -> LlamaConfig:
+        """The same model with the extents of layer ``i``."""
+        hidden, heads, kv_heads = self.each[i]
+        return replace(self, hidden=hidden, heads=heads, kv_heads=kv_heads)
 
 
 def config(g: GGUF) -> LlamaConfig:
-    """Raises InvalidModel for another architecture or features that are not supported."""
-    arch, _ = architecture(g)
-    check_scaling(g, arch)
-    check_tensors(g)
-    experts, chosen = (int(g.metadata.get(f"{arch}.expert_{n}", 0)) for n in ("count", "used_count"))
+    """Raises InvalidModel for another architecture, features that are not supported, wrong metadata, and metadata that the tensors contradict."""
+    arch, form = architecture(g)
+    g.check_metadata()
+    layers, width = g.value("block_count"), g.value("embedding_length")
+    notes = check_tensors(g, layers)
+
+    def each(key: str) -> tuple[int, ...]:
+        v = g.value(key)
+        if isinstance(v, tuple) and len(v) != layers:
+            raise InvalidModel(f"{g.path}: the metadata {full_name(g.metadata, key)!r} has {len(v)} values for {layers} layers")
+        return v if isinstance(v, tuple) else (v,) * layers
+
+    heads = each("attention.head_count")
+    kv_heads = heads if g.value("attention.head_count_kv") is None else each("attention.head_count_kv")
+    if any(n % k for n, k in zip(heads, kv_heads, strict=True)):
+        raise InvalidModel(f"{g.path}: {max(heads)} heads of queries do not share {max(kv_heads)} heads of keys")
+    head = g.value("attention.key_length") or width // heads[0]
+    if head < 2 or head % 2:
+        raise InvalidModel(f"{g.path} has heads of {head} numbers, which cannot be rotated in pairs")
+    if g.value("rope.dimension_count") not in (None, head):
+        raise InvalidModel(f"{g.path} rotates only a part of a head, which is not supported")
+    if g.value("attention.value_length") not in (None, head):
+        raise InvalidModel(f"{g.path} has values of another size than keys, which is not supported")
+    experts, chosen = g.value("expert_count"), g.value("expert_used_count")
     if experts and not 1 <= chosen <= experts:
         raise InvalidModel(f"{g.path} has {experts} experts a layer of which {chosen} are used")
-    if int(g.metadata.get(f"{arch}.attention.sliding_window", 0)) < 0:
-        raise InvalidModel(f"{g.path} has a sliding window of {g.metadata[f'{arch}.attention.sliding_window']} positions")
-    width, heads = g.get(f"{arch}.embedding_length", int), g.get(f"{arch}.attention.head_count", int)
-    head = int(g.metadata.get(f"{arch}.attention.key_length", width // heads))
-    if int(g.metadata.get(f"{arch}.rope.dimension_count", head)) != head:
-        raise InvalidModel(f"{g.path} rotates only a part of a head, which is not supported")
-    if int(g.metadata.get(f"{arch}.attention.value_length", head)) != head:
-        raise InvalidModel(f"{g.path} has values of another size than keys, which is not supported")
-    hidden = g.get(f"{arch}.feed_forward_length", int)
-    if experts:
-        hidden = int(g.metadata.get(f"{arch}.expert_feed_forward_length", hidden))
+    hidden = each("feed_forward_length")
+    if experts and g.value("expert_feed_forward_length"):
+        hidden = (g.value("expert_feed_forward_length"),) * layers
+    for i, (n, k) in enumerate(zip(heads, kv_heads, strict=True)):  # before anything is made by these numbers
+        name, rows = ("attn_qkv", n + 2 * k) if form.joined else ("attn_k", k)
+        g.tensor(f"blk.{i}.attn_output.weight", (width, n * head))
+        g.tensor(f"blk.{i}.{name}.weight", (rows * head, width))
     emb = g.tensor("token_embd.weight")
+    g.tensor("token_embd.weight", (emb.shape[0], width))
     return LlamaConfig(
-        g.get(f"{arch}.block_count", int), width, hidden, heads,
-        int(g.metadata.get(f"{arch}.attention.head_count_kv", heads)), head, emb.shape[0], g.get(f"{arch}.context_length", int),
-        g.get(f"{arch}.attention.layer_norm_rms_epsilon", float), g.get(f"{arch}.rope.freq_base", float, 10000.0),
-        int(g.metadata.get(f"{arch}.attention.sliding_window", 0)), experts, chosen, arch,
+        layers, width, hidden[0], heads[0], kv_heads[0], head, emb.shape[0], g.value("context_length"), g.value("attention.layer_norm_rms_epsilon"),
+        g.value("rope.freq_base"), g.value("attention.sliding_window"), experts, chosen, arch, tuple(zip(hidden, heads, kv_heads, strict=True)), tuple(notes),
     )  # fmt: skip
 
 
@@ -107,10 +130,8 @@ def _form(w: Grouped) -> tuple[Any, ...]:
     return w.bits, w.group, w.zero, w.offset is None, w.q.dtype, None if w.zeros is None else w.zeros.dtype
 
 
-def round_to_bytes(w: Array, name: str) -> Grouped:
-    """Floats [rows, columns] to 8 bits in groups of 32. Raises InvalidModel where the columns do not fill groups."""
-    if w.shape[1] % 32:
-        raise InvalidModel(f"tensor {name}: {w.shape[1]} columns do not fill groups of 32")
+def round_to_bytes(w: Array) -> Grouped:
+    """Floats [rows, columns] to 8 bits in groups of 32."""
     g = w.reshape(len(w), -1, 32)
     scale = (np.abs(g).max(-1) / 127).astype(np.float16).astype(np.float32)
     q = np.clip(np.round(g / np.where(scale == 0, 1, scale)[..., None]), -127, 127).astype(np.int8)
@@ -187,7 +208,8 @@ class _Llama:
     def embedding(self, t: Tensor, tokens: Value) -> Value:
         b, c = self.b, self.c
         if t.kind not in BLOCKS:
-            return b.op("Gather", b.const("embedding", t.numpy().astype(np.float16 if t.kind == "F16" else np.float32)), tokens, axis=0)
+            rows = b.op("Gather", b.const("embedding", t.numpy().astype(np.float16 if t.kind == "F16" else np.float32)), tokens, axis=0)
+            return b.op("Cast", rows, to=1) if t.kind == "F16" else rows
         w = t.grouped()
         if w.bits == 0 or w.q.dtype != np.int8:  # rows of values are picked, not streams of bits: a byte a value
             w = replace(w, q=(w.q.astype(np.int16) - (w.zero if w.offset is None else 0)).astype(np.int8), zero=0)
@@ -219,10 +241,10 @@ class _Llama:
     def activation(self, x: Value) -> Value:
         return self.b.op("Gelu", x, approximate="tanh") if self.arch.gelu else self.b.op("Mul", x, self.b.op("Sigmoid", x))
 
-    def experts(self, h: Value, p: str) -> Value:
+    def experts(self, c: LlamaConfig, h: Value, p: str) -> Value:
         """The sum of the chosen experts' outputs, weighted by the softmax of their scores (alone, or among all); and of the shared expert, where
         there is one, times its gate."""
-        b, c = self.b, self.c
+        b = self.b
         scores = self.product(h, [self.weight(p + "ffn_gate_inp.weight", c.experts, c.width)], p + "router")[0]
         if self.arch.share == "all":
             scores = b.op("Softmax", scores, axis=-1)
@@ -241,10 +263,12 @@ class _Llama:
         return b.op("Add", y, always)
 
     def expert_product(self, x: Value, chosen: Value, name: str, rows: int, columns: int) -> Value:
-        """4-bit experts keep their bits, others take a byte a weight; floats are rounded to 8 bits in groups of 32."""
+        """4-bit experts keep their bits, others take a byte a weight; floats are rounded to 8 bits in groups of 32 where these divide the columns."""
         b, n = self.b, self.c.experts
         t = self.g.tensor(name, (n, rows, columns))
-        w = replace(t, shape=(n * rows, columns)).grouped() if t.kind in BLOCKS else round_to_bytes(t.numpy().reshape(n * rows, columns), name)
+        if t.kind not in BLOCKS and columns % 32:
+            return b.op("luthier::ExpertProduct", x, chosen, b.const(name, t.numpy()), name=f"{name}.product")
+        w = replace(t, shape=(n * rows, columns)).grouped() if t.kind in BLOCKS else round_to_bytes(t.numpy().reshape(n * rows, columns))
         q, zero, bits = w.q, w.zero, 4 if w.bits == 4 else 8
         if q.dtype == np.int8:
             q, zero = (q.astype(np.int16) + 128).astype(np.uint8), zero + 128
@@ -254,9 +278,9 @@ class _Llama:
             ins.append(b.const(f"{name}.offset", w.offset.astype(np.float16).reshape(n, rows, -1)))
         return b.op("luthier::ExpertMatMul", *ins, name=name, bits=bits, group=w.group, zero=zero)
 
-    def queries_keys_values(self, h: Value, p: str) -> Value:
+    def queries_keys_values(self, c: LlamaConfig, h: Value, p: str) -> Value:
         """[S, (heads + 2 kv_heads) head], with biases and norms where the file has them."""
-        b, c, g = self.b, self.c, self.g
+        b, g = self.b, self.g
         kv = c.kv_heads * c.head
         sizes = (c.heads * c.head, kv, kv)
         if self.arch.joined:
@@ -286,34 +310,53 @@ class _Llama:
             out.append(v)
         return b.op("Concat", *out, axis=-1)
 
+    def widened(self, x: Value, heads: int, wide: int) -> Value:
+        """[S, heads * head] with zeros after each half of a head: heads of ``wide`` numbers, as the kernels of the cache take them."""
+        b, half = self.b, self.c.head // 2
+        x = b.op("Reshape", x, b.ints(-1, heads, 2, half))
+        return b.op("Reshape", b.op("Pad", x, b.ints(0, 0, 0, 0, 0, 0, 0, wide // 2 - half)), b.ints(-1, heads * wide))
+
+    def narrowed(self, x: Value, heads: int, wide: int) -> Value:
+        """The inverse of :meth:`widened`."""
+        b, half = self.b, self.c.head // 2
+        x = b.op("Slice", b.op("Reshape", x, b.ints(-1, heads, 2, wide // 2)), b.ints(0), b.ints(half), b.ints(3))
+        return b.op("Reshape", x, b.ints(-1, heads * self.c.head))
+
     def graph(self) -> Graph:
         b, c, g = self.b, self.c, self.g
+        wide = -(-c.head // 8) * 8
         rows = var("S", lo=1)
         kind = f16 if self.cache_bits == 16 else i8
-        caches = [b.input(f"cache.{i}", kind, [2, c.kv_heads, self.capacity, c.head]) for i in range(c.layers)]
-        scales = [] if kind is f16 else [b.input(f"cache.{i}.scale", f32, [2, c.kv_heads, self.capacity]) for i in range(c.layers)]
+        layers = [c.layer(i) for i in range(c.layers)]
+        caches = [b.input(f"cache.{i}", kind, [2, own.kv_heads, self.capacity, wide]) for i, own in enumerate(layers)]
+        scales = [] if kind is f16 else [b.input(f"cache.{i}.scale", f32, [2, own.kv_heads, self.capacity]) for i, own in enumerate(layers)]
         tokens, pos = b.input("tokens", i64, [rows]), b.input("pos", i64, [1])
         last = None if self.all_logits else b.input("last", i64, [1])
-        angles, size = rope_angles(g, c.arch, self.capacity, c.head, c.rope_base, c.context)
+        angles, size = rope_angles(g, self.capacity, c.head, c.rope_base, c.context)
+        angles = np.pad(angles, ((0, 0), (0, (wide - c.head) // 2)))
         cos, sin = b.const("cos", (np.cos(angles) * size).astype(np.float32)), b.const("sin", (np.sin(angles) * size).astype(np.float32))
         emb = g.tensor("token_embd.weight", (c.vocabulary, c.width))
         x = self.embedding(emb, tokens)
         if self.arch.scaled:
             x = b.op("Mul", x, b.const("embedding.size", np.array(c.width**0.5, np.float32)))
-        for i in range(c.layers):
+        for i, c in enumerate(layers):
             p = f"blk.{i}."
             h = self.norm(x, p + "attn_norm.weight")
-            qkv = self.queries_keys_values(h, p)
+            qkv = self.queries_keys_values(c, h, p)
+            if wide != c.head:
+                qkv = self.widened(qkv, c.heads + 2 * c.kv_heads, wide)
             own = scales[i : i + 1]
             heads = {"heads": c.heads, "kv_heads": c.kv_heads}
             cache, q, *own = b.ops("luthier::RotateIntoCache", 2 + len(own), caches[i], qkv, cos, sin, pos, *own, **heads, scale=c.head**-0.5, name=p + "rotate")
             a = b.op("luthier::CachedAttention", cache, q, pos, *own, **heads, window=c.window, name=p + "attention")
+            if wide != c.head:
+                a = self.narrowed(a, c.heads, wide)
             y = self.product(a, [self.weight(p + "attn_output.weight", c.width, c.heads * c.head)], p + "attn_output")[0]
             if p + "attn_output.bias" in g.tensors:
                 y = b.op("Add", y, b.const(p + "attn_output.bias", g.tensor(p + "attn_output.bias", (c.width,)).numpy()))
             x = b.op("Add", y, x)
             h = self.norm(x, p + "ffn_norm.weight")
-            x = b.op("Add", self.experts(h, p) if c.experts else self.feed_forward(h, p, c.hidden), x)
+            x = b.op("Add", self.experts(c, h, p) if c.experts else self.feed_forward(h, p, c.hidden), x)
         if last is not None:
             x = b.op("Gather", x, last, axis=0)
         x = self.norm(x, "output_norm.weight")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 
+from luthier.files import open_regular
+
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 LARGE = 4096
 
@@ -19,7 +21,7 @@ def split(path: str | os.PathLike[str]) -> tuple[bytes, dict[int, memoryview]]:
     """(the model without large weights, {number of the initializer: its raw bytes}).
 
     Raises OSError when the file cannot be read and ValueError when its framing is broken."""
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         if os.fstat(f.fileno()).st_size == 0:
             return b"", {}
         data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))

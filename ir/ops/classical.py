@@ -50,6 +50,7 @@ class Binarizer(Op):
     """1 where ``x > threshold``, else 0."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         return [need(node, 0).type]

@@ -24,7 +24,7 @@ ZERO, ONE = const(0), const(1)
 # element types as ONNX numbers them (attributes `to`, `dtype`)
 ELEMENT_TYPES: dict[int, DType] = {
     1: D.f32, 2: D.u8, 3: D.i8, 4: D.u16, 5: D.i16, 6: D.i32, 7: D.i64, 8: D.string, 9: D.boolean, 10: D.f16, 11: D.f64, 12: D.u32,
-    13: D.u64, 16: D.bf16, 17: D.f8e4m3fn, 18: D.f8e4m3fnuz, 19: D.f8e5m2, 20: D.f8e5m2fnuz, 21: D.u4, 22: D.i4, 24: D.f8e8m0,
+    13: D.u64, 16: D.bf16, 17: D.f8e4m3fn, 18: D.f8e4m3fnuz, 19: D.f8e5m2, 20: D.f8e5m2fnuz, 21: D.u4, 22: D.i4, 23: D.f4e2m1, 24: D.f8e8m0,
     25: D.u2, 26: D.i2,
 }  # fmt: skip
 
@@ -66,6 +66,14 @@ def need(node: Node, i: int) -> Value:
     if v is None:
         raise shape_error(node, f"input {i} is missing")
     return v
+
+
+def expect_shape(node: Node, i: int, shape: Sequence[Expr | int]) -> None:
+    """Input ``i``, where it is given, has this shape. Raises ShapeError; extents that only a run knows are checked then."""
+    v = node.input(i)
+    want = tuple(as_expr(s) for s in shape)
+    if v is not None and (v.rank != len(want) or any(differ(a, b) for a, b in zip(v.shape, want, strict=True))):
+        raise shape_error(node, f"input {i} ({v.name}) has the shape {list(v.shape)}, it should have {list(want)}")
 
 
 def get(ins: Sequence[Buffer | None], i: int) -> Buffer | None:

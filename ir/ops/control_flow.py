@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from luthier.ir.dtypes import index
 from luthier.ir.errors import ShapeError, TypeMismatch
-from luthier.ir.expr import Expr, maximum
-from luthier.ir.graph import Graph, Node, TensorType, content_or_symbols, new_dim
+from luthier.ir.expr import Expr, as_expr, cast, free_vars, maximum, var
+from luthier.ir.graph import Graph, Node, TensorType, Value, content_or_symbols, new_dim, node_reads, type_symbols
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import need
 
@@ -36,7 +37,7 @@ class If(Op):
 
 
 def invariant(node: Node, k: int, start: TensorType, end: TensorType) -> TensorType:
-    """The type of loop-carried value ``k``. Raises ShapeError when its shape changes from round to round."""
+    """The type of state ``k`` of a Scan. Raises ShapeError when its shape changes from round to round."""
     if start.dtype is not end.dtype:
         raise TypeMismatch(f"loop-carried value {k} changes its type from {start.dtype} to {end.dtype}", node=node.name, op=node.op)
     if start.shape != end.shape:
@@ -47,9 +48,30 @@ def invariant(node: Node, k: int, start: TensorType, end: TensorType) -> TensorT
     return start
 
 
+def carried(node: Node, k: int, start: TensorType, inside: TensorType, end: TensorType) -> TensorType:
+    """The type of loop-carried value ``k`` after a Loop. ``inside``: what the body takes; an extent that changes from round to round is
+    a symbol of its own there, and one of the node's afterwards. Raises ShapeError, TypeMismatch when the body takes something else."""
+    if start.dtype is not inside.dtype or inside.dtype is not end.dtype:
+        raise TypeMismatch(f"loop-carried value {k} changes its type from {start.dtype} to {end.dtype}", node=node.name, op=node.op)
+    if not start.rank == inside.rank == end.rank:
+        raise ShapeError(
+            f"loop-carried value {k} changes its rank between rounds", node=node.name, op=node.op,
+            shapes={"before": start.shape, "after": end.shape}, hint="carry it in one rank and reshape it after the loop",
+        )
+    dims = []
+    for i, (a, b, c) in enumerate(zip(start.shape, inside.shape, end.shape, strict=True)):
+        if a is b and b is not c or a is not b and b.op != "var":
+            raise ShapeError(
+                f"axis {i} of loop-carried value {k} changes between rounds, the body takes {b!r}", node=node.name, op=node.op,
+                shapes={"before": start.shape, "after": end.shape},
+            )
+        dims.append(a if a is b else new_dim(node, f"{k}.{i}"))
+    return TensorType(start.dtype, tuple(dims))
+
+
 def states(node: Node) -> int:
     """How many loop-carried values a Loop or Scan has."""
-    return len(node.inputs) - (2 if node.op == "Loop" else int(node.attrs["num_scan_inputs"]))
+    return max(0, len(node.inputs) - (2 if node.op == "Loop" else int(node.attrs["num_scan_inputs"])))
 
 
 @op("Loop")
@@ -64,19 +86,41 @@ class Loop(Op):
             v = node.inputs[2 + k]
             if v is None:
                 raise ShapeError(f"loop-carried value {k} is missing", node=node.name, op=node.op)
-            out.append(invariant(node, k, v.type, body.outputs[1 + k].type))
-        for k, s in enumerate(body.outputs[1 + n :]):
-            out.append(TensorType(s.dtype, (self.rounds(node, k), *s.shape)))
+            out.append(carried(node, k, v.type, body.inputs[2 + k].type, body.outputs[1 + k].type))
+        scans = body.outputs[1 + n :]
+        rounds = self.rounds(node) if scans else None
+        outer = _outer_symbols(node)
+        for k, s in enumerate(scans):
+            dims = (d if free_vars(d) <= outer else new_dim(node, f"slice{k}.{i}") for i, d in enumerate(s.shape))
+            out.append(TensorType(s.dtype, (as_expr(rounds), *dims)))
         return out
 
-    def rounds(self, node: Node, k: int) -> Expr:
-        """How many slices scan output ``k`` has: the trip count, unless the body may stop earlier."""
-        m = node.input(0)
-        body: Graph = node.attrs["body"]
-        if m is not None and keeps_going(body):
-            (trip,) = content_or_symbols(node, 0)
-            return maximum(trip, 0)
-        return new_dim(node, "rounds")
+    def rounds(self, node: Node) -> Expr:
+        """How many slices the scan outputs have: the trip count where nothing can stop the loop earlier, none where the condition is false
+        from the start, a symbol where only the run knows."""
+        m, going = node.input(0), node.input(1)
+        if m is None or not keeps_going(node.attrs["body"]):
+            return new_dim(node, "rounds")
+        (trip,) = content_or_symbols(node, 0)
+        return maximum(trip, 0) * (as_expr(1) if going is None else cast(condition(going), index))
+
+
+def condition(v: Value) -> Expr:
+    """A condition as an index expression, 0 or 1; a symbol that the program reads from ``v`` when nothing is known."""
+    if v.content is None:
+        v.content = (var(f"{v.name}.0", lo=0, hi=1),)
+        v.bound = True
+    return v.content[0]
+
+
+def _outer_symbols(node: Node) -> set[Expr]:
+    """Symbols that are known before a Loop runs: of what it takes and of what its body captures."""
+    known: set[Expr] = set()
+    for v in node_reads(node):
+        known |= type_symbols(v.type)
+        for e in v.content or ():
+            known |= free_vars(e)
+    return known
 
 
 def keeps_going(body: Graph) -> bool:

@@ -30,10 +30,10 @@ from luthier.ir.ops.common import (
     need,
     pinned,
     shape_error,
-    static,
     widen,
 )
 from luthier.ir.ops.matmul import same_number_type, up
+from luthier.ir.requirements import assume_at_least
 
 
 def channels_last(node: Node) -> bool:
@@ -61,13 +61,16 @@ def join_axes(node: Node, out: Buffer) -> tuple[tuple[Axis, ...], Axis, Axis, tu
     return (axes, axes[0], axes[-1], axes[1:-1]) if channels_last(node) else (axes, axes[0], axes[1], axes[2:])
 
 
+Extent = int | Expr  # of a kernel: a symbol where only a run knows it
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """One spatial dimension: ``n`` input, ``out`` output extent, kernel ``k``, stride, dilation, padding before and after."""
 
     n: Expr
     out: Expr
-    k: int
+    k: Extent
     stride: int
     dilation: int
     lo: Expr
@@ -89,7 +92,7 @@ def attr_ints(node: Node, name: str, rank: int, default: int) -> tuple[int, ...]
     return v
 
 
-def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[int], ceil_mode: bool = False) -> list[Window]:
+def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[Extent], ceil_mode: bool = False) -> list[Window]:
     """The geometry of a convolution or pooling from its attributes. Raises ShapeError."""
     r = len(spatial)
     strides, dil = attr_ints(node, "strides", r, 1), attr_ints(node, "dilations", r, 1)
@@ -112,6 +115,8 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[int], ceil_mod
             span = n + lo + hi - ek
             if span.op == "const" and span.attr < 0:
                 raise shape_error(node, f"the kernel covers {ek} elements, the padded input has {(n + lo + hi)!r}")
+            if span.op != "const" and ek - pads[i] - pads[i + r] > 1:  # else an empty input gives an empty output
+                assume_at_least(n + lo + hi, as_expr(ek), f"the padded extent of spatial dimension {i} and the kernel")
             if ceil_mode and s > 1:
                 o = ceil_div(span, s) + 1
                 # the last window must start inside of the input or of its leading padding
@@ -124,11 +129,21 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[int], ceil_mod
     return out
 
 
-def taps(kernel: Sequence[int], prefix: str = "k") -> tuple[list[Axis], list[Expr]]:
+def kernel_extents(node: Node, extents: Sequence[Expr]) -> tuple[Extent, ...]:
+    """Those of the weights: numbers where they, or attribute ``kernel_shape``, say so. Raises ShapeError when the two contradict."""
+    given = node.attrs.get("kernel_shape")
+    if given and (len(given) != len(extents) or any(differ(d, as_expr(int(g))) for d, g in zip(extents, given, strict=True))):
+        raise shape_error(node, f"kernel_shape {list(given)} contradicts the weights")
+    if given:
+        return tuple(int(g) for g in given)
+    return tuple(int(d.attr) if d.op == "const" else d for d in extents)
+
+
+def taps(kernel: Sequence[Extent], prefix: str = "k") -> tuple[list[Axis], list[Expr]]:
     """Reduction axes over a kernel (none for extent 1), and the index of every kernel dimension."""
     axes, idx = [], []
     for i, k in enumerate(kernel):
-        if k == 1:
+        if isinstance(k, int) and k == 1:
             idx.append(ZERO)
         else:
             a = axis(f"{prefix}{i}", k)
@@ -145,7 +160,7 @@ class Conv(Op):
     channels_last = True
     result: Any = None
 
-    def kernel(self, node: Node) -> tuple[tuple[int, ...], int, Expr, Expr]:
+    def kernel(self, node: Node) -> tuple[tuple[Extent, ...], int, Expr, Expr]:
         """(kernel extents, groups, input channels of a group, output channels)."""
         w = need(node, 1)
         x = need(node, 0)
@@ -153,11 +168,7 @@ class Conv(Op):
             raise shape_error(node, f"the input has rank {x.rank}, the weights {w.rank}")
         k = w.shape[:-2] if channels_last(node) else w.shape[2:]
         ic, oc = (w.shape[-2], w.shape[-1]) if channels_last(node) else (w.shape[1], w.shape[0])
-        ext = tuple(static(node, d, "a kernel extent") for d in k)
-        given = node.attrs.get("kernel_shape")
-        if given and tuple(int(g) for g in given) != ext:
-            raise shape_error(node, f"kernel_shape {list(given)} contradicts the weights")
-        return ext, int(node.attrs.get("group", 1)), ic, oc
+        return kernel_extents(node, k), int(node.attrs.get("group", 1)), ic, oc
 
     def check_types(self, node: Node) -> Any:
         return same_number_type(node, 0, 1)
@@ -243,14 +254,14 @@ class ConvTranspose(Op):
     kind = "contraction"
     channels_last = True
 
-    def kernel(self, node: Node) -> tuple[tuple[int, ...], int, Expr, Expr]:
+    def kernel(self, node: Node) -> tuple[tuple[Extent, ...], int, Expr, Expr]:
         """(kernel extents, groups, all input channels, output channels of a group)."""
         w = need(node, 1)
         if w.rank != need(node, 0).rank:
             raise shape_error(node, f"the input has rank {need(node, 0).rank}, the weights {w.rank}")
         k = w.shape[:-2] if channels_last(node) else w.shape[2:]
         ic, oc = (w.shape[-2], w.shape[-1]) if channels_last(node) else (w.shape[0], w.shape[1])
-        return tuple(static(node, d, "a kernel extent") for d in k), int(node.attrs.get("group", 1)), ic, oc
+        return kernel_extents(node, k), int(node.attrs.get("group", 1)), ic, oc
 
     def windows(self, node: Node) -> list[Window]:
         _, _, spatial = split_shape(node, need(node, 0))
@@ -302,7 +313,7 @@ class ConvTranspose(Op):
         channel = c if g == 1 else (m.var // oc) * per + c
         conds, at, k = [], [], list(k_all)
         for j, (v, a, kk) in enumerate(zip(self.windows(node), o, k_all, strict=True)):
-            if v.stride == v.k and v.dilation == 1 and v.lo is ZERO:  # windows side by side: one tap reaches each output
+            if isinstance(v.k, int) and v.stride == v.k and v.dilation == 1 and v.lo is ZERO:  # windows side by side: one tap reaches each output
                 k[j] = a.var % v.stride
                 reds = [r for r in reds if r.var is not kk]
                 at.append(a.var // v.stride)

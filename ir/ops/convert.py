@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.compute import Compute
-from luthier.ir.dtypes import DType, boolean, f32, from_numpy, i32
-from luthier.ir.expr import Expr, bitcast, cast, const, select
+from luthier.ir import float4
+from luthier.ir.compute import Compute, LetStmt
+from luthier.ir.dtypes import DType, boolean, f4e2m1, f32, from_numpy, i32
+from luthier.ir.expr import Expr, bitcast, cast, const, lor, select
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -20,13 +21,18 @@ from luthier.ir.ops.common import (
     define,
     element_type,
     flag,
+    flat_position,
+    get,
     make,
     map_content,
     must,
     need,
+    operand,
     type_error,
     unsupported,
+    wide,
 )
+from luthier.ir.ops.random_numbers import DrawnArrays, Draws, check_draws
 from luthier.ir.semantics import convert
 
 F8_MAX = {"f8e4m3fn": 448.0, "f8e4m3fnuz": 240.0, "f8e5m2": 57344.0, "f8e5m2fnuz": 57344.0}
@@ -35,6 +41,10 @@ F8_MAX = {"f8e4m3fn": 448.0, "f8e4m3fnuz": 240.0, "f8e5m2": 57344.0, "f8e5m2fnuz
 def cast_to(x: Expr, to: DType, saturate: bool = True, mode: str = "up") -> Expr:
     """Conversion as ONNX defines it: 8-bit floats saturate on demand; floats become
     sub-byte integers by way of i32, so they truncate and wrap."""
+    if x.dtype is f4e2m1:
+        x = float4.decode(x)
+    if to is f4e2m1:
+        return float4.encode(cast(x, f32))
     if x.dtype.is_bool and to.is_float and to.bits < 32:
         return cast(cast(x, f32), to)
     if to.name in F8_MAX:
@@ -95,6 +105,7 @@ def cast_ref(a: Array, to: DType, saturate: bool = True, mode: str = "up") -> Ar
 
 class CastBase(Op):
     kind = "elementwise"
+    permutes = True
 
     def target(self, node: Node) -> DType:
         raise NotImplementedError
@@ -138,6 +149,7 @@ class BitCast(Op):
     """The same bits as another type of the same width."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x, to = need(node, 0), element_type(node, node.attrs["to"])
@@ -183,27 +195,46 @@ class Identity(Op):
 class Dropout(Op):
     """(data, ratio?, training_mode?) -> (output, mask?): the identity unless training drops something."""
 
-    kind = "elementwise"
+    kind = "reduction"  # in training an element's value depends on its position
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)
-        ratio, training = node.input(1), node.input(2)
-        if training is not None and const_value(training) is not False:
-            if const_value(training) is None:
-                raise unsupported(node, "training_mode must be known at compile time")
-            if ratio is None or const_value(ratio) != 0:
-                raise unsupported(node, "Dropout in training mode is random", hint="export the model for inference")
+        if not x.dtype.is_float:
+            raise type_error(node, "Dropout takes floats")
+        if self.trains(node):
+            check_draws(node, 3)
         return [x.type, TensorType(boolean, x.shape)]
 
+    def trains(self, node: Node) -> bool:
+        """Whether some call may drop something."""
+        training = node.input(2)
+        return training is not None and const_value(training) != 0
+
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
-        lets = []
+        x = must(ins, 0)
+        lets: list[LetStmt] = []
+        kept: Expr = const(True, boolean)
         for o, b in enumerate(outs):
             axes = axes_of(b.shape)
-            lets.append(define(b, axes, const(True, boolean) if o else must(ins, 0)[tuple(a.var for a in axes)]))
+            e = x[tuple(a.var for a in axes)]
+            if self.trains(node):
+                t = wide(x.dtype)
+                ratio = const(0.5, t) if get(ins, 1) is None else cast(operand(node, 1, ins, ()), t)
+                off = operand(node, 2, ins, ()).eq(const(False, boolean))
+                kept = lor(off, ratio <= Draws(node, ins, 3).uniform(flat_position(axes), t))
+                e = select(off, cast(e, t), select(kept, cast(e, t) / (const(1, t) - ratio), const(0, t)))
+            lets.append(define(b, axes, kept if o else e))
         return make(node, ins, outs, lets)
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        return [np.asarray(arrays[0]), np.ones(np.shape(arrays[0]), bool)]
+        x, ratio, training = (*(None if a is None else np.asarray(a) for a in arrays[:3]), *[None] * (3 - len(arrays[:3])))
+        assert x is not None
+        if not self.trains(node) or training is None or not training.reshape(-1)[0]:
+            return [x, np.ones(x.shape, bool)]
+        t = wide(need(node, 0).dtype)
+        r = t.numpy.type(0.5 if ratio is None else ratio.reshape(-1)[0])
+        kept = DrawnArrays(node, arrays, 3).uniform(x.shape, t) >= r
+        return [np.where(kept, x.astype(t.numpy) / (t.numpy.type(1) - r), 0).astype(x.dtype), kept]
 
 
 @op("Constant")

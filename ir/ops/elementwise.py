@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import DType, boolean, f32, f64
-from luthier.ir.expr import Expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, as_expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op
@@ -22,6 +22,7 @@ from luthier.ir.ops.common import (
     axes_of,
     broadcast,
     define,
+    differ,
     flag,
     make,
     map_content,
@@ -57,6 +58,7 @@ class Map(Op):
     alone). ``result``: bool for predicates, None for the type of the first input. ``content``: on index expressions."""
 
     kind = "elementwise"
+    permutes = True
 
     def __init__(
         self, accepts: str, expr: ExprFn, ref: ArrayFn, arity: tuple[int, int] = (1, 1), result: DType | None = None,
@@ -333,7 +335,7 @@ class Clip(Map):
         x = need(node, 0)
         self.check_types(node, [v.dtype for v in node.inputs if v is not None])
         for v in node.inputs[1:]:
-            if v is not None and any(s.op == "const" and s.attr != 1 for s in v.shape):
+            if v is not None and any(differ(s, as_expr(1)) for s in v.shape):
                 raise shape_error(node, f"bound {v.name} must have one element")
         return [x.type]
 

@@ -22,6 +22,8 @@ from luthier.ir.ops.common import (
     axes_of,
     check_axis,
     define,
+    differ,
+    expect_shape,
     known_array,
     like,
     make,
@@ -131,6 +133,8 @@ class GatherND(Op):
         x, j = need(node, 0), need(node, 1)
         _check_index(node, 1)
         b = int(node.attrs.get("batch_dims", 0))
+        if j.rank == 0 or not 0 <= b < j.rank:
+            raise shape_error(node, f"{b} batch dimensions of indices of rank {j.rank}")
         k = static(node, j.shape[-1], "the last dimension of the indices")
         if b + k > x.rank:
             raise shape_error(node, f"{k} coordinates after {b} batch dimensions exceed rank {x.rank}")
@@ -261,12 +265,18 @@ class OneHot(Op):
 
     def depth(self, node: Node) -> Expr:
         v = need(node, 1)
-        if v.data is not None:
-            return const(int(np.asarray(v.data).reshape(-1)[0]))
-        return content_or_symbols(node, 1)[0]
+        if any(differ(s, const(1)) for s in v.shape):
+            raise shape_error(node, "depth must have one element")
+        if v.data is None:
+            return content_or_symbols(node, 1)[0]
+        depth = float(v.data.reshape(-1)[0])
+        if not 0 <= depth < 1 << 48:
+            raise shape_error(node, f"depth is {depth}")
+        return const(int(depth))
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         j, values = need(node, 0), need(node, 2)
+        expect_shape(node, 2, (2,))
         a = check_axis(node, node.attrs.get("axis", -1), j.rank + 1)
         return [like(values.type, (*j.shape[:a], self.depth(node), *j.shape[a:]))]
 

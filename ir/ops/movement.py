@@ -35,7 +35,7 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.shape import given_axes
-from luthier.ir.requirements import assume_equal
+from luthier.ir.requirements import assume_at_least, assume_at_most, assume_equal
 
 FAR = (1 << 31) - 1  # slice ends from here on mean "to the end"
 
@@ -147,6 +147,11 @@ class Split(Op):
             total = sum((e for e in out[1:]), out[0])
             if n.op == "const" and total.op == "const" and n.attr != total.attr:
                 raise shape_error(node, f"the lengths add up to {total.attr}, the dimension is {n.attr}")
+            assume_equal(total, n, "the sum of the lengths and the dimension")
+            for k, e in enumerate(out):
+                if e.op == "const" and e.attr < 0:
+                    raise shape_error(node, f"length {k} is {e.attr}")
+                assume_at_least(e, ZERO, f"length {k} and the least possible")
             return out
         k = int(node.attrs.get("num_outputs", len(node.outputs)))
         piece = ceil_div(n, k)
@@ -197,7 +202,7 @@ def window(start: Expr, end: Expr, step: Expr, n: Expr) -> tuple[Expr, Expr]:
         return s, maximum(ceil_div(e - s, step), 0)
 
     def down() -> tuple[Expr, Expr]:
-        s = n - 1 if start.op == "const" and start.attr >= FAR else maximum(minimum(absolute(start), n - 1), 0)
+        s = n - 1 if start.op == "const" and start.attr >= FAR else minimum(maximum(absolute(start), 0), n - 1)  # -1 where n is 0: nothing follows
         e = const(-1) if end.op == "const" and end.attr <= -FAR else maximum(minimum(absolute(end), n - 1), -1)
         return s, maximum(ceil_div(e - s, step), 0)
 
@@ -223,6 +228,8 @@ class Slice(Op):
             raise shape_error(node, f"{len(starts)} starts, {len(ends)} ends, {len(axes)} axes, {len(steps)} steps")
         if any(t is ZERO for t in steps):
             raise shape_error(node, "a step is 0")
+        for k, t in enumerate(steps):
+            assume_equal(t, select(t.eq(0), ONE, t), f"steps (number {k} is 0)")
         out = [(ZERO, n, ONE) for n in x.shape]
         for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
             if a.op == "const":
@@ -261,6 +268,9 @@ class Slice(Op):
         return [np.asarray(x)[tuple(sl)]]
 
 
+LARGEST = 1 << 48  # elements along an axis: more than any memory holds
+
+
 @op("Pad")
 class Pad(Op):
     """(data, pads, value?, axes?); ``mode`` constant, edge, reflect or wrap. Negative pads crop."""
@@ -286,7 +296,20 @@ class Pad(Op):
         v = node.input(2)
         if v is not None and v.dtype is not x.dtype:
             raise type_error(node, "the fill value has another type than the data")
-        return [like(x.type, (maximum(s + lo + hi, 0) for s, (lo, hi) in zip(x.shape, self.pads(node), strict=True)))]
+        out = []
+        for k, (s, pair) in enumerate(zip(x.shape, self.pads(node), strict=True)):
+            for p in pair:
+                if p.op == "const" and abs(p.attr) >= LARGEST:
+                    raise shape_error(node, f"a pad of axis {k} is {p.attr}")
+                if p.op != "const":
+                    assume_at_most(p, const(LARGEST), f"a pad of axis {k}")
+            left = s + pair[0] + pair[1]
+            if left.op == "const" and left.attr < 0:
+                raise shape_error(node, f"the pads crop dimension {k} to {left.attr} elements")
+            if pair != (ZERO, ZERO):
+                assume_at_least(left, ZERO, f"what the pads leave of dimension {k} and the least possible")
+            out.append(maximum(left, 0))
+        return [like(x.type, out)]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         return moved(self, node)
@@ -374,7 +397,10 @@ def _block(node: Node) -> tuple[int, tuple[Expr, ...]]:
     if x.rank != 4:
         raise shape_error(node, f"{node.op} takes NCHW, the input has rank {x.rank}")
     n, a, b, c = x.shape
-    return int(node.attrs["blocksize"]), (n, c, a, b) if _last(node) else (n, a, b, c)
+    size = int(node.attrs["blocksize"])
+    if not 1 <= size < 1 << 20:
+        raise shape_error(node, f"the blocksize is {size}")
+    return size, (n, c, a, b) if _last(node) else (n, a, b, c)
 
 
 def _last(node: Node) -> bool:

@@ -171,9 +171,9 @@ class DequantizeLinear(Scaled):
             x = cast(x, i32)
         if zb is not None and const_value(node.input(2)) != 0 and not zb.dtype.is_float:
             x = x - cast(self.scalar(node, 2, zb, axes), i32)
-        y = cast(x, s.dtype)
+        y = cast_to(x, s.dtype)
         if zb is not None and zb.dtype.is_float:
-            y = y - cast(self.scalar(node, 2, zb, axes), s.dtype)
+            y = y - cast_to(self.scalar(node, 2, zb, axes), s.dtype)
         return make(node, ins, outs, [define(outs[0], axes, y * s)])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:

@@ -29,7 +29,6 @@ from luthier.ir.ops.common import (
     product,
     shape_error,
     temp,
-    unsupported,
 )
 from luthier.ir.ops.quantize import centered, saturate, saturate_ref, scale_and_zero
 
@@ -59,6 +58,7 @@ class QLinearBinary(Op):
     """(a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero), broadcast like Add."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         a, b = need(node, 0), need(node, 3)
@@ -82,6 +82,7 @@ class QLinearUnary(Op):
     """(x, x_scale, x_zero, y_scale, y_zero)."""
 
     kind = "elementwise"
+    permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         return [need(node, 0).type]
@@ -102,31 +103,38 @@ class QLinearUnary(Op):
 
 @op("com.microsoft::QLinearGlobalAveragePool")
 class QLinearGlobalAveragePool(Op):
-    """(x [N, C, ...], x_scale, x_zero, y_scale, y_zero): the mean over the spatial axes; the sum is exact in i32."""
+    """(x [N, C, ...], x_scale, x_zero, y_scale, y_zero): the mean over the spatial axes; the sum is exact in i32. ``channels_last``: x is
+    [N, ..., C]."""
 
     kind = "reduction"
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)
-        if node.attrs.get("channels_last", 0):
-            raise unsupported(node, "channels_last is not supported")
         if x.rank < 3:
             raise shape_error(node, "QLinearGlobalAveragePool takes [N, C, ...]")
-        return [TensorType(x.dtype, (*x.shape[:2], *([ONE] * (x.rank - 2))))]
+        over = self.over(node)
+        return [TensorType(x.dtype, tuple(ONE if d in over else s for d, s in enumerate(x.shape)))]
+
+    def over(self, node: Node) -> range:
+        """The axes of which the mean is taken."""
+        rank = need(node, 0).rank
+        return range(1, rank - 1) if int(node.attrs.get("channels_last", 0)) else range(2, rank)
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x = must(ins, 0)
         axes = axes_of(outs[0].shape)
-        ks = [axis(f"k{d}", s) for d, s in enumerate(x.shape[2:])]
+        over = self.over(node)
+        ks = {d: axis(f"k{d}", x.shape[d]) for d in over}
         sx, zx = scale_and_zero(node, ins, 1, 2)
-        acc = temp(outs[0], "acc", axes, sum_(ks, centered(load(x, [axes[0].var, axes[1].var, *(k.var for k in ks)]), zx)))
-        v = cast(load(acc.buf, [a.var for a in axes]), f32) * (sx / cast(product(x.shape[2:]), f32))
+        element = load(x, [ks[d].var if d in ks else a.var for d, a in enumerate(axes)])
+        acc = temp(outs[0], "acc", axes, sum_(ks.values(), centered(element, zx)))
+        v = cast(load(acc.buf, [a.var for a in axes]), f32) * (sx / cast(product(x.shape[d] for d in over), f32))
         return make(node, ins, outs, [acc, define(outs[0], axes, quantized(node, ins, v, 3, 4, outs[0]))])
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, sx, zx, sy, zy = arrays
-        a = np.asarray(x).astype(np.int32) - np.asarray(zx).reshape(()).astype(np.int32)
-        ax = tuple(range(2, a.ndim))
+        x, sx, zx, sy, zy = padded(arrays, 5)
+        a = np.asarray(x).astype(np.int32) - (0 if zx is None else np.asarray(zx).reshape(()).astype(np.int32))
+        ax = tuple(self.over(node))
         n = np.float32(np.prod([a.shape[d] for d in ax]))
         v = a.sum(ax, keepdims=True, dtype=np.int32).astype(np.float32) * (np.asarray(sx, np.float32).reshape(()) / n)
         return [quantized_ref(v, sy, zy, node)]

@@ -24,6 +24,7 @@ from luthier.ir.ops.common import (
     const_value,
     define,
     differ,
+    expect_shape,
     get,
     make,
     must,
@@ -319,9 +320,16 @@ class MatMulNBits(Op):
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         a = need(node, 0)
-        k, n, *_ = self.geometry(node)
-        if a.shape[-1].op == "const" and a.shape[-1].attr != k:
+        k, n, bits, block, blocks = self.geometry(node)
+        if not a.shape or a.shape[-1].op == "const" and a.shape[-1].attr != k:
             raise shape_error(node, f"the last extent of A must be K = {k}")
+        expect_shape(node, 1, (n, blocks, block * bits // 8))
+        zero = node.input(3)
+        row = blocks if zero is None or zero.dtype.is_float else -(-blocks * bits // 8)
+        for i, columns in ((2, blocks), (3, row)):
+            v = node.input(i)
+            expect_shape(node, i, (n * columns,) if v is not None and v.rank == 1 else (n, columns))
+        expect_shape(node, 5, (n,))
         return [TensorType(a.dtype, (*a.shape[:-1], const(n)))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:

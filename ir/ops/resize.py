@@ -199,6 +199,8 @@ class Resize(Op):
             if len(given) != len(axes):
                 raise shape_error(node, f"{len(given)} scales for {len(axes)} axes")
             for k, a in enumerate(axes):
+                if given[k].op == "const" and not 0 < given[k].attr < 1 << 31:
+                    raise shape_error(node, f"a scale is {given[k].attr}, it must be a positive number")
                 out[a] = Dim(x.shape[a], scaled_extent(x.shape[a], given[k]), given[k], roi[k])
             return out
         want = content_or_symbols(node, 3)
@@ -224,6 +226,8 @@ class Resize(Op):
             raise shape_error(node, f"unknown mode {mode!r}")
         if how not in MODES:
             raise shape_error(node, f"unknown coordinate_transformation_mode {how!r}")
+        if (rounding := self.attr(node, "nearest_mode", "round_prefer_floor")) not in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
+            raise shape_error(node, f"unknown nearest_mode {rounding!r}")
         x = need(node, 0)
         if mode != "nearest" and not (x.dtype.is_float or x.dtype.is_int):
             raise type_error(node, "interpolation takes numbers")

@@ -118,13 +118,13 @@ class DFT(Op):
 
 @op("STFT")
 class STFT(Op):
-    """(signal [B, L, 1 or 2], frame_step, window, frame_length) to [B, frames, bins, 2]; ``onesided`` (default 1)."""
+    """(signal [B, L] or [B, L, 1 or 2], frame_step, window, frame_length) to [B, frames, bins, 2]; ``onesided`` (default 1)."""
 
     def geometry(self, node: Node) -> tuple[Expr, Expr, Expr, Expr]:
         """(step, frame length, frames, bins)."""
         x = need(node, 0)
-        if x.rank != 3:
-            raise shape_error(node, "STFT takes a signal [batch, length, 1 or 2]")
+        if x.rank not in (2, 3):
+            raise shape_error(node, "STFT takes a signal [batch, length] or [batch, length, 1 or 2]")
         step = as_expr(content_or_symbols(node, 1)[0])
         win = node.input(2)
         n = as_expr(content_or_symbols(node, 3)[0]) if node.input(3) is not None else win.shape[0] if win is not None else x.shape[1]
@@ -141,8 +141,8 @@ class STFT(Op):
         w = wide(y.dtype)
         t = twiddles(y.name, n, w, False)
         b, f, k, p = axes = axes_of(y.shape)
-        r, q = axis("n", n), axis("q", x.shape[2])
-        v = cast(load(x, [b.var, f.var * step + r.var, q.var]), w)
+        r, q = axis("n", n), axis("q", x.shape[2] if x.rank == 3 else 1)
+        v = cast(load(x, [b.var, f.var * step + r.var, q.var][: x.rank]), w)
         win = get(ins, 2)
         if win is not None:
             v = v * cast(load(win, [r.var]), w)
@@ -151,6 +151,7 @@ class STFT(Op):
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
         x, step, win, length = padded(arrays, 4)
         x = np.asarray(x)
+        x = x if x.ndim == 3 else x[..., None]
         s = int(np.asarray(step).reshape(-1)[0])
         n = int(np.asarray(length).reshape(-1)[0]) if length is not None else len(win) if win is not None else x.shape[1]
         z = x[..., 0].astype(np.float64) + (1j * x[..., 1] if x.shape[-1] == 2 else 0)

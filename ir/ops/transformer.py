@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.builder import Names, make_node
+from luthier.ir.builder import Names, make_node, operator
 from luthier.ir.dtypes import f32, i32
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import ELEMENT_TYPES, Array, need, shape_error, unsupported
+from luthier.ir.ops.common import ELEMENT_TYPES, Array, is_one, need, shape_error, unsupported
 
 _CODE = {d.name: k for k, d in ELEMENT_TYPES.items()}
 
@@ -28,6 +28,10 @@ class Steps:
 
     def __call__(self, op_name: str, *inputs: Value | None, outputs: int = 1, **attrs: Any) -> Any:
         n = make_node(op_name, list(inputs), attrs, names=self.names, name=self.node.name, outputs=outputs, source=self.node.source)
+        o = operator(n)
+        if isinstance(o, Composite):
+            values = list(o.legalize(n, self))
+            return values[0] if outputs == 1 else tuple(values)
         self.nodes.append(n)
         return n.outputs[0] if outputs == 1 else n.outputs
 
@@ -104,28 +108,36 @@ class Attention(Composite):
     """(input [B, S, D], weights [D, 3 H], bias [3 H], mask_index, past [2, B, n, P, d], attention_bias): self-attention with its
     projection. ``mask_index``: [B] key counts, [B, T] or [B, S, T] of 0 and 1. Outputs (output, present)."""
 
+    places = {"mask": 3, "past": 4, "bias": 5}  # where inputs stand
+
+    def optional(self, node: Node, what: str) -> Value | None:
+        return node.input(self.places[what]) if what in self.places else None
+
+    def project(self, node: Node, s: Steps) -> Value:
+        """Queries, keys and values side by side."""
+        y = s("MatMul", need(node, 0), need(node, 1))
+        bias = node.input(2)
+        return y if bias is None else s("Add", y, bias)
+
     def legalize(self, node: Node, s: Steps) -> Sequence[Value]:
-        x, w, bias = need(node, 0), need(node, 1), node.input(2)
+        w = need(node, 1)
         n = int(node.attrs["num_heads"])
         if node.attrs.get("do_rotary", 0) or node.attrs.get("past_present_share_buffer", 0):
             raise unsupported(node, "do_rotary and past_present_share_buffer are not supported")
         if w.shape[1].op != "const":
             raise shape_error(node, "the extent of the weights must be a constant")
         sizes = [int(v) for v in node.attrs.get("qkv_hidden_sizes") or [w.shape[1].attr // 3] * 3]
-        y = s("MatMul", x, w)
-        if bias is not None:
-            y = s("Add", y, bias)
-        q, k, v = (s.heads(p, n) for p in s("Split", y, s.const(sizes), outputs=3, axis=-1))
-        past = node.input(4)
+        q, k, v = (s.heads(p, n) for p in s("Split", self.project(node, s), s.const(sizes), outputs=3, axis=-1))
+        past = self.optional(node, "past")
         if past is not None:
             pk, pv = s("Split", past, s.const([1, 1]), outputs=2, axis=0)
             k, v = (s("Concat", s("Squeeze", p, s.const([0])), new, axis=2) for p, new in ((pk, k), (pv, v)))
         low = float(node.attrs.get("mask_filter_value", -10000.0))
-        mask = node.input(3)
+        mask = self.optional(node, "mask")
         keep = None if mask is None else self.mask(node, s, mask, k, q, low)
         causal = s.causal(q, k, low) if int(node.attrs.get("unidirectional", 0)) else None
         scale = float(node.attrs.get("scale", 0.0)) or 1 / math.sqrt(sizes[0] // n)
-        out = s.attend(q, k, v, scale, keep, causal, node.input(5))
+        out = s.attend(q, k, v, scale, keep, causal, self.optional(node, "bias"))
         if len(node.outputs) < 2:
             return [out]
         return [out, s("Concat", *(s("Unsqueeze", p, s.const([0])) for p in (k, v)), axis=0)]
@@ -211,13 +223,16 @@ class EmbedLayerNormalization(Composite):
 class GroupQueryAttention(Composite):
     """(query, key, value, past_key [B, k, P, d], past_value, seqlens_k [B], total_sequence_length, cos_cache, sin_cache): causal
     attention of ``num_heads`` queries over ``kv_num_heads`` keys, rotary embedding if ``do_rotary``. Without key and value the query
-    holds all three. The cache holds exactly the P earlier tokens of every sequence. Outputs (output, present_key, present_value)."""
+    holds all three. The cache holds exactly the P earlier tokens of every sequence. Then may come position_ids [B, S], attention_bias and
+    head_sink [num_heads], a score without a value; ``smooth_softmax`` is a sink of 0. Outputs (output, present_key, present_value)."""
 
     def legalize(self, node: Node, s: Steps) -> Sequence[Value]:
         n, m = int(node.attrs["num_heads"]), int(node.attrs["kv_num_heads"])
         q, k, v = need(node, 0), node.input(1), node.input(2)
-        if any(node.input(i) is not None for i in range(9, len(node.inputs))) or node.attrs.get("smooth_softmax", 0):
-            raise unsupported(node, "position_ids, attention_bias, head_sink and smooth_softmax are not supported")
+        if any(node.input(i) is not None for i in range(12, len(node.inputs))):
+            raise unsupported(node, "quantized caches, norms of queries and keys, and packed sequences are not supported")
+        if int(node.attrs.get("qk_output", 0)) or len(node.outputs) > 3:
+            raise unsupported(node, "output_qk is not supported")
         width = q.shape[2]
         if width.op != "const":
             raise shape_error(node, "the hidden size must be a constant")
@@ -231,7 +246,8 @@ class GroupQueryAttention(Composite):
         at = s("Add", s("Reshape", first, s.const([-1, 1])), s("Unsqueeze", steps, s.const([0])))  # [B, S] positions
         if int(node.attrs.get("do_rotary", 0)):
             turn = {"interleaved": int(node.attrs.get("rotary_interleaved", 0))}
-            q, k = (s("com.microsoft::RotaryEmbedding", x, at, need(node, 7), need(node, 8), **turn) for x in (q, k))
+            turned = at if node.input(9) is None else node.input(9)
+            q, k = (s("com.microsoft::RotaryEmbedding", x, turned, need(node, 7), need(node, 8), **turn) for x in (q, k))
         if node.input(3) is not None and node.input(4) is not None:
             k, v = s("Concat", node.input(3), k, axis=2), s("Concat", node.input(4), v, axis=2)
         scale = float(node.attrs.get("scale", 0.0)) or 1 / math.sqrt(d)
@@ -247,8 +263,22 @@ class GroupQueryAttention(Composite):
         window = int(node.attrs.get("local_window_size", -1))
         if window > 0:
             hidden = s("Or", hidden, s("LessOrEqual", cols, s("Sub", rows, s.const([window]))))
+        bias = node.input(10)
+        if bias is not None:  # [B or 1, n or 1, S, T]
+            split = s("Unsqueeze", s.cast(bias, q), s.const([2]))
+            scores = s("Add", scores, split if is_one(bias.shape[1]) else s("Reshape", split, s.const([0, m, n // m, 0, 0])))
         low = s("Where", hidden, s.scalar(-math.inf, q), s.scalar(0.0, q))
-        p = s("Softmax", s("Add", scores, low), axis=-1)
+        scores = s("Add", scores, low)
+        sink = node.input(11)
+        if sink is None and int(node.attrs.get("smooth_softmax", 0)) > 0:
+            sink = s.const(np.zeros(n), q.dtype.numpy)
+        if sink is None:
+            p = s("Softmax", scores, axis=-1)
+        else:
+            sink = s("Reshape", sink, s.const([1, m, n // m, 1, 1]))
+            top = s("Max", s("ReduceMax", scores, s.const([-1]), keepdims=1), sink)
+            e = s("Exp", s("Sub", scores, top))
+            p = s("Div", e, s("Add", s("ReduceSum", e, s.const([-1]), keepdims=1), s("Exp", s("Sub", sink, top))))
         out = s("Reshape", s("MatMul", p, s("Unsqueeze", v, s.const([2]))), s.const([0, n, -1, d]))
         out = s("Reshape", s("Transpose", out, perm=(0, 2, 1, 3)), s.const([0, 0, n * d]))
         return [out, k, v][: max(len(node.outputs), 1)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from luthier.codegen.wgsl import Shader
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = ROOT / "build" / "node" / "node_modules" / "webgpu" / "index.js"
+MODULE = ROOT / "build" / "web" / "node_modules" / "webgpu" / "index.js"
 
 
 def missing() -> str | None:
@@ -19,7 +19,7 @@ def missing() -> str | None:
     if shutil.which("node") is None:
         return "node is not installed"
     if not MODULE.exists():
-        return "npm package webgpu is missing: npm install --prefix build/node webgpu"
+        return "npm package webgpu is missing: python benchmarks/setup_web.py --tests"
     return None
 
 

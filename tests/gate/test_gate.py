@@ -20,6 +20,7 @@ from tests.gate.schedules import Scheduler, cpu, gpu
 
 CASES = cases()
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+SCHEDULED = pytest.mark.parametrize("case", [c for c in CASES if c.compute is not None], ids=lambda c: c.name)  # the others are written in loop IR
 FIXED = Capabilities()  # golden text must not depend on the machine
 
 
@@ -58,20 +59,17 @@ def test_text_is_parsed_back(case: Case) -> None:
             assert format_func(parse_func(text)) == text
 
 
-@BY_NAME
-@pytest.mark.parametrize("how", ["unscheduled", "cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("case", "how"), [pytest.param(c, how, id=f"{c.name}-{how}") for c in CASES for how in ("unscheduled", "cpu", "gpu") if how == "unscheduled" or c.compute],
+)
 def test_interpreter(case: Case, how: str) -> None:
-    if how != "unscheduled" and case.compute is None:
-        pytest.skip("written in loop IR, there is no schedule")
     run(case, None if how == "unscheduled" else cpu(case, FIXED) if how == "cpu" else gpu(case), interpret)
 
 
-@BY_NAME
+@SCHEDULED
 @pytest.mark.parametrize("caps", [backends.WASM, Capabilities(vector_bits=512, registers=32)], ids=["128", "512"])
 def test_interpreter_other_widths(case: Case, caps: Capabilities) -> None:
     """A schedule is written for any number of lanes; the passed functions are interpreted, vectors included."""
-    if case.compute is None:
-        pytest.skip("written in loop IR, there is no schedule")
     from luthier.schedules.select import build_kernel
 
     run(case, cpu(case, caps), lambda f, a, s: interpret(build_kernel(f, caps), a, s))

@@ -11,17 +11,10 @@ if _ROOT not in sys.path:
     sys.path.append(_ROOT)
 
 
-# modules whose tests do not run compiled yet, and why
-NOT_COMPILED: dict[str, str] = {}
-
-
 @pytest.fixture(autouse=True, params=["interpreted", pytest.param("compiled", marks=pytest.mark.slow)])
 def how(request: pytest.FixtureRequest) -> Iterator[None]:
     from tests.ops import check
 
     check.COMPILED = request.param == "compiled"
-    reason = NOT_COMPILED.get(request.module.__name__.rpartition(".")[2])
-    if check.COMPILED and reason:
-        pytest.skip(reason)
     yield
     check.COMPILED = False

@@ -48,6 +48,7 @@ def test_real_transforms():
 def test_stft():
     check_op("STFT", [fl(2, 40, 1), i64(5), np.hanning(16).astype(np.float32), i64(16)], const=(1, 3), rtol=1e-4, atol=1e-4)
     check_op("STFT", [fl(2, 40, 1), i64(5), None, i64(11)], {"onesided": 0}, const=(1, 3), rtol=1e-4, atol=1e-4)
+    check_op("STFT", [fl(2, 40), i64(5), np.hanning(16).astype(np.float32), i64(16)], const=(1, 3), rtol=1e-4, atol=1e-4)
 
 
 def test_mel_weights():

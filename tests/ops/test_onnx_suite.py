@@ -24,11 +24,8 @@ IGNORED = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["interpreted"], indirect=True)  # tests/conformance runs the suite compiled
 def test_every_case_passes_or_is_listed(how: None) -> None:
-    from tests.ops import check
-
-    if check.COMPILED:
-        pytest.skip("tests/conformance runs the suite compiled")
     wrong: list[str] = []
     passed = 0
     with warnings.catch_warnings():

@@ -88,7 +88,7 @@ def test_legalize_packed_bool_and_bytes(golden: Golden) -> None:
     n = var("n", lo=1)
     x, b, y = Buffer.of("X", i8, (n,), writable=False), Buffer.of("B", i64, (n,), writable=False), Buffer.of("Y", boolean, (n,))
     f = Func("neg", (x, b, y, n), each(n, lambda i: Store(y, (i,), cast(x[i], i64) < b[i]), "parallel"))
-    g = before_after(golden, "legalize_wgsl", f, lambda q: legalize_dtype(q, WGSL_RULES))
+    g = before_after(golden, "legalize_wgsl", f, lambda q: legalize_dtype(q, WGSL_RULES, narrow={"B"}))
     xs, bs = np.array([3, -4, 5, 127, -128, 0], np.int8), np.array([0, 0, 9, -(1 << 20), 1, 1], np.int64)
     out = np.full(2, 0xFFFFFFFF, np.uint32)
     run_func(g, {"X": np.frombuffer(xs.tobytes() + b"\0\0", np.uint32), "B": bs.view(np.uint32), "Y": out}, {"n": 6})
@@ -128,12 +128,20 @@ def test_half_conversions_are_exact_for_every_value() -> None:
             assert np.isnan(got[nan].view(dt).astype(np.float32)).all()
 
 
-def test_legalize_refuses_f64_where_there_is_none() -> None:
+def test_legalize_carries_64_bits_as_two_words() -> None:
+    """Nothing is known about B, and a target without f64: the interpreter runs what comes out, on words."""
     from luthier.ir.dtypes import f64
 
-    y = Buffer.of("Y", f64, (1,))
-    with pytest.raises(CompilationError, match="f64"):
-        legalize_dtype(Func("f", (y,), Store(y, (const(0),), const(0, f64))), WGSL_RULES)
+    b, x, y, z = Buffer.of("B", i64, (4,)), Buffer.of("X", f64, (4,)), Buffer.of("Y", i64, (4,)), Buffer.of("Z", f64, (4,))
+    i = var("i", lo=0, hi=3)
+    body = block(Store(y, (i,), b[i] * 3 - 5), Store(z, (i,), x[i] * cast(b[i], f64)))
+    g = legalize_dtype(Func("f", (b, x, y, z), For(i, const(0), const(4), "serial", body)), WGSL_RULES)
+    assert {p.dtype for p in g.buffers} == {u32}
+    bs, xs = np.array([2**40 + 1, -(2**62), 5, -1], np.int64), np.array([1 / 3, 1e-300, -2.5, np.inf])
+    ys, zs = np.zeros(8, np.uint32), np.zeros(8, np.uint32)
+    run_func(g, {"B": bs.view(np.uint32), "X": xs.view(np.uint32), "Y": ys, "Z": zs})
+    with np.errstate(all="ignore"):
+        assert ys.view(np.int64).tolist() == (bs * 3 - 5).tolist() and zs.view(np.float64).tolist() == (xs * bs).tolist()
 
 
 # ---------------------------------------------------------------- lower_subbyte

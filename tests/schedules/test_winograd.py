@@ -82,13 +82,18 @@ def model(n: int, c: int, h: int, w: int, k: int, pads: tuple[int, ...], rng: np
     return helper.make_model(g, opset_imports=[helper.make_opsetid("", 20)]), {"x": x, "r": r}, np.maximum(y + r, 0)
 
 
+def kernels_of(proto: onnx.ModelProto) -> int:
+    """How many kernels the convolution becomes where the second-level cache has 512 KB (this machine's own may hold more)."""
+    return sum(name.startswith("conv") for name in luthier.compile(proto, target="cpu:x86-64-v3").manifest["kernels"])
+
+
 @pytest.mark.parametrize(("shape", "kernels"), [((1, 64, 14, 14, 32), 3), ((2, 32, 15, 22, 64), 3), ((1, 128, 7, 7, 128), 3), ((1, 32, 90, 120, 32), 1)], ids=str)
 @pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 0, 0, 0), (0, 1, 2, 1)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled(shape: tuple[int, ...], kernels: int, pads: tuple[int, ...], threads: int, rng: np.random.Generator) -> None:
     proto, feeds, ref = model(*shape, pads, rng)
+    assert kernels_of(proto) == kernels
     m = luthier.compile(proto, threads=threads)
-    assert sum(q.startswith("conv") for q in m.manifest["kernels"]) == kernels
     err = np.abs(m.run(feeds)["y"] - ref).max() / np.abs(ref).max()
     assert err < 5e-6  # stated for m = 4: 2.2e-6 at 256 channels
 
@@ -113,6 +118,6 @@ def test_a_batch_known_at_run_time(shape: tuple[int, ...], kernels: int, rng: np
         proto, feeds, ref = model(n, *shape[1:], (1, 1, 1, 1), rng)
         for v in (*proto.graph.input, *proto.graph.output):
             v.type.tensor_type.shape.dim[0].dim_param = "N"
+        assert kernels_of(proto) == kernels
         m = luthier.compile(proto, threads=2)
-        assert sum(q.startswith("conv") for q in m.manifest["kernels"]) == kernels
         assert np.abs(m.run(feeds)["y"] - ref).max() / np.abs(ref).max() < 5e-6

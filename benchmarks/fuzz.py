@@ -1,0 +1,234 @@
+"""Mutated ONNX and GGUF files through the compiler: ``python -m benchmarks.fuzz --count 20000``.
+
+A mutant is made of a small model (:mod:`benchmarks.fuzz_models`, or one of the ONNX suite's node tests) by one to three edits, of its structure
+or its bytes (:mod:`benchmarks.fuzz_mutate`). Workers with a limit of memory compile it, run it on random inputs and ask onnxruntime; one that
+dies or takes too long is replaced. Every result is a line of ``RESULTS``: started again, a run goes on where it stopped. What is found is shrunk
+(edits left out, then ``luthier reduce`` for models) and kept beside the results; ``--report`` writes the table again.
+
+Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
+are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fuzz_models import WEIGHTS_FILE, weights_file
+from benchmarks.fuzz_mutate import apply, mutant
+
+FAULTS = ("crash", "hang", "internal")
+RESULTS = Path("build/fuzz")
+COMMAND = ["-m", "benchmarks.fuzz_worker"]
+Result = dict[str, Any]
+
+
+class Worker:
+    """One process that tries mutants, replaced when it ends or takes longer than ``timeout`` seconds."""
+
+    def __init__(self, folder: Path, megabytes: int = 6000, timeout: float = 30.0, peer: bool = True) -> None:
+        self.folder, self.megabytes, self.timeout, self.peer = folder, megabytes, timeout, peer
+        self.process: subprocess.Popen[bytes] | None = None
+        (folder / WEIGHTS_FILE).write_bytes(weights_file())
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> int:
+        """Ends the process; its status."""
+        p, self.process = self.process, None
+        if p is None:
+            return 0
+        status = p.poll()
+        p.kill()
+        p.wait()
+        for stream in (p.stdin, p.stdout):
+            if stream is not None:
+                stream.close()
+        return p.returncode if status is None else status
+
+    def _line(self) -> Result | str:
+        """An answer, or ``crash`` or ``hang``."""
+        assert self.process is not None and self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
+        if not ready:
+            self.stop()
+            return "hang"
+        text = self.process.stdout.readline()
+        if text:
+            return dict(json.loads(text))
+        self.process.wait()
+        return "crash"
+
+    def attempt(self, data: bytes, suffix: str, checked: bool = False) -> Result:
+        """What became of a file with these contents. ``checked``: kernels check every access; one that is outside is a fault as well."""
+        if self.process is None:
+            self.process = subprocess.Popen([sys.executable, *COMMAND, str(self.megabytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        path = self.folder / f"mutant{suffix}"
+        path.write_bytes(data)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"path": str(path), "peer": self.peer, "checked": checked}).encode() + b"\n")
+        first = self._line()
+        if isinstance(first, str):
+            status = self.stop()
+            return {"outcome": first, "signature": f"{first} {status if first == 'crash' else ''}", "detail": f"status {status}"}
+        second = self._line()
+        if isinstance(second, str):
+            self.stop()
+            second = {"peer": "dies" if second == "crash" else "hangs"}
+        return {**first, **second}
+
+    def try_edits(self, base: str, kind: str, edits: Sequence[int], checked: bool = False) -> Result:
+        data, done = apply(base, kind, edits)
+        return {**self.attempt(data, ".gguf" if base.endswith(".gguf") else ".onnx", checked), "edits": done}
+
+
+def shrunk(worker: Worker, base: str, kind: str, edits: Sequence[int], found: Result, checked: bool) -> list[int]:
+    """As few of the edits as still give the same fault."""
+    left = list(edits)
+    for e in list(left):
+        fewer = [x for x in left if x != e]
+        if fewer and worker.try_edits(base, kind, fewer, checked).get("signature") == found["signature"]:
+            left = fewer
+    return left
+
+
+def one(worker: Worker, seed: int, number: int) -> Result:
+    """Mutant ``number``: tried, and shrunk where it is a fault."""
+    base, kind, edits = mutant(seed, number)
+    checked = number % 4 == 3
+    result = worker.try_edits(base, kind, edits, checked)
+    if result["outcome"] == "hang":  # or the machine was busy: once more, with four times as long
+        worker.timeout *= 4
+        result = worker.try_edits(base, kind, edits, checked)
+        worker.timeout /= 4
+    if result["outcome"] in FAULTS:
+        left = shrunk(worker, base, kind, edits, result, checked)
+        if left != edits:
+            edits, result = left, worker.try_edits(base, kind, left, checked)
+    return {"number": number, "base": base, "kind": kind, "chosen": edits, **result}
+
+
+def run(seed: int, numbers: Iterable[int], jobs: int, out: Path | None = None, **limits: Any) -> list[Result]:
+    """All of ``numbers``; each result is appended to ``out`` as it comes."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for n in numbers:
+        waiting.put(n)
+    results: list[Result] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as folder, Worker(Path(folder), **limits) as worker:
+            while True:
+                try:
+                    n = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                result = one(worker, seed, n)
+                with lock:
+                    results.append(result)
+                    if out is not None:
+                        with out.open("a", encoding="utf-8") as f:
+                            f.write(json.dumps(result) + "\n")
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return results
+
+
+def read_results(path: Path) -> list[Result]:
+    """A last line that was cut short is left out."""
+    out = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                out.append(dict(json.loads(line)))
+            except ValueError:
+                continue
+    return out
+
+
+def family(result: Result) -> str:
+    base = str(result["base"])
+    return "ONNX suite" if base.startswith("suite/") else base
+
+
+def table(results: Sequence[Result], seed: int) -> str:
+    """The results as Markdown."""
+    columns = ("refused", "ran", "compiled", *FAULTS)
+    lines = [
+        f"Seed {seed}, {len(results)} mutants. *agrees*, *differs*: of those that ran, where onnxruntime ran them too.", "",
+        "| model | mutants | " + " | ".join(columns) + " | agrees | differs |", "|---|---|" + "---|" * (len(columns) + 2),
+    ]  # fmt: skip
+    names = sorted({family(r) for r in results})
+    for name in [*names, "all"]:
+        mine = [r for r in results if name in (family(r), "all")]
+        outcomes, peers = Counter(r["outcome"] for r in mine), Counter(r.get("peer") for r in mine)
+        lines.append(f"| {name} | {len(mine)} | " + " | ".join(str(outcomes[c]) for c in columns) + f" | {peers['agrees']} | {peers['differs']} |")
+    died = Counter(r.get("peer") for r in results)
+    lines += ["", f"onnxruntime itself died of {died['dies']} and hung on {died['hangs']} of them."]
+    found: dict[str, list[Result]] = {}
+    for r in results:
+        if r["outcome"] in FAULTS:
+            found.setdefault(str(r["signature"]), []).append(r)
+    if found:
+        lines += ["", "Faults, by what they end in:", ""]
+        for text, rows in sorted(found.items(), key=lambda kv: -len(kv[1])):
+            lines.append(f"* {len(rows)} x `{text[:200]}` (first: {rows[0]['number']}, {', '.join(rows[0]['edits'])} of {family(rows[0])})")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--megabytes", type=int, default=6000, help="address space of a worker")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for a mutant")
+    parser.add_argument("--again", choices=("faults", "differs"), help="try only what was found before, and replace those results")
+    parser.add_argument("--only", type=int, help="try this mutant alone and print what happens")
+    parser.add_argument("--report", type=Path, help="write the table to this file")
+    given = parser.parse_args()
+    limits = {"megabytes": given.megabytes, "timeout": given.timeout}
+    if given.only is not None:
+        with tempfile.TemporaryDirectory() as folder, Worker(Path(folder), **limits) as worker:
+            print(json.dumps(one(worker, given.seed, given.only), indent=1))
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    out = given.folder / f"results-{given.seed}.jsonl"
+    known = read_results(out)
+    if given.again:
+        stale = {r["number"] for r in known if (r["outcome"] in FAULTS if given.again == "faults" else r.get("peer") == "differs")}
+        known = [r for r in known if r["number"] not in stale]
+        out.write_text("".join(json.dumps(r) + "\n" for r in known), encoding="utf-8")
+        numbers = sorted(stale)
+    else:
+        done = {r["number"] for r in known}
+        numbers = [n for n in range(given.count) if n not in done]
+    results = known + run(given.seed, numbers, given.jobs, out, **limits)
+    text = table(results, given.seed)
+    print(text)
+    if given.report is not None:
+        given.report.write_text("# Mutated models\n\n`python -m benchmarks.fuzz`: " + text, encoding="utf-8")
+    sys.exit(1 if any(r["outcome"] in FAULTS for r in results) else 0)
+
+
+if __name__ == "__main__":
+    main()
