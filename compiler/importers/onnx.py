@@ -141,6 +141,9 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
     return {_domain(o.domain): int(o.version) for o in imports}
 
 
+MAX_NODES = 200_000  # of a graph whose functions are expanded
+
+
 class _Importer:
     def __init__(
         self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview], overridable: Overridable = None,
@@ -169,6 +172,8 @@ class _Importer:
         check_opsets([*opsets.items(), *((d, v) for f in self.model.functions for d, v in _opsets(f.opset_import).items())])
         if opsets.get("", 1) > newest:
             raise UnsupportedOperator(f"the model uses opset {opsets['']}, this version knows opsets up to {newest}")
+        if self.functions and (total := self._expanded(g.node, {})) > MAX_NODES:
+            raise InvalidModel(f"functions that call functions expand to {total} nodes, {MAX_NODES} at most are compiled", hint="export the model without nested functions")
         scope = _Scope(None, opsets, "")
         constants = self._initializers(g, scope)
         unknown = set(self.shapes) - {i.name for i in g.input}
@@ -586,6 +591,17 @@ class _Importer:
         raise InvalidModel("a Constant without a value")
 
     # ---------------------------------------------------------------- functions
+
+    def _expanded(self, nodes: Iterable[NodeProto], known: dict[Any, int]) -> int:
+        """How many nodes these are with the model's functions expanded; ``known``: of functions counted before."""
+        total = 0
+        for n in nodes:
+            key = (_domain(n.domain), n.op_type, getattr(n, "overload", ""))
+            if key in self.functions and key not in known:
+                known[key] = 0  # one that calls itself is refused when it is expanded
+                known[key] = self._expanded(self.functions[key].node, known)
+            total += 1 + known.get(key, 0) + sum(self._expanded(g.node, known) for a in n.attribute for g in (a.g, *a.graphs))
+        return total
 
     def _expand_function(self, n: NodeProto, inputs: list[Any_ | None], scope: _Scope) -> bool:
         """Inline the function that defines ``n``; False when ``n`` has an Op of its own."""
