@@ -226,6 +226,8 @@ class Resize(Op):
             raise shape_error(node, f"unknown mode {mode!r}")
         if how not in MODES:
             raise shape_error(node, f"unknown coordinate_transformation_mode {how!r}")
+        if (rounding := self.attr(node, "nearest_mode", "round_prefer_floor")) not in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
+            raise shape_error(node, f"unknown nearest_mode {rounding!r}")
         x = need(node, 0)
         if mode != "nearest" and not (x.dtype.is_float or x.dtype.is_int):
             raise type_error(node, "interpolation takes numbers")
