@@ -11,6 +11,7 @@ from luthier.ir.op import op
 from luthier.ir.ops.common import Array, need, shape_error, unsupported
 from luthier.ir.ops.transformer import Composite, Steps
 
+MOST = 1 << 24  # places
 END = np.iinfo(np.int64).max
 
 
@@ -27,10 +28,14 @@ class TfIdfVectorizer(Composite):
             raise unsupported(node, "n-grams of strings are not supported: no target computes with them")
         starts = [int(v) for v in node.attrs["ngram_counts"]]
         places = np.array(node.attrs["ngram_indexes"], np.int64)
+        if not len(places) or not 0 <= places.min() <= places.max() < MOST:
+            raise shape_error(node, f"ngram_indexes must lie in 0 to {MOST - 1}")
+        if not 0 <= int(node.attrs["max_skip_count"]) <= 256:
+            raise unsupported(node, f"max_skip_count is {node.attrs['max_skip_count']}, at most 256 is supported")
         out, first = [], 0
         for k, (lo, hi) in enumerate(zip(starts, [*starts[1:], len(pool)], strict=True)):
             n = k + 1
-            if lo > hi or (hi - lo) % n or first + (hi - lo) // n > len(places):
+            if not 0 <= lo <= hi or (hi - lo) % n or first + (hi - lo) // n > len(places):
                 raise shape_error(node, f"ngram_counts {starts} do not fit {len(pool)} elements and {len(places)} indexes")
             count = (hi - lo) // n
             if int(node.attrs["min_gram_length"]) <= n <= int(node.attrs["max_gram_length"]) and count:
@@ -44,10 +49,11 @@ class TfIdfVectorizer(Composite):
             raise shape_error(node, "TfIdfVectorizer takes [C] or [N, C] of integers")
         mode = node.attrs["mode"]
         mode = mode.decode() if isinstance(mode, bytes) else mode
+        grams = self.grams(node)
         size = int(np.max(node.attrs["ngram_indexes"])) + 1
         rows = x if x.rank == 2 else s("Unsqueeze", x, s.const([0]))
         counts, places = [], []
-        for n, pool, where in self.grams(node):
+        for n, pool, where in grams:
             total: Value | None = None
             for apart in range(1, 2 + (int(node.attrs["max_skip_count"]) if n > 1 else 0)):
                 c = self.count(s, rows, pool, n, apart)

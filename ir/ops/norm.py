@@ -97,6 +97,8 @@ class RowNorm(Op):
         a = self.axis(node)
         for i in (self.scale, self.bias, *self.extra):
             v = node.input(i)
+            if v is not None and not v.dtype.is_float:
+                raise type_error(node, f"input {i} ({v.name}) should be floats")
             if v is not None and (len(whole := broadcast(node, x.shape, v.shape)) != x.rank or any(differ(d, e) for d, e in zip(whole, x.shape, strict=True))):
                 raise shape_error(node, f"input {i} does not broadcast to the first one")
         stat = TensorType.of(wide(x.dtype), (*x.shape[:a], *(1,) * (x.rank - a)))

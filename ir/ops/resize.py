@@ -114,7 +114,7 @@ def source(d: Dim, o: Expr, mode: str) -> Expr:
         span = (b - a) * (n - one)
         return select(width.eq(one), span * num(0.5), x * span / select(width.eq(one), one, width - one)) + a * (n - one)
     if mode == "pytorch_half_pixel":
-        return select(width.eq(one), num(-0.5), over(x + num(0.5)) - num(0.5))
+        return select(width.eq(one), num(0), over(x + num(0.5)) - num(0.5))
     if mode == "half_pixel_symmetric":
         adjust = cast(d.out, f32) / width
         return n * num(0.5) * (one - adjust) + over(x + num(0.5)) - num(0.5)
@@ -226,6 +226,8 @@ class Resize(Op):
             raise shape_error(node, f"unknown mode {mode!r}")
         if how not in MODES:
             raise shape_error(node, f"unknown coordinate_transformation_mode {how!r}")
+        if (rounding := self.attr(node, "nearest_mode", "round_prefer_floor")) not in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
+            raise shape_error(node, f"unknown nearest_mode {rounding!r}")
         x = need(node, 0)
         if mode != "nearest" and not (x.dtype.is_float or x.dtype.is_int):
             raise type_error(node, "interpolation takes numbers")
