@@ -64,6 +64,7 @@ def infer_node(node: Node) -> Node:
             if (n := prod(s.attr if s.op == "const" else 1 for s in t.shape)) > MAX_ELEMENTS:
                 raise ShapeError(f"a tensor of {n} elements or more", hint="nothing holds so many: look at the extents that its shape is computed from")
         contents = o.content(node)
+        node.outputs[0].limits = o.limits(node)
     except LuthierError as e:
         shapes = {v.name: tuple(v.shape) for v in node.inputs if v is not None}
         raise e.at(node=node.name, op=node.op, shapes=shapes) from None

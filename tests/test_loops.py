@@ -13,7 +13,7 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 
 import luthier
-from luthier.errors import KernelError, LuthierError
+from luthier.errors import InvalidModel, KernelError, LuthierError
 from tests.test_open_extents import webgpu_device
 
 Array = np.ndarray[Any, Any]
@@ -203,3 +203,10 @@ def test_a_loop_in_a_loop(target: str) -> None:
         for want, got in zip(run_onnxruntime(proto, feeds), module.run(feeds).values(), strict=True):
             assert got.shape == want.shape
             np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_loop_that_never_ends_is_refused() -> None:
+    body = h.make_graph([h.make_node("Identity", ["c"], ["d"])], "body", [info("i", T.INT64, []), info("c", T.BOOL, [])], [info("d", T.BOOL, []), info("i", T.INT64, [])])
+    g = h.make_graph([h.make_node("Loop", ["", "on"], ["rows"], body=body)], "g", [], [info("rows", T.INT64, None)], [nh.from_array(np.array(True), "on")])
+    with pytest.raises(InvalidModel, match="never ends"):
+        luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=10))
