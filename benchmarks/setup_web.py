@@ -27,7 +27,8 @@ TESTS = {
     "typescript": "7.0.2",
     "jsdom": "26.1.0",  # the last one for Node 20
     "deno": "2.9.6",
-    "@huggingface/tokenizers": "0.2.0",  # what packages of language models depend on
+    "@huggingface/tokenizers": "0.2.0",  # what packages of language models depend on, as the next
+    "@huggingface/jinja": "0.5.11",
     "webgpu": "0.6.2",  # Dawn
 }
 PEERS = {

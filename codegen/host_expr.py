@@ -11,12 +11,25 @@ from collections.abc import Callable
 from typing import Any
 
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr
+from luthier.ir.expr import Expr, tree_size
+from luthier.ir.program import Program
 
 _SAME = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "min": "min", "max": "max", "lt": "<", "le": "<=", "eq": "==",
     "ne": "!=", "select": "?", "rem": "trunc%", "neg": "neg", "abs": "abs", "floor": "floor", "ceil": "ceil",
 }  # fmt: skip
+
+
+MAX_TREE = 100_000  # nodes of an extent that a host writes out
+
+
+def check_extents(program: Program) -> None:
+    """Extents are written out as trees, so that arithmetic which shares its parts again and again would never end.
+
+    Raises CompilationError."""
+    for b in (*program.outputs, *program.buffers):
+        if sum(map(tree_size, b.shape)) > MAX_TREE:
+            raise CompilationError(f"the extents of {b.name} are an expression of more than {MAX_TREE} operations", hint="pin the dimensions with shapes= or --shape")
 
 
 def host_expr(e: Expr, name: Callable[[Expr], str], load: Callable[[Expr], Any]) -> Any:

@@ -12,7 +12,7 @@ from luthier.codegen.wasm_encoder import Function
 from luthier.codegen.wasm_layout import EXTENTS, WORDS
 from luthier.codegen.wasm_text import GLOBALS
 from luthier.ir.dtypes import i64
-from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars
+from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars, is_const, minimum
 from luthier.ir.loop import EMPTY, Buffer, Func
 from luthier.passes.plan_memory import ALIGN, byte_size
 
@@ -24,19 +24,27 @@ HUGE = (1 << 31) - 1
 KINDS = {"equal": 4, "extent": 5, "value": 6}  # of errors, see docs/web.md
 
 
-def wide(e: Expr) -> Expr:
-    """An index expression in 64 bits: sizes in bytes and amounts of work pass 2 ** 31."""
+FULL = (1 << 32) - 1  # bytes that no memory has left
+
+
+def wide(e: Expr, size: bool = False) -> Expr:
+    """An index expression in 64 bits: sizes in bytes and amounts of work pass 2 ** 31. ``size``: products stay below 2 ** 32, so that
+    none of them wraps around; what reaches that is refused."""
     if e.dtype == i64:
         return e
     if e.op == "const":
         return const(int(e.attr), i64)
     if e.op in _WIDE:
-        return binary(e.op, wide(e.args[0]), wide(e.args[1]))
+        r = binary(e.op, wide(e.args[0], size), wide(e.args[1], size))
+        return minimum(r, const(FULL, i64)) if size and e.op == "mul" and not is_const(e.args[1]) else r
     return cast(e, i64)
 
 
 class HostPrinter(KernelPrinter):
-    """What ``main`` and ``lt_bind`` share: dims are read from the table, addresses from words of memory."""
+    """What ``main`` and ``lt_bind`` share: dims are read from the table, addresses from words of memory. An i64 that becomes an index
+    stays as large as it can: extents and ends of slices that no tensor has are refused or clipped, not taken modulo 2 ** 32."""
+
+    saturates = True
 
     def __init__(self, m: ProgramPrinter, name: str, params: Sequence[str] = ()) -> None:
         super().__init__(Func(name, (), EMPTY), {}, {}, m.relaxed)
@@ -149,7 +157,7 @@ class BindPrinter(HostPrinter):
             """The word gets the address, ``length`` the bytes; what follows begins at the next multiple of 64."""
             self.low_word(word, at)
             n = self.local("i64")
-            self.emit(wide(size) if size is not None else const(0, i64))
+            self.emit(wide(size, True) if size is not None else const(0, i64))
             c.set(n)
             if length is not None:
                 self.low_word(length, n)

@@ -35,6 +35,8 @@ def signed(d: DType) -> bool:
 class Emitter:
     """State of one function: its code, its locals and where variables live. ``_Vector`` and ``_Func`` build on it."""
 
+    saturates = False  # an i64 that becomes an index: the nearest one, instead of its lower half
+
     def __init__(self, name: str, relaxed: bool) -> None:
         self.name, self._relaxed = name, relaxed
         self.regs: dict[str, int | list[int]] = {}  # register variables
@@ -501,6 +503,16 @@ class Emitter:
             if st == "i32" and dt == "i64":
                 c.op("i64.extend_i32_s" if signed(s) else "i64.extend_i32_u")
             elif st == "i64" and dt == "i32":
+                if d.is_index and self.saturates:
+                    for rel, limit in (("lt_s", (1 << 31) - 1), ("gt_s", -(1 << 31))):
+                        n = self.local("i64")
+                        c.op("local.tee", n)
+                        c.const("i64", limit)
+                        c.get(n)
+                        c.const("i64", limit)
+                        c.op(f"i64.{rel}")
+                        c.op("select")
+                        self.release("i64", n)
                 c.op("i32.wrap_i64")
             if dt == "i32" and (d.bits < s.bits or signed(s) != signed(d)) and not s.is_bool:
                 self.normalize(d)

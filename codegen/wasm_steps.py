@@ -111,14 +111,14 @@ class MainPrinter(HostPrinter):
                 at = m.memory.pointer_word(name)
                 c.const("i32", at)
                 c.const("i32", at + 4)
-                self.emit(wide(size))
+                self.emit(wide(size, True))
                 c.const("i32", m.name(name))
                 self.call_to("grow")
             for _, b in s.outputs:
                 at = m.memory.outputs[b.name]
                 for k, e in enumerate(b.shape):
                     self.set_word(at + EXTENTS + 4 * k, lambda e=e: self.emit(e))  # type: ignore[misc]
-                size = wide(byte_size(b.dtype, b.size()))
+                size = wide(byte_size(b.dtype, b.size()), True)
                 c.const("i32", at)
                 c.const("i32", at + 8)
                 self.emit(size)

@@ -31,10 +31,7 @@ fn w__mul(a: W__64, b: W__64) -> W__64 {
     return W__64(p.x, p.y + a.x * b.y + a.y * b.x);
 }
 fn w__neg(a: W__64) -> W__64 { return w__sub(W__64(0u, 0u), a); }
-fn w__size(a: W__64) -> W__64 {
-    if (a.y >= 2147483648u) { return w__neg(a); }
-    return a;
-}
+fn w__size(a: W__64) -> W__64 { return select(a, w__neg(a), a.y >= 2147483648u); }
 fn w__and(a: W__64, b: W__64) -> W__64 { return a & b; }
 fn w__or(a: W__64, b: W__64) -> W__64 { return a | b; }
 fn w__xor(a: W__64, b: W__64) -> W__64 { return a ^ b; }
@@ -46,16 +43,16 @@ fn w__ule(a: W__64, b: W__64) -> bool { return !w__ult(b, a); }
 fn w__ilt(a: W__64, b: W__64) -> bool { return w__ult(a ^ W__64(0u, 2147483648u), b ^ W__64(0u, 2147483648u)); }
 fn w__ile(a: W__64, b: W__64) -> bool { return !w__ilt(b, a); }
 fn w__left(a: W__64, n: u32) -> W__64 {
-    if (n == 0u) { return a; }
-    if (n >= 64u) { return W__64(0u, 0u); }
-    if (n >= 32u) { return W__64(0u, a.x << (n - 32u)); }
-    return W__64(a.x << n, (a.y << n) | (a.x >> (32u - n)));
+    let k = n & 31u;
+    let low = a.x << k;
+    let r = select(W__64(low, (a.y << k) | ((a.x >> 1u) >> (31u - k))), W__64(0u, low), n >= 32u);
+    return select(r, W__64(0u, 0u), n >= 64u);
 }
 fn w__right(a: W__64, n: u32) -> W__64 {
-    if (n == 0u) { return a; }
-    if (n >= 64u) { return W__64(0u, 0u); }
-    if (n >= 32u) { return W__64(a.y >> (n - 32u), 0u); }
-    return W__64((a.x >> n) | (a.y << (32u - n)), a.y >> n);
+    let k = n & 31u;
+    let high = a.y >> k;
+    let r = select(W__64((a.x >> k) | ((a.y << 1u) << (31u - k)), high), W__64(high, 0u), n >= 32u);
+    return select(r, W__64(0u, 0u), n >= 64u);
 }
 fn w__by(n: W__64) -> u32 { return select(64u, n.x, n.y == 0u); }
 fn w__shl(a: W__64, n: W__64) -> W__64 { return w__left(a, w__by(n)); }
@@ -118,15 +115,16 @@ fn w__i_near(a: W__64) -> i32 {
 fn w__u_near(a: W__64) -> i32 { return select(2147483647i, bitcast<i32>(a.x), a.y == 0u && a.x < 2147483648u); }
 fn w__jam(a: W__64, n: u32) -> W__64 {
     let r = w__right(a, n);
-    let back = w__left(r, n);
-    return W__64(r.x | select(1u, 0u, back.x == a.x && back.y == a.y), r.y);
+    let back = w__left(r, n) ^ a;
+    return W__64(r.x | min(back.x | back.y, 1u), r.y);
 }
+fn w__half(a: W__64) -> W__64 { return W__64((a.x >> 1u) | (a.y << 31u) | (a.x & 1u), a.y >> 1u); }
 fn w__pack(sign: u32, e: i32, given: W__64) -> W__64 {
-    if (e >= 2047i) { return W__64(0u, sign | 2146435072u); }
-    var m = given;
-    if (e < 1i) { m = w__jam(m, min(u32(1i - e), 64u)); }
-    m = w__right(w__add(m, W__64(511u + ((m.x >> 10u) & 1u), 0u)), 10u);
-    return w__add(W__64(m.x, m.y | sign), W__64(0u, u32(max(e, 1i) - 1i) << 20u));
+    let m = w__jam(given, u32(clamp(1i - e, 0i, 64i)));
+    let x = m.x + 511u + ((m.x >> 10u) & 1u);
+    let y = m.y + select(0u, 1u, x < m.x);
+    let r = W__64((x >> 10u) | (y << 22u), ((y >> 10u) + (u32(clamp(e, 1i, 2047i) - 1i) << 20u)) | sign);
+    return select(r, W__64(0u, sign | 2146435072u), e >= 2047i);
 }
 fn w__narrow(sign: u32, e: i32, m: W__64, odd: bool) -> f32 {
     var x = m.y | select(0u, 1u, m.x != 0u);
@@ -141,7 +139,7 @@ fn w__narrow(sign: u32, e: i32, m: W__64, odd: bool) -> f32 {
 fn w__f_of_u(a: W__64) -> W__64 {
     if ((a.x | a.y) == 0u) { return a; }
     let n = w__zeros(a);
-    return w__pack(0u, 1086i - i32(n), w__jam(w__left(a, n), 1u));
+    return w__pack(0u, 1086i - i32(n), w__half(w__left(a, n)));
 }
 fn w__f_of_i(a: W__64) -> W__64 {
     let r = w__f_of_u(w__size(a));
@@ -150,7 +148,7 @@ fn w__f_of_i(a: W__64) -> W__64 {
 fn w__f32_of_size(sign: u32, a: W__64, odd: bool) -> f32 {
     if ((a.x | a.y) == 0u) { return 0.0f; }
     let n = w__zeros(a);
-    return w__narrow(sign, 190i - i32(n), w__jam(w__left(a, n), 1u), odd);
+    return w__narrow(sign, 190i - i32(n), w__half(w__left(a, n)), odd);
 }
 fn w__u_f32(a: W__64) -> f32 { return w__f32_of_size(0u, a, false); }
 fn w__i_f32(a: W__64) -> f32 { return w__f32_of_size(a.y & 2147483648u, w__size(a), false); }
@@ -210,55 +208,37 @@ fn w__u_of_f(a: W__64) -> W__64 {
 fn w__i_of_f32(a: f32) -> W__64 { return w__i_of_f(w__f_of_f32(a)); }
 fn w__u_of_f32(a: f32) -> W__64 { return w__u_of_f(w__f_of_f32(a)); }
 fn w__feq(a: W__64, b: W__64) -> bool {
-    if (w__f_isnan(a) || w__f_isnan(b)) { return false; }
-    return (a.x == b.x && a.y == b.y) || ((a.x | b.x) == 0u && ((a.y | b.y) & 2147483647u) == 0u);
+    let same = (a.x == b.x && a.y == b.y) || ((a.x | b.x) == 0u && ((a.y | b.y) & 2147483647u) == 0u);
+    return same && !(w__f_isnan(a) || w__f_isnan(b));
 }
-fn w__flt(a: W__64, b: W__64) -> bool {
-    if (w__f_isnan(a) || w__f_isnan(b) || w__feq(a, b)) { return false; }
-    let sa = a.y >> 31u;
-    if (sa != (b.y >> 31u)) { return sa != 0u; }
-    if (sa != 0u) { return w__ult(b, a); }
-    return w__ult(a, b);
-}
+fn w__f_key(a: W__64) -> W__64 { return select(W__64(a.x, a.y + 2147483648u), w__neg(a), (a.y >> 31u) != 0u); }
+fn w__flt(a: W__64, b: W__64) -> bool { return w__ult(w__f_key(a), w__f_key(b)) && !(w__f_isnan(a) || w__f_isnan(b)); }
 fn w__fle(a: W__64, b: W__64) -> bool { return w__flt(a, b) || w__feq(a, b); }
 fn w__fneg(a: W__64) -> W__64 { return W__64(a.x, a.y ^ 2147483648u); }
 fn w__fabs(a: W__64) -> W__64 { return W__64(a.x, a.y & 2147483647u); }
 fn w__fadd(p: W__64, q: W__64) -> W__64 {
-    let nan = W__64(0u, 2146959360u);
-    if (w__f_isnan(p) || w__f_isnan(q)) { return nan; }
-    if (w__f_isinf(p)) {
-        if (w__f_isinf(q) && p.y != q.y) { return nan; }
-        return p;
-    }
-    if (w__f_isinf(q)) { return q; }
     let swap = w__ult(w__fabs(p), w__fabs(q));
     let a = select(p, q, swap);
     let b = select(q, p, swap);
-    let sign = a.y & 2147483648u;
-    var e = w__f_exponent(a);
+    let less = ((a.y ^ b.y) >> 31u) != 0u;
     let big = w__left(w__f_bits(a), 10u);
-    let small = w__jam(w__left(w__f_bits(b), 10u), min(u32(e - w__f_exponent(b)), 64u));
-    if (((a.y ^ b.y) >> 31u) == 0u) {
-        var m = w__add(big, small);
-        if ((m.y >> 31u) != 0u) {
-            m = w__jam(m, 1u);
-            e++;
-        }
-        return w__pack(sign, e, m);
-    }
-    let m = w__sub(big, small);
-    if ((m.x | m.y) == 0u) { return W__64(0u, 0u); }
-    let n = w__zeros(m) - 1u;
-    return w__pack(sign, e - i32(n), w__left(m, n));
+    let small = w__jam(w__left(w__f_bits(b), 10u), min(u32(w__f_exponent(a) - w__f_exponent(b)), 64u));
+    let sum = w__add(big, select(small, w__neg(small), less));
+    let none = (sum.x | sum.y) == 0u;
+    let up = (sum.y >> 31u) != 0u;
+    let n = select(max(w__zeros(sum), 1u) - 1u, 0u, up || !less);
+    let m = select(w__left(sum, n), w__half(sum), up);
+    let r = w__pack(a.y & 2147483648u, w__f_exponent(a) + select(0i, 1i, up) - i32(n), m);
+    let finite = select(r, W__64(0u, 0u), none && less);
+    let large = (a.y & 2146435072u) == 2146435072u;
+    let nan = w__f_isnan(a) || w__f_isnan(b) || (large && less && w__f_isinf(b));
+    return select(select(finite, a, large), W__64(0u, 2146959360u), nan);
 }
 fn w__fsub(a: W__64, b: W__64) -> W__64 { return w__fadd(a, w__fneg(b)); }
 fn w__fmul(a: W__64, b: W__64) -> W__64 {
     let sign = (a.y ^ b.y) & 2147483648u;
-    let za = ((a.y & 2147483647u) | a.x) == 0u;
-    let zb = ((b.y & 2147483647u) | b.x) == 0u;
-    if (w__f_isnan(a) || w__f_isnan(b) || (w__f_isinf(a) && zb) || (w__f_isinf(b) && za)) { return W__64(0u, 2146959360u); }
-    if (w__f_isinf(a) || w__f_isinf(b)) { return W__64(0u, sign | 2146435072u); }
-    if (za || zb) { return W__64(0u, sign); }
+    let zero = ((a.y & 2147483647u) | a.x) == 0u || ((b.y & 2147483647u) | b.x) == 0u;
+    let large = w__f_isinf(a) || w__f_isinf(b);
     var x = w__f_bits(a);
     var y = w__f_bits(b);
     let nx = w__zeros(x);
@@ -270,13 +250,12 @@ fn w__fmul(a: W__64, b: W__64) -> W__64 {
     let m2 = w__mul32(x.y, y.x);
     let mid = w__add(W__64(m1.x, 0u), w__add(W__64(m2.x, 0u), W__64(lo.y, 0u)));
     var m = w__add(w__mul32(x.y, y.y), w__add(W__64(m1.y, 0u), w__add(W__64(m2.y, 0u), W__64(mid.y, 0u))));
-    if ((lo.x | mid.x) != 0u) { m.x |= 1u; }
-    var e = w__f_exponent(a) + w__f_exponent(b) - 1023i + 22i - i32(nx) - i32(ny);
-    if ((m.y >> 31u) != 0u) {
-        m = w__jam(m, 1u);
-        e++;
-    }
-    return w__pack(sign, e, m);
+    m.x |= min(lo.x | mid.x, 1u);
+    let up = (m.y >> 31u) != 0u;
+    let e = w__f_exponent(a) + w__f_exponent(b) - 1001i - i32(nx) - i32(ny) + select(0i, 1i, up);
+    let r = select(w__pack(sign, e, select(m, w__half(m), up)), W__64(0u, sign), zero);
+    let nan = w__f_isnan(a) || w__f_isnan(b) || (large && zero);
+    return select(select(r, W__64(0u, sign | 2146435072u), large), W__64(0u, 2146959360u), nan);
 }
 fn w__fdiv(a: W__64, b: W__64) -> W__64 {
     let sign = (a.y ^ b.y) & 2147483648u;
@@ -367,8 +346,8 @@ fn w__ftrunc(a: W__64) -> W__64 {
 }
 fn w__ffloor(a: W__64) -> W__64 {
     let t = w__ftrunc(a);
-    if ((a.y >> 31u) == 0u || w__feq(t, a) || w__f_isnan(a)) { return t; }
-    return w__fadd(t, W__64(0u, 3220176896u));
+    let down = (a.y >> 31u) != 0u && (t.x != a.x || t.y != a.y) && !w__f_isnan(a);
+    return w__fadd(t, W__64(0u, select(2147483648u, 3220176896u, down)));
 }
 fn w__fceil(a: W__64) -> W__64 { return w__fneg(w__ffloor(w__fneg(a))); }
 fn w__fround(a: W__64) -> W__64 {

@@ -15,7 +15,7 @@ from luthier.codegen.sharing import resolve
 from luthier.codegen.steps import DEFAULT
 from luthier.codegen.target import Target, parse_target
 from luthier.errors import LuthierError
-from luthier.ir.expr import Expr, const, free_vars, substitute, walk
+from luthier.ir.expr import Expr, const, free_vars, substitute, tree_size, walk
 from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.module import Module
@@ -179,11 +179,14 @@ def _default(program: Program, b: Buffer, offsets: Mapping[str, int]) -> dict[st
     return {"default": {"offset": offsets[DEFAULT + b.name], "bytes": -(-a.size * b.dtype.bits // 8), "shape": list(a.shape)}}
 
 
+MAX_FORMULA = 100_000  # nodes
 _OPS = {"add": "+", "sub": "-", "mul": "*", "min": "min", "max": "max", "floordiv": "//", "mod": "%"}
 
 
 def formula(e: Expr) -> Any:
-    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else."""
+    """An index expression as JSON: a number, the name of a dim, or [operator, left, right]; 0 for anything else, or too long to write out."""
+    if tree_size(e) > MAX_FORMULA:
+        return 0
     if e.op == "const":
         return int(e.attr)
     if e.op == "var":

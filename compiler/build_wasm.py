@@ -10,6 +10,7 @@ import numpy as np
 
 from luthier import settings
 from luthier.build import manifest
+from luthier.codegen.host_expr import check_extents
 from luthier.codegen.target import Target
 from luthier.codegen.target_wasm import BASELINE, CAPS
 from luthier.codegen.wasm_encoder import Function, Module
@@ -37,6 +38,7 @@ def build_module(
     or temporaries that would change are the same in all variants.
     Raises CompilationError naming the nodes of the kernel at fault, TargetError."""
     variant = target.name.partition(":")[2] or "relaxed"
+    check_extents(program)
     try:
         printer = ProgramPrinter(program)
         first = _print(printer, variant)

@@ -6,6 +6,7 @@ from typing import Any
 
 from luthier import settings
 from luthier.build import manifest
+from luthier.codegen.host_expr import check_extents
 from luthier.codegen.target import Target
 from luthier.codegen.webgpu import GpuProgram, build_webgpu
 from luthier.codegen.webgpu_features import STANDARD
@@ -19,6 +20,7 @@ __all__ = ["build_module"]
 
 def build_module(program: Program, target: Target, threads: int | None = None) -> WebGpuModule:
     """Raises CompilationError, naming node and operator, for what WebGPU cannot compute."""
+    check_extents(program)
     g = build_webgpu(program)
     info = manifest(program, target, g.calls, int(g.blob.size), g.defaults)
     _dump(g, program)

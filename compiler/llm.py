@@ -54,6 +54,8 @@ class Sampling:
             raise InputError(f"top_k {self.top_k} must be at least 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed {self.seed} must be at least 0")
 
     def pick(self, logits: Array, rng: np.random.Generator) -> int:
         """A token by f32 logits [vocabulary]. Raises KernelError when one of them is no number, or none is finite."""
@@ -141,9 +143,11 @@ class LanguageModel:
     def feed(self, tokens: Sequence[int]) -> Array:
         """Append tokens to the sequence, in chunks; the logits f32 [vocabulary] after the last one (every row's, [n, vocabulary], where
         the model was loaded with ``all_logits``). Raises InputError for an empty list, an unknown token or a full cache."""
-        ids = np.asarray(tokens, np.int64).reshape(-1)
+        ids = np.asarray(tokens).reshape(-1)
         if not ids.size:
             raise InputError("no tokens to feed", hint="give at least one")
+        if ids.dtype.kind not in "iu":
+            raise InputError(f"tokens are whole numbers, not {ids.dtype.name}")
         if ids.min() < 0 or ids.max() >= self.vocabulary:
             bad = int(ids[(ids < 0) | (ids >= self.vocabulary)][0])
             raise InputError(f"token {bad} is outside of the vocabulary of {self.vocabulary}")
@@ -159,7 +163,7 @@ class LanguageModel:
         parts = []
         every = bool(self.about["all_logits"])
         for lo in range(0, ids.size, self.chunk):
-            part = ids[lo : lo + self.chunk]
+            part = ids[lo : lo + self.chunk].astype(np.int64)
             given = {"tokens": part, **self.given}
             if by == "pos":
                 given["pos"] = np.array([self.length], np.int64)

@@ -111,6 +111,12 @@ class Module:
 
     def __call__(self, *arrays: Any) -> tuple[Array, ...]:
         """Inputs by position; the outputs in order, as a tuple."""
+        if self._structured["inputs"] or self._structured["outputs"]:
+            owner = {port: name for name, s in self._structured["inputs"].items() for port in s["ports"]}
+            names = list(dict.fromkeys(owner.get(p.name, p.name) for p in self._ins if p.default is None))
+            if len(arrays) != len(names):
+                raise InputError(f"the module takes {len(names)} inputs ({', '.join(names)}), got {len(arrays)}")
+            return tuple(self.run(dict(zip(names, arrays, strict=True))).values())
         least = sum(p.default is None for p in self._ins)
         if not least <= len(arrays) <= len(self._ins):
             many = str(least) if least == len(self._ins) else f"{least} to {len(self._ins)}"
@@ -221,7 +227,7 @@ class Module:
                     a = _check_out(a, q, s, keep, given)
                     given.append(a)
                 elif s is not None and q.bits >= 8:
-                    a = np.empty(s, q.dtype)
+                    a = _empty(s, q)
                 if a is None:
                     outs[WORDS * j] = outs[WORDS * j + 1] = 0
                 else:
@@ -351,6 +357,14 @@ def _convert(a: Any, p: _Port) -> Array:
     if a.dtype != p.dtype:
         raise InputError(f"input {p.name} has dtype {a.dtype}, expected {p.dtype}", hint=f"convert it with .astype({p.dtype.name!r})")
     return a if a.flags.c_contiguous else np.ascontiguousarray(a)
+
+
+def _empty(shape: tuple[int, ...], q: _Port) -> Array:
+    """Memory for an output. Raises KernelError where there is none."""
+    try:
+        return np.empty(shape, q.dtype)
+    except (MemoryError, ValueError):
+        raise KernelError(f"out of memory: {math.prod(shape) * q.bits // 8} bytes for {q.name}") from None
 
 
 def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = (), outs: Sequence[Array] = ()) -> Array:

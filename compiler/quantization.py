@@ -39,7 +39,7 @@ PRECISIONS = ("f32", "f16", "bf16", "int8", "w8", "w6", "w5", "w4", "w3", "w2", 
 
 
 REDUCED = (
-    "weights of 7 bits (-63 to 63): runtimes on CPUs without VNNI add two products of bytes in 16 bits, which saturate with 8 (errors 250 times larger in onnxruntime); "
+    "weights of 7 bits (-63 to 63): runtimes on CPUs without VNNI add two products of bytes in 16 bits, which saturate with 8; "
     "--full-range (reduce_range=False) makes 8 bits, for this package and for CPUs with VNNI"
 )
 FULL = "weights of 8 bits: exact in this package; other runtimes saturate on CPUs without VNNI, --reduce-range (reduce_range=True) makes a file for them"

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from luthier.ir.dtypes import f32
-from luthier.ir.errors import LuthierError, UnsupportedOperator
+from luthier.ir.errors import LuthierError, ShapeError, UnsupportedOperator
+from luthier.ir.expr import tree_size
 from luthier.ir.graph import MAX_CONTENT, Graph, Node, TensorType, Value, all_nodes
 from luthier.ir.op import Op, lookup
 
+MAX_TREE = 5000  # nodes of the expressions of a content; longer arithmetic is done by the run, as on any other tensor
+MAX_ELEMENTS = 1 << 47  # of a tensor
 _UNKNOWN = TensorType(f32, ())
 
 
@@ -57,13 +61,16 @@ def infer_node(node: Node) -> Node:
         types = o.infer(node)
         for v, t in zip(node.outputs, types, strict=False):
             v.type = t
+            if (n := prod(s.attr if s.op == "const" else 1 for s in t.shape)) > MAX_ELEMENTS:
+                raise ShapeError(f"a tensor of {n} elements or more", hint="nothing holds so many: look at the extents that its shape is computed from")
         contents = o.content(node)
+        node.outputs[0].limits = o.limits(node)
     except LuthierError as e:
         shapes = {v.name: tuple(v.shape) for v in node.inputs if v is not None}
         raise e.at(node=node.name, op=node.op, shapes=shapes) from None
     if contents is not None:
         for v, c in zip(node.outputs, contents, strict=False):
-            if c is not None and len(c) <= MAX_CONTENT and not v.bound:
+            if c is not None and len(c) <= MAX_CONTENT and not v.bound and sum(map(tree_size, c)) <= MAX_TREE:
                 v.content = tuple(c)
     return node
 

@@ -71,6 +71,7 @@ from luthier.ir.node import (
     free_vars,
     is_const,
     make_node,
+    tree_size,
     var,
 )
 from luthier.ir.traverse import (
@@ -89,5 +90,5 @@ __all__ = [
     "before", "binary", "bitcast", "bounds", "call", "carry_nan", "cast", "collect", "compare", "const", "extract", "floordiv", "free_vars",
     "from_linear", "is_const", "land", "linear", "lnot", "load", "load_parts", "loads", "lor", "make_node", "maximum",
     "minimum", "mod", "poly_const", "proj", "prove", "ramp", "rebuild", "rejoin", "rewrite", "rewrite_loads", "select",
-    "shuffle", "substitute", "unary", "var", "vars_outside_loads", "vreduce", "walk",
+    "shuffle", "substitute", "tree_size", "unary", "var", "vars_outside_loads", "vreduce", "walk",
 ]  # fmt: skip

@@ -60,12 +60,14 @@ class TensorType:
 class Value:
     """One tensor. Compared by identity. ``data``: contents when constant; ``content``: elements as Exprs when known symbolically.
 
-    ``bound``: the content consists of symbols that the program loads from this tensor at run time (see ``content_or_symbols``)."""
+    ``bound``: the content consists of symbols that the program loads from this tensor at run time (see ``content_or_symbols``).
+    ``limits``: least and greatest element of positions counted by the model itself (Range), both taken on wherever there are elements."""
 
-    __slots__ = ("name", "type", "data", "_content", "bound")
+    __slots__ = ("name", "type", "data", "_content", "bound", "limits")
 
     def __init__(self, name: str, type: TensorType, data: np.ndarray[Any, Any] | None = None, content: tuple[Expr, ...] | None = None) -> None:
         self.name, self.type, self.data, self._content, self.bound = name, type, data, content, False
+        self.limits: tuple[Expr, Expr] | None = None
 
     @staticmethod
     def const(name: str, data: np.ndarray[Any, Any]) -> Value:

@@ -60,6 +60,25 @@ def mul_linear(a: Poly, b: Poly) -> Poly:
     return r
 
 
+MAX_TERMS = 1024  # of a product that is multiplied out
+MAX_DEGREE = 32
+
+
+def _degree(p: Poly) -> int:
+    return max(map(len, p), default=0)
+
+
+def _opaque(e: Expr) -> Expr:
+    """A product that is not multiplied out: an atom to the algebra."""
+    e._poly = {(e,): 1}
+    return e
+
+
+def is_atom(e: Expr) -> bool:
+    """Whether index algebra does not look into ``e``."""
+    return (e,) in linear(e)
+
+
 def from_linear(p: Poly) -> Expr:
     if not p:
         return const(0)
@@ -193,6 +212,8 @@ def _bounds(e: Expr) -> Bounds:
         d = e.args[1]
         dlo, dhi = bounds(d)
         return (0, None if dhi is None else max(dhi - 1, 0)) if dlo is not None and dlo >= 0 else (None, None)
+    if op == "mul" and is_atom(e):
+        return _bmul(bounds(e.args[0]), bounds(e.args[1]))
     if op in ("add", "sub", "mul"):
         lo_s: int | None = 0
         hi_s: int | None = 0
@@ -252,7 +273,10 @@ def index_binary(op: str, a: Expr, b: Expr) -> Expr:
             return a
         return from_linear(add_linear(linear(a), linear(b), 1 if op == "add" else -1))
     if op == "mul":
-        return from_linear(mul_linear(linear(a), linear(b)))
+        p, q = linear(a), linear(b)
+        if len(p) * len(q) > MAX_TERMS or _degree(p) + _degree(q) > MAX_DEGREE:  # written out it would be exponentially long
+            return _opaque(make_node("mul", index, (a, b)))
+        return from_linear(mul_linear(p, q))
     if op in ("div", "rem") and (bounds(a)[0] or 0) >= 0 and bounds(a)[0] is not None and (bounds(b)[0] or 0) > 0:
         op = "floordiv" if op == "div" else "mod"
     if op in ("floordiv", "mod"):

@@ -13,8 +13,7 @@ expm1                         3    3
 log log2 log1p                3    3     log(0) = -inf, log(x < 0) = NaN
 tanh sigmoid                  4    4     sigmoid of x < -88 (f32) may be 0
 erf                           4    4
-sin cos tan                   4    4     while |x| <= 8192 (f32), 2^26 (f64). To 2^24 (f32), 2^52 (f64): absolute error of
-                                         sin and cos <= 2^-22 (f32), 2^-50 (f64); beyond, some value in [-1, 1]
+sin cos tan                   4    4     of any finite angle; beyond 8192 (f32), 2^26 (f64) by ``large_angles``
 asin acos atan atan2          4    4
 sinh cosh asinh acosh atanh   5    5
 pow                           2    2     IEEE special cases; integers wrap, a negative exponent truncates 1 / x**n
@@ -32,8 +31,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from luthier.ir.dtypes import DType, f32, f64, i32, i64
-from luthier.ir.expr import Expr, binary, bitcast, cast, const, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, binary, bitcast, cast, const, maximum, minimum, select, unary, vreduce, walk
 from luthier.ir.intrin import PURE
+from luthier.ir.large_angles import reduce_large
 from luthier.ir.math_tables import POLY
 
 # pi/2, ln 2 and log2(e) to 160 bits and more, as integers over a power of two
@@ -130,10 +130,12 @@ def _inf(x: Expr) -> Expr:
 
 
 class Rules:
-    """The rules for a target that has the operators in ``native`` itself; ``apply(op, x)`` expands or keeps one."""
+    """The rules for a target that has the operators in ``native`` itself; ``apply(op, x)`` expands or keeps one.
 
-    def __init__(self, native: Iterable[str] = ()) -> None:
-        self.native = frozenset(native)
+    ``small``: angles are known to be at most 8192 (f32) or 2^26 (f64), see :func:`large_angles`."""
+
+    def __init__(self, native: Iterable[str] = (), small: bool = False) -> None:
+        self.native, self.small = frozenset(native), small
 
     def apply(self, op: str, *args: Expr) -> Expr:
         """``op`` of ``args``, expanded unless native; narrow floats are computed in f32 and rounded."""
@@ -324,6 +326,10 @@ class Rules:
 
     def _sincos(self, x: Expr) -> tuple[Expr, Expr, Expr]:
         r, q, k = self._reduce(x)
+        if not self.small:
+            big, finite = _large(x), _abs(x) < _inf(x)
+            far, turns = reduce_large(x)
+            r, q = select(big, select(finite, far, _nan(x)), r), select(big, turns, q)
         z = r * r
         s = r + (r * z) * _poly("sin" + k.suffix, z)
         c = ((z * z) * _poly("cos" + k.suffix, z) - z * 0.5) + 1.0
@@ -533,9 +539,24 @@ def expand_expr(e: Expr, native: Iterable[str] = ()) -> Expr:
     return rewrite(e, expander(native))
 
 
-def expander(native: Iterable[str] = ()) -> Callable[[Expr], Expr | None]:
-    """The rewrite function of :func:`expand_expr`, for passes over whole functions."""
-    rules = Rules(native)
+def _large(x: Expr) -> Expr:
+    """Whether an angle is larger than what :meth:`Rules._reduce` takes."""
+    return const(2.0**26 if _fmt(x) is _F64 else 8192.0, x.dtype) < _abs(x)
+
+
+def large_angles(e: Expr, native: Iterable[str] = ()) -> Expr | None:
+    """Whether an angle in ``e`` is so large that it takes :func:`~luthier.ir.large_angles.reduce_large`; None where there is no angle."""
+    out = None
+    for x in {t.args[0] for t in walk(e) if t.op in ("sin", "cos", "tan") and t.op not in native and t.dtype.is_float}:
+        big = _large(cast(x, f32) if x.dtype.bits < 32 else x)
+        any_lane = vreduce("or", big)
+        out = any_lane if out is None else out | any_lane
+    return out
+
+
+def expander(native: Iterable[str] = (), small: bool = False) -> Callable[[Expr], Expr | None]:
+    """The rewrite function of :func:`expand_expr`, for passes over whole functions. ``small`` as for :class:`Rules`."""
+    rules = Rules(native, small)
 
     def fn(e: Expr) -> Expr | None:
         if e.op in RULES and e.op not in rules.native and (e.dtype.is_float or e.op == "pow"):
@@ -547,4 +568,4 @@ def expander(native: Iterable[str] = ()) -> Callable[[Expr], Expr | None]:
     return fn
 
 
-__all__ = ["RULES", "Rules", "expand_op", "expand_expr", "expander"]
+__all__ = ["RULES", "Rules", "expand_op", "expand_expr", "expander", "large_angles"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 import sys
@@ -23,6 +24,8 @@ Number = int | float | bool
 UNSET: Any = object()
 MEMOS: list[dict[Any, Expr]] = []  # tables of other modules that refer to nodes: forgotten when nodes are collected
 _limit = [1_000_000]
+HUGE = 1 << 30  # nodes of a tree that nobody can write out
+KEY_LENGTH = 1000  # characters of a key as they stand; what is longer ends in a hash
 
 
 class _Build:
@@ -47,7 +50,7 @@ class Expr:
     """One node. ``op``: operator; ``dtype``: type of the value; ``args``: operands; ``attr``: what is not an operand; ``loading``:
     whether a load is inside."""
 
-    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "loading", "types", "__weakref__")
+    __slots__ = ("op", "dtype", "args", "attr", "_bounds", "_vars", "_poly", "_key", "_size", "loading", "types", "__weakref__")
     op: str
     dtype: DType
     args: tuple[Expr, ...]
@@ -56,6 +59,7 @@ class Expr:
     _vars: Any
     _poly: Any
     _key: str | None
+    _size: int
     loading: bool  # a load is inside
     types: int  # of this node and all inside, as a set (:func:`luthier.ir.dtypes.types_in`)
 
@@ -157,6 +161,8 @@ class Expr:
             else:
                 tag = self.attr.name if hasattr(self.attr, "name") else self.attr[0].name if self.op == "load" else ""
                 k = f"~{self.op}{tag}({','.join(a.key for a in self.args)})"
+                if len(k) > KEY_LENGTH:  # as a tree, an expression that shares its parts is exponentially longer than it is deep
+                    k = f"{k[:KEY_LENGTH]}#{hashlib.sha256(k.encode()).hexdigest()}"
             self._key = k
         return k
 
@@ -180,6 +186,7 @@ def make_node(op: str, dtype: DType, args: tuple[Expr, ...] = (), attr: Any = No
         e.op, e.dtype, e.args, e.attr = op, dtype, args, attr
         e._bounds = e._vars = e._poly = UNSET
         e._key = None
+        e._size = 0
         _table[k] = e
         if len(_table) > _limit[0]:
             collect()
@@ -204,7 +211,7 @@ def collect() -> None:
 
 
 def const(value: Number, dtype: DType = index) -> Expr:
-    """A constant, rounded or wrapped to ``dtype`` (broadcast when ``dtype`` has lanes)."""
+    """A constant, rounded or wrapped to ``dtype`` (broadcast when ``dtype`` has lanes); an index saturates."""
     if dtype is index and type(value) is int and -(1 << 62) < value < 1 << 62:
         return make_node("const", index, (), value)
     s = dtype.scalar
@@ -215,6 +222,8 @@ def const(value: Number, dtype: DType = index) -> Expr:
         if s is not f64 and not (math.isnan(v) or math.isinf(v)):
             with np.errstate(over="ignore"):
                 v = float(np.asarray(v).astype(s.numpy))
+    elif s.is_index:  # a size that no memory holds stays one: it never wraps around
+        v = max(-(1 << 63), min(int(value), (1 << 63) - 1))
     else:
         v = int(value)
         if s.bits < 64 or s.kind == "u" or not -(1 << 63) <= v < (1 << 63):
@@ -257,6 +266,14 @@ def bcast(a: Expr, lanes: int) -> Expr:
     if a.dtype.lanes != 1:
         raise TypeError(f"cannot broadcast {a.dtype} to {lanes} lanes")
     return make_node("bcast", a.dtype.vec(lanes), (a,))
+
+
+def tree_size(e: Expr) -> int:
+    """Nodes of ``e`` written out as a tree, which may be exponentially more than it has; from ``HUGE`` on no longer counted."""
+    n = e._size
+    if not n:
+        n = e._size = min(1 + sum([tree_size(a) for a in e.args]), HUGE)
+    return n
 
 
 def free_vars(e: Expr) -> frozenset[Expr]:

@@ -56,6 +56,10 @@ class Op:
         """Symbolic contents of small integer outputs, when those of the inputs are known (shape data-flow)."""
         return None
 
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        """``Value.limits`` of the one output."""
+        return None
+
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute | Kernel | Graph:
         """The mathematics: lets over ``ins`` that define every buffer of ``outs`` by name. A Graph means: legalised into other
         operators (same inputs and outputs, in order)."""

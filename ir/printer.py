@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from luthier.ir.expr import Expr, load_parts, loads
+from luthier.ir.expr import Expr, load_parts, loads, tree_size, var, walk
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 
 _INFIX = {
@@ -17,6 +19,8 @@ _INFIX = {
 
 
 _NAME = re.compile(r"[A-Za-z_][\w'^#]*(?:\.[\w'^#]+)*\Z")
+MAX_TREE = 20_000  # nodes that are written out as a tree
+SHARED_TREE = 8  # nodes of an operand that is worth a name
 KEYWORDS = frozenset("func for in while if else let alloc barrier call pass const true false inf nan readonly".split())
 
 
@@ -47,8 +51,31 @@ def format_const(e: Expr) -> str:
 
 
 def format_expr(e: Expr, prec: int = 0) -> str:
-    """Precedence-aware text; types appear on constants, casts, loads of nothing else."""
-    op, f = e.op, format_expr
+    """Precedence-aware text; types appear on constants, casts, loads of nothing else. Where nearly the same would be written again and
+    again, operands that occur several times are named first: ``(t0 = a // b; t1 = t0 * t0; t1 % 7)``."""
+    if tree_size(e) <= MAX_TREE:
+        return _format_tree(e, prec)
+    uses: dict[Expr, int] = {}
+    for x in walk(e):
+        for a in x.args:
+            uses[a] = uses.get(a, 0) + 1
+    names: dict[Expr, Expr] = {}
+    parts = []
+    for x in walk(e):
+        if uses.get(x, 0) > 1 and tree_size(x) > SHARED_TREE:
+            parts.append(f"t{len(names)} = {_format_tree(x, 0, names)}")
+            names[x] = var(f"t{len(names)}")
+    return f"({'; '.join([*parts, _format_tree(e, 0, names)])})"
+
+
+def _format_tree(e: Expr, prec: int, names: Mapping[Expr, Expr] = MappingProxyType({})) -> str:
+    op = e.op
+    if e in names:
+        return format_expr(names[e])
+
+    def f(a: Expr, prec: int = 0) -> str:
+        return _format_tree(a, prec, names)
+
     if op == "const":
         return format_const(e)
     if op == "var":

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from luthier.ir.expr import Expr, minimum, select
+from luthier.ir.expr import Expr, maximum, minimum, select
 
 _open: ContextVar[list[Requirement] | None] = ContextVar("requirements", default=None)
 
@@ -51,6 +51,11 @@ def assume_equal(got: Expr, want: Expr, what: str = "an extent") -> None:
 def assume_at_most(got: Expr, limit: Expr, what: str) -> None:
     """``got <= limit``."""
     assume_equal(minimum(got, limit), got, what)
+
+
+def assume_at_least(got: Expr, limit: Expr, what: str) -> None:
+    """``got >= limit``."""
+    assume_equal(got, maximum(got, limit), what)
 
 
 def assume_broadcast(a: Expr, b: Expr, what: str = "extents that broadcast") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.ir.construct import FOLDING, binary, bitcast, cast, compare, extract, load, ramp, select, shuffle, unary, vreduce
 from luthier.ir.dtypes import index
-from luthier.ir.index_algebra import Poly, from_linear, linear, mul_linear
+from luthier.ir.index_algebra import Poly, from_linear, is_atom, linear, mul_linear
 from luthier.ir.node import BINARY, COMPARE, UNARY, Expr, bcast, free_vars, make_node
 
 
@@ -110,7 +110,7 @@ def substitute(e: Expr, env: Mapping[Expr, Expr], memo: dict[Expr, Expr] | None 
         if plain and x.op != "load" and not keys & free_vars(x):
             return x
         r = memo.get(x)
-        if r is None and x.dtype is index and x.op in ("add", "sub", "mul"):  # in one step, without the sums in between
+        if r is None and x.dtype is index and x.op in ("add", "sub", "mul") and not is_atom(x):  # in one step, without the sums in between
             p: Poly = {}
             for m, c in linear(x).items():
                 if len(m) == 1:

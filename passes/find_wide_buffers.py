@@ -2,8 +2,8 @@
 
 A buffer is narrow while everything that a kernel or main stores to it is proven to fit (:mod:`luthier.passes.integer_ranges`), given that what
 they read is narrow; the proof starts with all of them narrow and ends when none is lost any more. Constants say what they hold.
-Inputs are narrow, and whoever runs the program checks them, as long as no kernel that reads one computes or copies more than 32 bits:
-an index or a mask costs nothing, a sum of inputs or a transposed input may hold anything.
+Inputs are narrow, and whoever runs the program checks them, as long as no kernel that reads one makes 64-bit integers of it: an index or a
+mask costs nothing, a sum of inputs or a transposed input may hold anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from luthier.ir.dtypes import i32, i64, u64
-from luthier.ir.expr import Expr, loads
+from luthier.ir.expr import Expr
 from luthier.ir.loop import Buffer, Call, Func, Let, Store, nodes_of, walk_stmts
 from luthier.ir.program import Program
 from luthier.passes.integer_ranges import IntegerRanges, Range, fits32, is_int64
@@ -67,7 +67,8 @@ def _param(f: Func, name: str) -> Buffer:
 
 
 def _demanding(f: Func, r: IntegerRanges) -> set[str]:
-    """Narrow parameters that would be worth more than 32 bits: the kernel computes with more anyway, or hands their elements on."""
+    """Narrow parameters that would be worth more than 32 bits: the kernel computes with more anyway, or what it stores in 64 bits is made
+    of their elements."""
     mine = {b.name for b in f.buffers if b.name in r.narrow}
     if any(r.wide(e) or (e.op == "bitcast" and is_int64(e.args[0].dtype)) for e in nodes_of(f.body)):
         return mine
@@ -75,15 +76,24 @@ def _demanding(f: Func, r: IntegerRanges) -> set[str]:
     out: set[str] = set()
     for s in walk_stmts(f.body):
         if isinstance(s, Store) and is_int64(s.buf.dtype):
-            out |= {ld.attr[0].name for v in _chosen(s.value, lets) if v.op == "load" for ld in loads(v)[:1]}
+            out |= _sources(s.value, lets)
     return out & mine
 
 
-def _chosen(e: Expr, lets: dict[Expr, Expr]) -> list[Expr]:
-    """What a value is one of."""
-    if e in lets:
-        return _chosen(lets[e], lets)
-    return _chosen(e.args[1], lets) + _chosen(e.args[2], lets) if e.op == "select" else [e]
+def _sources(e: Expr, lets: dict[Expr, Expr]) -> set[str]:
+    """Buffers of the 64-bit integers that a value is computed from."""
+    found: set[str] = set()
+    seen: set[Expr] = set()
+    todo = [e]
+    while todo:
+        x = todo.pop()
+        if x in seen or not is_int64(x.dtype):
+            continue
+        seen.add(x)
+        if x.op == "load":
+            found.add(x.attr[0].name)
+        todo += [lets[x]] if x in lets else x.args[-1:] if x.op == "load" else x.args
+    return found
 
 
 def _by_main(p: Program, root: Callable[[Buffer], str], wide: set[str], declared: dict[str, Buffer]) -> set[str]:

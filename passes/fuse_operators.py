@@ -183,6 +183,8 @@ class _Fuser:
             p = self.producer.get(v) if v is not None else None
             if v is None or p is None or not self._only(v, n) or len(p.outputs) != 1:
                 continue
+            if kind == INJECTIVE and n.inputs.count(v) > 1:  # x[x]: data that are their own indices would be looked up twice as deep a step
+                continue
             q = self.group[p]
             if q is g or p.op in _ALONE or len(q.nodes) + len(g.nodes) > MAX_NODES or any(len(m.outputs) != 1 for m in q.nodes):
                 continue

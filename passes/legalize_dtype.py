@@ -43,6 +43,7 @@ from luthier.ir.expr import (
     extract,
     load,
     load_parts,
+    loads,
     rebuild,
     select,
     shuffle,
@@ -164,6 +165,7 @@ class _Legalizer:
         self.memo: dict[Expr, Expr] = {}
         self.vars: dict[Expr, Expr] = {}
         self.bufs: dict[Buffer, Buffer] = {}
+        self.fresh: list[Expr] = []  # names of values that are stored in two words
 
     # types -------------------------------------------------------
 
@@ -455,6 +457,10 @@ class _Legalizer:
                 v = cast(v, nb.dtype.scalar)
             return Store(nb, ix, v, m)
         w = self.words(b.dtype)
+        if w == 0 and v.op != "const" and any(ld.attr[0].name == b.name for ld in loads(s.value)):  # the first word stored must not change the second
+            name = var(f"{b.name}.word~{len(self.fresh)}", v.dtype, None)
+            self.fresh.append(name)
+            return block(Let(name, v), *self.words_of(nb, ix[0], name, m, b.dtype))
         if w > 1 and b.dtype.lanes > 1:
             return self.store_words(nb, b.dtype, ix[0], v, m)
         if self.soft(b.dtype):
@@ -463,13 +469,8 @@ class _Legalizer:
             return Store(nb, ix, cast(v, nb.dtype.scalar) if self.soft(b.dtype) else v, m)
         if v.dtype.lanes > 1 and v.dtype is not PAIR:
             raise CompilationError(f"lanes stored to packed buffer {b.name}", op=self.f.name, hint="scalarize first")
-        if w == 0 and v.dtype is PAIR:
-            return block(Store(nb, (ix[0] * 2,), extract(v, 0), m), Store(nb, (ix[0] * 2 + 1,), extract(v, 1), m))
         if w == 0:
-            lo = cast(cast(v, i32), u32)
-            hi = cast(binary("shr", cast(v, i32), 31), u32) if b.dtype.is_signed else const(0, u32)
-            at = ix[0] * 2
-            return block(Store(nb, (at,), lo, m), Store(nb, (at + 1,), hi, m))
+            return block(*self.words_of(nb, ix[0], v, m, b.dtype))
         full = (1 << (32 // w)) - 1
         shift = cast(binary("mod", ix[0], w) * (32 // w), u32)
         bits = self.bits(v, full)
@@ -477,6 +478,16 @@ class _Legalizer:
             "atomic_store_bits", (nb, binary("floordiv", ix[0], w), binary("shl", const(full, u32), shift), binary("shl", bits, shift)),
         )
         return call if m is None else If(m, call)
+
+    @staticmethod
+    def words_of(nb: Buffer, i: Expr, v: Expr, m: Expr | None, d: DType) -> list[Stmt]:
+        """Both words of element ``i`` of a buffer of 64-bit elements."""
+        if v.dtype is PAIR:
+            lo, hi = extract(v, 0), extract(v, 1)
+        else:
+            lo = cast(cast(v, i32), u32)
+            hi = cast(binary("shr", cast(v, i32), 31), u32) if d.is_signed else const(0, u32)
+        return [Store(nb, (i * 2,), lo, m), Store(nb, (i * 2 + 1,), hi, m)]
 
     @staticmethod
     def bits(v: Expr, full: int) -> Expr:

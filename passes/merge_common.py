@@ -1,7 +1,7 @@
 """Merge nodes that compute the same thing.
 
 Before: ``a = Exp(x); b = Exp(x); c = Add(a, b)``. After: ``a = Exp(x); c = Add(a, a)``. Equal means: operator, inputs, attributes.
-Constants with the same small contents count as one. Random operators and control flow stay apart.
+Constants with the same small contents count as one. Random operators, control flow, and operators that find out extents stay apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.ir.graph import Graph, Node, Value, subgraphs
+from luthier.ir.graph import Graph, Node, Value, subgraphs, type_symbols
 from luthier.passes.fold_constants import NEVER
 from luthier.passes.rewrite import Context, rewrite_graph
 
@@ -34,7 +34,7 @@ def merge_common(graph: Graph) -> bool:
     seen: dict[Any, tuple[Context, Node]] = {}
 
     def rule(n: Node, ctx: Context) -> list[Value] | None:
-        if n.op in _APART or any(True for _ in subgraphs(n)) or any(v.bound for v in n.outputs):
+        if n.op in _APART or any(True for _ in subgraphs(n)) or any(v.bound for v in n.outputs) or _decides_extents(n):
             return None
         key = (n.op, len(n.outputs), tuple(_input_key(v) for v in n.inputs), tuple(sorted((k, _attr_key(a)) for k, a in n.attrs.items())))
         hit = seen.get(key)
@@ -44,6 +44,11 @@ def merge_common(graph: Graph) -> bool:
         return list(hit[1].outputs)
 
     return rewrite_graph(graph, rule)
+
+
+def _decides_extents(n: Node) -> bool:
+    """A NonZero whose count is a symbol in the shapes of others: two of them keep a symbol each."""
+    return any(str(s.attr[0]).startswith(f"{n.outputs[0].name}.") for v in n.outputs for s in type_symbols(v.type))
 
 
 def _visible(defined: Context, here: Context | None) -> bool:

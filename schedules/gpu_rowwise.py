@@ -54,7 +54,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
             return None
     free_axes = [i for i in range(len(out.axes)) if i not in rows]
     count = _count([out.axes[i].extent for i in rows])
-    if any(_length(s, n) >= LONG and _length(s, n) != UNKNOWN for n in reductions) and count <= FEW:
+    if any(_long(s.stages[n]) for n in reductions) and count <= FEW:
         if len(reductions) > 1:
             return None  # each in parts, by itself
         s = _in_parts(s, reductions[0], caps, threads)
@@ -65,7 +65,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
     across = rows[-1:] == [len(out.axes) - 1] and not is_const(out.axes[-1].extent, 1) and not any(_along(s.stages[n]) for n in reductions)
     longest = max(_length(s, n) for n in reductions)
     limit = caps.shared_bytes // ROW_SHARE
-    if across and (longest <= SHORT or (longest <= PART and count >= ENOUGH)):
+    if across and (longest <= SHORT or (longest <= PART and _count([out.axes[i].extent for i in rows], 1) >= ENOUGH)):
         limit = 0
     for n in list(pos):
         st = s.stages[n]
@@ -96,11 +96,11 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
     return _across(s, out.name, free_axes, size)
 
 
-def _count(extents: Iterable[Expr]) -> int:
-    """How many points there are; a large number where only the run knows."""
+def _count(extents: Iterable[Expr], unknown: int = UNKNOWN) -> int:
+    """How many points there are; ``unknown`` stands for an extent that only the run knows."""
     n = 1
     for e in extents:
-        n = n * e.attr if e.op == "const" else UNKNOWN
+        n = n * (e.attr if e.op == "const" else unknown)
     return n
 
 
@@ -127,6 +127,13 @@ def _in_parts(s: Schedule, name: str, caps: Capabilities, threads: int | None) -
         factor = 4 * PART if n is None else max(PART, -(-n // (PARTS * PART // 4)) * (PART // 4))
     s = stage(split(s, loop, factor), name, private=f"{loop}.0")
     return _group_per_point(s, _last_partial(s, name), caps, threads)
+
+
+def _long(st: Stage) -> bool:
+    """Whether a reduction is known to be too long for one group."""
+    assert st.reduction is not None
+    extents = [a.extent for a in st.reduction.attr[1]]
+    return all(e.op == "const" for e in extents) and _count(extents) >= LONG
 
 
 def _along(st: Stage) -> bool:
@@ -253,7 +260,7 @@ def _root(s: Schedule, caps: Capabilities, threads: int | None) -> Schedule | No
     if length <= SHORT or red.attr[2] != 1 or MONOIDS[red.attr[0]].vector is None:
         return None
     alone = not _along(st) and count >= ENOUGH  # a thread for each point is enough of them
-    if length >= LONG and length != UNKNOWN and (count <= FEW or alone) or not st.axes:
+    if (_long(st) and (count <= FEW or alone)) or not st.axes:
         s = _in_parts(s, name, caps, threads)
         return points(s, name) if alone else _group_per_point(s, name, caps, threads)
     return None if alone else _group_per_point(s, name, caps, threads)

@@ -162,23 +162,26 @@ def test_qembed_layer_normalization(target: str) -> None:
     check(target, "QEmbedLayerNormalization", arrays, [0, 1, 7], outputs=2, epsilon=1e-5)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
-@pytest.mark.parametrize("per", ["tensor", "column"])
-def test_dynamic_quantize_lstm(direction: str, per: str) -> None:
-    """onnxruntime rounds the activations to 8 bits: half a step of 1/127 or so of them reaches the gates. The weights alone must fit exactly."""
-    dirs, i, h, t, b = (2 if direction == "bidirectional" else 1), 8, 6, 5, 3
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("direction", "per", "batch"), [("forward", "tensor", 1), ("reverse", "column", 1), ("bidirectional", "column", 1), ("bidirectional", "tensor", 3)])
+def test_dynamic_quantize_lstm(direction: str, per: str, batch: int, target: str) -> None:
+    """With more than one row onnxruntime takes one scale for the rows of a thread, where each has its own here."""
+    dirs, i, h, t = (2 if direction == "bidirectional" else 1), 8, 6, 5
     shape = (dirs,) if per == "tensor" else (dirs, 4 * h)
     w, r = byte(dirs, i, 4 * h, dtype=I8), byte(dirs, h, 4 * h, dtype=I8)
-    sw, sr = (RNG.uniform(0.002, 0.004, shape).astype(F) for _ in range(2))
-    x, bias = real(t, b, i), real(dirs, 8 * h)
-    rest = [bias, None, None, None, None, sw, np.zeros(shape, I8), sr, np.zeros(shape, I8)]
-    attrs = {"hidden_size": h, "direction": direction}
-    check("cpu", "DynamicQuantizeLSTM", [x, w, r, *rest], [0], outputs=3, tol=0.03, **attrs)
-    spread = lambda q, s: (q * (s[:, None, :] if s.ndim == 2 else s[:, None, None])).transpose(0, 2, 1).astype(F)  # noqa: E731
-    exact = model("LSTM", [x, spread(w, sw), spread(r, sr), bias], [0], 3, attrs, domain="")
-    got = luthier.compile(model("DynamicQuantizeLSTM", [x, w, r, *rest], [0], 3, attrs)).run({"x0": x})
-    for a, want in zip(got.values(), session(exact).run(None, {"x0": x}), strict=True):
-        np.testing.assert_allclose(a, want, rtol=1e-5, atol=1e-5)
+    sw, sr = (RNG.uniform(0.002, 0.006, shape).astype(F) for _ in range(2))
+    x, bias = real(t, batch, i), real(dirs, 8 * h)
+    arrays = [x, w, r, bias, None, None, None, None, sw, np.zeros(shape, I8), sr, np.zeros(shape, I8)]
+    check(target, "DynamicQuantizeLSTM", arrays, [0], outputs=3, tol=1e-5 if batch == 1 else 0.02, hidden_size=h, direction=direction)
+
+
+def test_dynamic_quantize_lstm_in_numpy() -> None:
+    from tests.ops.check import check_op
+
+    x, w, r = real(4, 2, 5), byte(1, 5, 12, dtype=I8), byte(1, 3, 12)
+    parameters = [F([0.004]), I8([3]), RNG.uniform(0.002, 0.006, (1, 12)).astype(F), byte(1, 12)]
+    arrays = [x, w, r, real(1, 24), None, real(1, 2, 3), real(1, 2, 3), None, *parameters]
+    check_op("com.microsoft::DynamicQuantizeLSTM", arrays, {"hidden_size": 3}, outputs=3, const=(1, 2), oracle="", rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", TARGETS)

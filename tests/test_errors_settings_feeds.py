@@ -63,6 +63,7 @@ class Spec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    optional: bool = False
 
 
 SPECS = [Spec("ids", "int64", ("batch", "length")), Spec("mask", "bool", ("batch", "length")), Spec("x", "float32", ("batch", 4))]

@@ -288,8 +288,12 @@ def test_sequences_and_their_limits(small: Path) -> None:
         m.feed([])
     with pytest.raises(InputError, match="token 96 is outside"):
         m.feed([96])
+    with pytest.raises(InputError, match="tokens are whole numbers, not float64"):
+        m.feed([1.5])
     with pytest.raises(InputError, match="capacity of 65"):
         llm.load(small, capacity=65)
+    with pytest.raises(InputError, match="seed -1"):
+        llm.Sampling(seed=-1)
     with pytest.raises(InputError, match="top_p"):
         llm.Sampling(top_p=0)
 

@@ -453,3 +453,17 @@ def test_symbols_survive_the_rewriting_of_their_value(between: str) -> None:
     x = np.arange(9, dtype=np.float32)
     for r in (2.5, 0.0, 7.0):
         np.testing.assert_array_equal(m.run({"x": x, "r": np.array([r], np.float32)})["y"], x[: int(np.ceil(r))])
+
+
+def test_equal_counts_keep_their_symbols() -> None:
+    """Two equal NonZeros whose counts stand in the shapes of other tensors, as torch writes ``x[mask]`` and ``w[mask]``."""
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[n] x, float[n] w) => (float[n] y) <float nought = {0}> {
+        m = Greater(x, nought)  i = NonZero(m)  j = NonZero(m)  it = Transpose(i)  jt = Transpose(j)
+        a = GatherND(x, it)  b = GatherND(w, jt)  s = Mul(a, b)  r = Neg(s)  k = NonZero(m)  kt = Transpose(k)  y = ScatterND(x, kt, r)
+    }"""
+    m = luthier.compile(onnx.parser.parse_model(text))
+    rng = np.random.default_rng(0)
+    for n in (1, 7, 40):
+        x, w = rng.standard_normal(n).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+        np.testing.assert_allclose(m.run({"x": x, "w": w})["y"], np.where(x > 0, -x * w, x), rtol=1e-6)

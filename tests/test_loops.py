@@ -13,7 +13,7 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 
 import luthier
-from luthier.errors import KernelError, LuthierError
+from luthier.errors import InvalidModel, KernelError, LuthierError
 from tests.test_open_extents import webgpu_device
 
 Array = np.ndarray[Any, Any]
@@ -176,3 +176,37 @@ def test_trip_counts_that_no_memory_holds_are_refused(target: str, trips: int) -
     with pytest.raises((KernelError, LuthierError), match="memory|bytes|trip count"):
         module.run({"m": np.array(trips)})
     np.testing.assert_array_equal(module.run({"m": np.array(3)})["rows"], [0, 1, 2])
+
+
+@pytest.mark.parametrize("target", ["cpu", "wasm", "webgpu"])
+def test_a_loop_in_a_loop(target: str) -> None:
+    """The inner one runs as often as the outer one has: its rows are of another number each time, its state grows in the outer one's."""
+    need(target)
+    rows = [h.make_node("Identity", ["ic"], ["id"]), h.make_node("Concat", ["iv", "x"], ["iw"], axis=0), h.make_node("ReduceSum", ["iw"], ["row"], keepdims=0)]
+    ins = [info("j", T.INT64, []), info("ic", T.BOOL, []), info("iv", T.FLOAT, None)]
+    inner = h.make_graph(rows, "inner", ins, [info("id", T.BOOL, []), info("iw", T.FLOAT, None), info("row", T.FLOAT, [])])
+    nodes = [h.make_node("Less", ["i", "limit"], ["oc"]), h.make_node("Loop", ["i", "", "v"], ["w", "part"], body=inner)]
+    nodes += [h.make_node("ReduceSum", ["part"], ["all"], keepdims=0), h.make_node("Concat", ["seen", "part"], ["more"], axis=0)]
+    ins = [info("i", T.INT64, []), info("c", T.BOOL, []), info("v", T.FLOAT, None), info("seen", T.FLOAT, None)]
+    outs = [info("oc", T.BOOL, []), info("w", T.FLOAT, None), info("more", T.FLOAT, None), info("all", T.FLOAT, [])]
+    outer = h.make_graph(nodes, "outer", ins, outs)
+    g = h.make_graph(
+        [h.make_node("Loop", ["", "go", "x", "none"], ["y", "parts", "sums"], body=outer)], "g",
+        [info("x", T.FLOAT, ["n"]), info("limit", T.INT64, []), info("go", T.BOOL, [])],
+        [info("y", T.FLOAT, None), info("parts", T.FLOAT, None), info("sums", T.FLOAT, None)], [nh.from_array(np.zeros(0, np.float32), "none")],
+    )  # fmt: skip
+    proto = h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=10)
+    module = luthier.compile(proto, target=target)
+    x = np.array([1, 2, 3], np.float32)
+    for limit, go in ((3, True), (0, True), (5, True), (2, False)):
+        feeds = {"x": x, "limit": np.array(limit), "go": np.array(go)}
+        for want, got in zip(run_onnxruntime(proto, feeds), module.run(feeds).values(), strict=True):
+            assert got.shape == want.shape
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_loop_that_never_ends_is_refused() -> None:
+    body = h.make_graph([h.make_node("Identity", ["c"], ["d"])], "body", [info("i", T.INT64, []), info("c", T.BOOL, [])], [info("d", T.BOOL, []), info("i", T.INT64, [])])
+    g = h.make_graph([h.make_node("Loop", ["", "on"], ["rows"], body=body)], "g", [], [info("rows", T.INT64, None)], [nh.from_array(np.array(True), "on")])
+    with pytest.raises(InvalidModel, match="never ends"):
+        luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=10))

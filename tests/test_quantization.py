@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,10 +157,40 @@ def test_weights_for_sums_of_16_bits(make: str, method: str) -> None:
         assert len(weights) >= 3
         largest = [int(np.abs(w.astype(int)).max()) for w in weights]
         assert max(largest) == (63 if reduced else 127) and reduced == (2 * 255 * max(largest) <= 2**15 - 1)
-        errors[reduced] = float(np.mean([nmse(run_ort(source.SerializeToString(), x)[0], q.compile().run(x)["y"]) for x in data]))
+        module = q.compile()
+        errors[reduced] = float(np.mean([nmse(run_ort(source.SerializeToString(), x)[0], module.run(x)["y"]) for x in data]))
         notes = " ".join(q.report.notes)
         assert ("weights of 7 bits" if reduced else "weights of 8 bits") in notes and "VNNI" in notes
     assert errors[False] < errors[True] < 0.02
+
+
+ON_A_CPU_WITHOUT_VNNI = """
+import sys, numpy, onnxruntime
+x = dict(numpy.load(sys.argv[1]))
+want, *got = (onnxruntime.InferenceSession(p, providers=["CPUExecutionProvider"]).run(None, x)[0] for p in sys.argv[2:])
+print(*(float(numpy.square(y - want).sum() / numpy.square(want).sum()) for y in got))
+"""
+
+
+@pytest.mark.slow
+def test_onnxruntime_on_a_cpu_without_vnni(tmp_path: Path) -> None:
+    """In an emulated Haswell: the file made by default is as right as elsewhere, the full range saturates."""
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("qemu-x86_64 is not installed (qemu-user)")
+    source = convolutions()
+    files = [tmp_path / "f32.onnx"]
+    onnx.save(source, files[0])
+    np.savez(tmp_path / "x.npz", **IMAGES[0])
+    for reduced in (True, False):
+        q = luthier.quantize(source, "int8", calibration=IMAGES, reduce_range=reduced, detail=None)
+        files.append(q.save(tmp_path / f"{reduced}.onnx"))
+    words = [qemu, "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", ON_A_CPU_WITHOUT_VNNI, str(tmp_path / "x.npz"), *map(str, files)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    right, wrong = map(float, done.stdout.split())
+    want = run_ort(str(files[0]), IMAGES[0])[0]
+    assert right < 1.5 * nmse(want, run_ort(str(files[1]), IMAGES[0])[0]) and wrong > 10 * right
 
 
 def test_what_runs_bf16() -> None:

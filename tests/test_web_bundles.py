@@ -164,13 +164,13 @@ main()
 
 
 def test_language_model(browser: Browser, tmp_path: Path) -> None:
-    """A language model's package depends on a tokenizer's library, which comes into the bundle as npm has installed it."""
-    library = NODE_MODULES / "@huggingface" / "tokenizers"
-    if not library.is_dir():
-        pytest.skip("@huggingface/tokenizers is not installed (python benchmarks/setup_web.py --tests)")
+    """A language model's package depends on libraries for texts and chats, which come into the bundle as npm has installed them."""
+    libraries = NODE_MODULES / "@huggingface"
+    if not all((libraries / name).is_dir() for name in ("tokenizers", "jinja")):
+        pytest.skip("@huggingface/tokenizers and jinja are not installed (python benchmarks/setup_web.py --tests)")
     file = tiny(tmp_path / "tiny.gguf")
     app = write_app(tmp_path / "app", llm.compile_model(file, "wasm", capacity=32, chunk=4, exact=True).save(tmp_path / "speaker"), SPEAKER)
-    shutil.copytree(library, app / "node_modules" / "@huggingface" / "tokenizers")
+    shutil.copytree(libraries, app / "node_modules" / "@huggingface")
     vite(app)
     assert any("tokenizers" in p.name for p in (app / "dist" / "assets").iterdir())
     out = result_of(browser, app / "dist")

@@ -68,6 +68,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 import { ask } from "./ask.js";
 export const load = async ({ code, url, options }) => ask((await import(code)).load, url, options);
 export const knows = (probes) => Object.keys(probes).filter((name) => WebAssembly.validate(Uint8Array.from(atob(probes[name]), (c) => c.charCodeAt(0))));
+export async function refusedThenAway({ code }) {
+  const { load } = await import(code);
+  await fetch("http://localhost:10/").catch(() => undefined);
+  await new Promise((done) => setTimeout(done, 50));
+  return ask(load, "http://localhost:9/", { worker: false });
+}
 export async function service({ script }) {
   const answer = new Promise((done) => navigator.serviceWorker.addEventListener("message", (e) => done(e.data)));
   await navigator.serviceWorker.register(script, { type: "module" });
@@ -245,6 +251,9 @@ def test_policies_are_named(browser: Browser, root: Path) -> None:
         assert refused["code"] == "FILE_UNREACHABLE" and "connect-src" in refused["message"], refused
     info = check(answer(SELF.replace("worker-src 'self'", "worker-src 'none'")))
     assert "the page's own thread" in info["warnings"][0] and "worker-src" in info["warnings"][0], info
+    # a server that does not answer is not the policy's doing, whatever else that has refused before
+    away = in_page(browser, root, {**ISOLATED, "Content-Security-Policy": SELF.replace("connect-src", "connect-src http://localhost:9")}, "refusedThenAway")
+    assert away["code"] == "FILE_UNREACHABLE" and "Policy" not in away["message"], away
     refused = answer(SELF.replace("worker-src 'self'", "worker-src 'none'"), options={"worker": True})
     assert (refused["error"], refused["code"]) == ("ClosedError", "WORKER_NOT_STARTED") and "worker-src" in refused["message"], refused
 

@@ -260,7 +260,7 @@ def test_inspect_shows_crossings(tmp_path: Path) -> None:
     onnx.save(graph([h.make_node("NonZero", ["x"], ["y"])], {"x": (F, [6, 7])}, ["y"]), tmp_path / "m.onnx")
     text = dict(stages(tmp_path / "m.onnx", "webgpu", {}, None))
     main = next(t for n, t in text.items() if "webgpu-main" in n)
-    assert "crossings: 1" in main and "READ" in main
+    assert "crossings: 1" in main and "READ" in main and "output buffer" in main and " [2, " in main
     assert any("wgsl-000" in n for n in text)
 
 

@@ -3,7 +3,11 @@ and models whose integers leave 32 bits."""
 
 from __future__ import annotations
 
+import base64
+import shutil
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,8 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
+from benchmarks import browser as browsers
+from luthier import serve
 from luthier.codegen import wgsl_wide
 from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
 from luthier.errors import InputError, TargetError
@@ -166,7 +172,7 @@ def graph(nodes: Sequence[Any], inputs: dict[str, tuple[int, Sequence[Any]]], ou
     ins = [h.make_tensor_value_info(n, t, list(s)) for n, (t, s) in inputs.items()]
     outs = [h.make_empty_tensor_value_info(n) for n in outputs]
     g = h.make_graph(list(nodes), "g", ins, outs, [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()])
-    return onnx.shape_inference.infer_shapes(h.make_model(g, opset_imports=[h.make_opsetid("", 17)], ir_version=8))
+    return onnx.shape_inference.infer_shapes(h.make_model(g, opset_imports=[h.make_opsetid("", 18)], ir_version=8))
 
 
 def build(m: onnx.ModelProto) -> WebGpuModule:
@@ -186,6 +192,12 @@ INTEGER_MODELS = {
     "largest": ([h.make_node("ReduceMax", ["x"], ["y"], keepdims=1)], {}, lambda x: x.max(keepdims=True)),
     "copied": ([h.make_node("Concat", ["x", "x"], ["y"], axis=0)], {}, lambda x: np.concatenate([x, x])),
     "compared": ([h.make_node("Less", ["x", "c"], ["y"])], {"c": np.array(1 << 33)}, lambda x: x < (1 << 33)),
+    "quotient": ([h.make_node("Div", ["x", "c"], ["y"])], {"c": np.array(1000003)}, lambda x: np.trunc(x / np.longdouble(1000003)).astype(np.int64)),
+    "added up in place": (
+        [h.make_node("ScatterElements", ["z", "i", "x"], ["y"], axis=0, reduction="add")], {"z": np.zeros(8, np.int64), "i": np.array([0, 4, 4, 4, 7])},
+        lambda x: np.array([x[0], 0, 0, 0, x[1] + x[2] + x[3], 0, 0, x[4]]),
+    ),
+    "product of matrices": ([h.make_node("Unsqueeze", ["x", "a"], ["u"]), h.make_node("MatMul", ["u", "w"], ["y"])], {"a": np.array([0]), "w": np.arange(40).reshape(5, 8) << 18}, lambda x: x[None] @ (np.arange(40).reshape(5, 8) << 18)),
     "as f32": ([h.make_node("Mul", ["x", "c"], ["a"]), h.make_node("Cast", ["a"], ["y"], to=T.FLOAT)], {"c": np.array(3)}, lambda x: (x * 3).astype(np.float32)),
     "running sum": ([h.make_node("CumSum", ["x", "k"], ["y"])], {"k": np.array(0)}, np.cumsum),
 }  # fmt: skip
@@ -215,9 +227,44 @@ def test_indices_stay_in_32_bits(adapter: None) -> None:
     np.testing.assert_array_equal(g.run({"x": np.array([[3, 1, 19]])})["y"], table[[[3, 1, 19]]])
 
 
-def test_doubles(adapter: None) -> None:
-    """Two kernels of doubles, a reduction between them; the error is that of doubles."""
+def doubles() -> tuple[onnx.ModelProto, Array, Array]:
+    """Two kernels of doubles, a reduction between them: model, input, result."""
     nodes = [h.make_node("Mul", ["x", "x"], ["a"]), h.make_node("ReduceSum", ["a", "k"], ["s"], keepdims=1), h.make_node("Sqrt", ["s"], ["r"]), h.make_node("Div", ["x", "r"], ["y"])]
     x = np.random.default_rng(0).standard_normal((3, 70)) * [[1], [1e100], [1e-150]]
-    got = build(graph(nodes, {"x": (T.DOUBLE, [3, 70])}, weights={"k": np.array([1])})).run({"x": x})["y"]
-    np.testing.assert_allclose(got, x / np.sqrt((x * x).sum(1, keepdims=True)), rtol=1e-14)
+    return graph(nodes, {"x": (T.DOUBLE, [3, 70])}, weights={"k": np.array([1])}), x, x / np.sqrt((x * x).sum(1, keepdims=True))
+
+
+def test_doubles(adapter: None) -> None:
+    """The error is that of doubles."""
+    m, x, want = doubles()
+    np.testing.assert_allclose(build(m).run({"x": x})["y"], want, rtol=1e-14)
+
+
+def test_in_chromium(tmp_path: Path) -> None:
+    """Another implementation, and the runtime in JavaScript: doubles, and integers of 64 bits from input to output."""
+    if browsers.missing():
+        pytest.skip(browsers.missing())
+    nodes, weights, integers = INTEGER_MODELS["over two kernels"]
+    with np.errstate(over="ignore"):
+        cases = {"d": doubles(), "i": (graph(nodes, {"x": (T.INT64, [5])}, weights=weights), BIG, integers(BIG))}
+    (tmp_path / "index.html").write_text('<!doctype html><title>tests</title><link rel="icon" href="data:,">')
+    shutil.copy(Path(browsers.__file__).with_name("page.js"), tmp_path / "page.js")
+    for name, (m, x, _) in cases.items():
+        build(m).save(tmp_path / name)
+        (tmp_path / f"{name}.bin").write_bytes(x.tobytes())
+    server = serve.make_server(tmp_path)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with browsers.Browser() as b:
+            page = b.open(server.url)
+            for name, (_, x, want) in cases.items():
+                loaded = page.call("/page.js", "load", {"url": f"/{name}/", "options": {}})
+                assert "key" in loaded, loaded
+                reply = page.call("/page.js", "run", {"key": loaded["key"], "inputs": {"x": {"dtype": x.dtype.name, "shape": list(x.shape), "file": f"/{name}.bin"}}})
+                assert "outputs" in reply, reply
+                got = np.frombuffer(base64.b64decode(reply["outputs"]["y"]["base64"]), want.dtype).reshape(want.shape)
+                np.testing.assert_allclose(got, want, rtol=1e-14)
+            page.close()
+    finally:
+        server.shutdown()
+        server.server_close()

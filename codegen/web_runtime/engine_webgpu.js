@@ -204,8 +204,9 @@ export class Engine {
 
   narrow(ins) {
     for (const j of program.narrow) {
+      const low = ins[j].data instanceof BigUint64Array ? BigInt.asUintN : BigInt.asIntN;
       for (const v of ins[j].data) {
-        if (v !== BigInt.asIntN(32, v)) {
+        if (v !== low(32, v)) {
           const { name } = this.manifest.inputs[j];
           throw new InputError("OUT_OF_RANGE", `input "${name}" holds ${v}, the kernels that read it take 32-bit integers`, "use the package compiled for wasm", { name });
         }

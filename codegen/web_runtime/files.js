@@ -30,6 +30,7 @@ export class Files {
     const control = new AbortController();
     const stop = () => control.abort();
     if (this.signal) this.signal.addEventListener("abort", stop);
+    const start = performance.now();
     let file;
     try {
       file = await this.within(openFile(this.url(name), { signal: control.signal, reload }), name);
@@ -45,7 +46,7 @@ export class Files {
       if (file && file.cancel) file.cancel();
       if (error instanceof PackageError) throw error;
       if (this.signal && this.signal.aborted) throw new PackageError("ABORTED", "loading was aborted");
-      const directive = await refusedBy("connect-src", "default-src");
+      const directive = await refusedBy(start, "connect-src", "default-src");
       if (directive) throw this.fail("FILE_UNREACHABLE", name, `is refused by the Content-Security-Policy: ${directive}`, "allow the address there");
       const hint = this.url(name).protocol === "file:" ? "serve the folder over http, for instance with: luthier serve FOLDER" : "check the network and the server's CORS headers";
       throw this.fail("FILE_UNREACHABLE", name, `cannot be fetched (${error.message})`, hint);

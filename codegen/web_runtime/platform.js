@@ -32,14 +32,15 @@ export async function textOf(bytes) {
 /** What `url` means here: relative to the page, in Node to the current folder. */
 export const resolve = (url) => new URL(url, isNode ? `file://${process.cwd()}/` : globalThis.location.href);
 
-const violations = [];
-if (!isNode && globalThis.addEventListener) globalThis.addEventListener("securitypolicyviolation", (e) => violations.push(e.effectiveDirective));
+const violations = []; // [directive, time]
+if (!isNode && globalThis.addEventListener) globalThis.addEventListener("securitypolicyviolation", (e) => violations.push([e.effectiveDirective, performance.now()]));
 
-/** The directive of the page's policy, one of `names`, that has refused something since the last question; empty for none. */
-export async function refusedBy(...names) {
+/** The directive of the page's policy, one of `names`, that has refused something since the time `start`; empty for none. */
+export async function refusedBy(start, ...names) {
   if (isNode) return "";
   await new Promise((done) => setTimeout(done, 20)); // the event comes after the failure
-  return violations.splice(0).find((directive) => names.some((name) => directive.startsWith(name))) || "";
+  const [directive = ""] = violations.find(([found, time]) => time >= start && names.some((name) => found.startsWith(name))) || [];
+  return directive;
 }
 
 /** A file as {status, length, chunks, cancel}: `chunks` yields Uint8Arrays. Status 404 for a file that is not there; throws on failure. */
@@ -159,6 +160,7 @@ async function started(worker, milliseconds) {
  */
 export async function openWorker(literal, beside, milliseconds = 20000) {
   if (!hasWorkers) throw new Error("there are no workers in this place");
+  const start = performance.now();
   const own = addressOf(literal);
   if (isNode) return started(await wrapNode(own), milliseconds);
   const ways = [() => wrap(literal(), own)];
@@ -175,7 +177,7 @@ export async function openWorker(literal, beside, milliseconds = 20000) {
       last = last || error;
     }
   }
-  const directive = await refusedBy("worker-src", "child-src", "script-src", "require-trusted-types-for", "trusted-types");
+  const directive = await refusedBy(start, "worker-src", "child-src", "script-src", "require-trusted-types-for", "trusted-types");
   throw directive ? new Error(`refused by the Content-Security-Policy: ${directive}`) : last;
 }
 

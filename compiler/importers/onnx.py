@@ -91,6 +91,12 @@ class _Scope:
             s = s.parent
         raise KeyError(name)
 
+    def constant(self, name: str) -> Value:
+        """An initializer of this graph."""
+        v = self.values[name]
+        assert isinstance(v, Value)
+        return v
+
 
 def constant_data(v: Value | None) -> Any:
     """The array of a value that is known to be a constant."""
@@ -135,6 +141,9 @@ def _opsets(imports: Iterable[Any]) -> dict[str, int]:
     return {_domain(o.domain): int(o.version) for o in imports}
 
 
+MAX_NODES = 200_000  # of a graph whose functions are expanded
+
+
 class _Importer:
     def __init__(
         self, model: ModelProto, folder: Path | None, shapes: dict[str, Sequence[Any]], raws: dict[int, memoryview], overridable: Overridable = None,
@@ -163,6 +172,8 @@ class _Importer:
         check_opsets([*opsets.items(), *((d, v) for f in self.model.functions for d, v in _opsets(f.opset_import).items())])
         if opsets.get("", 1) > newest:
             raise UnsupportedOperator(f"the model uses opset {opsets['']}, this version knows opsets up to {newest}")
+        if self.functions and (total := self._expanded(g.node, {})) > MAX_NODES:
+            raise InvalidModel(f"functions that call functions expand to {total} nodes, {MAX_NODES} at most are compiled", hint="export the model without nested functions")
         scope = _Scope(None, opsets, "")
         constants = self._initializers(g, scope)
         unknown = set(self.shapes) - {i.name for i in g.input}
@@ -180,7 +191,7 @@ class _Importer:
             try:
                 form = declared_form(i.type, f"input {i.name!r}")
                 if i.name in replaceable:  # the name is that of the constant, which nobody reads now
-                    default = scope.find(i.name)
+                    default = scope.constant(i.name)
                     v, values = self._input(i.name, self._default_type(i, pins, default), i.name)
                     defaults[i.name] = constant_data(default)
                 else:
@@ -216,7 +227,7 @@ class _Importer:
         """Initializers among the graph's inputs that calls may replace. Files of IR versions before 4 list all of them; they are constants."""
         asked = self.overridable
         if asked is None:
-            size = sum(constant_data(scope.find(n)).nbytes for n in listed)
+            size = sum(constant_data(scope.constant(n)).nbytes for n in listed)
             return listed if self.model.ir_version >= 4 and size <= OVERRIDABLE_BYTES else set()
         if isinstance(asked, bool):
             return listed if asked else set()
@@ -293,7 +304,8 @@ class _Importer:
                 v, values = self._input(scope.prefix + i.name, known if known is not None else self._input_type(i, {}))
                 scope.values[i.name] = v
                 ins += values
-            with self._counted({"Loop": ins[:1], "Scan": [None]}.get(op, [])):
+            counted: dict[str, list[Value | None]] = {"Loop": [*ins[:1]], "Scan": [None]}
+            with self._counted(counted.get(op, [])):
                 self.import_nodes(g.node, scope)
             return Body(scope.prefix.rstrip("/"), ins, self._outputs(g, scope), self.nodes, self.requirements)
         finally:
@@ -579,6 +591,17 @@ class _Importer:
         raise InvalidModel("a Constant without a value")
 
     # ---------------------------------------------------------------- functions
+
+    def _expanded(self, nodes: Iterable[NodeProto], known: dict[Any, int]) -> int:
+        """How many nodes these are with the model's functions expanded; ``known``: of functions counted before."""
+        total = 0
+        for n in nodes:
+            key = (_domain(n.domain), n.op_type, getattr(n, "overload", ""))
+            if key in self.functions and key not in known:
+                known[key] = 0  # one that calls itself is refused when it is expanded
+                known[key] = self._expanded(self.functions[key].node, known)
+            total += 1 + known.get(key, 0) + sum(self._expanded(g.node, known) for a in n.attribute for g in (a.g, *a.graphs))
+        return total
 
     def _expand_function(self, n: NodeProto, inputs: list[Any_ | None], scope: _Scope) -> bool:
         """Inline the function that defines ``n``; False when ``n`` has an Op of its own."""

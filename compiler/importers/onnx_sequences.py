@@ -134,10 +134,13 @@ def declared(t: onnx.TypeProto, what: str) -> Form | None:
         t = t.sequence_type.elem_type
     if t.WhichOneof("value") != "tensor_type":
         raise UnsupportedOperator(f"{what} is a {kind or 'value without a type'}; tensors, sequences of tensors and optionals of both are supported")
+    dtype = element_type(t.tensor_type.elem_type, what)
+    if dtype.kind == "s":
+        raise UnsupportedOperator(f"{what} holds strings; no target computes with them", hint="tokenise before the model")
     dims = t.tensor_type.shape.dim
     extents = tuple(d.dim_value if d.HasField("dim_value") and tensor else None for d in dims)
     known = tensor and t.tensor_type.HasField("shape") or len(extents) > 0  # sequences without extents are often declared as of scalars
-    return Form(element_type(t.tensor_type.elem_type, what), extents if known else MIXED, optional, tensor)
+    return Form(dtype, extents if known else MIXED, optional, tensor)
 
 
 def type_text(v: Any_, tensor: str) -> str:
@@ -269,9 +272,18 @@ class Steps:
         self.checks.clear()
         return v
 
-    def start(self, sizes: Value, k: Value) -> Value:
-        """Where element ``k`` starts among the numbers."""
-        return self.op("ReduceSum", self.cut(sizes, self.ints(0), k), self.ints(0), keepdims=1)
+    def known(self, v: Value) -> Value:
+        """``v``, whose elements are from now on symbols that extents may be made of."""
+        content_or_symbols(Node("Shape", (v,), ()), 0)
+        return v
+
+    def window(self, x: Value, start: Value, extents: Value) -> Value:
+        """Numbers of a flat tensor from ``start`` on, in these extents."""
+        return self.op("luthier::Window", x, self.known(start), self.known(extents))
+
+    def starts(self, p: Packed) -> Value:
+        """Where each element starts among the numbers, and where the last one ends."""
+        return self.concat([self.ints(0), self.op("CumSum", self.sizes(p), self.ints(0))])
 
     def at(self, p: Packed, k: Value, what: str) -> Value:
         """Element ``k`` (i64[1], in range). Raises ShapeError where its rank is not known."""
@@ -279,28 +291,32 @@ class Steps:
             raise ShapeError(
                 f"the rank of {what} is not known when compiling", hint="declare the shape of the elements; the branches of an If must give one rank to what is computed with"
             )
-        sizes = self.sizes(p)
-        start = self.start(sizes, k)
-        data = self.cut(p.data, start, self.op("Add", start, self.op("Gather", sizes, k)))
-        row = self.op("Gather", p.shapes, k)
-        extents = []
+        row = self.extents(p, k, len(p.dims))
+        parts = []
         for axis, d in enumerate(p.dims):
-            e = self.op("Reshape", self.cut(row, self.ints(axis), self.ints(axis + 1), 1), self.ints(1))
+            e = self.cut(row, self.ints(axis), self.ints(axis + 1))
             if d is not None:
                 self.require(self.op("Equal", e, self.ints(d)), f"axis {axis} of {what} is {d}")
                 e = self.ints(d)
-            extents.append(e)
-        return self.op("Reshape", data, self.concat(extents) if extents else self.ints(), allowzero=1)
+            parts.append(e)
+        return self.window(p.data, self.op("Gather", self.starts(p), k), self.concat(parts) if any(d is not None for d in p.dims) else row)
+
+    def extents(self, p: Packed, k: Value, rank: int) -> Value:
+        """The first ``rank`` extents of element ``k``."""
+        return self.window(self.flat(p.shapes), self.op("Mul", self.known(k), self.ints(MAX_RANK)), self.ints(rank))
 
     def element(self, m: Maybe) -> Value | Elements | Packed:
         """What an optional holds; the run fails where it holds nothing. Raises InvalidModel."""
         if m.value is None or m.has.data is not None and not m.has.data:
             raise InvalidModel("the element of an optional that is empty", hint="ask OptionalHasElement before")
+        value = m.value
         if m.has.data is None:
             self.require(m.has, "the optional holds an element")
-        if m.tensor and isinstance(m.value, Packed):
-            return self.at(m.value, self.ints(0), "the optional's element")
-        return m.value
+            if isinstance(value, Packed):
+                value = Packed(value.dtype, value.data, self._behind(value.shapes), value.dims)
+        if m.tensor and isinstance(value, Packed):
+            return self.at(value, self.ints(0), "the optional's element")
+        return value
 
     def insert(self, p: Packed, x: Value, at: Value | None) -> Packed:
         dims = join_dims(p.dims, dims_of(x))
@@ -315,12 +331,15 @@ class Steps:
 
     def spliced(self, p: Packed, k: Value, then: Value, data: Value | None, row: Value | None, dims: Dims) -> Packed:
         """Elements before ``k``, one that is given, those from ``then``."""
-        sizes = self.sizes(p)
-        cut, rest = self.start(sizes, k), self.start(sizes, then)
-        parts = []
-        for x, a, b, middle in ((p.data, cut, rest, data), (p.shapes, k, then, row)):
-            head, tail = self.cut(x, self.ints(0), a), self.cut(x, b, self.op("Shape", x, start=0, end=1))
-            parts.append(self.concat([head, *([] if middle is None else [middle]), tail]))
+        starts, width = self.starts(p), self.ints(MAX_RANK)
+        cut = self.known(self.op("Gather", starts, self.known(k)))
+        rest = cut if then is k else self.known(self.op("Gather", starts, then))
+        head = self.window(p.data, self.ints(0), cut)
+        tail = self.window(p.data, rest, self.op("Sub", self.op("Shape", p.data), rest))
+        rows = self.flat(p.shapes)
+        first = self.window(rows, self.ints(0), self.concat([k, width]))
+        last = self.window(rows, self.op("Mul", then, width), self.concat([self.op("Sub", self.count(p), then), width]))
+        parts = [self.concat([a, *([] if m is None else [m]), b]) for a, m, b in ((head, data, tail), (first, row, last))]
         return Packed(p.dtype, parts[0], parts[1], dims)
 
     def joined(self, p: Packed, axis: int, new_axis: bool) -> Value:
@@ -333,7 +352,7 @@ class Steps:
         axis = axis + rank + new_axis if axis < 0 else axis
         if not 0 <= axis < rank + new_axis:
             raise ShapeError(f"axis {axis} of ConcatFromSequence for elements of rank {rank}")
-        first = self.op("Reshape", self.cut(p.shapes, self.ints(0), self.ints(1)), self.ints(MAX_RANK))
+        first = self.extents(p, self.ints(0), MAX_RANK)
         columns = self.op("Slice", p.shapes, self.ints(0), self.ints(rank), self.ints(1))
         same = self.op("Equal", columns, self.op("Slice", first, self.ints(0), self.ints(rank)))
         if not new_axis:
@@ -344,7 +363,7 @@ class Steps:
         after = [self.cut(first, self.ints(k), self.ints(k + 1)) for k in range(axis if new_axis else axis + 1, rank)]
         along = self.op("Expand", self.ints(1), n) if new_axis else self.flat(self.cut(p.shapes, self.ints(axis), self.ints(axis + 1), 1))
         if axis == 0:
-            return self.op("Reshape", p.data, self.concat([self.op("ReduceSum", along, self.ints(0), keepdims=1), *after]), allowzero=1)
+            return self.window(p.data, self.ints(0), self.concat([self.op("ReduceSum", along, self.ints(0), keepdims=1), *after]))
         outer = self.op("ReduceProd", self.concat(before), self.ints(0), keepdims=1)
         inner = self.op("ReduceProd", self.concat([self.ints(1), *after]), self.ints(0), keepdims=1)
         sizes = self.sizes(p)
@@ -359,7 +378,7 @@ class Steps:
         rows = self.op("Add", self.op("Gather", starts, owner), self.op("Mul", self.op("Add", self.op("Mul", o, width), place), inner))
         index = self.op("Add", self.op("Unsqueeze", rows, self.ints(2)), self.range(inner))
         shape = self.concat([*before[1:], total, *after])
-        return self.op("Reshape", self.op("Gather", p.data, self.flat(index)), shape, allowzero=1)
+        return self.window(self.op("Gather", p.data, self.flat(index)), self.ints(0), shape)
 
     def range(self, n: Value) -> Value:
         zero, one = self.constant(np.array(0, np.int64)), self.constant(np.array(1, np.int64))

@@ -181,9 +181,18 @@ def upsample_is_resize(n: Old) -> Sequence[Value]:
 
 
 @upgrade(11, "Resize")
-def resize_10(n: Old) -> None:
-    n.inputs = [n.get(0), None, n.get(1)]
+def resize_10(n: Old) -> Sequence[Value] | None:
+    """Pixels are counted from their corners; the nearest one is rounded down where a dimension grows, up where it shrinks."""
+    x, scales = n.get(0), n.get(1)
+    n.inputs = [x, None, scales]
     n.attrs |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    if n.attrs.get("mode", "nearest") != "nearest" or scales.data is None or (scales.data >= 1).all():
+        return None
+    if (scales.data <= 1).all():
+        n.attrs["nearest_mode"] = "ceil"
+        return None
+    shrunk = n.emit("Resize", [x, None, n.constant(np.minimum(scales.data, 1))], {**n.attrs, "nearest_mode": "ceil"})[0]
+    return n.emit("Resize", [shrunk, None, n.constant(np.maximum(scales.data, 1))], n.attrs)
 
 
 @upgrade(13, "Softmax", "LogSoftmax", "Hardmax")

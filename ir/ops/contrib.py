@@ -1,6 +1,6 @@
 """com.microsoft operators that onnxruntime's optimizer and quantizer write, by basic ones: FusedConv, FusedGemm, NhwcMaxPool, CDist, GridSample,
 QLinearAveragePool, QLinearSoftmax, QLinearWhere, QLinearConv (channels last), QAttention, QEmbedLayerNormalization,
-DynamicQuantizeLSTM, GatherBlockQuantized."""
+GatherBlockQuantized."""
 
 from __future__ import annotations
 
@@ -188,30 +188,6 @@ class QEmbedLayerNormalization(Composite):
             epsilon=float(node.attrs.get("epsilon", 1e-12)),
         )  # fmt: skip
         return list(outs)[: max(len(node.outputs), 1)]
-
-
-@op("com.microsoft::DynamicQuantizeLSTM")
-class DynamicQuantizeLSTM(Composite):
-    """LSTM with W [D, I, 4 H] and R [D, H, 4 H] of 8 bits, scales and zero points [D] or [D, 4 H] at inputs 8 to 11. The weights are
-    dequantized when compiling; activations stay exact, where onnxruntime rounds them to 8 bits as well."""
-
-    def legalize(self, node: Node, s: Steps) -> Sequence[Value]:
-        w, r = self.weights(node, s, 1, 8), self.weights(node, s, 2, 10)
-        rest = [node.input(i) for i in range(3, 8)]
-        outs = s("LSTM", need(node, 0), w, r, *rest, outputs=max(len(node.outputs), 2), **node.attrs)
-        return list(outs)
-
-    def weights(self, node: Node, s: Steps, i: int, scale: int) -> Value:
-        """Input ``i`` in f32 as LSTM takes it, [D, 4 H, I]."""
-        def spread(p: Value) -> Value:
-            return s("Unsqueeze", p, s.const([1])) if p.rank == 2 else s("Reshape", p, s.const([-1, 1, 1]))
-
-        q, factor = need(node, i), spread(need(node, scale))
-        v = s.cast(q, factor)
-        z = node.input(scale + 1)
-        if z is not None:
-            v = s("Sub", v, s.cast(spread(z), factor))
-        return s("Transpose", s("Mul", v, factor), perm=(0, 2, 1))
 
 
 @op("com.microsoft::GatherBlockQuantized")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.ir.dtypes import index
-from luthier.ir.errors import ShapeError, TypeMismatch
-from luthier.ir.expr import Expr, as_expr, cast, free_vars, maximum, var
+from luthier.ir.errors import InvalidModel, ShapeError, TypeMismatch
+from luthier.ir.expr import Expr, as_expr, cast, free_vars, is_const, maximum, var
 from luthier.ir.graph import Graph, Node, TensorType, Value, content_or_symbols, new_dim, node_reads, type_symbols
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import need
@@ -81,6 +81,9 @@ class Loop(Op):
     def infer(self, node: Node) -> Sequence[TensorType]:
         body: Graph = node.attrs["body"]
         n = states(node)
+        m, going = node.input(0), node.input(1)
+        if m is None and keeps_going(body) and (going is None or is_const(condition(going), 1)):
+            raise InvalidModel("the loop never ends: it has no trip count and its condition stays true", node=node.name, op=node.op)
         out = []
         for k in range(n):
             v = node.inputs[2 + k]

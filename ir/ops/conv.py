@@ -33,6 +33,7 @@ from luthier.ir.ops.common import (
     widen,
 )
 from luthier.ir.ops.matmul import same_number_type, up
+from luthier.ir.requirements import assume_at_least
 
 
 def channels_last(node: Node) -> bool:
@@ -114,6 +115,8 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[Extent], ceil_
             span = n + lo + hi - ek
             if span.op == "const" and span.attr < 0:
                 raise shape_error(node, f"the kernel covers {ek} elements, the padded input has {(n + lo + hi)!r}")
+            if span.op != "const" and ek - pads[i] - pads[i + r] > 1:  # else an empty input gives an empty output
+                assume_at_least(n + lo + hi, as_expr(ek), f"the padded extent of spatial dimension {i} and the kernel")
             if ceil_mode and s > 1:
                 o = ceil_div(span, s) + 1
                 # the last window must start inside of the input or of its leading padding

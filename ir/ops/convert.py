@@ -107,6 +107,9 @@ class CastBase(Op):
     kind = "elementwise"
     permutes = True
 
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        return need(node, 0).limits if node.outputs[0].dtype.is_int else None
+
     def target(self, node: Node) -> DType:
         raise NotImplementedError
 
@@ -176,6 +179,9 @@ class Identity(Op):
     """The same tensor."""
 
     kind = "view"
+
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        return need(node, 0).limits
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         return [need(node, 0).type]

@@ -192,7 +192,17 @@ def _trunc_div(a: Expr, b: Expr) -> Expr:
     return binary("div", a, b)
 
 
-register("Add", Map("number", two("add"), lambda node, a, b: a + b, (2, 2), content=lambda node, a, b: a + b))
+class Sum(Map):
+    """``a + b``: positions and one number are positions."""
+
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        for v, w in ((need(node, 0), need(node, 1)), (need(node, 1), need(node, 0))):
+            if v.limits is not None and w.content is not None and len(w.content) == 1:
+                return v.limits[0] + w.content[0], v.limits[1] + w.content[0]
+        return None
+
+
+register("Add", Sum("number", two("add"), lambda node, a, b: a + b, (2, 2), content=lambda node, a, b: a + b))
 register("Sub", Map("number", two("sub"), lambda node, a, b: a - b, (2, 2), content=lambda node, a, b: a - b))
 register("Mul", Map("number", two("mul"), lambda node, a, b: a * b, (2, 2), content=lambda node, a, b: a * b))
 register("Div", Map("number", two("div"), _np_div, (2, 2), content=lambda node, a, b: _trunc_div(a, b)))

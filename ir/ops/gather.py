@@ -37,6 +37,7 @@ from luthier.ir.ops.common import (
     type_error,
     wide,
 )
+from luthier.ir.requirements import assume_at_least, assume_at_most
 
 
 def wrap(j: Expr, n: Expr) -> Expr:
@@ -77,6 +78,9 @@ class Gather(Op):
         n = x.shape[a]
         if known is not None and n.op == "const" and known.size and not (-n.attr <= int(known.min()) and int(known.max()) < n.attr):
             raise shape_error(node, f"index {int(known.max()) if int(known.max()) >= n.attr else int(known.min())} is out of range for extent {n.attr}")
+        if j.limits is not None:  # a table of positions that is read beyond its end
+            assume_at_least(j.limits[0], -n, "the least index and the negated extent")
+            assume_at_most(j.limits[1], n - 1, "the greatest index and the last element")
         return [like(x.type, (*x.shape[:a], *j.shape, *x.shape[a + 1 :]))]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:

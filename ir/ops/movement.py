@@ -35,7 +35,7 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.shape import given_axes
-from luthier.ir.requirements import assume_at_most, assume_equal
+from luthier.ir.requirements import assume_at_least, assume_at_most, assume_equal
 
 FAR = (1 << 31) - 1  # slice ends from here on mean "to the end"
 
@@ -147,6 +147,11 @@ class Split(Op):
             total = sum((e for e in out[1:]), out[0])
             if n.op == "const" and total.op == "const" and n.attr != total.attr:
                 raise shape_error(node, f"the lengths add up to {total.attr}, the dimension is {n.attr}")
+            assume_equal(total, n, "the sum of the lengths and the dimension")
+            for k, e in enumerate(out):
+                if e.op == "const" and e.attr < 0:
+                    raise shape_error(node, f"length {k} is {e.attr}")
+                assume_at_least(e, ZERO, f"length {k} and the least possible")
             return out
         k = int(node.attrs.get("num_outputs", len(node.outputs)))
         piece = ceil_div(n, k)
@@ -223,6 +228,8 @@ class Slice(Op):
             raise shape_error(node, f"{len(starts)} starts, {len(ends)} ends, {len(axes)} axes, {len(steps)} steps")
         if any(t is ZERO for t in steps):
             raise shape_error(node, "a step is 0")
+        for k, t in enumerate(steps):
+            assume_equal(t, select(t.eq(0), ONE, t), f"steps (number {k} is 0)")
         out = [(ZERO, n, ONE) for n in x.shape]
         for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
             if a.op == "const":
@@ -296,12 +303,12 @@ class Pad(Op):
                     raise shape_error(node, f"a pad of axis {k} is {p.attr}")
                 if p.op != "const":
                     assume_at_most(p, const(LARGEST), f"a pad of axis {k}")
-            d = s + pair[0] + pair[1]
-            if d.op == "const" and d.attr < 0:
-                raise shape_error(node, f"the pads {pair[0]!r} and {pair[1]!r} crop more than axis {k} has")
+            left = s + pair[0] + pair[1]
+            if left.op == "const" and left.attr < 0:
+                raise shape_error(node, f"the pads crop dimension {k} to {left.attr} elements")
             if pair != (ZERO, ZERO):
-                assume_at_most(ZERO, d, f"axis {k} after its pads")
-            out.append(maximum(d, 0))
+                assume_at_least(left, ZERO, f"what the pads leave of dimension {k} and the least possible")
+            out.append(maximum(left, 0))
         return [like(x.type, out)]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:

@@ -171,9 +171,9 @@ class Recurrent(Op):
         for d, back in enumerate(dirs):
             name = f"{outs[0].name}.d{d}"
             st = Step(ins, d, axis("b", nb), axis("j", h), axis("t", nt), acts[d * per : (d + 1) * per], self.clip(node), name)
-            proj = self.project(st, x, flip, h)
+            *before, proj = self.project(st, x, flip, h)
             fold, y, states = self.fold(node, st, proj.buf, back, flip)
-            lets += [proj, fold]
+            lets += [*before, proj, fold]
             emitted.append(y)
             final.append(states)
         for k, out in enumerate(outs[: 1 + self.states]):
@@ -187,18 +187,20 @@ class Recurrent(Op):
             lets.append(define(out, axes, parts[0] if len(parts) == 1 else select(dd.var.eq(0), *parts)))
         return make(node, ins, outs, lets)
 
-    def project(self, st: Step, x: Buffer, flip: int, h: int) -> Pull:
-        """``x W^T + biases`` for every step: the part of the bias that does not meet a reset gate included."""
+    def project(self, st: Step, x: Buffer, flip: int, h: int) -> list[Pull]:
+        """``x W^T + biases`` for every step, behind what it needs: the part of the bias that does not meet a reset gate included."""
         q, i = axis("q", self.gates * h), axis("i", x.shape[2])
         xv = load(x, [st.b.var, st.t.var, i.var] if flip else [st.t.var, st.b.var, i.var])
-        e = sum_(i, widen(xv) * st.weight(1, q.var, i.var))
+        return [pull(f"{st.name}.x", (st.t, st.b, q), self.with_biases(st, q.var, sum_(i, widen(xv) * st.weight(1, q.var, i.var)), h))]
+
+    def with_biases(self, st: Step, q: Expr, e: Expr, h: int) -> Expr:
         bias = get(st.ins, 3)
         if bias is not None:
-            e = e + st.weight(3, q.var)
-            rec = st.weight(3, q.var + self.gates * h)
-            keep = self.recurrent_bias_apart(q.var, h)
+            e = e + st.weight(3, q)
+            rec = st.weight(3, q + self.gates * h)
+            keep = self.recurrent_bias_apart(q, h)
             e = e + (rec if keep is None else select(keep, const(0.0, rec.dtype), rec))
-        return pull(f"{st.name}.x", (st.t, st.b, q), e)
+        return e
 
     def recurrent_bias_apart(self, q: Expr, h: int) -> Expr | None:
         """Gates whose recurrent bias the cell adds itself."""

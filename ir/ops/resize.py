@@ -114,7 +114,7 @@ def source(d: Dim, o: Expr, mode: str) -> Expr:
         span = (b - a) * (n - one)
         return select(width.eq(one), span * num(0.5), x * span / select(width.eq(one), one, width - one)) + a * (n - one)
     if mode == "pytorch_half_pixel":
-        return select(width.eq(one), num(-0.5), over(x + num(0.5)) - num(0.5))
+        return select(width.eq(one), num(0), over(x + num(0.5)) - num(0.5))
     if mode == "half_pixel_symmetric":
         adjust = cast(d.out, f32) / width
         return n * num(0.5) * (one - adjust) + over(x + num(0.5)) - num(0.5)

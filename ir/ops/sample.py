@@ -87,7 +87,7 @@ class GridSample(Op):
             lo, hi = (num(0), s - num(1)) if corners else (num(-0.5), s - num(0.5))
             if mode == "nearest":
                 p = unary("round", p)
-            if pad == "border":
+            if pad == "border" and mode != "cubic":  # of a cubic the taps are clamped, not the position
                 p = select(lor(p < lo, hi < p), minimum(maximum(p, num(0)), s - num(1)), p)
             elif pad == "reflection":
                 p = reflect(p, lo, hi)
@@ -139,7 +139,7 @@ class GridSample(Op):
             p = (v + 1) / np.float32(2) * (s - 1) if corners else ((v + 1) * s - 1) / np.float32(2)
             p = np.rint(p) if mode == "nearest" else p
             lo, hi = (0, s - 1) if corners else (-0.5, s - 0.5)
-            if pad == "border":
+            if pad == "border" and mode != "cubic":
                 p = np.where((p < lo) | (p > hi), np.clip(p, 0, s - 1), p)
             elif pad == "reflection":
                 span = hi - lo

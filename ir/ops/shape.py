@@ -10,7 +10,7 @@ import numpy as np
 
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import DType, from_numpy, i64, index
-from luthier.ir.expr import Expr, as_expr, bounds, cast, const, land, lnot, load, lor, maximum, select, unary
+from luthier.ir.expr import Expr, as_expr, bounds, cast, const, land, lnot, load, lor, maximum, minimum, select, unary
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -49,6 +49,9 @@ class View(Op):
     """The same elements in the same order under another shape."""
 
     kind = "view"
+
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        return need(node, 0).limits
 
     def shape(self, node: Node) -> Sequence[Expr]:
         raise NotImplementedError
@@ -316,6 +319,13 @@ class Range(Op):
             raise shape_error(node, "delta is 0")
         return [TensorType.of(d, [maximum(ceil_div(l - s, t), 0)])]
 
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        if need(node, 0).dtype.is_float:
+            return None
+        s, _, t = (content_or_symbols(node, k)[0] for k in range(3))
+        last = s + t * maximum(node.outputs[0].shape[0] - 1, 0)
+        return minimum(s, last), maximum(s, last)
+
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         n = node.outputs[0].shape[0]
         if need(node, 0).dtype.is_float or n.op != "const" or n.attr > MAX_CONTENT:
@@ -372,6 +382,9 @@ class Expand(Op):
     """Broadcast to (the broadcast of the input's and) the given shape."""
 
     kind = "elementwise"
+
+    def limits(self, node: Node) -> tuple[Expr, Expr] | None:
+        return need(node, 0).limits
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)

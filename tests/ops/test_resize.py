@@ -97,7 +97,8 @@ def test_errors() -> None:
 @pytest.mark.parametrize("corners", [0, 1])
 def test_grid_sample(mode: str, pad: str, corners: int) -> None:
     g = (RNG.random((1, 4, 5, 2)) * 3 - 1.5).astype(np.float32)
-    check_op("GridSample", [X, g], {"mode": mode, "padding_mode": pad, "align_corners": corners}, symbolic=("",), oracle="onnx", **TOL)
+    oracle = "ort" if (mode, pad) == ("cubic", "border") else "onnx"  # docs/reference_differences.md
+    check_op("GridSample", [X, g], {"mode": mode, "padding_mode": pad, "align_corners": corners}, symbolic=("",), oracle=oracle, **TOL)
 
 
 def test_grid_sample_volume() -> None:
