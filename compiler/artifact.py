@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ArtifactError
 from luthier.files import open_regular
-from luthier.manifest import FORMAT, NAME, read_manifest
+from luthier.manifest import FORMAT, NAME, demand, read_manifest
 from luthier.native import SharedObject, map_file
 from luthier.replace_folder import replacing
 from luthier.targets import loader
@@ -41,7 +41,10 @@ def save(module: Module, path: Path, shard_mb: float | None = None, name: str | 
     """Write ``module`` as the folder ``path``; an artifact that is there is replaced. ``name``, ``version``: of a web package.
 
     Raises ArtifactError when something else is there, a name is no package's or the disk refuses, TargetError without a linker."""
-    path = Path(os.path.realpath(path))
+    try:
+        path = Path(os.path.realpath(path))
+    except (OSError, ValueError) as e:
+        raise ArtifactError(f"cannot write {path}: {e}") from e
     if module.is_package:
         module.manifest["package"] = package_names(path, name, version)
     elif name is not None or version is not None:
@@ -136,6 +139,7 @@ def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Mo
     """A module of machine code from its folder. Raises ArtifactError."""
     from luthier.module import Module
 
+    demand(manifest, path, "target.triple", "target.features")
     check_files(path, manifest, _CPU_FILES)
     lacking = missing_features(manifest["target"])
     if lacking:

@@ -11,7 +11,7 @@ from luthier.errors import ArtifactError
 from luthier.files import inside, open_regular
 from luthier.native import ABI_VERSION, DTYPES, MAX_RANK
 
-__all__ = ["FORMAT", "NAME", "read_manifest"]
+__all__ = ["FORMAT", "NAME", "demand", "read_manifest"]
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -130,6 +130,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if wrong:
         raise ArtifactError(f"{path} is damaged: {wrong}", hint="compile the model again")
     return manifest
+
+
+def demand(manifest: Mapping[str, Any], folder: Path, *keys: str) -> None:
+    """Parts that a kind of target needs; a dot stands between a part and its field. Raises ArtifactError for one that is missing."""
+    for key in keys:
+        part, _, name = key.partition(".")
+        if part not in manifest or name and name not in manifest[part]:
+            raise ArtifactError(f"{folder / NAME} is damaged: {key} is missing", hint="compile the model again")
 
 
 def _places(manifest: Mapping[str, Any]) -> str:

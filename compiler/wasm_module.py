@@ -314,8 +314,10 @@ class WasmModule(Module):
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> WasmModule:
     """A WasmModule from its folder. Raises ArtifactError for missing or damaged files."""
     from luthier.artifact import check_files
+    from luthier.manifest import demand
     from luthier.web_package import read_weights
 
+    demand(manifest, path, "web", "wasm")
     files = [f"model.{v}.wasm" for v in VARIANTS]
     check_files(path, manifest, [*files, *(s["file"] for s in manifest["web"]["shards"])])
     binaries = {v: (path / f).read_bytes() for v, f in zip(VARIANTS, files, strict=True)}

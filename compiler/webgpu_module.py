@@ -123,8 +123,10 @@ class WebGpuModule(Module):
 
 def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
     """A module of WGSL from its folder. Raises ArtifactError."""
+    from luthier.manifest import demand
     from luthier.web_package import read_weights
 
+    demand(manifest, path, "web")
     check_files(path, manifest, [*FILES, *(s["file"] for s in manifest["web"]["shards"])])
     host = json.loads((path / "host.json").read_text(encoding="utf-8"))
     shaders = json.loads((path / "shaders.json").read_text(encoding="utf-8"))

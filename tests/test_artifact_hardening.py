@@ -31,13 +31,13 @@ from luthier.module import Module
 X = np.ones((1, 4), np.float32)
 
 
-def compiled(factor: float, columns: int = 4) -> Module:
+def compiled(factor: float, columns: int = 4, target: str = "cpu") -> Module:
     w = np.full((4, columns), factor, np.float32)
     graph = h.make_graph(
         [h.make_node("MatMul", ["x", "w"], ["y"])], "scaled", [h.make_tensor_value_info("x", T.FLOAT, ["n", 4])], [h.make_tensor_value_info("y", T.FLOAT, ["n", columns])],
         [numpy_helper.from_array(w, "w")],
     )  # fmt: skip
-    return luthier.compile(h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=9), threads=1)
+    return luthier.compile(h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=9), target, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +147,15 @@ def test_places_that_cannot_be(saved: Path, tmp_path: Path, place: str) -> None:
         load(saved).save(tmp_path / place)
 
 
-def test_a_full_disk(saved: Path) -> None:
+def test_a_full_disk(saved: Path, tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    code = "import sys, luthier; from luthier.cli import main; sys.argv = ['luthier', 'run', sys.argv[1], '-o', '/dev/full']; main()"
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "cannot write /dev/full" in done.stderr, done
+    (tmp_path / "full.npz").symlink_to("/dev/full")
+    (tmp_path / "file").touch()
+    code = "import sys, luthier; from luthier.cli import main; sys.argv = ['luthier', 'run', sys.argv[1], '-o', sys.argv[2]]; main()"
+    for place, why in (("full.npz", "No space left"), ("file/below.npz", "Not a directory")):
+        done = subprocess.run([sys.executable, "-c", code, str(saved), str(tmp_path / place)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and f"cannot write {tmp_path / place}: {why}" in done.stderr, done
 
 
 # ---------------------------------------------------------------- manifests
@@ -176,8 +179,11 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 WRONG = (None, True, -1, 1.5, 10**30, "text", [], {}, [[]], float("nan"), "../../up", "\x1b[2J")
 
 
-def test_every_field_of_every_type(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "wasm"])
+def test_every_field_of_every_type(saved: Path, tmp_path: Path, target: str) -> None:
     """No value in any place ends in anything but an error of ours, or in a module."""
+    if target != "cpu":
+        saved = compiled(1, target=target).save(tmp_path / "package")
     manifest = json.loads((saved / "manifest.json").read_text())
     there = tmp_path / "m"
     shutil.copytree(saved, there)
@@ -211,7 +217,7 @@ def test_every_field_of_every_type(saved: Path, tmp_path: Path) -> None:
         (lambda m: m.update(web={"shards": [{"file": "../x", "offset": 0, "bytes": 1, "sha256": ""}]}), "web.shards.0..file"),
         (lambda m: m.update(weights_bytes=1 << 40), "fewer than"),
         (lambda m: m.update(calls=[{"kernel": "k", "nodes": [], "flops": ["+", 1], "bytes": 0}]), "flops"),
-        (lambda m: m["files"].pop("model.so"), "damaged|lacks"),
+        (lambda m: m["files"].update({"model.so": m["files"]["weights.bin"]}), "model.so is damaged"),
         (lambda m: [m], "no object"),
         (lambda m: m.update(target=[]), "target is"),
     ],

@@ -478,7 +478,9 @@ class ReverseSequence(Op):
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x, n = need(node, 0), need(node, 1)
-        b = int(node.attrs.get("batch_axis", 1))
+        b, t = int(node.attrs.get("batch_axis", 1)), int(node.attrs.get("time_axis", 0))
+        if {b, t} != {0, 1}:
+            raise shape_error(node, f"batch_axis {b} and time_axis {t} should be 0 and 1 in some order")
         if n.rank != 1 or x.rank < 2 or broadcast_dim(n.shape[0], x.shape[b]) is None:
             raise shape_error(node, "sequence_lens must have one length for each batch entry")
         return [x.type]

@@ -34,7 +34,7 @@ class TfIdfVectorizer(Composite):
         out, first = [], 0
         for k, (lo, hi) in enumerate(zip(starts, [*starts[1:], len(pool)], strict=True)):
             n = k + 1
-            if not 0 <= lo <= hi or (hi - lo) % n or first + (hi - lo) // n > len(places):
+            if not 0 <= lo <= hi <= len(pool) or (hi - lo) % n or first + (hi - lo) // n > len(places):
                 raise shape_error(node, f"ngram_counts {starts} do not fit {len(pool)} elements and {len(places)} indexes")
             count = (hi - lo) // n
             if int(node.attrs["min_gram_length"]) <= n <= int(node.attrs["max_gram_length"]) and count:
