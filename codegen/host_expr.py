@@ -32,8 +32,8 @@ def check_extents(program: Program) -> None:
             raise CompilationError(f"the extents of {b.name} are an expression of more than {MAX_TREE} operations", hint="pin the dimensions with shapes= or --shape")
 
 
-def host_expr(e: Expr, name: Callable[[Expr], str], load: Callable[[Expr], Any]) -> Any:
-    """``name``: of a variable; ``load``: what stands for a load. Raises CompilationError for operators that a host does not have."""
+def host_expr(e: Expr, name: Callable[[Expr], Any], load: Callable[[Expr], Any]) -> Any:
+    """``name``: of a variable, or what stands for it; ``load``: what stands for a load. Raises CompilationError for operators that a host does not have."""
 
     def go(x: Expr) -> Any:
         op, d = x.op, x.dtype

@@ -132,7 +132,7 @@ class _Printer:
 
 
 def print_host_js(host: Mapping[str, Any]) -> str:
-    """``program.js`` of ``host`` (``pipelines``, ``features``, ``weights``, ``narrow``, ``fixed``, ``mirrors``, ``body``).
+    """``program.js`` of ``host`` (``pipelines``, ``features``, ``weights``, ``narrow``, ``within``, ``fixed``, ``mirrors``, ``body``).
 
     Raises CompilationError for a statement or operator that it does not know."""
     p = _Printer()
@@ -141,6 +141,7 @@ def print_host_js(host: Mapping[str, Any]) -> str:
     if p.buffers:
         names.append(f"let {', '.join(f'b{k}' for k in sorted(p.buffers))};")
     names += [f"const m{k} = [];" for k in range(host["mirrors"])]
+    within = [f"[{j}, {p.value(low)}, {p.value(high)}, {json.dumps(what)}]" for j, low, high, what in host.get("within", ())]
     needs = host.get("needs", {"features": [], "limits": {}})
     return "\n".join([
         "// Generated. What the model does with the GPU, for the engine beside it.",
@@ -153,6 +154,7 @@ def print_host_js(host: Mapping[str, Any]) -> str:
         f"export const narrow = {json.dumps(host['narrow'])};",
         f"export const fixed = {json.dumps(bool(host['fixed']))};",
         f"export const loops = {json.dumps({'probe': LOOP_PROBE, 'answer': LOOP_ANSWER} if any('g.rounds(' in line for line in body) else None)};",
+        f"export const within = (g) => [{', '.join(within)}];",
         *(_HELPERS[name] for name in sorted(p.used)),
         "export async function main(g) {",
         *(f"  {line}" for line in names),

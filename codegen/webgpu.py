@@ -42,7 +42,7 @@ SMALL = 64 << 10  # bytes up to which a constant counts as small
 
 @dataclass(slots=True)
 class GpuProgram:
-    """``shaders``: WGSL, entry point ``main``, without directives; ``features``: the optional ones that each of them needs; ``pipelines``, ``weights``, ``narrow``, ``fixed``: as in ``docs/web.md``; ``body``: host
+    """``shaders``: WGSL, entry point ``main``, without directives; ``features``: the optional ones that each of them needs; ``pipelines``, ``weights``, ``narrow``, ``within``, ``fixed``: as in ``docs/web.md``; ``body``: host
     statements; ``blob``: all constants, flat ``uint8``; ``calls``: the kernel of each dispatch in the program; ``mirrors``: how many
     buffers are mirrored on the host; ``crossings``: what main reads back."""
 
@@ -51,6 +51,7 @@ class GpuProgram:
     pipelines: list[dict[str, Any]] = field(default_factory=list)
     weights: list[list[int]] = field(default_factory=list)
     narrow: list[int] = field(default_factory=list)
+    within: list[list[Any]] = field(default_factory=list)
     fixed: bool = True
     body: list[Any] = field(default_factory=list)
     blob: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -129,6 +130,9 @@ class _Builder:
             self.place[b.name] = (("in", j), zero)
             if b.dtype.is_int and b.dtype.bits == 64 and b.name not in self.wide:
                 g.narrow.append(j)
+        for w in p.within:
+            low, high = (host_expr(e, lambda v: ["dim", *p.dims[v]], self.load) for e in (w.low, w.high))
+            g.within.append([w.input, low, high, w.what])
         self.lay_out_weights()
         self.find_mirrors()
         for f in p.kernels.values():

@@ -30,7 +30,7 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
 def host_data(g: GpuProgram, info: dict[str, Any]) -> dict[str, Any]:
     """What :mod:`luthier.webgpu_device` runs, as JSON data."""
     return {
-        "pipelines": g.pipelines, "features": g.features, "weights": g.weights, "narrow": g.narrow, "fixed": g.fixed, "mirrors": g.mirrors, "body": g.body,
+        "pipelines": g.pipelines, "features": g.features, "weights": g.weights, "narrow": g.narrow, "within": g.within, "fixed": g.fixed, "mirrors": g.mirrors, "body": g.body,
         "output_bits": [DTYPES[o["code"]][1] for o in info["outputs"]],
     }  # fmt: skip
 

@@ -14,6 +14,7 @@ from luthier.override import override_kernels, write_kernels
 from luthier.passes.attend_cache import attend_cache
 from luthier.passes.build_program import build_program
 from luthier.passes.canonicalize import canonicalize
+from luthier.passes.check_indices import check_indices
 from luthier.passes.choose_layout import choose_layout
 from luthier.passes.densify_sparse import densify_sparse
 from luthier.passes.eliminate_dead import eliminate_dead
@@ -110,6 +111,8 @@ def lower_graph(
     for flag, p in TARGET_PASSES:
         if getattr(caps, flag) and p(graph):
             dump.write(flag, lambda: str(graph))
+    if settings.check_indices.get() and check_indices(graph, before=caps.gpu, index_bits=caps.index_bits):
+        dump.write("check_indices", lambda: str(graph))
     program = build_program(graph, lambda c, consts: build(c, caps, consts, record), lambda f: build_kernel(f, caps), on_kernel)
     if "poison" in settings.debug.get():
         program = poison_memory(program, lambda c: build(c, caps).funcs)

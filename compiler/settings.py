@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "check_indices", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -74,6 +74,12 @@ def _count(text: str) -> int:
     if value < 0:
         raise ValueError("must not be negative")
     return value
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return text == "1"
 
 
 def _positive(text: str) -> int:
@@ -154,4 +160,8 @@ toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, c
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")
 winograd = _declare(
     "LUTHIER_WINOGRAD", _count, 4, "Largest tile of Winograd's 3x3 convolutions: 4, 2 (smaller error), 0 for direct sums only"
+)  # fmt: skip
+check_indices = _declare(
+    "LUTHIER_CHECK_INDICES", _switch, True,
+    "0: modules compiled now do not check indices that are data; those out of range read the nearest element or write nothing",
 )  # fmt: skip

@@ -202,6 +202,13 @@ class Runner:
 
     # ------------------------------------------------------------ a run
 
+    def within(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, int, int, str]]:
+        """(number of an input, least, greatest element that it may hold, what it is) for these inputs."""
+        if not self.host.get("within"):
+            return []
+        one = _Run(self, arrays, [], _Recorded())
+        return [(j, int(one.value(low)), int(one.value(high)), what) for j, low, high, what in self.host["within"]]
+
     def timed(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> dict[int, float]:
         """A run whose dispatches are timed one by one: {call number: ms}."""
         self.clock = (_Queries if "timestamp-query" in device().features else _Waits)()

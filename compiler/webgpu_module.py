@@ -93,6 +93,11 @@ class WebGpuModule(Module):
                     raise InputError(f"input {p.name} has integers that 32 bits cannot hold; the kernels that read it take 32-bit integers")
             ins.append(a)
             raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
+        for j, lo, hi, what in self.runner.within(ins):
+            a = ins[j]
+            if a.size and (int(a.min()) < lo or int(a.max()) > hi):
+                bad = int(a.min()) if int(a.min()) < lo else int(a.max())
+                raise InputError(f"{what} in input {self._ins[j].name} is {bad}, it must be {lo} to {hi}")
         return ins, raw
 
     def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:

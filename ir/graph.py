@@ -28,7 +28,7 @@ import numpy as np
 from luthier.ir.dtypes import DType, from_numpy
 from luthier.ir.errors import ShapeError
 from luthier.ir.expr import Expr, as_expr, free_vars, var
-from luthier.ir.requirements import Requirement
+from luthier.ir.requirements import Requirement, Within
 
 MAX_CONTENT = 64
 
@@ -136,7 +136,8 @@ class Graph:
     """``nodes`` in topological order. ``aliases``: {output name: input name} for state that may be updated in place.
 
     ``output_names``: what callers call the outputs, in order (default: the values' own names). An output may be any value: an
-    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run.
+    input, a constant, or the same value twice. ``requirements``: what type inference assumed about extents, checked by every run; ``within``: of elements of
+    inputs, checked before it.
     ``defaults``: {name of an input that a call may leave out: the array it is then, or None for random bits that every call draws};
     those inputs come last. ``structured_inputs``, ``structured_outputs``: those that callers give or get as something else than one
     tensor."""
@@ -151,6 +152,7 @@ class Graph:
     defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
     structured_inputs: dict[str, Structured] = field(default_factory=dict)
     structured_outputs: dict[str, Structured] = field(default_factory=dict)
+    within: list[Within] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"graph {self.name}({', '.join(map(repr, self.inputs))}) -> ({', '.join('%' + v.name for v in self.outputs)}):"]

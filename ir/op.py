@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +33,20 @@ class Kernel:
     ) -> None:
         self.func, self.temps, self.symbols, self.capacity = func, tuple(temps), symbols or {}, capacity or {}
         self.in_place: dict[str, int] = {}  # outputs that are an input's own memory, changed: {output buffer: number of the input}
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """Elements of input ``operand`` that must lie in ``low .. high``: one pair for all, or one for each place along the last axis."""
+
+    operand: int
+    low: tuple[Expr, ...]
+    high: tuple[Expr, ...]
+
+    @staticmethod
+    def of(operand: int, *extents: Expr) -> Indexed:
+        """Indices into extents; negative ones count from the end."""
+        return Indexed(operand, tuple(-n for n in extents), tuple(n - 1 for n in extents))
 
 
 class Op:
@@ -59,6 +74,10 @@ class Op:
     def limits(self, node: Node) -> tuple[Expr, Expr] | None:
         """``Value.limits`` of the one output."""
         return None
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        """Which inputs say where another one is read or written: a run checks them (:mod:`luthier.passes.check_indices`)."""
+        return ()
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute | Kernel | Graph:
         """The mathematics: lets over ``ins`` that define every buffer of ``outs`` by name. A Graph means: legalised into other
@@ -106,4 +125,4 @@ def load_all() -> None:
     _loaded.append(True)
 
 
-__all__ = ["Op", "Kernel", "op", "lookup", "load_all", "REGISTRY", "Graph", "Value"]
+__all__ = ["Op", "Indexed", "Kernel", "op", "lookup", "load_all", "REGISTRY", "Graph", "Value"]

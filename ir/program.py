@@ -18,6 +18,7 @@ import numpy as np
 from luthier.ir.expr import Expr
 from luthier.ir.graph import Structured
 from luthier.ir.loop import Buffer, Func, Stmt
+from luthier.ir.requirements import Within
 
 
 @dataclass(slots=True)
@@ -27,7 +28,7 @@ class Program:
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
     ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
     the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``defaults``: as in
-    :class:`~luthier.ir.graph.Graph`, for the inputs that come last. ``structured_*``: as there, too."""
+    :class:`~luthier.ir.graph.Graph`, for the inputs that come last. ``structured_*``, ``within``: as there, too."""
 
     name: str
     inputs: tuple[Buffer, ...]
@@ -44,6 +45,7 @@ class Program:
     defaults: dict[str, np.ndarray[Any, Any] | None] = field(default_factory=dict)
     structured_inputs: dict[str, Structured] = field(default_factory=dict)
     structured_outputs: dict[str, Structured] = field(default_factory=dict)
+    within: tuple[Within, ...] = ()
 
     def __str__(self) -> str:
         from luthier.ir.printer import format_buffer, format_func, format_stmt

@@ -19,10 +19,23 @@ _open: ContextVar[list[Requirement] | None] = ContextVar("requirements", default
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """``got`` equals ``want`` in every run. ``what``: which extents of which node they are, for the message."""
+    """``got`` equals ``want`` in every run. ``what``: which extents of which node they are, for the message. ``needed``: symbols in it are
+    read for this check alone, if nothing else needs them."""
 
     got: Expr
     want: Expr
+    what: str
+    needed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Every element of input number ``input`` lies in ``low .. high`` (over the extents of inputs): a check that the caller's side makes
+    before a run, where reading back what a kernel found is too dear."""
+
+    input: int
+    low: Expr
+    high: Expr
     what: str
 
 

@@ -121,6 +121,7 @@ class _Builder:
             self.graph.name, tuple(inputs), tuple(outputs), dims, self.constants, self.kernels, tuple(self.buffers),
             block(*body), self.views, self.nodes, output_names, defaults=self.graph.defaults,
             structured_inputs=dict(self.graph.structured_inputs), structured_outputs=dict(self.graph.structured_outputs),
+            within=tuple(self.graph.within),
         )  # fmt: skip
 
     def _used_symbols(self, body: Iterable[Stmt]) -> set[Expr]:
@@ -153,6 +154,7 @@ class _Builder:
         makes = self._makers(groups, defined)
         needed = {v for v, _ in outs}
         symbols = set().union(*(type_symbols(v.type) for v, _ in outs)) if outs else set()
+        symbols |= {s for r in graph.requirements if r.needed for e in (r.got, r.want) for s in free_vars(e)}
         items: list[_Item] = []
         for g in reversed(groups):
             wanted = [v for n in g.nodes for v in n.outputs if v in needed]

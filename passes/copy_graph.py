@@ -34,7 +34,7 @@ def _graph(graph: Graph, made: dict[Value, Value]) -> Graph:
     inputs = [_value(v, made) for v in graph.inputs]
     nodes = [_node(n, made) for n in graph.nodes]
     outputs = [_value(v, made) for v in graph.outputs]
-    return replace(graph, inputs=inputs, outputs=outputs, nodes=nodes, aliases=dict(graph.aliases), requirements=list(graph.requirements), defaults=dict(graph.defaults))
+    return replace(graph, inputs=inputs, outputs=outputs, nodes=nodes, aliases=dict(graph.aliases), requirements=list(graph.requirements), within=list(graph.within), defaults=dict(graph.defaults))
 
 
 def _node(n: Node, made: dict[Value, Value]) -> Node:

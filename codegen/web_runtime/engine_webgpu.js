@@ -214,10 +214,23 @@ export class Engine {
     }
   }
 
+  /** Raises InputError for an index among the inputs that lies outside of what it indexes. */
+  within(ins) {
+    for (const [j, low, high, what] of program.within({ dim: (k, axis) => ins[k].shape[axis] })) {
+      for (const v of ins[j].data) {
+        if (v < low || v > high) {
+          const { name } = this.manifest.inputs[j];
+          throw new InputError("OUT_OF_RANGE", `${what} in input "${name}" is ${v}, it must be ${low} to ${high}`, "look at what the input holds", { name });
+        }
+      }
+    }
+  }
+
   async run(inputs, outputs) {
     const wanted = chooseOutputs(this.manifest.outputs, outputs);
     const ins = checkInputs(this.manifest.inputs, inputs, [], this.defaults);
     this.narrow(ins);
+    this.within(ins);
     for (let round = 0; ; round++) {
       try {
         if (this.lost) await this.restart();

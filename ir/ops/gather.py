@@ -1,7 +1,7 @@
 """Elements moved by the contents of an index tensor: Gather*, Scatter*, OneHot, and running sums (CumSum, CumProd).
 
-Negative indices count from the end. An index that is still out of range reads the nearest element (gathers) or is skipped
-(scatters): no access leaves its tensor.
+Negative indices count from the end. An index that is still out of range is refused by the run (``indexed``); the kernels themselves read
+the nearest element (gathers) or skip it (scatters): no access leaves its tensor, checked or not.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from luthier.ir.compute import Axis, Compute, Fold, LetStmt, Pull, Push, State
 from luthier.ir.expr import Expr, bounds, cast, const, land, load, maximum, minimum, select
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     ZERO,
     Array,
@@ -49,6 +49,11 @@ def wrap(j: Expr, n: Expr) -> Expr:
 def clamp(j: Expr, n: Expr) -> Expr:
     """A possibly negative index forced into 0 .. n - 1."""
     return maximum(minimum(wrap(j, n), n - 1), 0)
+
+
+def _along_axis(node: Node) -> list[Indexed]:
+    x = need(node, 0)
+    return [Indexed.of(1, x.shape[check_axis(node, node.attrs.get("axis", 0), x.rank)])]
 
 
 def _check_index(node: Node, i: int) -> None:
@@ -86,6 +91,9 @@ class Gather(Op):
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         return moved(self, node)
 
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return _along_axis(node)
+
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, j = must(ins, 0), must(ins, 1)
         a = check_axis(node, node.attrs.get("axis", 0), x.rank)
@@ -112,6 +120,9 @@ class GatherElements(Op):
         if x.rank != j.rank:
             raise shape_error(node, "data and indices differ in rank")
         return [like(x.type, j.shape)]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return _along_axis(node)
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x = must(ins, 0)
@@ -143,6 +154,10 @@ class GatherND(Op):
         if b + k > x.rank:
             raise shape_error(node, f"{k} coordinates after {b} batch dimensions exceed rank {x.rank}")
         return [like(x.type, (*j.shape[:-1], *x.shape[b + k :]))]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        b = int(node.attrs.get("batch_dims", 0))
+        return [Indexed.of(1, *need(node, 0).shape[b : b + int(need(node, 1).shape[-1].attr)])]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, j = must(ins, 0), must(ins, 1)
@@ -208,6 +223,9 @@ class ScatterElements(Scatter):
         if not x.rank == j.rank == u.rank:
             raise shape_error(node, "data, indices and updates differ in rank")
 
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return _along_axis(node)
+
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x = must(ins, 0)
         a = check_axis(node, node.attrs.get("axis", 0), x.rank)
@@ -241,6 +259,9 @@ class ScatterND(Scatter):
         k = static(node, j.shape[-1], "the last dimension of the indices")
         if k > x.rank or u.rank != j.rank - 1 + x.rank - k:
             raise shape_error(node, f"updates of rank {u.rank} do not fit {k} coordinates into rank {x.rank}")
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return [Indexed.of(1, *need(node, 0).shape[: int(need(node, 1).shape[-1].attr)])]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, j, u = must(ins, 0), must(ins, 1), must(ins, 2)

@@ -12,7 +12,7 @@ from luthier.ir.compute import Compute
 from luthier.ir.expr import Expr, as_expr, bounds, const, land, load, maximum, minimum, select
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     ONE,
     ZERO,
@@ -484,6 +484,9 @@ class ReverseSequence(Op):
         if n.rank != 1 or x.rank < 2 or broadcast_dim(n.shape[0], x.shape[b]) is None:
             raise shape_error(node, "sequence_lens must have one length for each batch entry")
         return [x.type]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return [Indexed(1, (ZERO,), (need(node, 0).shape[int(node.attrs.get("time_axis", 0))],))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         b, t = int(node.attrs.get("batch_axis", 1)), int(node.attrs.get("time_axis", 0))

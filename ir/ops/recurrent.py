@@ -18,7 +18,7 @@ from luthier.ir.dtypes import index
 from luthier.ir.expr import Expr, as_expr, cast, const, load, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     Array,
     define,
@@ -133,6 +133,11 @@ class Recurrent(Op):
         return static(node, need(node, 2).shape[2], "the hidden size")
 
     # -- types
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        if node.input(4) is None:
+            return []
+        return [Indexed(4, (const(0),), (need(node, 0).shape[int(node.attrs.get("layout", 0))],))]
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         x, w, r = need(node, 0), need(node, 1), need(node, 2)

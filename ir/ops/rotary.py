@@ -11,7 +11,7 @@ from luthier.ir.compute import Compute
 from luthier.ir.expr import Expr, cast, const, load, maximum, minimum, select
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     Array,
     axes_of,
@@ -61,6 +61,14 @@ class Rotary(Op):
         if cos.rank != (2 if node.input(self.order[3]) is not None else 3) and node.input(self.order[3]) is None:
             raise shape_error(node, "without position_ids the caches must be [batch, length, size]")
         return [like(need(node, 0).type, need(node, 0).shape)]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        pos = node.input(self.order[3])
+        if pos is None:
+            return []
+        x, rows = need(node, 0), need(node, self.order[1]).shape[0]
+        last = rows - (1 if pos.rank == 2 else x.shape[2 if x.rank == 4 else 1])  # one offset: the positions that follow it are read too
+        return [Indexed(self.order[3], (const(0),), (last,))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, cos, sin = (must(ins, self.order[i]) for i in range(3))
