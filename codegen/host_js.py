@@ -141,7 +141,7 @@ def print_host_js(host: Mapping[str, Any]) -> str:
     if p.buffers:
         names.append(f"let {', '.join(f'b{k}' for k in sorted(p.buffers))};")
     names += [f"const m{k} = [];" for k in range(host["mirrors"])]
-    within = [f"[{j}, {p.value(low)}, {p.value(high)}, {json.dumps(what)}]" for j, low, high, what in host.get("within", ())]
+    within = [f"[{j}, {p.array(low)}, {p.array(high)}, {json.dumps(what)}]" for j, low, high, what in host.get("within", ())]
     needs = host.get("needs", {"features": [], "limits": {}})
     return "\n".join([
         "// Generated. What the model does with the GPU, for the engine beside it.",

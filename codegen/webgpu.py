@@ -131,7 +131,7 @@ class _Builder:
             if b.dtype.is_int and b.dtype.bits == 64 and b.name not in self.wide:
                 g.narrow.append(j)
         for w in p.within:
-            low, high = (host_expr(e, lambda v: ["dim", *p.dims[v]], self.load) for e in (w.low, w.high))
+            low, high = ([host_expr(e, lambda v: ["dim", *p.dims[v]], self.load) for e in es] for es in (w.low, w.high))
             g.within.append([w.input, low, high, w.what])
         self.lay_out_weights()
         self.find_mirrors()

@@ -202,12 +202,13 @@ class Runner:
 
     # ------------------------------------------------------------ a run
 
-    def within(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, int, int, str]]:
-        """(number of an input, least, greatest element that it may hold, what it is) for these inputs."""
+    def within(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, list[int], list[int], str]]:
+        """(number of an input, least, greatest elements that it may hold, what they are) for these inputs; one pair, or one for each place
+        along the last axis."""
         if not self.host.get("within"):
             return []
         one = _Run(self, arrays, [], _Recorded())
-        return [(j, int(one.value(low)), int(one.value(high)), what) for j, low, high, what in self.host["within"]]
+        return [(j, [int(one.value(e)) for e in low], [int(one.value(e)) for e in high], what) for j, low, high, what in self.host["within"]]
 
     def timed(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> dict[int, float]:
         """A run whose dispatches are timed one by one: {call number: ms}."""

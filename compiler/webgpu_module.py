@@ -94,10 +94,11 @@ class WebGpuModule(Module):
             ins.append(a)
             raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
         for j, lo, hi, what in self.runner.within(ins):
-            a = ins[j]
-            if a.size and (int(a.min()) < lo or int(a.max()) > hi):
-                bad = int(a.min()) if int(a.min()) < lo else int(a.max())
-                raise InputError(f"{what} in input {self._ins[j].name} is {bad}, it must be {lo} to {hi}")
+            a = ins[j].reshape(-1, len(lo))
+            bad = np.argwhere((a < lo) | (a > hi))
+            if len(bad):
+                i, k = bad[0]
+                raise InputError(f"{what} in input {self._ins[j].name} is {a[i, k]}, it must be {lo[k]} to {hi[k]}")
         return ins, raw
 
     def profile(self, inputs: Mapping[str, Any], runs: int = 20) -> list[dict[str, Any]]:

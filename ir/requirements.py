@@ -30,12 +30,12 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """Every element of input number ``input`` lies in ``low .. high`` (over the extents of inputs): a check that the caller's side makes
-    before a run, where reading back what a kernel found is too dear."""
+    """Every element of input number ``input`` lies in ``low .. high`` (over the extents of inputs; a pair for all or one for each place along
+    the last axis): a check that the caller's side makes before a run, where reading back what a kernel found is too dear."""
 
     input: int
-    low: Expr
-    high: Expr
+    low: tuple[Expr, ...]
+    high: tuple[Expr, ...]
     what: str
 
 

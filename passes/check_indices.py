@@ -261,8 +261,8 @@ class _Checker:
         dims = {s for v in self.top.inputs for s in v.shape if s.op == "var"}
         for a in asks:
             for (low, high), what in a.ranges.items():
-                if len(low) == 1 and free_vars(low[0]) | free_vars(high[0]) <= dims:
-                    self.top.within.append(Within(self.top.inputs.index(a.value), low[0], high[0], f"{what}: an index"))
+                if all(free_vars(e) <= dims for e in (*low, *high)):
+                    self.top.within.append(Within(self.top.inputs.index(a.value), low, high, f"{what}: an index"))
                     self.changed = True
 
 

@@ -217,10 +217,12 @@ export class Engine {
   /** Raises InputError for an index among the inputs that lies outside of what it indexes. */
   within(ins) {
     for (const [j, low, high, what] of program.within({ dim: (k, axis) => ins[k].shape[axis] })) {
-      for (const v of ins[j].data) {
-        if (v < low || v > high) {
+      const { data } = ins[j];
+      for (let k = 0; k < data.length; k++) {
+        const [least, greatest] = [low[k % low.length], high[k % low.length]];
+        if (data[k] < least || data[k] > greatest) {
           const { name } = this.manifest.inputs[j];
-          throw new InputError("OUT_OF_RANGE", `${what} in input "${name}" is ${v}, it must be ${low} to ${high}`, "look at what the input holds", { name });
+          throw new InputError("OUT_OF_RANGE", `${what} in input "${name}" is ${data[k]}, it must be ${least} to ${greatest}`, "look at what the input holds", { name });
         }
       }
     }
