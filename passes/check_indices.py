@@ -205,6 +205,7 @@ class _Checker:
         columns: list[int] = []
         waiting = []
         for a in asks:
+            self.read(graph, a.value)
             for (low, high), what in a.ranges.items():
                 lo, hi = self.span(a.value)
                 if len(low) == 1 and lo is not None and hi is not None and (a.value.data is not None or a.value.limits is not None or a.value.content):
@@ -230,6 +231,14 @@ class _Checker:
             graph.requirements = [*graph.requirements, *(Requirement(r.got, r.want, r.what, True) for r in found)]
             self.changed = True
         return nodes
+
+    def read(self, graph: Graph, v: Value) -> None:
+        """One number needs no kernel: the program reads it."""
+        here = v in graph.inputs or v in (u for n in graph.nodes for u in n.outputs)
+        size = v.type.static_shape
+        if here and v.content is None and v.data is None and size is not None and prod(size) == 1 and v.dtype.bits <= self.bits:
+            v.content, v.bound = (var(f"{v.name}.0", lo=None),), True
+            self.spans.pop(v, None)
 
     def extremes(self, tensors: Sequence[Value], columns: Sequence[int]) -> tuple[list[Node], list[tuple[Sequence[Expr], Sequence[Expr]]]]:
         """Nodes, and for each tensor its least and its greatest elements as symbols."""

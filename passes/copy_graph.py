@@ -24,7 +24,7 @@ def _value(v: Value, made: dict[Value, Value]) -> Value:
     new = made.get(v)
     if new is None:
         new = made[v] = Value(v.name, v.type, v.data)
-        new.bound = v.bound
+        new.bound, new.limits = v.bound, v.limits
         if v._content is not None:
             new.content = v._content
     return new
