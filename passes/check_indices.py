@@ -22,6 +22,7 @@ from luthier.ir.dtypes import i64
 from luthier.ir.expr import Expr, const, free_vars, maximum, minimum, prove, var
 from luthier.ir.graph import Graph, Node, TensorType, Value, subgraphs
 from luthier.ir.op import Indexed, lookup
+from luthier.ir.ops.common import product
 from luthier.ir.requirements import Requirement, Within, assume_at_least, assume_at_most, collecting
 
 LARGE = 1 << 16  # elements from which on threads share the work of looking at them
@@ -173,6 +174,8 @@ class _Checker:
             return const(0), ins[0].shape[int(p.attrs.get("axis", 0))] - 1
         if p.op == "TopK":
             return self.span(ins[0]) if v is p.outputs[0] else (const(0), ins[0].shape[int(p.attrs.get("axis", -1))] - 1)
+        if p.op == "MaxPool" and v is not p.outputs[0]:
+            return const(0), product(ins[0].shape) - 1
         if p.op == "NonZero":
             return (const(0), max_of(ins[0].shape) - 1) if ins[0].rank else UNKNOWN
         spans = [self.span(u) for u in ins]

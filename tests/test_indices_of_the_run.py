@@ -93,6 +93,18 @@ CASES = {
     "reversed": Case(
         "(float[4, m] x, int64[m] I) => (float[4, m] y) { y = ReverseSequence<time_axis=0, batch_axis=1>(x, I) }", lambda m: (m,), ((0, 4),), lambda m: {"x": floats(4, m)}, sizes=(1, 2, 5),
     ),
+    "regions of a batch": Case(
+        "(float[2, 1, 4, 4] x, float[m, 4] r, int64[m] I) => (float[m, 1, 1, 1] y) { y = RoiAlign<output_height=1, output_width=1, sampling_ratio=1>(x, r, I) }",
+        lambda m: (m,), ((0, 1),), lambda m: {"x": floats(2, 1, 4, 4), "r": np.tile(np.array([[0, 0, 2, 3]], np.float32), (m, 1))}, sizes=(1, 2, 5),
+    ),
+    "unpooled": Case(
+        "(float[1, 1, m, 3] x, int64[1, 1, m, 3] I) => (float[1, 1, a, 6] y) { y = MaxUnpool<kernel_shape=[2, 2], strides=[2, 2]>(x, I) }",
+        lambda m: (1, 1, 2, 3), ((0, 23),), lambda m: {"x": floats(1, 1, 2, 3)}, sizes=(1, 2),
+    ),
+    "turned": Case(
+        "(float[b, 1, m, 4] x, float[n, 2] c, float[n, 2] s, int64[b, m] I) => (float[b, 1, m, 4] y) { y = RotaryEmbedding(x, c, s, I) }",
+        lambda m: (2, m), ((0, 6),), lambda m: {"x": floats(2, 1, m, 4), "c": floats(7, 2), "s": floats(7, 2)}, sizes=(1, 2, 5),
+    ),
     "in a branch": Case(
         "(float[n, 5] x, int64[m] I, bool c) => (float[m, 5] y) { y = If(c) <then_branch = t () => (float[m, 5] p) { p = Gather(x, I) }, "
         "else_branch = e () => (float[m, 5] q) { z = Gather(x, I) q = Neg(z) }> }",
@@ -107,7 +119,7 @@ CASES = {
 
 
 def model(text: str) -> onnx.ModelProto:
-    return onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]>\ng {text}')
+    return onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {23 if "RotaryEmbedding" in text else 18}]>\ng {text}')
 
 
 def session(m: onnx.ModelProto) -> Any:

@@ -11,7 +11,7 @@ from luthier.ir.compute import Compute
 from luthier.ir.expr import Expr, land, load, select
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     ZERO,
     Array,
@@ -32,7 +32,7 @@ from luthier.ir.ops.common import (
 @op("TensorScatter")
 class TensorScatter(Op):
     """(past [B, .., max, ..], update [B, .., n, ..], write_indices [B]?): ``update`` from position write_indices[b] on along ``axis``;
-    ``mode`` circular wraps around, linear drops what would lie outside."""
+    ``mode`` circular wraps around, linear refuses what would lie outside (and drops it where the run does not check)."""
 
     kind = "injective"
 
@@ -54,6 +54,12 @@ class TensorScatter(Op):
         if node.attrs.get("mode", "linear") not in ("linear", "circular"):
             raise shape_error(node, f"unknown mode {node.attrs['mode']!r}")
         return [past.type]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        if node.input(2) is None or node.attrs.get("mode", "linear") == "circular":
+            return []
+        a = self.axis(node)
+        return [Indexed(2, (ZERO,), (need(node, 0).shape[a] - need(node, 1).shape[a],))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         past, new, at, a = must(ins, 0), must(ins, 1), get(ins, 2), self.axis(node)

@@ -12,7 +12,7 @@ from luthier.ir.dtypes import i64
 from luthier.ir.expr import Expr, binary, cast, const, land, load, maximum, minimum, proj, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     ZERO,
     Array,
@@ -287,6 +287,9 @@ class MaxUnpool(Op):
                 raise shape_error(node, f"output_shape has {len(shape)} extents for rank {x.rank}")
             return [like(x.type, shape)]
         return [like(x.type, self.default(node))]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return [Indexed(1, (ZERO,), (product(self.default(node)) - 1,))]
 
     def default(self, node: Node) -> list[Expr]:
         x = need(node, 0)

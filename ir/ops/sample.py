@@ -13,7 +13,7 @@ from luthier.ir.dtypes import f32, index
 from luthier.ir.expr import Expr, binary, carry_nan, cast, const, land, load, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
-from luthier.ir.op import Op, op
+from luthier.ir.op import Indexed, Op, op
 from luthier.ir.ops.common import (
     ZERO,
     Array,
@@ -341,6 +341,9 @@ class RoiAlign(Op):
         if int(node.attrs.get("sampling_ratio", 0)) < 1:
             raise unsupported(node, "sampling_ratio 0: the number of samples would depend on the data", hint="export with a sampling_ratio")
         return [TensorType.of(x.dtype, (rois.shape[0], x.shape[1], int(node.attrs.get("output_height", 1)), int(node.attrs.get("output_width", 1))))]
+
+    def indexed(self, node: Node) -> Sequence[Indexed]:
+        return [Indexed(2, (const(0),), (need(node, 0).shape[0] - 1,))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         x, rois, batch, out = must(ins, 0), must(ins, 1), must(ins, 2), outs[0]
