@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from luthier.importers.onnx import import_onnx
 from luthier.pipeline import compile_program
 
 ort = pytest.importorskip("onnxruntime")
+NODE = shutil.which("node")
 RNG = np.random.default_rng(3)
 
 
@@ -36,7 +41,6 @@ class Case:
     dtype: Any = np.int64
     host: bool = True
     sizes: tuple[int, ...] = (0, 1, 2, 5, 40)
-    node: str = field(default="")
 
 
 X = floats(7, 5)
@@ -210,3 +214,27 @@ def test_checks_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CHECK_INDICES", "0")
     module = luthier.compile(model(CASES["rows"].text))
     np.testing.assert_array_equal(module.run({"x": X, "I": np.array([9, -9])})["y"], X[[6, 0]])
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_a_page_checks_before_it_uploads(tmp_path: Any) -> None:
+    """The engine of a WebGPU package, as far as it goes without a GPU."""
+    text = "(float[n, 5] x, int64[m, 2] I, int32[m] J) => (float[m] y, float[m, 5] z) { y = GatherND(x, I) z = Gather(x, J) }"
+    folder = luthier.compile(model(text), target="webgpu").save(tmp_path / "p")
+    cases = [([0, 0, -7, 4], [6, -7]), ([], []), ([7, 0], [0]), ([0, 5], [0]), ([6, -6], [0]), ([0, 0], [7]), ([0, 0, 0, 0], [0, -8])]
+    (folder / "try.mjs").write_text(f"""
+import {{ Engine }} from "./runtime/engine_webgpu.js";
+const manifest = {{ inputs: [{{ name: "x" }}, {{ name: "I" }}, {{ name: "J" }}] }};
+const said = [];
+for (const [a, b] of {json.dumps(cases)}) {{
+  const ins = [{{ data: new Float32Array(35), shape: [7, 5] }}, {{ data: BigInt64Array.from(a, BigInt), shape: [a.length / 2, 2] }}, {{ data: Int32Array.from(b), shape: [b.length] }}];
+  try {{ Engine.prototype.within.call({{ manifest }}, ins); said.push(""); }} catch (e) {{ said.push(`${{e.name}} ${{e.code}} ${{e.message}}`); }}
+}}
+console.log(JSON.stringify(said));
+""")
+    done = subprocess.run([str(NODE), str(folder / "try.mjs")], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said[:2] == ["", ""]
+    for got, (node, values) in zip(said[2:], [("GatherND", "7.*-7 to 6"), ("GatherND", "5.*-5 to 4"), ("GatherND", "-6.*-5 to 4"), ("Gather", "7.*-7 to 6"), ("Gather", "-8.*-7 to 6")], strict=True):
+        assert re.fullmatch(rf'InputError OUT_OF_RANGE node ".*" \({node}\): an index in input "[IJ]" is {values}\b.*', got), got
