@@ -17,6 +17,8 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+TYPE_OF = {"Cast": "to", "RandomNormal": "dtype", "RandomNormalLike": "dtype"}  # attributes that name an element type
+
 Array = NDArray[Any]
 
 
@@ -115,7 +117,7 @@ def widen_graph(graph: onnx.GraphProto) -> None:
                 widen_graph(attribute.g)
             elif attribute.type == onnx.AttributeProto.TENSOR:
                 widen_tensor(attribute.t)
-            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            elif attribute.name == TYPE_OF.get(node.op_type) and attribute.i == TensorProto.FLOAT:
                 attribute.i = TensorProto.DOUBLE
             elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 values = attribute.f if attribute.name == "value_float" else list(attribute.floats)

@@ -111,7 +111,7 @@ def inverse_rq(x, w, h, d, bound, least=1e-3):
     loc = ch.clone()
     loc[..., -1] += 1e-6
     i = (torch.sum(x[..., None] >= loc, dim=-1) - 1)[..., None]
-    g = lambda a: a.gather(-1, i)[..., 0]  # noqa: E731
+    g = lambda a: a.gather(1, i)[..., 0]  # noqa: E731
     icw, iw, ich, ih, delta = g(cw), g(w), g(ch), g(h), g(h / w)
     d0, d1 = g(d), g(d[..., 1:])
     t = (x - ich) * (d0 + d1 - 2 * delta)

@@ -240,8 +240,11 @@ class ExprPrinter:
         return out
 
     def vreduce(self, op: str, a: str, d: DType) -> str:
-        """Pairwise halving: lane i with lane i + half, an odd last lane waits."""
+        """Pairwise halving: lane i with lane i + half, an odd last lane waits. Conditions have no order: a mask is tested at once."""
         n, s = d.lanes, scalar_type(d)
+        if d.is_bool and op in ("and", "or"):
+            fn = self.declare(f"llvm.vector.reduce.{op}.v{n}i1", f"i1 @(<{n} x i1>)")
+            return self.ins(f"call i1 @{fn}(<{n} x i1> {a})")
         while n > 1:
             h = n // 2
             t = f"<{n} x {s}>"

@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     ),
 }  # fmt: skip
 
-TAKEN = ("parts too short", "a window larger than its input", "positions beyond their table", "positions that fall below their table")  # by onnxruntime
+TAKEN = ("parts too short", "a window larger than its input")  # by onnxruntime, though the specification has no answer
 
 
 def arrays(feeds: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def test_operand(name: str, target: str) -> None:
     model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]>\ng {body}')
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # optimized, it clips a Range in silence
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     module = luthier.compile(model, target=target)
     for _ in range(2):  # a call that fails leaves nothing behind

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.browser import NODE_MODULES
 from luthier import llm
+from luthier.chat_template import render_chat
+from luthier.importers.gguf import read_gguf
+from luthier.importers.gguf_tokenizer import tokenizer_json
 from tests.test_chat import CHATML, speaker
-from tests.test_gguf import forward, tiny
+from tests.test_gguf import forward, tiny, write
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -200,6 +204,48 @@ def test_texts_that_go_on(tmp_path: Path) -> None:
     """
     out = javascript(tmp_path, text, json.dumps([letters, talk, prompts, CHATML]))
     assert out == {"turns": turns, "tokens": tokens, "plain": plain}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama-bpe", "smollm", "pieces", "pieces without a blank"])
+def test_the_libraries_of_a_package(tmp_path: Path, kind: str) -> None:
+    """The tokenizer and the template library that npm installs read the package as Python's do: odd texts, both ways, and a chat."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tests.test_gguf_tokenizer import as_metadata, as_piece_metadata, odd_texts, pieces, reference
+
+    library = NODE_MODULES / "@huggingface"
+    if not all((library / n).is_dir() for n in ("jinja", "tokenizers")):
+        pytest.skip("@huggingface/tokenizers and @huggingface/jinja are not installed (python benchmarks/setup_web.py --tests)")
+    prefix = kind == "pieces"
+    meta = as_piece_metadata(pieces(add_dummy_prefix=prefix)) if kind.startswith("pieces") else as_metadata(reference(kind, kind == "llama-bpe"), kind)
+    source = write(tmp_path / "t.gguf", meta | ({"tokenizer.ggml.add_space_prefix": False} if kind.endswith("blank") else {}), {})
+    data = tokenizer_json(read_gguf(source))
+    module = llm.compile_model(tiny(tmp_path / "m.gguf"), "wasm", capacity=32, exact=True)
+    module.manifest["language"]["chat"] = {"template": CHATML + "{{ messages | tojson }}{{ bos_token }}", "bos_token": "<s>"}
+    module.files["tokenizer.json"] = lambda: data
+    made = module.save(tmp_path / "package", 0.1)
+    (made / "node_modules").mkdir()
+    (made / "node_modules" / "@huggingface").symlink_to(library)
+    text = """
+    import { readFileSync } from "node:fs";
+    const { texts, talk } = JSON.parse(readFileSync(process.argv[2]));
+    const m = await load(undefined, { threads: 1 });
+    const ids = texts.map((t) => m.encode(t));
+    let fed;
+    m.generateTokens = async function* (tokens) { fed = tokens; };
+    for await (const piece of m.generate(talk)) void piece;
+    console.log(JSON.stringify([ids, ids.map((t) => (t.length ? m.decode(t) : "")), fed]));
+    """
+    texts = [t for t in odd_texts() if "\0" not in t]
+    talk = [{"role": "user", "content": "Hi <there>"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "é"}]
+    (tmp_path / "in.json").write_text(json.dumps({"texts": texts, "talk": talk}))
+    file = tmp_path / "run.mjs"
+    file.write_text('import { load } from "./package/index.js";\n' + text)
+    done = subprocess.run([str(NODE), str(file), str(tmp_path / "in.json")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    t = tokenizers.Tokenizer.from_str(data.decode())
+    want = [t.encode(x, add_special_tokens=False).ids for x in texts]
+    chat = t.encode(render_chat(CHATML + "{{ messages | tojson }}{{ bos_token }}", talk, {"bos_token": "<s>"}), add_special_tokens=False).ids
+    assert json.loads(done.stdout.strip().split("\n")[-1]) == [want, [t.decode(x) for x in want], chat]
 
 
 def test_streamed_bytes(small: Path) -> None:

@@ -68,7 +68,7 @@ export class Recorder {
     this.sent = 0; // commands that are submitted
     this.outputs = [];
     this.dispatches = 0;
-    this.rounds = 0;
+    this.turns = 0; // of loops of the host
     this.replayable = this.program.fixed;
     this.garbage = [];
     this.slots = new Map(); // contents of uniforms -> where they lie
@@ -280,7 +280,7 @@ export class Recorder {
 
   /** A round of a loop: the page may do something else once in a while. */
   async round() {
-    if (++this.rounds > ROUNDS) throw new KernelError("ENDLESS_LOOP", `a loop of the model ran for more than ${ROUNDS} rounds`, "see whether the inputs make sense");
+    if (++this.turns > ROUNDS) throw new KernelError("ENDLESS_LOOP", `a loop of the model ran for more than ${ROUNDS} rounds`, "see whether the inputs make sense");
   }
 
   async read(handle, offset, type) {

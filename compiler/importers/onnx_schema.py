@@ -167,6 +167,30 @@ _KINDS = {"i": _I, "f": _F, "s": _S, "I": AttributeProto.INTS, "F": AttributePro
 _CONTRIBUTED: dict[str, tuple[str, str]] = {
     "Attention": ("input weights bias? mask_index? past? attention_bias? past_sequence_length?", "num_heads:i! unidirectional:i scale:f mask_filter_value:f qkv_hidden_sizes:I do_rotary:i"),
     "BiasGelu": ("A B", ""),
+    "CDist": ("A B", "metric:s"),
+    "DynamicQuantizeLSTM": (
+        "X W R B? sequence_lens? initial_h? initial_c? P? W_scale W_zero_point? R_scale R_zero_point?",
+        "hidden_size:i direction:s clip:f input_forget:i activation_alpha:F activation_beta:F",
+    ),
+    "FusedConv": ("X W B? Z?", "activation:s activation_params:F auto_pad:s group:i kernel_shape:I dilations:I pads:I strides:I"),
+    "FusedGemm": ("A B C?", "alpha:f beta:f transA:i transB:i activation:s activation_alpha:f activation_beta:f activation_gamma:f"),
+    "GatherBlockQuantized": ("data indices scales zero_points?", "gather_axis:i quantize_axis:i block_size:i bits:i"),
+    "GridSample": ("X Grid", "mode:s padding_mode:s align_corners:i"),
+    "NhwcMaxPool": ("x", "kernel_shape:I! auto_pad:s ceil_mode:i dilations:I pads:I strides:I"),
+    "QAttention": (
+        "input weight bias input_scale weight_scale mask_index? input_zero_point? weight_zero_point? past?",
+        "num_heads:i! unidirectional:i scale:f mask_filter_value:f do_rotary:i",
+    ),
+    "QLinearAveragePool": (
+        "X x_scale x_zero_point? y_scale y_zero_point?",
+        "kernel_shape:I! auto_pad:s pads:I strides:I ceil_mode:i count_include_pad:i channels_last:i",
+    ),
+    "QLinearConv": (
+        "x x_scale x_zero_point w w_scale w_zero_point y_scale y_zero_point B?",
+        "channels_last:i auto_pad:s group:i kernel_shape:I dilations:I pads:I strides:I",
+    ),
+    "QLinearSoftmax": ("X X_scale x_zero_point? y_scale y_zero_point?", "axis:i opset:i"),
+    "QLinearWhere": ("condition X x_scale x_zero_point? Y y_scale y_zero_point? z_scale z_zero_point?", ""),
     "DynamicQuantizeMatMul": ("A B b_scale b_zero_point? bias?", ""),
     "EmbedLayerNormalization": (
         "input_ids segment_ids? word_embedding position_embedding segment_embedding? gamma beta mask? position_ids?", "epsilon:f mask_index_type:i",
@@ -175,7 +199,7 @@ _CONTRIBUTED: dict[str, tuple[str, str]] = {
     "FusedMatMul": ("A B", "alpha:f transA:i transB:i transBatchA:i transBatchB:i"),
     "Gelu": ("X", ""),
     "GroupQueryAttention": (
-        "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache? sin_cache? ...", "num_heads:i! kv_num_heads:i! scale:f do_rotary:i rotary_interleaved:i local_window_size:i softcap:f smooth_softmax:i",
+        "query key? value? past_key? past_value? seqlens_k total_sequence_length cos_cache? sin_cache? position_ids? attention_bias? head_sink? ...", "num_heads:i! kv_num_heads:i! scale:f do_rotary:i rotary_interleaved:i local_window_size:i softcap:f smooth_softmax:i",
     ),
     "MatMulIntegerToFloat": ("A B a_scale b_scale a_zero_point? b_zero_point? bias?", ""),
     "MatMulNBits": ("A B scales zero_points? g_idx? bias? ...", "K:i! N:i! block_size:i! bits:i accuracy_level:i"),

@@ -115,7 +115,8 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[Extent], ceil_
             span = n + lo + hi - ek
             if span.op == "const" and span.attr < 0:
                 raise shape_error(node, f"the kernel covers {ek} elements, the padded input has {(n + lo + hi)!r}")
-            if span.op != "const" and ek - pads[i] - pads[i + r] > 1:  # else an empty input gives an empty output
+            wants = as_expr(ek) - lo - hi
+            if span.op != "const" and (wants.op != "const" or wants.attr > 1):  # else an empty input gives an empty output
                 assume_at_least(n + lo + hi, as_expr(ek), f"the padded extent of spatial dimension {i} and the kernel")
             if ceil_mode and s > 1:
                 o = ceil_div(span, s) + 1

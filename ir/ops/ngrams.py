@@ -18,8 +18,7 @@ END = np.iinfo(np.int64).max
 @op("TfIdfVectorizer")
 class TfIdfVectorizer(Composite):
     """X [C] or [N, C] to [D] or [N, D]: how often each n-gram of ``pool_int64s`` occurs, at the place that ``ngram_indexes`` gives it; its
-    elements may lie up to ``max_skip_count`` + 1 apart. Mode IDF: the weight of those that occur, TFIDF: weight times count. Weights go by
-    the place, as in onnxruntime."""
+    elements may lie up to ``max_skip_count`` + 1 apart. Mode IDF: the weight of those that occur, TFIDF: weight times count."""
 
     def grams(self, node: Node) -> list[tuple[int, Array, Array]]:
         """(length, pool [G, length], places [G]) of the lengths that are counted."""
@@ -74,7 +73,10 @@ class TfIdfVectorizer(Composite):
             y = s("Min", y, s.const(1, np.float32))
         if mode != "TF":
             weights = node.attrs.get("weights")
-            y = s("Mul", y, s.const(np.ones(size) if weights is None else np.asarray(weights)[:size], np.float32))
+            factors = np.ones(size)
+            if weights is not None:
+                factors[np.asarray(node.attrs["ngram_indexes"])[: len(weights)]] = weights
+            y = s("Mul", y, s.const(factors, np.float32))
         return [y if x.rank == 2 else s("Squeeze", y, s.const([0]))]
 
     def count(self, s: Steps, rows: Value, pool: Array, n: int, apart: int) -> Value:
