@@ -28,6 +28,7 @@ from luthier.ir.ops.common import (
     must,
     need,
     operand,
+    padded,
     type_error,
     unsupported,
     wide,
@@ -233,12 +234,12 @@ class Dropout(Op):
         return make(node, ins, outs, lets)
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, ratio, training = (*(None if a is None else np.asarray(a) for a in arrays[:3]), *[None] * (3 - len(arrays[:3])))
-        assert x is not None
-        if not self.trains(node) or training is None or not training.reshape(-1)[0]:
+        x, ratio, training, *_ = padded(arrays, max(3, len(arrays)))
+        x = np.asarray(x)
+        if not self.trains(node) or training is None or not np.asarray(training).reshape(-1)[0]:
             return [x, np.ones(x.shape, bool)]
         t = wide(need(node, 0).dtype)
-        r = t.numpy.type(0.5 if ratio is None else ratio.reshape(-1)[0])
+        r = t.numpy.type(0.5 if ratio is None else np.asarray(ratio).reshape(-1)[0])
         kept = DrawnArrays(node, arrays, 3).uniform(x.shape, t) >= r
         return [np.where(kept, x.astype(t.numpy) / (t.numpy.type(1) - r), 0).astype(x.dtype), kept]
 

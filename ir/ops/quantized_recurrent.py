@@ -88,9 +88,9 @@ class DynamicQuantizeLSTM(LSTM):
         h = self.hidden(node)
 
         def weights(i: int, scale: int) -> Array:
-            q, s, z = np.asarray(a[i]).astype(np.float64), np.asarray(a[scale], np.float64), a[scale + 1]
-            rows = [1 if p is None else np.asarray(p).reshape(len(q), 1, -1) for p in (s, z)]
-            return np.asarray((q - (0 if z is None else rows[1].astype(np.float64))) * rows[0]).transpose(0, 2, 1)
+            q = np.asarray(a[i]).astype(np.float64)
+            s, z = (np.zeros(len(q)) if p is None else np.asarray(p).astype(np.float64) for p in (a[scale], a[scale + 1]))
+            return np.asarray((q - z.reshape(len(q), 1, -1)) * s.reshape(len(q), 1, -1)).transpose(0, 2, 1)
 
         r = weights(2, 10)
         x = small(np.asarray(a[0], np.float32))
