@@ -70,7 +70,7 @@ class Window:
 
     n: Expr
     out: Expr
-    k: Extent
+    k: Any  # an Extent; a number in pools and references
     stride: int
     dilation: int
     lo: Expr
