@@ -3,7 +3,7 @@
 A mutant is made of a small model (:mod:`benchmarks.fuzz_models`, or one of the ONNX suite's node tests) by one to three edits, of its structure
 or its bytes (:mod:`benchmarks.fuzz_mutate`). Workers with a limit of memory compile it, run it on random inputs and ask onnxruntime; one that
 dies or takes too long is replaced. Every result is a line of ``RESULTS``: started again, a run goes on where it stopped. What is found is shrunk
-(edits left out, then ``luthier reduce`` for models) and kept beside the results; ``--report`` writes the table again.
+(edits left out) and kept beside the results; ``--report`` writes the table again.
 
 Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
 are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
