@@ -3,7 +3,7 @@
 A mutant is made of a small model (:mod:`benchmarks.fuzz_models`, or one of the ONNX suite's node tests) by one to three edits, of its structure
 or its bytes (:mod:`benchmarks.fuzz_mutate`). Workers with a limit of memory compile it, run it on random inputs and ask onnxruntime; one that
 dies or takes too long is replaced. Every result is a line of ``RESULTS``: started again, a run goes on where it stopped. What is found is shrunk
-(edits left out, then ``luthier reduce`` for models) and kept beside the results; ``--report`` writes the table again.
+(edits left out) and kept beside the results; ``--report`` writes the table again.
 
 Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
 are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
@@ -31,6 +31,12 @@ FAULTS = ("crash", "hang", "internal")
 RESULTS = Path("build/fuzz")
 COMMAND = ["-m", "benchmarks.fuzz_worker"]
 Result = dict[str, Any]
+ARGUED = """Answers that differ and are argued:
+
+* flags such as `keepdims` and `largest` that are neither 0 nor 1: any other number counts as set here, as unset in onnxruntime; ONNX says nothing;
+* infinite recurrent weights: 0 * inf is NaN here, onnxruntime leaves the product with the zero state out;
+* `clip` 0 of recurrent operators: no clipping here, all zeros in onnxruntime.
+"""
 
 
 class Worker:
@@ -181,6 +187,9 @@ def table(results: Sequence[Result], seed: int) -> str:
         mine = [r for r in results if name in (family(r), "all")]
         outcomes, peers = Counter(r["outcome"] for r in mine), Counter(r.get("peer") for r in mine)
         lines.append(f"| {name} | {len(mine)} | " + " | ".join(str(outcomes[c]) for c in columns) + f" | {peers['agrees']} | {peers['differs']} |")
+    listed = [f"{r['number']} ({family(r)}: {', '.join(r['edits'])})" for r in results if r.get("peer") == "differs"]
+    if listed:
+        lines += ["", ARGUED, f"Mutants whose answers differ: {'; '.join(listed)}."]
     died = Counter(r.get("peer") for r in results)
     lines += ["", f"onnxruntime itself died of {died['dies']} and hung on {died['hangs']} of them."]
     found: dict[str, list[Result]] = {}

@@ -50,6 +50,7 @@ class _Loop:
     anything: bool
     leaving: dict[Expr, None]
     visited: set[Expr] = field(default_factory=set)
+    parted: set[Expr] = field(default_factory=set)
 
 
 class _Placer:
@@ -174,7 +175,10 @@ class _Placer:
         self.parts(e, n, stack)
 
     def parts(self, e: Expr, n: int, stack: list[_Loop]) -> None:
-        """Operands that depend on fewer loops than the whole leave further."""
+        """Operands that depend on fewer loops than the whole leave further; shared ones are looked at once."""
+        if e in stack[n].parted:
+            return
+        stack[n].parted.add(e)
         for a in e.args:
             if a.args:
                 k = self.level(a, stack)

@@ -55,6 +55,10 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
         cols = _columns(s, caps, pos)
         if cols is not None:
             return cols
+        for n, m in pos.items():  # the same where the axis that such rows share stands before the others: softmax over the first of two
+            again = [a.extent for p, a in enumerate(out.axes) if p not in m and not is_const(a.extent, 1)]
+            if again and n in s.stages and s.stages[n].reduction is not None:
+                return None
     names = [lp.name for lp in out.loops[:depth]]
     while len(names) > 1:
         s = fuse(s, names[0], names[1])

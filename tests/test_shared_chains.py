@@ -11,8 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 import luthier
 from luthier.errors import CompilationError, InvalidModel
-from luthier.ir.expr import bounds, const, free_vars, substitute, tree_size, var
+from luthier.ir.dtypes import f32
+from luthier.ir.expr import bounds, cast, const, free_vars, substitute, tree_size, var
 from luthier.ir.interp import evaluate_expr
+from luthier.ir.loop import Buffer, For, Func, Store
+from luthier.ir.printer import format_func
+from luthier.passes.place_lets import place_lets
 
 LONG = 40  # steps; 2**40 paths
 Chain = tuple[list[Any], str]
@@ -142,3 +146,14 @@ def test_products_that_are_not_multiplied_out() -> None:
         e = e * e
     assert bounds(e) == (1, 1 << 128) and free_vars(e) == {a}
     assert substitute(e, {a: const(1)}) is const(1) and evaluate_expr(substitute(e, {a: var("b") + 1}), {"b": 0}) == 1
+
+
+def test_places_of_shared_operands() -> None:
+    """Each operand of an invariant that shares itself is looked at once; 2 to the 60th looks would never end."""
+    out = Buffer.of("out", f32, (8, 8))
+    i, j = var("i", lo=0, hi=7), var("j", lo=0, hi=7)
+    e = cast(i, f32)
+    for _ in range(60):
+        e = e * e + e
+    body = For(i, const(0), const(8), "serial", For(j, const(0), const(8), "serial", Store(out, (i, j), e)))
+    assert len(format_func(place_lets(Func("f", (out,), body))).splitlines()) < 300

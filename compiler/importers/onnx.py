@@ -437,7 +437,7 @@ class _Importer:
         for v in given:
             if v is not None and v.dtype.kind == "s":
                 raise UnsupportedOperator("strings are not supported: no target computes with them")
-        check_node(n, domain, scope.opsets.get(domain, 1), given, self._given(n, scope))
+        least = check_node(n, domain, scope.opsets.get(domain, 1), given, self._given(n, scope))
         if self._expand_function(n, given, scope):
             return
         attrs, graphs = self._attributes(n, scope)
@@ -462,6 +462,7 @@ class _Importer:
         outs = list(n.output)
         while outs and not outs[-1]:
             outs.pop()
+        outs += [""] * (least - len(outs))
         if graphs:  # one for every result of the bodies, used or not
             outs += [""] * (min(len(attrs[k].outputs) for k in graphs) - int(op == "Loop") - len(outs))
         old = onnx_upgrade.Old(

@@ -46,6 +46,7 @@ class _Declaration:
     inputs: tuple[_Input, ...]
     inputs_least: int
     inputs_most: int
+    outputs_least: int
     outputs_most: int
 
 
@@ -62,7 +63,7 @@ def _declared(op: str, domain: str, opset: int) -> _Declaration | None:
     attributes = {k: int(a.type.value) for k, a in s.attributes.items()}
     # the schema counts optional inputs before a variadic one that may be empty (Loop): a blank at the end is as good as nothing
     least = s.min_input if s.min_input >= len(s.inputs) else max((k for k, i in enumerate(inputs, 1) if i.required), default=0)
-    return _Declaration(attributes, tuple(k for k, a in s.attributes.items() if a.required), inputs, least, s.max_input, s.max_output)
+    return _Declaration(attributes, tuple(k for k, a in s.attributes.items() if a.required), inputs, least, s.max_input, s.min_output, s.max_output)
 
 
 @functools.cache
@@ -85,14 +86,15 @@ def check_opsets(opsets: Iterable[tuple[str, int]]) -> None:
             raise InvalidModel(f"the model imports version {version} of the operators of {domain or 'ai.onnx'!r}")
 
 
-def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Any_ | None], attributes: Mapping[str, AttributeProto]) -> None:
-    """``attributes``: those of the node, references to a function's resolved. Raises InvalidModel or TypeMismatch."""
+def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Any_ | None], attributes: Mapping[str, AttributeProto]) -> int:
+    """How many outputs the operator always has. ``attributes``: those of the node, references to a function's resolved. Raises InvalidModel
+    or TypeMismatch."""
     if not any(n.output):
         raise InvalidModel("none of its outputs has a name")
     newest = _newest(n.op_type, domain)
     d = _declared(n.op_type, domain, opset) or newest
     if d is None:
-        return
+        return 1
     for name in d.required:
         if name not in attributes:
             raise InvalidModel(f"the attribute {name!r} is missing")
@@ -113,6 +115,7 @@ def check_node(n: NodeProto, domain: str, opset: int, inputs: Sequence[Any_ | No
     wrong = _type_error(d, inputs)
     if wrong and (newest is None or newest is d or _type_error(newest, inputs)):  # a type that only newer versions allow is no harm
         raise TypeMismatch(wrong)
+    return d.outputs_least
 
 
 def _type_error(d: _Declaration, inputs: Sequence[Any_ | None]) -> str:
@@ -226,4 +229,4 @@ def _contributed(op: str) -> _Declaration | None:
     least = max(k for k, i in enumerate(ins) if i.required) + 1
     kinds = dict(w.split(":") for w in attributes.split())
     required = tuple(k for k, v in kinds.items() if v.endswith("!"))
-    return _Declaration({k: _KINDS[v[0]] for k, v in kinds.items()}, required, ins, least, MANY if "..." in inputs else len(ins), MANY)
+    return _Declaration({k: _KINDS[v[0]] for k, v in kinds.items()}, required, ins, least, MANY if "..." in inputs else len(ins), 1, MANY)

@@ -70,11 +70,17 @@ class Window:
 
     n: Expr
     out: Expr
-    k: Extent
+    k: Any  # an Extent; a number in pools and references
     stride: int
     dilation: int
     lo: Expr
     hi: Expr
+
+    @property
+    def taps(self) -> int:
+        """The kernel's extent where it is a number."""
+        assert isinstance(self.k, int)
+        return self.k
 
     def at(self, o: Expr, k: Expr) -> Expr:
         """Input position of tap ``k`` for output ``o``; outside of 0 .. n - 1 it is padding."""
@@ -237,7 +243,7 @@ def conv_ref(node: Node, x: Array, w: Array) -> Array:
     r = len(kernel)
     wins = windows(node, [as_expr(n) for n in x.shape[2:]], kernel)
     p = np.pad(x, [(0, 0), (0, 0), *((int(v.lo.attr), int(v.hi.attr)) for v in wins)])
-    view = np.lib.stride_tricks.sliding_window_view(p, [(v.k - 1) * v.dilation + 1 for v in wins], tuple(range(2, 2 + r)))  # type: ignore[call-overload]
+    view = np.lib.stride_tricks.sliding_window_view(p, [(v.taps - 1) * v.dilation + 1 for v in wins], tuple(range(2, 2 + r)))  # type: ignore[call-overload]
     view = view[(slice(None), slice(None), *(slice(None, None, v.stride) for v in wins), *(slice(None, None, v.dilation) for v in wins))]
     view = view[(slice(None), slice(None), *(slice(0, int(v.out.attr)) for v in wins))]
     n, c = x.shape[:2]

@@ -233,7 +233,8 @@ class Dropout(Op):
         return make(node, ins, outs, lets)
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        x, ratio, training = (*(None if a is None else np.asarray(a) for a in arrays[:3]), *[None] * (3 - len(arrays[:3])))
+        given = [None if a is None else np.asarray(a) for a in arrays[:3]] + [None] * 3
+        x, ratio, training = given[:3]
         assert x is not None
         if not self.trains(node) or training is None or not training.reshape(-1)[0]:
             return [x, np.ones(x.shape, bool)]

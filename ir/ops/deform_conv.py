@@ -54,7 +54,7 @@ class DeformConv(Op):
         wins, g, og = self.geometry(node)
         if differ(x.shape[1], w.shape[1] * g):
             raise shape_error(node, f"{x.shape[1]!r} input channels in {g} groups, weights for {w.shape[1]!r}")
-        taps = wins[0].k * wins[1].k
+        taps = wins[0].taps * wins[1].taps
         if differ(off.shape[1], const(2 * og * taps)) or any(differ(off.shape[2 + k], v.out) for k, v in enumerate(wins)):
             raise shape_error(node, f"offset must be [N, {2 * og * taps}, {wins[0].out!r}, {wins[1].out!r}]")
         m = node.input(4)
@@ -70,7 +70,7 @@ class DeformConv(Op):
         channel = c.var if g == 1 else m.var // (w.shape[0] // g) * w.shape[1] + c.var
         group = ZERO if og == 1 else channel // (x.shape[1] // og)
         tap = k[0].var * wins[1].k + k[1].var
-        taps = wins[0].k * wins[1].k
+        taps = wins[0].taps * wins[1].taps
         ends: list[list[tuple[Expr, Expr]]] = []  # per dimension: (pixel, weight) on either side
         for d, v in enumerate(wins):
             moved = cast(load(off, (n.var, (group * taps + tap) * 2 + d, *(a.var for a in o))), f32)

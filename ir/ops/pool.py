@@ -69,10 +69,10 @@ class Pool(Op):
         r = len(wins)
         width = []
         for w in wins:
-            need_hi = (int(w.out.attr) - 1) * w.stride + (w.k - 1) * w.dilation + 1 - int(w.n.attr) - int(w.lo.attr)
+            need_hi = (int(w.out.attr) - 1) * w.stride + (w.taps - 1) * w.dilation + 1 - int(w.n.attr) - int(w.lo.attr)
             width.append((int(w.lo.attr), max(need_hi, 0)))
         p = np.pad(x, [(0, 0), (0, 0), *width], constant_values=fill)
-        view = np.lib.stride_tricks.sliding_window_view(p, [(w.k - 1) * w.dilation + 1 for w in wins], tuple(range(2, 2 + r)))  # type: ignore[call-overload]
+        view = np.lib.stride_tricks.sliding_window_view(p, [(w.taps - 1) * w.dilation + 1 for w in wins], tuple(range(2, 2 + r)))  # type: ignore[call-overload]
         view = view[(slice(None), slice(None), *(slice(None, None, w.stride) for w in wins), *(slice(None, None, w.dilation) for w in wins))]
         return np.asarray(view[(slice(None), slice(None), *(slice(0, int(w.out.attr)) for w in wins))])
 
@@ -143,7 +143,7 @@ class AveragePool(Pool):
         """How many taps of one dimension count for output ``o``."""
         if int(node.attrs.get("count_include_pad", 0)):
             if not int(node.attrs.get("ceil_mode", 0)):
-                return const(w.k)
+                return const(w.taps)
             return minimum((w.n + w.hi - 1 + w.lo - o * w.stride) // w.dilation, w.k - 1) + 1
         lowest = maximum(ceil_div(w.lo - o * w.stride, w.dilation), 0)
         highest = minimum((w.n - 1 + w.lo - o * w.stride) // w.dilation, w.k - 1)
@@ -174,7 +174,7 @@ class AveragePool(Pool):
         """Elements of each window inside of the padded input."""
         out = np.ones((1, 1))
         for w, n in zip(wins, ones.shape[2:], strict=True):
-            o = np.arange(int(w.out.attr))[:, None] * w.stride + np.arange(w.k)[None] * w.dilation
+            o = np.arange(int(w.out.attr))[:, None] * w.stride + np.arange(w.taps)[None] * w.dilation
             c = (o < n).sum(1)
             out = out[..., None] * c
         return out

@@ -89,8 +89,9 @@ class DynamicQuantizeLSTM(LSTM):
 
         def weights(i: int, scale: int) -> Array:
             q, s, z = np.asarray(a[i]).astype(np.float64), np.asarray(a[scale], np.float64), a[scale + 1]
-            rows = [1 if p is None else np.asarray(p).reshape(len(q), 1, -1) for p in (s, z)]
-            return np.asarray((q - (0 if z is None else rows[1].astype(np.float64))) * rows[0]).transpose(0, 2, 1)
+            if z is not None:
+                q = q - np.asarray(z, np.float64).reshape(len(q), 1, -1)
+            return np.asarray(q * s.reshape(len(q), 1, -1)).transpose(0, 2, 1)
 
         r = weights(2, 10)
         x = small(np.asarray(a[0], np.float32))
