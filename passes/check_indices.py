@@ -86,7 +86,9 @@ class _Checker:
                     if ask is None:
                         asks.append(ask := _Ask(w))
                     ask.ranges[low, high] = f'node "{n.name}" ({n.op})'
-            if late and not self.before:
+            if self.before:
+                late = [a for a in late if self.free(a)]
+            if late:
                 nodes += self.measure(graph, late)
             nodes.append(n)
             for g in subgraphs(n):
@@ -231,15 +233,20 @@ class _Checker:
                     at = f" at place {c} of the last axis" if len(low) > 1 else ""
                     assume_at_least(a, lo, f"the least index in {v.name}{at} and the first element")
                     assume_at_most(b, hi, f"the greatest index in {v.name}{at} and the last element")
-            graph.requirements = [*graph.requirements, *(Requirement(r.got, r.want, r.what, True) for r in found)]
+            graph.requirements = [*graph.requirements, *(Requirement(r.got, r.want, r.what, not self.before) for r in found)]
             self.changed = True
         return nodes
+
+    def free(self, a: _Ask) -> bool:
+        """Whether its ends follow from extents, so that nothing of the run is looked at."""
+        v = a.value
+        return (v.data is not None or v.limits is not None or (bool(v.content) and not v.bound)) and all(len(low) == 1 for low, _ in a.ranges)
 
     def read(self, graph: Graph, v: Value) -> None:
         """One number needs no kernel: the program reads it."""
         here = v in graph.inputs or v in (u for n in graph.nodes for u in n.outputs)
         size = v.type.static_shape
-        if here and v.content is None and v.data is None and size is not None and prod(size) == 1 and v.dtype.bits <= self.bits:
+        if here and v.content is None and v.data is None and v.limits is None and size is not None and prod(size) == 1 and v.dtype.bits <= self.bits:
             v.content, v.bound = (var(f"{v.name}.0", lo=None),), True
             self.spans.pop(v, None)
 
@@ -260,7 +267,7 @@ class _Checker:
         nodes.append(infer_node(Node("luthier::Extremes", tuple(ins), (out,), {"columns": places, "bits": self.bits}, out.name)))
         symbols = tuple(var(f"{out.name}.{c}", lo=None) for c in range(2 * sum(max(k, 1) for k in places)))
         out.content, out.bound = symbols, True
-        ends = []
+        ends: list[tuple[Sequence[Expr], Sequence[Expr]]] = []
         at = 0
         for k, asked in zip(places, columns, strict=True):
             n = max(k, 1)

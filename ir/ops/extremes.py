@@ -85,7 +85,7 @@ class Extremes(Op):
         found = []
         for a, k in zip(arrays, node.attrs["columns"], strict=True):
             rows = np.asarray(a).astype(np.int64).reshape(-1, k or 1)
-            found += [f(rows, axis=0, initial=none) for f, none in zip((np.min, np.max), WHOLE, strict=True)]
+            found += [np.min(rows, axis=0, initial=WHOLE[0]), np.max(rows, axis=0, initial=WHOLE[1])]
         return [np.concatenate(found)]
 
 
