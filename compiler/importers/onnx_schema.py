@@ -225,7 +225,7 @@ def _contributed(op: str) -> _Declaration | None:
         return None
     inputs, attributes = _CONTRIBUTED[op]
     words = [w for w in inputs.split() if w != "..."]
-    ins = tuple(_Input(w.rstrip("?"), not w.endswith("?"), w, frozenset()) for w in words)
+    ins = tuple(_Input(w.rstrip("?"), not w.endswith("?"), w, frozenset(), False) for w in words)  # the operators check types themselves
     least = max(k for k, i in enumerate(ins) if i.required) + 1
     kinds = dict(w.split(":") for w in attributes.split())
     required = tuple(k for k, v in kinds.items() if v.endswith("!"))
