@@ -18,12 +18,12 @@ import numpy as np
 
 from luthier import settings
 from luthier.api import build_graph
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
+from luthier.debug.repro import USER_ERRORS, signature
 from luthier.errors import InputError, KernelError, LuthierError
 from luthier.feeds import random_inputs
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.module import Module
-from luthier.repro import USER_ERRORS, signature
 
 ELEMENTS = 1 << 22  # inputs larger than that are not fed
 EXTENT = 2  # of a dimension that the model leaves open
@@ -38,7 +38,7 @@ OUTSIDE = re.compile("kernel .*: index .* is outside its extent")
 def compiled(path: Path, checked: bool = False) -> Module:
     """``checked``: every access of every kernel is, and a KernelError says so."""
     if path.suffix == ".gguf":
-        from luthier.llm import compile_gguf
+        from luthier.llm.model import compile_gguf
 
         return compile_gguf(path, "cpu", {}, 1, None)
     return build_graph(lambda: import_onnx(path), parse_target("cpu"), 1, checked)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--wait", action="store_true", help="read a line from standard input before measuring")
     a = ap.parse_args(argv)
-    from luthier import llm
+    from luthier.llm import model as llm
 
     ours = llm.load(a.model, threads=a.threads, capacity=2048)
     vocabulary = ours.vocabulary
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     if not a.quality:
         return
     from benchmarks.llama_numpy import forward
-    from luthier.importers.gguf import read_gguf
+    from luthier.importers.gguf.file import read_gguf
 
     tokens = text[: a.quality]
     ref = forward(read_gguf(a.model), tokens)

@@ -143,8 +143,8 @@ def compared(scores: Mapping[str, Score], other: str) -> str:
 
 
 def ours(model: str | Path, window: int, threads: int | None = None, **options: Any) -> Logits:
-    """The model compiled with ``options`` of :func:`luthier.llm.load`."""
-    from luthier import llm
+    """The model compiled with ``options`` of :func:`luthier.llm.model.load`."""
+    from luthier.llm import model as llm
 
     m = llm.load(model, threads=threads, capacity=window, all_logits=True, **options)
 
@@ -197,9 +197,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"ours": {}, "exact": {"exact": True}, "cac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from luthier.importers.gguf import read_gguf
-    from luthier.importers.gguf_llama import config
-    from luthier.importers.gguf_tokenizer import make_tokenizer
+    from luthier.importers.gguf.file import read_gguf
+    from luthier.importers.gguf.llama import config
+    from luthier.importers.gguf.tokenizer import make_tokenizer
 
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model")

@@ -141,7 +141,7 @@ def onnx_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array,
 
 def ggml_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, rng: np.random.Generator) -> list[Candidate]:
     from benchmarks.peer_ggml import Chain, Ggml
-    from luthier.importers.gguf_blocks import BLOCKS, read_blocks
+    from luthier.importers.gguf.blocks import BLOCKS, read_blocks
 
     g = Ggml()
     w = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)

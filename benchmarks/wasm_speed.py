@@ -95,7 +95,7 @@ def node(names: list[str], variant: str, runs: int) -> dict[str, dict[str, float
 
 def wasmtime(names: list[str], variant: str, runs: int) -> dict[str, dict[str, float]]:
     import luthier
-    from luthier.wasm_module import WasmModule, _Instance
+    from luthier.backends.wasm_module import WasmModule, _Instance
 
     out = {}
     for n in names:

@@ -10,10 +10,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from luthier.at_fork import whole
-from luthier.collection import collection_paused
+from luthier.debug.collection import collection_paused
 
 if TYPE_CHECKING:
-    from luthier.codegen.target import Target
+    from luthier.codegen.targets.target import Target
     from luthier.ir.graph import Graph
     from luthier.module import Module
 
@@ -22,7 +22,7 @@ def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
     debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None,
 ) -> Module:
-    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`; a Graph,
+    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm.model`; a Graph,
     such as ``luthier.quantize`` gives) for ``target``.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
@@ -37,19 +37,19 @@ def compile(
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
     with whole:
         from luthier import settings
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.targets.target import parse_target
         from luthier.errors import TargetError
-        from luthier.importers.onnx import import_onnx
+        from luthier.importers.onnx.importer import import_onnx
         from luthier.ir.op import lookup
         from luthier.targets import builder
 
         lookup("")  # imports every operator
         builder(parse_target(target).kind)
-        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.copy_graph", "numpy.random"):  # what would be imported on the way
+        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.graph.copy_graph", "numpy.random"):  # what would be imported on the way
             importlib.import_module(name)
 
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
-        from luthier.llm import compile_gguf
+        from luthier.llm.model import compile_gguf
 
         return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
     chosen = parse_target(target)
@@ -60,7 +60,7 @@ def compile(
 
     def imported() -> Graph:
         from luthier.ir.graph import Graph
-        from luthier.passes.copy_graph import copy_graph
+        from luthier.passes.graph.copy_graph import copy_graph
 
         return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes, overridable=overridable)
 
@@ -70,7 +70,7 @@ def compile(
     try:
         return build()
     except Exception as error:
-        from luthier.repro import USER_ERRORS, record
+        from luthier.debug.repro import USER_ERRORS, record
 
         if not isinstance(error, USER_ERRORS):  # a defect of this package
             record(error, model, {"target": target, "shapes": shapes, "threads": threads, "debug": debug}, build)

@@ -22,10 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.backends.native import SharedObject, map_file
 from luthier.errors import ArtifactError
 from luthier.files import open_regular
 from luthier.manifest import FORMAT, NAME, demand, read_manifest
-from luthier.native import SharedObject, map_file
 from luthier.replace_folder import replacing
 from luthier.targets import loader
 
@@ -89,8 +89,8 @@ def write_native(module: Module, folder: Path) -> tuple[str, ...]:
         for name in _CPU_FILES:
             shutil.copyfile(module._source / name, folder / name)
     else:
-        from luthier.codegen.llvm_backend import link_shared
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.llvm.backend import link_shared
+        from luthier.codegen.targets.target import parse_target
 
         link_shared(module._source, folder / "model.so", parse_target(module.manifest["target"]["name"]))
         header = importlib.resources.files("luthier.codegen.runtime").joinpath("luthier.h").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from luthier.backends.native import numpy_dtype
 from luthier.errors import InputError
-from luthier.native import numpy_dtype
 
 __all__ = ["view"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from luthier import dlpack, settings
+from luthier.backends.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
-from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
-    from luthier.codegen.target import Target
+    from luthier.codegen.targets.target import Target
     from luthier.ir.program import Program
 
 __all__ = ["Module", "TensorSpec", "load"]
@@ -89,7 +89,7 @@ class Module:
     @staticmethod
     def from_program(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
         """Code for ``program``. Raises CompilationError, TargetError."""
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.targets.target import parse_target
         from luthier.targets import builder
 
         chosen = parse_target(target) if isinstance(target, str) else target
@@ -181,7 +181,7 @@ class Module:
             if self._fns is None:
                 raise TargetError(f"code for {self.manifest['target']['name']} does not run on this machine", hint="save it and load it there") from None
             if self.threads is None:
-                from luthier.codegen.target import usable_cores
+                from luthier.codegen.targets.target import usable_cores
 
                 self.threads = usable_cores()
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))

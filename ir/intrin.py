@@ -81,7 +81,7 @@ def declare(i: Instruction) -> Instruction:
     """Registers a dot product; its meaning in numpy is its expression, interpreted."""
 
     def evaluate(dtype: DType, attr: Any, acc: Any, a: Any, b: Any) -> Any:
-        from luthier.ir.interp import evaluate_expr
+        from luthier.ir.interpret.loops import evaluate_expr
 
         vs = i.operands(dtype.lanes)
         return evaluate_expr(i.semantics(*vs), dict(zip(vs, (acc, a, b), strict=True)))

@@ -19,23 +19,23 @@ from luthier.at_fork import whole
 from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_exprs, map_let
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
-from luthier.passes.expand_math import expand_math
-from luthier.passes.flatten import flatten
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.place_lets import place_lets
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.passes.promote_locals import promote_locals
-from luthier.passes.split_vectors import split_vectors
-from luthier.passes.unroll import unroll
-from luthier.passes.vectorize import vectorize
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.lower import lower
-from luthier.schedules.rivals import RIVALS, defaults, rivals
-from luthier.schedules.schedule import Schedule, ScheduleError, schedule
-from luthier.schedules.simplify_axes import drop_units
-from luthier.schedules.split_arg import split_arg
-from luthier.schedules.split_long import split_long, split_single
-from luthier.schedules.split_scan import split_scan
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.loop.expand_math import expand_math
+from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.place_barriers import place_barriers
+from luthier.passes.loop.place_lets import place_lets
+from luthier.passes.loop.promote_locals import promote_locals
+from luthier.passes.loop.split_vectors import split_vectors
+from luthier.passes.loop.unroll import unroll
+from luthier.passes.loop.vectorize import vectorize
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, ScheduleError, schedule
+from luthier.schedules.base.simplify_axes import drop_units
+from luthier.schedules.base.split_arg import split_arg
+from luthier.schedules.base.split_long import split_long, split_single
+from luthier.schedules.base.split_scan import split_scan
+from luthier.schedules.lowbit.rivals import RIVALS, defaults, rivals
 
 TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")

@@ -13,7 +13,7 @@ from onnx import AttributeProto, NodeProto, TensorProto
 from onnx import helper as h
 
 from luthier.errors import InvalidModel, LuthierError, TypeMismatch
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.op import REGISTRY, lookup
 
 lookup("")

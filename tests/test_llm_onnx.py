@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from benchmarks.llm_onnx import Runtime, greedy
-from luthier import llm
-from luthier.cli import luthier as luthier_command
+from luthier.cli.commands import luthier as luthier_command
 from luthier.errors import InputError, InvalidModel, TargetError
-from luthier.importers.onnx_language import decoder_graph
+from luthier.importers.onnx.language import decoder_graph
+from luthier.llm import model as llm
 from luthier.pipeline import run_graph_passes
 
 Array = np.ndarray[Any, Any]

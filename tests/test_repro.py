@@ -13,14 +13,14 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.cli import _entry
-from luthier.cli import luthier as command
+from luthier.cli.commands import _entry
+from luthier.cli.commands import luthier as command
+from luthier.debug.override import override_kernels
+from luthier.debug.reduce import kernel_check, outcome, reduce_kernel, reduce_model
+from luthier.debug.repro import read_bundle, signature
 from luthier.errors import CompilationError, InputError, SettingError, UnsupportedOperator
 from luthier.ir.op import REGISTRY, load_all
 from luthier.ir.parser import parse_func
-from luthier.override import override_kernels
-from luthier.reduce import kernel_check, outcome, reduce_kernel, reduce_model
-from luthier.repro import read_bundle, signature
 from tests.replay.models import model
 
 TEXT = """g (float[N, 8] x) => (float[N, 8] y, float[N, 8] z) {
@@ -74,7 +74,7 @@ def test_a_defect_leaves_a_bundle(broken: None, bundles: Path) -> None:
 
 def test_the_same_failure_has_one_bundle_and_old_ones_go(broken: None, bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundle_of(failure()) == bundle_of(failure())
-    monkeypatch.setattr("luthier.repro.BUNDLES", 2)
+    monkeypatch.setattr("luthier.debug.repro.BUNDLES", 2)
     for k in range(3):
         failure(threads=k + 1)
     assert len(list(bundles.iterdir())) == 2
@@ -87,7 +87,7 @@ def test_large_weights_are_left_out(bundles: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any, **options: Any) -> Any:
         raise CompilationError("no registers left")
 
-    monkeypatch.setattr("luthier.build.print_main", refuse)
+    monkeypatch.setattr("luthier.backends.cpu.print_main", refuse)
     with pytest.raises(CompilationError, match="no registers left.*repro bundle: ") as e:
         luthier.compile(m)
     assert e.value.bundle is not None
@@ -226,9 +226,9 @@ def test_a_kernel_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_kernels_written_and_read_back_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.codegen.target import parse_target
-    from luthier.importers.onnx import import_onnx
-    from luthier.override import write_kernels
+    from luthier.codegen.targets.target import parse_target
+    from luthier.debug.override import write_kernels
+    from luthier.importers.onnx.importer import import_onnx
     from luthier.pipeline import compile_program
 
     program = compile_program(import_onnx(model("indexing")), parse_target("cpu:x86-64-v3").caps)

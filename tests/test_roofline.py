@@ -13,18 +13,18 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from luthier.cli import _entry
-from luthier.cli import luthier as command
-from luthier.codegen.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
-from luthier.codegen.target import parse_target
+from luthier.cli.commands import _entry
+from luthier.cli.commands import luthier as command
+from luthier.codegen.targets.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
+from luthier.codegen.targets.target import parse_target
+from luthier.debug.roofline import Roofline, analyse, draw, judge, work_of_calls
+from luthier.debug.work import count_work
 from luthier.errors import InputError, TargetError
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import const, load, var
 from luthier.ir.loop import Buffer, For, Func, If, Let, Store, block
 from luthier.pipeline import compile_program
-from luthier.roofline import Roofline, analyse, draw, judge, work_of_calls
-from luthier.work import count_work
 
 ROOF = Ceilings(1, 100.0, {"L1": 200.0, "L2": 100.0, "L3": 50.0, "DRAM": 20.0}, {"L1": 32 << 10, "L2": 512 << 10, "L3": 16 << 20}, "test")
 
@@ -155,7 +155,7 @@ def test_names_cannot_break_the_page(report: Roofline, tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.roofline.measure", lambda threads: ROOF)
+    monkeypatch.setattr("luthier.debug.roofline.measure", lambda threads: ROOF)
     onnx.save(parsed("g (float[N, 64] x) => (float[N, 64] y) { a = MatMul(x, w)  y = Relu(a) }", w=random(64, 64)), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
         _entry(command, ["roofline", str(tmp_path / "m.onnx"), "--shape", "x=8x64", "--runs", "2", "--threads", "1", "--json", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.svg")])

@@ -59,7 +59,7 @@ class GraphBuilder:
 def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None, tune: bool = False) -> Module:
     """A graph to a module, as :func:`luthier.compile` does for a model. Raises its errors."""
     from luthier.api import build_graph
-    from luthier.codegen.target import parse_target
+    from luthier.codegen.targets.target import parse_target
 
     return build_graph(lambda: graph, parse_target(target), threads, tune=tune)
 
