@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from luthier import settings
-from luthier.api import build_graph
+from luthier.build_graph import build_graph
 from luthier.codegen.targets.target import parse_target
 from luthier.debug.repro import USER_ERRORS, signature
 from luthier.errors import InputError, KernelError, LuthierError
@@ -38,7 +38,7 @@ OUTSIDE = re.compile("kernel .*: index .* is outside its extent")
 def compiled(path: Path, checked: bool = False) -> Module:
     """``checked``: every access of every kernel is, and a KernelError says so."""
     if path.suffix == ".gguf":
-        from luthier.llm.model import compile_gguf
+        from luthier.llm import compile_gguf
 
         return compile_gguf(path, "cpu", {}, 1, None)
     return build_graph(lambda: import_onnx(path), parse_target("cpu"), 1, checked)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peer_ggml import Llama
-from luthier.llm import model as llm
+from luthier import llm
 
 PROMPTS = (
     "What is the capital of France?", "Write a short poem about the sea.", "Explain what a compiler does.", "How many legs has a spider?",

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--rounds", type=int, default=3)
     ap.add_argument("--wait", action="store_true", help="read a line from standard input before measuring")
     a = ap.parse_args(argv)
-    from luthier.llm import model as llm
+    from luthier import llm
 
     ours = llm.load(a.model, threads=a.threads, chunk=max(a.context, 64))
     peer = Runtime(a.model, a.threads)

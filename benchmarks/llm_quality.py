@@ -143,8 +143,8 @@ def compared(scores: Mapping[str, Score], other: str) -> str:
 
 
 def ours(model: str | Path, window: int, threads: int | None = None, **options: Any) -> Logits:
-    """The model compiled with ``options`` of :func:`luthier.llm.model.load`."""
-    from luthier.llm import model as llm
+    """The model compiled with ``options`` of :func:`luthier.llm.load`."""
+    from luthier import llm
 
     m = llm.load(model, threads=threads, capacity=window, all_logits=True, **options)
 

@@ -31,8 +31,8 @@ class Site:
     """The folder that the pages are served from. ``with Site(model, target) as s``."""
 
     def __init__(self, model: Path, package: Path | None = None) -> None:
+        from luthier import llm
         from luthier.cli.serve import make_server
-        from luthier.llm import model as llm
 
         self.root = Path(tempfile.mkdtemp(prefix="luthier-llm-"))
         (self.root / "index.html").write_text("<!doctype html><title>language models</title>")

@@ -12,7 +12,7 @@ from typing import Any
 from luthier.errors import ArtifactError, TargetError
 
 BUILDERS = {"cpu": "luthier.backends.cpu", "wasm": "luthier.backends.wasm", "webgpu": "luthier.backends.webgpu"}
-LOADERS = {"cpu": "luthier.artifact", "wasm": "luthier.backends.wasm_module", "webgpu": "luthier.backends.webgpu_module"}
+LOADERS = {"cpu": "luthier.module", "wasm": "luthier.backends.wasm_module", "webgpu": "luthier.backends.webgpu_module"}
 
 
 def builder(kind: str) -> Any:

@@ -40,6 +40,14 @@ from luthier.schedules.lowbit.rivals import RIVALS, defaults, rivals
 TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
+ROOMS = {"lowbit": ("sparse_gemv", "two_of_four", "lut_gemv", "lut_wide", "quantized_gemv", "byte_products")}  # the others: gpu_* in gpu, cpu
+
+
+def template_module(name: str) -> Any:
+    """The file of a template, imported when it is first tried."""
+    room = "gpu" if name.startswith("gpu_") else next((r for r, names in ROOMS.items() if name in names), "cpu")
+    return importlib.import_module(f"luthier.schedules.{room}.{name.removeprefix('gpu_')}")
+
 
 @dataclass(slots=True)
 class Kernels:
@@ -131,7 +139,7 @@ def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Reco
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
         with whole:
-            t = importlib.import_module(f"luthier.schedules.{name}")
+            t = template_module(name)
         s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
         if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from luthier import llm
 from luthier.cli.commands import luthier as luthier_command
 from luthier.errors import InputError, InvalidModel
 from luthier.importers.gguf.file import read_gguf
-from luthier.llm import model as llm
 from luthier.llm.chat_template import render_chat
 from tests.test_gguf import tiny, write
 

@@ -12,7 +12,7 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.cli.commands import _entry
+from luthier.cli.commands import entry
 from luthier.cli.commands import luthier as command
 from luthier.errors import InputError, KernelError, SettingError, TargetError
 from luthier.ir.dtypes import f32, i64, index
@@ -266,7 +266,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     onnx.save(parsed(MLP), tmp_path / "m.onnx")
     for words, code in ((["--debug", str(tmp_path / "m.onnx")], 0), (["--debug=bounds", str(tmp_path / "m.onnx")], 0), (["--debug=limits", str(tmp_path / "m.onnx")], 2)):
         with pytest.raises(SystemExit) as e:
-            _entry(command, ["compile", "-o", str(tmp_path / f"a{len(words[0])}"), *words])
+            entry(command, ["compile", "-o", str(tmp_path / f"a{len(words[0])}"), *words])
         assert e.value.code == code
     assert "limits" in capsys.readouterr().err
     assert checked(luthier.load(tmp_path / f"a{len('--debug=bounds')}")) and not checked(luthier.load(tmp_path / f"a{len('--debug')}"))

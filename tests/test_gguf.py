@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import luthier
+from luthier import llm
 from luthier.errors import InputError, InvalidModel, KernelError, TargetError
 from luthier.importers.gguf.blocks import BLOCKS, read_blocks
 from luthier.importers.gguf.file import read_gguf
-from luthier.llm import model as llm
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(7)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from luthier import llm
 from luthier.errors import InvalidModel
 from luthier.importers.gguf.blocks import BLOCKS
 from luthier.importers.gguf.file import read_gguf
 from luthier.importers.gguf.llama import llama_graph
-from luthier.llm import model as llm
 from tests.test_gguf import f32_tensor, q4_1, q8_0, reference, write
 
 Array = np.ndarray[Any, Any]

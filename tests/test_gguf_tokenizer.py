@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from luthier import llm
 from luthier.errors import InvalidModel
 from luthier.importers.gguf.file import read_gguf
 from luthier.importers.gguf.tokenizer import begin_token, end_tokens, make_tokenizer
-from luthier.llm import model as llm
 from tests.test_gguf import tiny, write
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks.llama_numpy import Reference
+from luthier import llm
 from luthier.cli.commands import main
 from luthier.errors import InputError, InvalidModel, QuantizationError
 from luthier.importers.gguf.file import read_gguf
 from luthier.importers.gguf.requantize import permute_rows, stack_blocks
-from luthier.llm import model as llm
 from luthier.passes.quantize.prune_groups import prune_groups
 from luthier.passes.quantize.quantize_weights import quantize
 from tests.test_gguf import tiny

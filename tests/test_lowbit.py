@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
+from luthier.build_graph import compile_graph
 from luthier.codegen.targets.target import parse_target
 from luthier.errors import LuthierError, TypeMismatch
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph

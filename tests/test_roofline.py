@@ -13,7 +13,7 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from luthier.cli.commands import _entry
+from luthier.cli.commands import entry
 from luthier.cli.commands import luthier as command
 from luthier.codegen.targets.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
 from luthier.codegen.targets.target import parse_target
@@ -158,14 +158,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("luthier.debug.roofline.measure", lambda threads: ROOF)
     onnx.save(parsed("g (float[N, 64] x) => (float[N, 64] y) { a = MatMul(x, w)  y = Relu(a) }", w=random(64, 64)), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["roofline", str(tmp_path / "m.onnx"), "--shape", "x=8x64", "--runs", "2", "--threads", "1", "--json", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.svg")])
+        entry(command, ["roofline", str(tmp_path / "m.onnx"), "--shape", "x=8x64", "--runs", "2", "--threads", "1", "--json", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.svg")])
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert "matmul" in out and "compute" in out and "100 GFLOP/s f32 FMA" in out
     assert json.loads((tmp_path / "r.json").read_text())["kernels"] and (tmp_path / "r.svg").exists()
     for words in (["roofline", str(tmp_path / "none.onnx")], ["roofline", str(tmp_path / "m.onnx"), "-o", "x.png"]):
         with pytest.raises(SystemExit) as e:
-            _entry(command, words)
+            entry(command, words)
         assert e.value.code == 2
 
 

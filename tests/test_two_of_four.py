@@ -9,9 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from luthier.build_graph import compile_graph
 from luthier.codegen.targets.target import parse_target
 from luthier.errors import ShapeError, TypeMismatch
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from luthier.build_graph import compile_graph
 from luthier.codegen.wasm.printer import legalize_wasm
-from luthier.importers.builder import compile_graph
 from luthier.ir.dtypes import DType, f32, i8, i16, i32, u8, u16
 from luthier.ir.expr import Expr, bitcast, call, cast, const, load, ramp, shuffle, var
 from luthier.ir.intrin import lookup

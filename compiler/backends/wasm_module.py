@@ -20,7 +20,7 @@ import numpy as np
 
 from luthier.backends.native import pack_bits, unpack_bits
 from luthier.errors import InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
-from luthier.module import Array, Module, _check_out, _convert, _evaluate
+from luthier.module import Array, Module, check_out, convert, evaluate
 
 __all__ = ["VARIANTS", "WasmModule", "load_module"]
 
@@ -55,7 +55,7 @@ def _shared_memory(engine: Any, limits: Any) -> Any:
     return Shared(engine, wt.MemoryType(limits, shared=True))
 
 
-class _Instance:
+class Instance:
     """One caller's memory, main instance and workers. ``view()``: the memory as bytes, to be taken again after a call."""
 
     def __init__(self, module: WasmModule, threads: int, mark: Callable[[int], None] | None = None) -> None:
@@ -151,7 +151,7 @@ class WasmModule(Module):
         self.variant = manifest["target"]["name"].partition(":")[2] or "relaxed"
         self._binaries, self._printer = binaries, printer
         self._compiled: dict[str, Any] = {}
-        self._pool: list[_Instance] = []
+        self._pool: list[Instance] = []
 
     @property
     def weights(self) -> Array:
@@ -190,7 +190,7 @@ class WasmModule(Module):
         try:
             inst = self._pool.pop()
         except IndexError:
-            inst = _Instance(self, self._threads())
+            inst = Instance(self, self._threads())
         try:
             result = self._call(inst, arrays, out)
         except KernelError:
@@ -207,26 +207,26 @@ class WasmModule(Module):
         n = len(state)
         if [p.name for p in self._ins[:n]] != list(state) or not all(isinstance(e, int) for p in self._ins[:n] for e in p.shape):
             raise InputError("state must be the first inputs, of fixed extents", hint=f"the inputs are {self._describe()}")
-        inst: list[_Instance] = []
+        inst: list[Instance] = []
         rest = self._ins[n:]
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Array]:
             if inputs.keys() != {p.name for p in rest}:
                 raise InputError(f"got the inputs {', '.join(sorted(map(repr, inputs)))}, expected {', '.join(p.name for p in rest)}")
             if not inst:
-                inst.append(_Instance(self, self._threads()))
+                inst.append(Instance(self, self._threads()))
             return self._call(inst[0], [*[None] * n, *(inputs[p.name] for p in rest)], None)
 
         return run
 
-    def _call(self, inst: _Instance, arrays: Sequence[Any], out: Mapping[str, Array] | None) -> dict[str, Array]:
+    def _call(self, inst: Instance, arrays: Sequence[Any], out: Mapping[str, Array] | None) -> dict[str, Array]:
         io = inst.spec["io"]
         keep: list[Array | None] = []
         for p, a in zip(self._ins, arrays, strict=True):
             if a is None:  # state: it lies in the memory
                 keep.append(None)
                 continue
-            a = _convert(a, p)
+            a = convert(a, p)
             if a.ndim != p.rank:
                 raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
             keep.append(a)
@@ -264,7 +264,7 @@ class WasmModule(Module):
                 a = raw[:size].copy().view(q.dtype).reshape(shape) if size else np.empty(shape, q.dtype)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, a.shape, outs=own)
+                check_out(given, q, a.shape, outs=own)
                 given[...] = a
                 own.append(given)
                 a = given
@@ -287,7 +287,7 @@ class WasmModule(Module):
             times[k, 1] += 1
             last = time.perf_counter_ns()
 
-        inst = _Instance(self, 1, mark)
+        inst = Instance(self, 1, mark)
         self._call(inst, arrays, None)
         times[:] = 0
         for _ in range(max(1, runs)):
@@ -297,8 +297,8 @@ class WasmModule(Module):
         return [
             {
                 "kernel": c["kernel"], "nodes": tuple(c["nodes"]), "ms": float(times[k, 0]) / max(1, runs) / 1e6,
-                "flops": int(_evaluate(c["flops"], dims) * times[k, 1] / max(1, runs)),
-                "bytes": int(_evaluate(c["bytes"], dims) * times[k, 1] / max(1, runs)),
+                "flops": int(evaluate(c["flops"], dims) * times[k, 1] / max(1, runs)),
+                "bytes": int(evaluate(c["bytes"], dims) * times[k, 1] / max(1, runs)),
             }
             for k, c in enumerate(calls)
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from luthier.backends.native import pack_bits, unpack_bits
 from luthier.backends.webgpu_device import Runner
 from luthier.codegen.gpu.webgpu_features import ALL
 from luthier.errors import InputError
-from luthier.module import Array, Module, _check_out, _convert
+from luthier.module import Array, Module, check_out, convert
 
 __all__ = ["WebGpuModule", "load_module"]
 
@@ -71,7 +71,7 @@ class WebGpuModule(Module):
                 a = flat.view(q.dtype).reshape(shape)
             given = None if out is None else out.get(q.name)
             if given is not None:
-                _check_out(given, q, shape, outs=own)
+                check_out(given, q, shape, outs=own)
                 given[...] = a
                 own.append(given)
                 a = given
@@ -84,7 +84,7 @@ class WebGpuModule(Module):
         raw: list[Array] = []
         for j, (p, a) in enumerate(zip(self._ins, arrays, strict=True)):
             if type(a) is not np.ndarray or a.dtype != p.dtype or not a.flags.c_contiguous:
-                a = _convert(a, p)
+                a = convert(a, p)
             if a.ndim != p.rank:
                 raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
             if j in self.host["narrow"] and a.size:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from luthier import settings
+from luthier.cli.options import ShapeParam
 from luthier.cli.quantize import quantize_options
 from luthier.cli.terminal import console, echo, printable
-from luthier.cli.tools import COMMANDS, ShapeParam
+from luthier.cli.tools import COMMANDS
 from luthier.errors import InputError, LuthierError
 
 if TYPE_CHECKING:
@@ -358,7 +359,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
+def entry(command: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command; turn every way to fail into one line and an exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     words = ["--debug=trace" if w == "--debug" else w for w in given]  # its value is optional and never the next word
@@ -396,5 +397,5 @@ def _entry(command: click.Command, arguments: Sequence[str] | None = None) -> No
 
 for _tool in COMMANDS:
     luthier.add_command(_tool)
-main: Callable[[], NoReturn] = functools.partial(_entry, luthier)
-compile_main: Callable[[], NoReturn] = functools.partial(_entry, compile_command)
+main: Callable[[], NoReturn] = functools.partial(entry, luthier)
+compile_main: Callable[[], NoReturn] = functools.partial(entry, compile_command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from luthier.cli.options import ShapeParam
 from luthier.cli.terminal import console, echo
 from luthier.errors import InputError
 
@@ -73,9 +74,8 @@ def quantize_file(model: Path, precision: str, shapes: Mapping[str, Any] | None,
 @click.option("--debug", hidden=True, is_flag=False, flag_value="trace")
 def quantize(model: Path, precision: str, shapes: tuple[str, ...], threads: int | None, output: Path | None, form: str, debug: str | None, **options: Any) -> None:
     """Quantize an ONNX MODEL, print what it costs, and write it as ONNX."""
-    from luthier.cli.tools import ShapeParam
     from luthier.quantization.export_onnx import FORMS
-    from luthier.quantization.quantize import parse_precision
+    from luthier.quantization.precision import parse_precision
 
     parse_precision(precision)
     if form not in FORMS:

@@ -276,7 +276,7 @@ def compile_model(
         from luthier.llm.onnx_models import compile_onnx
 
         return compile_onnx(path, target, threads, capacity, chunk, all_logits, tune)
-    from luthier.importers.builder import compile_graph
+    from luthier.build_graph import compile_graph
     from luthier.importers.gguf.file import read_gguf
     from luthier.importers.gguf.llama import config, llama_graph
     from luthier.importers.gguf.requantize import requantizer

@@ -117,8 +117,8 @@ def compile_onnx(
 
     ``capacity``: positions of the caches (default: what config.json says, at most 2048, or 1024); the rest as :func:`luthier.llm.model.compile_model`.
     Raises InvalidModel, InputError, TargetError (a model without caches in place runs on cpu alone) and the importer's errors."""
+    from luthier.build_graph import compile_graph
     from luthier.codegen.targets.target import parse_target
-    from luthier.importers.builder import compile_graph
     from luthier.importers.onnx.language import decoder_graph
 
     path = Path(path)

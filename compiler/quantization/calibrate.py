@@ -262,14 +262,14 @@ def run_batches(
     """Compile a copy of ``graph`` with ``values`` as additional outputs and run every batch; ``visit(number, {value name: array})`` sees the
     values and, by their own names, the graph's outputs. The graph is not changed. Raises what compiling and running raise."""
     run = tap(graph, values)
-    for number, feed in enumerate(_tracked(data, title, progress)):
+    for number, feed in enumerate(tracked(data, title, progress)):
         visit(number, run(feed))
 
 
 def tap(graph: Graph, values: Sequence[Value] = ()) -> Callable[[Feed], dict[str, Array]]:
     """A function from inputs to outputs and ``values``, by name (an output has its name for callers). The graph is not changed; values
     that an equal name of an output hides are left out. Raises what compiling raises."""
-    from luthier.importers.builder import compile_graph
+    from luthier.build_graph import compile_graph
     from luthier.passes.graph.copy_graph import copy_graph
 
     copy, own = copy_graph(graph)
@@ -288,7 +288,7 @@ def tap(graph: Graph, values: Sequence[Value] = ()) -> Callable[[Feed], dict[str
     return run
 
 
-def _tracked(items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
+def tracked(items: Sequence[Any], title: str, progress: bool) -> Iterable[Any]:
     if not progress:
         return items
     from rich.console import Console
@@ -367,12 +367,12 @@ def collect(
         for name in limits:
             _reduce_range(stats, name, arrays[name], name in shapes)
         for name, layer in by_peak.items():
-            x = np.abs(_finite(name, arrays[name]))
+            x = np.abs(check_finite(name, arrays[name]))
             axis = 1 if layer.is_conv else x.ndim - 1
             top = x.max(tuple(i for i in range(x.ndim) if i != axis))
             stats.peaks[name] = np.maximum(stats.peaks[name], top) if name in stats.peaks else top
         for key, layer in by_moment.items():
-            rows = product_rows(layer, _finite(layer.x.name, arrays[layer.x.name]))
+            rows = product_rows(layer, check_finite(layer.x.name, arrays[layer.x.name]))
             step = -(-rows.shape[-2] // max_rows)
             rows = rows[..., ::step, :]
             moment = np.matmul(np.swapaxes(rows, -1, -2), rows).astype(np.float64)
@@ -383,7 +383,7 @@ def collect(
     return stats
 
 
-def _finite(name: str, x: Array) -> Array:
+def check_finite(name: str, x: Array) -> Array:
     x = np.asarray(x, np.float32)
     if not np.isfinite(x).all():
         raise InputError(f'value "{name}" is NaN or infinite on the calibration data', hint="check the data and the model in f32 first")
@@ -393,7 +393,7 @@ def _finite(name: str, x: Array) -> Array:
 def _reduce_range(stats: Statistics, name: str, x: Array, shape: bool) -> None:
     if not x.size:
         return
-    x = _finite(name, x)
+    x = check_finite(name, x)
     stats.minimum[name] = min(stats.minimum.get(name, np.inf), float(x.min()))
     stats.maximum[name] = max(stats.maximum.get(name, -np.inf), float(x.max()))
     magnitude = np.abs(x)

@@ -17,7 +17,7 @@ from luthier.errors import QuantizationError
 from luthier.ir.graph import Graph, Value
 from luthier.passes.graph.copy_graph import copy_graph
 from luthier.passes.quantize.quantize_weights import fit_group, output_error, quantize
-from luthier.quantization.calibrate import Feed, Layer, Statistics, _tracked
+from luthier.quantization.calibrate import Feed, Layer, Statistics, tracked
 from luthier.quantization.report import Report
 
 __all__ = ["FedModel", "WIDTHS", "choose_widths", "hull_steps", "spend"]
@@ -34,7 +34,7 @@ def choose_widths(
     f32. Sensitivities are taken with clipped weights on at most ``batches`` batches. Raises QuantizationError when 2 bits are too many."""
     fed = FedModel(graph, layers, data[:batches]) if sensitivity == "output" else None
     options: dict[Layer, list[tuple[int | None, float, float]]] = {}
-    for x in _tracked(layers, f"sensitivity ({sensitivity})", progress):
+    for x in tracked(layers, f"sensitivity ({sensitivity})", progress):
         assert x.weight.data is not None
         options[x] = [(None, float(x.weight.data.nbytes), 0.0)]
         group = fit_group(x.k, how.group)
@@ -102,7 +102,7 @@ class FedModel:
     :meth:`values` gives beside the outputs."""
 
     def __init__(self, graph: Graph, layers: Sequence[Layer], data: Sequence[Feed], taps: Sequence[Value] = ()) -> None:
-        from luthier.importers.builder import compile_graph
+        from luthier.build_graph import compile_graph
 
         copy, own = copy_graph(graph)
         self.data, self.names = list(data), [name for name, _ in copy.results()]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from luthier.ir.graph import Graph, Value
-from luthier.quantization.calibrate import Feed, Layer, _finite, _tracked
+from luthier.quantization.calibrate import Feed, Layer, check_finite, tracked
 from luthier.quantization.mixed import FedModel, spend
 
 __all__ = ["choose_sparsities", "prune_sequence"]
@@ -37,13 +37,13 @@ def prune_sequence(
     made: dict[Layer, W] = {}
     now: dict[Layer, Array] = {}
     groups = [list(g) for _, g in groupby(layers, lambda x: x.x)]
-    for group in _tracked(groups, "pruning", progress):
+    for group in tracked(groups, "pruning", progress):
         sums: dict[Layer, list[Array]] = {}
         rows = 0
         for number in range(len(data)):
             was, here = model.values({}, number), model.values(now, number)
             first = group[0].x
-            before, x = (_rows(_finite(first.name, v[first]), group[0].k) for v in (was, here))
+            before, x = (_rows(check_finite(first.name, v[first]), group[0].k) for v in (was, here))
             rows += len(x)
             for layer in group:
                 y, share = before @ layer.matrix().T, None
@@ -98,7 +98,7 @@ def choose_sparsities(
     (on at most ``batches`` batches): what was dropped last costs about as much everywhere. ``near(layer, sparsity)``: its pruned weights."""
     fed = FedModel(graph, layers, data[:batches])
     options: dict[Layer, list[tuple[int | None, float, float]]] = {}
-    for x in _tracked(layers, "sensitivity", progress):
+    for x in tracked(layers, "sensitivity", progress):
         size = float(x.n * x.k)
         options[x] = [(None, size, 0.0), *((i, size * (1 - s), fed.error(x, near(x, s))) for i, s in enumerate(STEPS))]
     room = -sparsity * sum(float(x.n * x.k) for x in layers)

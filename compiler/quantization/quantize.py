@@ -9,9 +9,7 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from luthier.passes.quantize.quantize_weights import METHODS, QuantizedWeight, f
 from luthier.passes.quantize.quantize_weights import quantize as quantize_matrix
 from luthier.passes.quantize.weight_grid import floats
 from luthier.quantization.calibrate import Feed, Layer, Statistics, collect, load_graph, read_data, weight_layers
+from luthier.quantization.precision import PRECISIONS, Precision, parse_precision
 from luthier.quantization.report import LayerReport, Report, compare_graphs, constant_bytes
 from luthier.quantization.static import StaticOptions, quantize_static
 
@@ -35,40 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PRECISIONS", "Precision", "Quantized", "WeightOptions", "parse_precision", "quantize"]
 
-PRECISIONS = ("f32", "f16", "bf16", "int8", "w8", "w6", "w5", "w4", "w3", "w2", "w1", "ternary", "auto")
-
-
 REDUCED = (
     "weights of 7 bits (-63 to 63): runtimes on CPUs without VNNI add two products of bytes in 16 bits, which saturate with 8; "
     "--full-range (reduce_range=False) makes 8 bits, for this package and for CPUs with VNNI"
 )
 FULL = "weights of 8 bits: exact in this package; other runtimes saturate on CPUs without VNNI, --reduce-range (reduce_range=True) makes a file for them"
 BF16 = "bf16: this package runs it; onnxruntime's CPU kernels refuse MatMul and Conv of bf16 (1.32: NOT_IMPLEMENTED): choose f16 for a file that it runs"
-
-
-@dataclass(frozen=True)
-class Precision:
-    """``kind``: f32, f16, bf16, int8, weights or auto; ``bits``: of weights, 0 for ternary; ``round``: activations are rounded to 8 bits
-    in groups as the products read them (``w4a8``), which is faster."""
-
-    kind: str
-    bits: int = 32
-    round: bool = False
-
-
-def parse_precision(text: str) -> Precision:
-    """``w4``, ``w4a8``, ``ternary``, ``ternarya8``, ``int8``, ``f16``, ``auto``, ... Raises QuantizationError for anything else."""
-    match = re.fullmatch(r"(w[1-68]|ternary|auto)(a8)?", text)
-    if match:
-        word, rounded = match[1], match[2] is not None
-        if word == "auto":
-            return Precision("auto", round=rounded)
-        return Precision("weights", 0 if word == "ternary" else int(word[1]), rounded)
-    if text in ("f32", "f16", "bf16", "int8"):
-        return Precision(text)
-    near = difflib.get_close_matches(text, PRECISIONS, 1)
-    hint = f"choose one of {', '.join(PRECISIONS)}; w4a8 also rounds activations" + (f"; did you mean {near[0]}?" if near else "")
-    raise QuantizationError(f"unknown precision {text!r}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -230,10 +201,10 @@ def _quantize_layers(
     layers: list[Layer], plan: Mapping[Layer, int | None], how: WeightOptions, stats: Statistics | None, rows: dict[str, LayerReport], progress: bool
 ) -> dict[Node, QuantizedWeight]:
     """Each layer at its width (None: left). Fills the rows."""
-    from luthier.quantization.calibrate import _tracked
+    from luthier.quantization.calibrate import tracked
 
     out: dict[Node, QuantizedWeight] = {}
-    for x in _tracked(layers, f"quantizing weights ({how.method})", progress):
+    for x in tracked(layers, f"quantizing weights ({how.method})", progress):
         bits, group = plan[x], fit_group(x.k, how.group)
         if bits is None:
             continue

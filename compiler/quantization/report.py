@@ -202,14 +202,14 @@ def compare_graphs(
 
     ``layers``: {name: (value of the reference, value of the quantized graph)}, compared on the first ``detail`` batches; outputs on all,
     from a module without additional outputs."""
-    from luthier.quantization.calibrate import _tracked, tap
+    from luthier.quantization.calibrate import tap, tracked
 
     want, plain = tap(reference, [a for a, _ in layers.values()]), tap(quantized)
     inner = tap(quantized, [b for _, b in layers.values()]) if layers and detail else None
     outputs: dict[str, Difference] = {}
     inside = {name: Difference() for name in layers}
     sizes: dict[str, int] = {}
-    for number, feed in enumerate((track or _tracked)(data, "measuring the error", progress)):
+    for number, feed in enumerate((track or tracked)(data, "measuring the error", progress)):
         feed = dict(feed)
         left, right = want(feed), plain(feed)
         for name, _ in reference.results():

@@ -15,7 +15,7 @@ from luthier.ir.compute import MONOIDS, Axis, Compute, Fold, Pull, Push
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import KernelError, VerificationError
 from luthier.ir.expr import Expr, load_parts, var
-from luthier.ir.interpret.loops import evaluate_expr, storage
+from luthier.ir.interpret.loops import evaluate_expr, evaluate_intrinsic, storage
 from luthier.ir.interpret.semantics import evaluate as evaluate_op
 from luthier.ir.loop import Buffer
 
@@ -226,9 +226,7 @@ class _Eval:
         if op == "bitcast":
             return np.ascontiguousarray(args[0]).view(storage(e.dtype)).reshape(np.shape(args[0]))
         if op == "call":
-            from luthier.ir import intrin
-
-            return intrin.lookup(e.attr[0]).evaluate(e.dtype, e.attr[1], *args)
+            return evaluate_intrinsic(e, *args)
         return evaluate_op(op, e.dtype, *args)
 
     def load(self, e: Expr) -> Any:

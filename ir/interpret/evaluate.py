@@ -19,22 +19,22 @@ Array = np.ndarray[Any, Any]
 def evaluate_graph(graph: Graph, feeds: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """(outputs by name, every intermediate value by name) for inputs by name. Raises InputError when an input is missing."""
     env: dict[Value, Array] = {}
-    env[_SYMBOLS] = {}  # type: ignore[assignment]
+    env[SYMBOLS] = {}  # type: ignore[assignment]
     for v in graph.inputs:
         if v.name not in feeds:
             raise InputError(f"input {v.name!r} is missing; expected {[i.name for i in graph.inputs]}")
         env[v] = np.asarray(feeds[v.name]).astype(v.dtype.numpy, copy=False)
         bind_symbols(env, v)
     outs = run_nodes(graph, env)
-    return {n: a for (n, _), a in zip(graph.results(), outs, strict=True)}, {v.name: a for v, a in env.items() if v is not _SYMBOLS}
+    return {n: a for (n, _), a in zip(graph.results(), outs, strict=True)}, {v.name: a for v, a in env.items() if v is not SYMBOLS}
 
 
-_SYMBOLS = Value("symbols", TensorType.of(f32, ()))
+SYMBOLS = Value("symbols", TensorType.of(f32, ()))
 
 
 def bind_symbols(env: dict[Value, Array], v: Value) -> None:
     """Learn the values of symbols that stand alone as a dimension of ``v``, or that are read from its elements."""
-    table: dict[Expr, Any] = env[_SYMBOLS]  # type: ignore[assignment]
+    table: dict[Expr, Any] = env[SYMBOLS]  # type: ignore[assignment]
     a = env[v]
     for s, n in zip(v.shape, a.shape, strict=False):
         if s.op == "var":
@@ -63,7 +63,7 @@ def evaluate_node(n: Node, env: dict[Value, Array]) -> list[Array]:
     if n.op == "Content":
         from luthier.ir.interpret.loops import evaluate_expr
 
-        table: dict[Expr, Any] = env[_SYMBOLS]  # type: ignore[assignment]
+        table: dict[Expr, Any] = env[SYMBOLS]  # type: ignore[assignment]
         return [np.array([evaluate_expr(e, table) for e in v.content or ()]).astype(v.dtype.numpy).reshape([int(evaluate_expr(s, table)) for s in v.shape]) for v in n.outputs]
     if n.op in _CONTROL:
         return _CONTROL[n.op](n, args, env)

@@ -68,6 +68,17 @@ def run_func(
         _compiled(func)([given[b.name] for b in func.buffers], [env[v.attr[0]] for v in func.scalars], kernels or {})
 
 
+def evaluate_intrinsic(e: Expr, *args: Any) -> Any:
+    """The value of a pure call. Raises VerificationError when nobody registered it."""
+    name, attr = e.attr
+    known = intrin.lookup(name)
+    if known.evaluate is not None:
+        return known.evaluate(e.dtype, attr, *args)
+    instruction = intrin.DOTS[name]
+    operands = instruction.operands(e.dtype.lanes)
+    return evaluate_expr(instruction.semantics(*operands), dict(zip(operands, args, strict=True)))
+
+
 def evaluate_expr(expr: Expr, env: Mapping[Any, Any]) -> Array:
     """``expr`` over numpy arrays: ``env`` gives each variable (by name or Expr) an array (all broadcast together), and each
     loaded buffer (by name) its contents. The lanes of a vector expression are the last axis. Returns an array of the result."""
@@ -106,7 +117,7 @@ def _eval_node(e: Expr, a: list[Any], env: Mapping[Any, Any]) -> Any:
     if op == "bitcast":
         return np.ascontiguousarray(a[0]).view(e.dtype.numpy)
     if op == "call":
-        return intrin.lookup(e.attr[0]).evaluate(e.dtype, e.attr[1], *a)
+        return evaluate_intrinsic(e, *a)
     return evaluate(op, e.dtype, *a)
 
 
@@ -251,7 +262,7 @@ def _flat(b: Array, off: Any = 0) -> Array:
 def _call(callee: str, args: list[Any], attrs: tuple[Any, ...], kernels: Mapping[str, Func]) -> None:
     f = kernels.get(callee)
     if f is None:
-        intrin.lookup_effect(callee).evaluate(*args, **dict(attrs))
+        intrin.lookup_effect(callee).evaluate(*args, **dict(attrs))  # type: ignore[misc]
         return
     bufs = [a for a in args if isinstance(a, np.ndarray)]
     scal = [a for a in args if not isinstance(a, np.ndarray)]
@@ -397,7 +408,7 @@ class _Gen:
             f = self.k(lambda v, e=e: _bitcast(v, e), op)
             return f"{f}({a[0]})"
         if op == "call":
-            f = self.k(lambda *v, e=e: intrin.lookup(e.attr[0]).evaluate(e.dtype, e.attr[1], *v), e.attr[0])
+            f = self.k(lambda *v, e=e: evaluate_intrinsic(e, *v), e.attr[0])
             return f"{f}({', '.join(a)})"
         if op in ("reduce", "proj"):
             raise VerificationError(f"{op} belongs in a Compute, not in the loop IR of {self.func.name}")

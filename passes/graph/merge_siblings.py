@@ -15,7 +15,7 @@ import numpy as np
 
 from luthier.ir.builder import Names, infer_node
 from luthier.ir.graph import Graph, Node, TensorType, Value, node_reads, subgraphs
-from luthier.passes.program.fuse_operators import _ALONE, _NO_PROLOGUE, CONTRACTION, INJECTIVE, REDUCTION, VIEW, kind_of
+from luthier.passes.program.fuse_operators import ALONE, CONTRACTION, INJECTIVE, NO_PROLOGUE, REDUCTION, VIEW, kind_of
 
 __all__ = ["merge_siblings"]
 
@@ -77,7 +77,7 @@ def _moved(y: Value, readers: dict[Value, list[Node]], kept: set[Value]) -> bool
         n = nexts[0]
         kind = kind_of(n)
         if kind != VIEW:
-            return kind in (INJECTIVE, CONTRACTION, REDUCTION) and n.op not in _ALONE and n.op not in _NO_PROLOGUE
+            return kind in (INJECTIVE, CONTRACTION, REDUCTION) and n.op not in ALONE and n.op not in NO_PROLOGUE
         if n.inputs[0] is not y:
             return False
         y = n.outputs[0]

@@ -27,8 +27,8 @@ MAX_NODES = 24
 MAX_REGION = 12
 CONTRACTION, REDUCTION, ELEMENTWISE, INJECTIVE, VIEW, OPAQUE = "contraction", "reduction", "elementwise", "injective", "view", "opaque"
 _POINTWISE = (ELEMENTWISE,)
-_ALONE = frozenset({"Concat", "If", "Loop", "Scan", CONTENT, "Pad", "luthier::Require"})
-_NO_PROLOGUE = frozenset({"Conv", "ConvTranspose", "ConvInteger", "DeformConv", "Resize", "GridSample", "GatherElements", "Tile"})
+ALONE = frozenset({"Concat", "If", "Loop", "Scan", CONTENT, "Pad", "luthier::Require"})
+NO_PROLOGUE = frozenset({"Conv", "ConvTranspose", "ConvInteger", "DeformConv", "Resize", "GridSample", "GatherElements", "Tile"})
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +84,7 @@ class _Fuser:
                 continue
             kind = kind_of(n)
             g = self.group[n] = Group([n], kind, n)
-            if n.op in _ALONE or kind == VIEW and not self._inside_chain(n):
+            if n.op in ALONE or kind == VIEW and not self._inside_chain(n):
                 continue
             if kind == ELEMENTWISE:
                 g = self._epilogue(n, g)
@@ -103,7 +103,7 @@ class _Fuser:
         """A view between an injective producer and its only reader takes part in index arithmetic."""
         v = n.inputs[0]
         p = self.producer.get(v) if v is not None else None
-        return p is not None and kind_of(p) == INJECTIVE and p.op not in _ALONE and self._only(v, n)
+        return p is not None and kind_of(p) == INJECTIVE and p.op not in ALONE and self._only(v, n)
 
     def _only(self, v: Value | None, n: Node) -> bool:
         return v is not None and not self.stored(v) and all(r is n for r in self.readers.get(v, ()))
@@ -118,7 +118,7 @@ class _Fuser:
             if v is None or p is None or not self._only(v, n) or len(p.outputs) != 1 or v.shape != n.outputs[0].shape:
                 continue
             q = self.group[p]
-            if q.kind not in rank or p.op in _ALONE or len(q.nodes) >= MAX_NODES or p is not q.root:
+            if q.kind not in rank or p.op in ALONE or len(q.nodes) >= MAX_NODES or p is not q.root:
                 continue
             if best is None or rank[q.kind] > rank[best.kind]:
                 best = q
@@ -137,7 +137,7 @@ class _Fuser:
 
     def _region(self, n: Node) -> None:
         """A fork behind ``n`` whose branches are all elementwise of one shape and meet again joins n's group as a whole."""
-        if len(n.outputs) != 1 or n.op in _ALONE:
+        if len(n.outputs) != 1 or n.op in ALONE:
             return
         x = n.outputs[0]
         g = self.group[n]
@@ -177,7 +177,7 @@ class _Fuser:
 
     def _prologue(self, n: Node, g: Group) -> None:
         kind = kind_of(n)
-        if kind == OPAQUE or n.op in _NO_PROLOGUE or n.op in _ALONE:
+        if kind == OPAQUE or n.op in NO_PROLOGUE or n.op in ALONE:
             return
         for v in n.inputs:
             p = self.producer.get(v) if v is not None else None
@@ -186,9 +186,9 @@ class _Fuser:
             if kind == INJECTIVE and n.inputs.count(v) > 1:  # x[x]: data that are their own indices would be looked up twice as deep a step
                 continue
             q = self.group[p]
-            if q is g or p.op in _ALONE or len(q.nodes) + len(g.nodes) > MAX_NODES or any(len(m.outputs) != 1 for m in q.nodes):
+            if q is g or p.op in ALONE or len(q.nodes) + len(g.nodes) > MAX_NODES or any(len(m.outputs) != 1 for m in q.nodes):
                 continue
-            moves = all(kind_of(m) in (INJECTIVE, VIEW) and m.op not in _NO_PROLOGUE and m.op not in _ALONE for m in q.nodes)
+            moves = all(kind_of(m) in (INJECTIVE, VIEW) and m.op not in NO_PROLOGUE and m.op not in ALONE for m in q.nodes)
             if moves and not all(kind_of(m) == VIEW for m in q.nodes):
                 self._merge(g, q, g.root)
             elif q.kind in (ELEMENTWISE, INJECTIVE) and not moves:

@@ -38,7 +38,7 @@ def lower(s: Schedule) -> list[Func]:
     out = []
     for st in s.stages.values():
         if st.at is None and (st.fold is not None or st.buf.scope == "global" or st.name in s.compute.outs):
-            out.append(_two_versions(s, st) if s.special else _Lower(s).func(st))
+            out.append(_two_versions(s, st) if s.special else Lower(s).func(st))
             if st.push is not None:
                 out.append(make_func(f"{s.compute.name}.{st.name}.push", push_nest(st.push, st.buf), s.compute.dims))
     return out
@@ -46,11 +46,11 @@ def lower(s: Schedule) -> list[Func]:
 
 def _two_versions(s: Schedule, st: Stage) -> Func:
     """The kernel of ``st``: what it is under the conditions of ``s.special``, and what it is otherwise."""
-    general, lo = _Lower(s), [(const(0), a.extent) for a in st.axes]
+    general, lo = Lower(s), [(const(0), a.extent) for a in st.axes]
     body = general.nest(st, {}, lo)
     t, lets = special_version(s)
     mine = t.stages[st.name]
-    known = _Lower(t)
+    known = Lower(t)
     known.names = {v.attr[0]: 1 for v in s.ext} | general.names  # loops of the two versions have names of their own
     other = known.nest(mine, {}, [(const(0), a.extent) for a in mine.axes])
     return make_func(general.name_of(st), choose(body, other, s, lets), s.compute.dims)
@@ -74,7 +74,7 @@ def _check_stages(s: Schedule) -> None:
                 raise ScheduleError(f"{t.name} is staged inside {loop!r} but {u.name} reads it outside of that loop")
 
 
-class _Lower:
+class Lower:
     def __init__(self, s: Schedule) -> None:
         self.s = s
         self.placed: dict[str, tuple[Buffer, list[Expr]]] = {}

@@ -30,7 +30,7 @@ from luthier.schedules.base.schedule import Loop, ScheduleError, Stage, hash_var
 from luthier.schedules.cpu.dot import dot_operands
 
 if TYPE_CHECKING:
-    from luthier.schedules.base.lower import _Lower
+    from luthier.schedules.base.lower import Lower
 
 Env = dict[Expr, Expr]
 Region = list[tuple[Expr, Expr]]
@@ -69,7 +69,7 @@ def union_of(a: tuple[Expr, Expr], b: tuple[Expr, Expr]) -> tuple[Expr, Expr] | 
 class Nest:
     """One stage's loops. ``go(i, env)`` emits loops[i:] with the loops before bound in ``env``."""
 
-    def __init__(self, lo: _Lower, st: Stage, region: Region) -> None:
+    def __init__(self, lo: Lower, st: Stage, region: Region) -> None:
         self.lo, self.st, self.region = lo, st, region
         self.first_red = next((i for i, lp in enumerate(st.loops) if lp.reduce), len(st.loops))
         self.vector = {lp.var for lp in st.loops if lp.kind == "vectorize"}

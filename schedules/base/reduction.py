@@ -6,7 +6,7 @@ from luthier.ir.compute import MONOIDS
 from luthier.ir.expr import Expr, load_parts, loads
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, peel, reorder, split, stage
-from luthier.schedules.cpu.elementwise import _widest, flat, stride
+from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
 
 
 def contiguity(st: Stage, v: Expr) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def use_lanes(s: Schedule, name: str, caps: Capabilities, spatial_ok: bool = Tru
     st = s.stages[name]
     red = st.reduction
     assert red is not None
-    lanes = caps.lanes(_widest(st))
+    lanes = caps.lanes(widest_bits(st))
     if lanes == 1:
         return s
     sp = [(i, a) for i, a in enumerate(st.axes)]

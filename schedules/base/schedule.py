@@ -174,7 +174,7 @@ class Schedule:
         return e.attr if e.op == "const" else None
 
 
-def _pull_stage(p: Pull, ext: dict[Expr, Expr], owner: str = "") -> Stage:
+def pull_stage(p: Pull, ext: dict[Expr, Expr], owner: str = "") -> Stage:
     name = p.buf.name
     loops: list[Loop] = []
     subst: dict[Expr, Expr] = {}
@@ -205,9 +205,9 @@ def schedule(compute: Compute) -> Schedule:
     ext: dict[Expr, Expr] = {}
     for x in c.lets:
         if isinstance(x, Pull):
-            stages[x.name] = _pull_stage(x, ext)
+            stages[x.name] = pull_stage(x, ext)
         elif isinstance(x, Push):
-            stages[x.name] = replace(_pull_stage(Pull(x.buf, x.axes, x.init), ext), push=x)
+            stages[x.name] = replace(pull_stage(Pull(x.buf, x.axes, x.init), ext), push=x)
         else:
             _fold_stages(x, stages, ext)
     return Schedule(c, stages, ext)
@@ -225,12 +225,12 @@ def _fold_stages(f: Fold, stages: dict[str, Stage], ext: dict[Expr, Expr]) -> No
     t = loops[-1].var
     inner: list[Stage] = []
     for p in f.step:
-        inner.append(replace(_pull_stage(p, ext), at=(f.name, t), scope="local"))
+        inner.append(replace(pull_stage(p, ext), at=(f.name, t), scope="local"))
     for e in f.emit:
-        inner.append(replace(_pull_stage(e, ext), at=(f.name, t), scope="global"))
+        inner.append(replace(pull_stage(e, ext), at=(f.name, t), scope="global"))
     for s in f.state:
         nb = Buffer(s.buf.name + ".next", s.buf.dtype, s.buf.shape, "local")
-        inner.append(replace(_pull_stage(Pull(nb, s.axes, s.next), ext), at=(f.name, t), scope="local"))
+        inner.append(replace(pull_stage(Pull(nb, s.axes, s.next), ext), at=(f.name, t), scope="local"))
     for st in inner:
         stages[st.name] = st
     stages[f.name] = Stage(buf, (*f.axes, f.axis), const(0, buf.dtype), tuple(loops), subst, fold=f)
@@ -391,7 +391,7 @@ def cache(s: Schedule, param: str, reader: str, at: str, scope: str = "local", n
     axes = tuple(Axis(var(f"a{d}", lo=0, hi=n - 1), n) for d, n in enumerate(buf.shape))
     nb = Buffer(name or f"{param}.c", buf.dtype, buf.shape, scope)
     ext = dict(s.ext)
-    st = _pull_stage(Pull(nb, axes, load(buf, [a.var for a in axes])), ext)
+    st = pull_stage(Pull(nb, axes, load(buf, [a.var for a in axes])), ext)
     new = rewrite(rd.expr, lambda e: load(nb, *_rest(e)) if e.op == "load" and e.attr[0] is buf else None)
     stages: dict[str, Stage] = {}
     for n, x in s.stages.items():
@@ -480,10 +480,10 @@ def _privatize(s: Schedule, tensor: str, loop: str) -> Schedule:
     p_axes = tuple(Axis(keep[a.var], a.extent) for a in st.axes) + (Axis(pv, extent(inner.var)),)
     pexpr = reduce_(monoid, [Axis(rv[lp.var], extent(lp.var)) for lp in rest], value) if rest else value
     pbuf = Buffer(pn, st.buf.dtype, tuple(a.extent for a in p_axes), "global")
-    pst = _pull_stage(Pull(pbuf, p_axes, pexpr), ext)
+    pst = pull_stage(Pull(pbuf, p_axes, pexpr), ext)
     mv = var(pv.attr[0] + "m", lo=0, hi=extent(inner.var) - 1)
     merged = reduce_(monoid, [Axis(mv, extent(inner.var))], load(pbuf, [*(a.var for a in st.axes), mv]))
-    mst = _pull_stage(Pull(st.buf, st.axes, merged), ext)
+    mst = pull_stage(Pull(st.buf, st.axes, merged), ext)
     mst = replace(mst, at=st.at, scope=st.scope)
     stages: dict[str, Stage] = {}
     for k, x in s.stages.items():

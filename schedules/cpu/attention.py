@@ -16,8 +16,8 @@ from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, rewrite
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.reduction import use_lanes
-from luthier.schedules.base.schedule import Schedule, _pull_stage, annotate, fuse, reorder, split, stage
-from luthier.schedules.cpu.contract import _factors, _lanes, _product, tile
+from luthier.schedules.base.schedule import Schedule, annotate, fuse, pull_stage, reorder, split, stage
+from luthier.schedules.cpu.contract import as_product, factors_of, tile, unroll_lanes
 from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.cpu.rowwise import positions
 
@@ -28,7 +28,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
         return None
     out = s.compute.outs[0]
-    prods = [n for n, st in s.stages.items() if st.reduction is not None and st.reduction.attr[0] == "sum" and _product(st.reduction.args[0]) is not None]
+    prods = [n for n, st in s.stages.items() if st.reduction is not None and st.reduction.attr[0] == "sum" and as_product(st.reduction.args[0]) is not None]
     if len(prods) != 2 or list(s.stages)[-1] != out or s.stages[out].reduction is not None:
         return None
     first, second = prods
@@ -59,7 +59,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     s = split(s, i_loop, mu, "cut", into=(f"{out}.qo", f"{out}.qi"))
     s = reorder(s, f"{out}.qo", f"{out}.do", f"{out}.qi", f"{out}.di")
     s = annotate(s, f"{out}.qi", "unroll")
-    s = _lanes(s, f"{out}.di", nd, lanes)
+    s = unroll_lanes(s, f"{out}.di", nd, lanes)
     while len(heads) > 1:
         s = fuse(s, heads[0], heads[1])
         heads = [s.stages[out].loops[0].name, *heads[2:]]
@@ -118,19 +118,19 @@ def _first_product(s: Schedule, first: str, k_ext: int, mu: int, nv: int, lanes:
         s = split(s, jl, nv, "cut", into=(f"{host}.jo", f"{host}.ji"))
         s = reorder(s, f"{host}.jo", il, f"{host}.ji")
         s = annotate(s, il, "unroll")
-        s = _lanes(s, f"{host}.ji", nv, lanes)
+        s = unroll_lanes(s, f"{host}.ji", nv, lanes)
         s = stage(s, first, at=f"{host}.jo")
         a = s.stages[first]
         jl, il = a.loops[n - 1].name, a.loops[n - 2].name
         reds = [lp.name for lp in a.loops if lp.reduce]
         s = reorder(s, *reds, il, jl)
         s = annotate(s, il, "unroll")
-        return _lanes(s, jl, nv, lanes)
+        return unroll_lanes(s, jl, nv, lanes)
     reds = [lp.name for lp in st.loops if lp.reduce]
     s = split(s, jl, nv, "cut", into=(f"{first}.jo", f"{first}.ji"))
     s = reorder(s, f"{first}.jo", *reds, il, f"{first}.ji")
     s = annotate(s, il, "unroll")
-    return _lanes(s, f"{first}.ji", nv, lanes)
+    return unroll_lanes(s, f"{first}.ji", nv, lanes)
 
 
 def _second_product(s: Schedule, second: str, nd: int, lanes: int) -> Schedule:
@@ -140,7 +140,7 @@ def _second_product(s: Schedule, second: str, nd: int, lanes: int) -> Schedule:
     reds = [lp.name for lp in a.loops if lp.reduce]
     s = reorder(s, *reds, il, dl)
     s = annotate(s, il, "unroll")
-    return _lanes(s, dl, nd, lanes)
+    return unroll_lanes(s, dl, nd, lanes)
 
 
 def _transpose_keys(s: Schedule, first: str) -> Schedule | None:
@@ -149,7 +149,7 @@ def _transpose_keys(s: Schedule, first: str) -> Schedule | None:
     red = st.reduction
     assert red is not None
     j = st.axes[-1].var
-    p, q = _factors(st)
+    p, q = factors_of(st)
     if j not in free_vars(p):
         p, q = q, p
     ls = [x for x in loads(p) if j in free_vars(x)]
@@ -174,6 +174,6 @@ def _transpose_keys(s: Schedule, first: str) -> Schedule | None:
         return None
     tb = replace(buf, name=f"{buf.name}.t", shape=tuple(a.extent for a in new), scope="local", writable=True)
     ext = dict(s.ext)
-    tst = _pull_stage(Pull(tb, tuple(new), substitute(x, sub)), ext)
+    tst = pull_stage(Pull(tb, tuple(new), substitute(x, sub)), ext)
     expr = rewrite(st.expr, lambda e: load(tb, [a.var for a in axes]) if e is x else None)
     return replace(s, stages={tb.name: tst, **s.stages, first: replace(st, expr=expr)}, ext=ext, trace=(*s.trace, ("transpose", buf.name)))

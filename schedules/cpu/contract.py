@@ -35,12 +35,12 @@ from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import (
     Schedule,
     Stage,
-    _pull_stage,
     annotate,
     fuse,
     in_runs,
     inline,
     pack,
+    pull_stage,
     reorder,
     split,
     stage,
@@ -76,9 +76,9 @@ def product(
             s = in_runs(s, RUN_OF_TILE)
     lanes = caps.lanes(max(st.buf.dtype.bits, 32))
     v = _vector_axis(s, st, lanes, constants)
-    s = _pad_input(s, acc, caps)
+    s = pad_input(s, acc, caps)
     st = s.stages[acc]
-    p, q = _factors(st)
+    p, q = factors_of(st)
     if v not in free_vars(p):
         p, q = q, p
     if v not in free_vars(p):
@@ -96,22 +96,22 @@ def product(
     if not us and len(rest) and rest[-1].extent.op == "const" and not depthwise:  # rows that share nothing still fill the pipeline
         us = [rest[-1]]
     n_ext = next(a.extent for a in st.axes if a.var is v)
-    if n_ext.op == "const" and n_ext.attr < lanes and not _packable(s, p, v, constants):
+    if n_ext.op == "const" and n_ext.attr < lanes and not is_packable(s, p, v, constants):
         return None
-    s = _merge(s, [acc, out], [a.var for a in us])
+    s = merge_rows(s, [acc, out], [a.var for a in us])
     st = s.stages[acc]
     us = [a for a in st.axes if a.var is not v and (a.var in {x.var for x in us} or a.name.startswith("_u"))]
     m_ext = us[-1].extent if us else const(1)
-    packs = not depthwise and _packable(s, p, v, constants)
+    packs = not depthwise and is_packable(s, p, v, constants)
     mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise, issue=caps.issue)
     panel = _stream_panel(m_ext, n_ext, lanes, packs and not (mu or nv), caps)
     mu, nv = mu or mu_, nv or panel * caps.streams or nr * lanes
     packs = packs or (not depthwise and _wastes_lines(s, p, v, m_ext, nv, caps))
     padded = False
     if packs:
-        s, padded = _pack_panel(s, acc, p, v, panel or nv)
+        s, padded = pack_panel(s, acc, p, v, panel or nv)
     s = _merge_reduce(s, acc)
-    s = _tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order, panel)
+    s = register_tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order, panel)
     for n, x in s.stages.items():
         if n.endswith(".pad") and x.at is None:
             s = pointwise(_flat_rows(s, n), n, caps)
@@ -123,14 +123,14 @@ def prepare(s: Schedule) -> tuple[Schedule, str, str] | None:
     if len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
         return None
     out = s.compute.outs[0]
-    acc = _accumulator(s)
+    acc = accumulator_of(s)
     if acc is None or list(s.stages)[-1] != out:
         return None
     for n in [n for n in s.stages if n not in (out, acc)]:
         if s.stages[n].reduction is not None:
             return None
         s = inline(s, n)
-    if _accumulator(s) != acc:  # a factor was no load but a table computed on the way
+    if accumulator_of(s) != acc:  # a factor was no load but a table computed on the way
         return None
     if acc != out:
         pos = positions(s, out)
@@ -140,7 +140,7 @@ def prepare(s: Schedule) -> tuple[Schedule, str, str] | None:
     if not st.axes or is_const(st.axes[-1].extent, 1) and len(st.axes) == 1:
         return None
     if acc == out:  # a trivial epilogue gives the tile a place to be stored from
-        s, acc = _split_epilogue(s, out)
+        s, acc = split_epilogue(s, out)
     return s, acc, out
 
 
@@ -148,12 +148,12 @@ def _vector_axis(s: Schedule, st: Stage, lanes: int, constants: Mapping[str, Any
     """The innermost output axis, unless it is too short for lanes or no factor walks it well and a constant factor has a longer
     axis to itself (output channels of a channels-first convolution): then that one, at the price of strided stores."""
     last = st.axes[-1]
-    f = _factors(st)
+    f = factors_of(st)
 
     def good(v: Expr) -> bool:
         for p, q in (f, f[::-1]):
             if v in free_vars(p) and v not in free_vars(q):
-                if _packable(s, p, v, constants):
+                if is_packable(s, p, v, constants):
                     return True
                 ls = [x for x in loads(p) if v in free_vars(x)]
                 d = [stride(flat(x.attr[0], load_parts(x)[1]), v) for x in ls]
@@ -165,7 +165,7 @@ def _vector_axis(s: Schedule, st: Stage, lanes: int, constants: Mapping[str, Any
     for a in reversed(st.axes[:-1]):
         for p, q in (f, f[::-1]):
             long = a.extent.op == "const" and a.extent.attr >= lanes
-            if long and a.var in free_vars(p) and a.var not in free_vars(q) and _packable(s, p, a.var, constants) and any(x.attr[0].name in constants for x in loads(p)):
+            if long and a.var in free_vars(p) and a.var not in free_vars(q) and is_packable(s, p, a.var, constants) and any(x.attr[0].name in constants for x in loads(p)):
                 return a.var
     return last.var
 
@@ -181,19 +181,19 @@ def work(st: Stage) -> int | None:
     return n
 
 
-def _accumulator(s: Schedule) -> str | None:
+def accumulator_of(s: Schedule) -> str | None:
     """The one reduction stage, if it is a plain sum of products."""
     reds = [st for st in s.stages.values() if st.reduction is not None]
     if len(reds) != 1:
         return None
     r = reds[0].reduction
     assert r is not None
-    if r.attr[0] != "sum" or len(r.args) != 1 or _product(r.args[0]) is None:
+    if r.attr[0] != "sum" or len(r.args) != 1 or as_product(r.args[0]) is None:
         return None
     return reds[0].name
 
 
-def _product(e: Expr) -> tuple[Expr, Expr] | None:
+def as_product(e: Expr) -> tuple[Expr, Expr] | None:
     while e.op == "cast":
         e = e.args[0]
     if e.op != "mul" or not loads(e.args[0]) or not loads(e.args[1]):
@@ -206,14 +206,14 @@ def _strided(x: Expr, v: Expr) -> bool:
     return d is None or not (is_const(d, 0) or is_const(d, 1))
 
 
-def _factors(st: Stage) -> tuple[Expr, Expr]:
+def factors_of(st: Stage) -> tuple[Expr, Expr]:
     assert st.reduction is not None
-    f = _product(st.reduction.args[0])
+    f = as_product(st.reduction.args[0])
     assert f is not None
     return f
 
 
-def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
+def split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
     """``O = sum(..)`` becomes ``O.acc = sum(..); O = O.acc``."""
     st = s.stages[out]
     ren = {a.var: var(a.name + "'", lo=0, hi=a.extent - 1) for a in st.axes}
@@ -221,8 +221,8 @@ def _split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
     ext = dict(s.ext)
     for k in [k for k in ext if k.attr[0].startswith(out + ".")]:
         del ext[k]
-    a_st = _pull_stage(Pull(ab, tuple(Axis(ren[a.var], a.extent) for a in st.axes), substitute(st.expr, ren)), ext)
-    o_st = _pull_stage(Pull(st.buf, st.axes, load(ab, [a.var for a in st.axes])), ext)
+    a_st = pull_stage(Pull(ab, tuple(Axis(ren[a.var], a.extent) for a in st.axes), substitute(st.expr, ren)), ext)
+    o_st = pull_stage(Pull(st.buf, st.axes, load(ab, [a.var for a in st.axes])), ext)
     return replace(s, stages={ab.name: a_st, out: o_st}, ext=ext, trace=(*s.trace, ("epilogue", out))), ab.name
 
 
@@ -267,7 +267,7 @@ def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, s
 # ---------------------------------------------------------------- rewriting towards a GEMM
 
 
-def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
+def pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
     """A masked (padded) load of the contraction becomes a plain load of a padded copy, made by a stage of its own."""
     st = s.stages[acc]
     for x in loads(st.expr):
@@ -275,7 +275,7 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
         if mask is None or other is None or not is_const(other):
             continue
         box = [_extremes(st, i) for i in idx]
-        if any(b is None for b in box) or not _is_box(mask, buf, idx):
+        if any(b is None for b in box) or not is_box(mask, buf, idx):
             continue
         base = [min(b[0], 0) for b in box if b is not None]
         shape = [b[1] - lo + 1 for b, lo in zip(box, base, strict=True) if b is not None]
@@ -287,7 +287,7 @@ def _pad_input(s: Schedule, acc: str, caps: Capabilities) -> Schedule:
             inside = inside & (const(0) <= i) & (i < n)
         pb = replace(buf, name=f"{buf.name}.pad", shape=tuple(a.extent for a in ax), scope="global", writable=True)
         ext = dict(s.ext)
-        pst = _pull_stage(Pull(pb, tuple(ax), load(buf, src, inside, other)), ext)
+        pst = pull_stage(Pull(pb, tuple(ax), load(buf, src, inside, other)), ext)
 
         def repl(e: Expr, x: Expr = x, pb: Any = pb, idx: Any = idx, base: Any = base) -> Expr | None:
             return load(pb, [i - b for i, b in zip(idx, base, strict=True)]) if e is x else None
@@ -329,7 +329,7 @@ def _flat_rows(s: Schedule, name: str) -> Schedule:
         inside = inside & (const(0) <= i) & (i < n)
     ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != name}
     buf = replace(st.buf, shape=(*st.buf.shape[:-2], f.extent))
-    return replace(s, stages={**s.stages, name: _pull_stage(Pull(buf, (*lead, f), load(wide, at, inside, other)), ext)}, ext=ext, trace=(*s.trace, ("rows", name)))
+    return replace(s, stages={**s.stages, name: pull_stage(Pull(buf, (*lead, f), load(wide, at, inside, other)), ext)}, ext=ext, trace=(*s.trace, ("rows", name)))
 
 
 def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
@@ -356,14 +356,14 @@ def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], n
     return s, [f"{out}.ri" if x == row else x for x in rest], name
 
 
-def _is_box(mask: Expr, buf: Any, idx: Sequence[Expr]) -> bool:
+def is_box(mask: Expr, buf: Any, idx: Sequence[Expr]) -> bool:
     """True when ``mask`` says no more than that ``idx`` is inside ``buf`` (a transposed convolution's also asks for divisibility)."""
     if mask.op == "and":
-        return all(_is_box(m, buf, idx) for m in mask.args)
+        return all(is_box(m, buf, idx) for m in mask.args)
     return any(mask is c for i, n in zip(idx, buf.shape, strict=True) for c in (const(0) <= i, i < n))
 
 
-def _merge(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
+def merge_rows(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
     """Adjacent row axes that every access of accumulator and epilogue walks as one become one axis."""
     stages = [s.stages[n] for n in names]
     rank = len(stages[0].axes)
@@ -384,7 +384,7 @@ def _merge(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
     for key in [key for key in ext if key.attr[0].rsplit(".", 1)[0] in names]:
         del ext[key]
     for st in (a_st, o_st):
-        out[st.name] = _pull_stage(Pull(st.buf, st.axes, st.expr), ext)
+        out[st.name] = pull_stage(Pull(st.buf, st.axes, st.expr), ext)
     return replace(s, stages=out, ext=ext)
 
 
@@ -473,7 +473,7 @@ def _merge_reduce(s: Schedule, acc: str) -> Schedule:
     if e is red.args[0]:
         return s
     ext = {k2: v2 for k2, v2 in s.ext.items() if k2.attr[0].rsplit(".", 1)[0] != acc}
-    st2 = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, e)), ext)
+    st2 = pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, e)), ext)
     return replace(s, stages={**s.stages, acc: st2}, ext=ext, trace=(*s.trace, ("merge_reduce", acc)))
 
 
@@ -491,7 +491,7 @@ def _whole_parameter(p: Expr, v: Expr) -> tuple[Any, tuple[Expr, ...]] | None:
     return None if any(i.op not in ("var", "const") for i in idx) else (buf, idx)
 
 
-def _packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bool:
+def is_packable(s: Schedule, p: Expr, v: Expr, constants: Mapping[str, Any]) -> bool:
     """P reads one parameter whose dimension along ``v`` is indexed by v alone, and either it is constant or its lanes are strided."""
     found = _whole_parameter(p, v)
     if found is None:
@@ -526,7 +526,7 @@ def _stream_panel(m: Expr, n: Expr, lanes: int, packs: bool, caps: Capabilities)
     return next((w for w in (2 * lanes, lanes) if n.attr % (w * caps.streams) == 0 and w // lanes * caps.streams + 2 < caps.registers), 0)
 
 
-def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Schedule, bool]:
+def pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Schedule, bool]:
     x = next(x for x in loads(p) if v in free_vars(x))
     buf, idx, _, _ = load_parts(x)
     d = next(k for k, i in enumerate(idx) if i is v)
@@ -539,7 +539,7 @@ def _pack_panel(s: Schedule, acc: str, p: Expr, v: Expr, nv: int) -> tuple[Sched
     return s, all(v not in free_vars(y) or y.attr[0].name == f"{buf.name}.pack" for y in loads(s.stages[acc].expr))
 
 
-def _tile(
+def register_tile(
     s: Schedule, acc: str, out: str, v_axis: Expr, us: list[Axis], mu: int, nv: int, lanes: int, ku: int, caps: Capabilities, padded: bool, depthwise: bool,
     mblock: int | None, order: str | None, panel: int = 0,
 ) -> Schedule:
@@ -603,7 +603,7 @@ def _tile(
         par = [f, *par[2:]]
     if par:
         s = annotate(s, par[0], "parallel")
-    s = _lanes(s, f"{out}.vi", nv, lanes, panel)
+    s = unroll_lanes(s, f"{out}.vi", nv, lanes, panel)
     if padding is not None:
         s = stage(s, padding, at=par[0])
         last = s.stages[padding].loops[-1].name
@@ -611,14 +611,14 @@ def _tile(
             s = split(s, last, 4 * lanes if s.static_extent(s.stages[padding].loops[-1].var) % (4 * lanes) == 0 else 2 * lanes, "cut")  # type: ignore[operator]
             s = annotate(s, f"{last}.1", "vectorize")
         else:
-            s = _lanes(s, last, nv, lanes)
+            s = unroll_lanes(s, last, nv, lanes)
     s = stage(s, acc, at=at, pad=(vpos,) if padded else ())
     a = s.stages[acc]
     reds = [lp.name for lp in a.loops if lp.reduce]
     vl = a.loops[vpos].name
     ul = [lp.name for lp in a.loops[: len(a.axes)]]
     s = reorder(s, *[x for i, x in enumerate(ul) if i not in upos[-1:] and i != vpos], *reds, *[x for i, x in enumerate(ul) if i in upos[-1:]], vl)
-    s = _lanes(s, vl, nv, lanes, panel)
+    s = unroll_lanes(s, vl, nv, lanes, panel)
     if upos:
         s = annotate(s, ul[upos[-1]], "unroll")
     small = 1
@@ -652,7 +652,7 @@ def _row_block(m: int | None, mu: int, most: int) -> int:
     return min(sizes, key=lambda b: (1 + 0.1 * (mu - b % mu) * (b % mu) / b if b % mu else 1.0) + 2 / b, default=0)
 
 
-def _lanes(s: Schedule, loop: str, width: int, lanes: int, panel: int = 0) -> Schedule:
+def unroll_lanes(s: Schedule, loop: str, width: int, lanes: int, panel: int = 0) -> Schedule:
     """A loop over ``width`` columns becomes unrolled vectors of ``lanes``, by panels of ``panel`` columns when that is not 0."""
     if panel and panel < width:
         s = split(s, loop, panel)

@@ -16,9 +16,9 @@ from luthier.ir.dtypes import bf16, f32
 from luthier.ir.expr import Expr, cast, free_vars, substitute
 from luthier.ir.intrin import Instruction
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Schedule, _pull_stage
+from luthier.schedules.base.schedule import Schedule, pull_stage
 from luthier.schedules.cpu import contract
-from luthier.schedules.cpu.contract_integer import Operand, _blocked, _copies, _copy, _group_axis
+from luthier.schedules.cpu.contract_integer import Operand, blocked, group_axis, schedule_pads, widened_copy
 from luthier.schedules.intrin import usable
 
 
@@ -30,7 +30,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, inst
     st = s.stages[acc]
     if st.buf.dtype is not f32 or (contract.work(st) or 2048) < 2048:
         return None
-    a, b = (_operand(f) for f in contract._factors(st))
+    a, b = (_operand(f) for f in contract.factors_of(st))
     v = st.axes[-1].var
     if a is None or b is None or v in free_vars(a.ld) and v in free_vars(b.ld):
         return None
@@ -40,12 +40,12 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, inst
     for i in [instr] if instr else usable(caps):
         ready = _pairs(s, acc, x, w, i, constants)
         if ready is not None:
-            return _blocked(ready[0], acc, out, w, ready[1], i, caps, None, None, 4, None)
-    s, xl = _copy(s, x, None, f32, None)
+            return blocked(ready[0], acc, out, w, ready[1], i, caps, None, None, 4, None)
+    s, xl = widened_copy(s, x, None, f32, None)
     if xl is None:
         return None
     made = contract.product(_with(s, acc, xl * cast(w.ld, f32)), acc, out, caps, constants, **knobs)
-    return None if made is None else _copies(made, caps)
+    return None if made is None else schedule_pads(made, caps)
 
 
 def _operand(e: Expr) -> Operand | None:
@@ -62,11 +62,11 @@ def _pairs(s: Schedule, acc: str, x: Operand, w: Operand, i: Instruction, consta
     assert red is not None
     if i.acc is not f32 or x.buf.dtype is not bf16 or w.buf.dtype is not bf16 or i.a is not bf16:
         return None
-    k = _group_axis(red.attr[1], x.ld, w.ld)
-    if k is None or k.extent.op != "const" or not contract._packable(s, cast(w.ld, f32), st.axes[-1].var, constants):
+    k = group_axis(red.attr[1], x.ld, w.ld)
+    if k is None or k.extent.op != "const" or not contract.is_packable(s, cast(w.ld, f32), st.axes[-1].var, constants):
         return None
     whole = axis(k.name + "g", -(-k.extent.attr // i.group) * i.group)
-    s, xl = _copy(s, x, (k, whole), bf16, 0)
+    s, xl = widened_copy(s, x, (k, whole), bf16, 0)
     if xl is None:
         return None
     wl = substitute(w.ld, {k.var: whole.var})
@@ -80,5 +80,5 @@ def _with(s: Schedule, acc: str, product: Expr, axes: Mapping[Any, Any] | None =
     assert red is not None
     ext = {a: b for a, b in s.ext.items() if a.attr[0].rsplit(".", 1)[0] != acc}
     over = [(axes or {}).get(y, y) for y in red.attr[1]]
-    new = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", over, product)), ext)
+    new = pull_stage(Pull(st.buf, st.axes, reduce_("sum", over, product)), ext)
     return replace(s, stages={**s.stages, acc: new}, ext=ext, trace=(*s.trace, ("half", acc)))

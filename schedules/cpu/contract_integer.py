@@ -36,7 +36,7 @@ from luthier.ir.expr import (
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Schedule, _pull_stage, annotate, pack, reorder, split, stage, tensorize
+from luthier.schedules.base.schedule import Schedule, annotate, pack, pull_stage, reorder, split, stage, tensorize
 from luthier.schedules.base.simplify_axes import split_reduced_axes
 from luthier.schedules.cpu import contract
 from luthier.schedules.cpu.elementwise import collapse, pointwise, stride
@@ -82,7 +82,7 @@ def apply(
         return None
     s, acc, out = prepared
     st = s.stages[acc]
-    factors = contract._factors(st)
+    factors = contract.factors_of(st)
     if st.buf.dtype is not i32:
         return None
     s = simplify_epilogue(s, out, constants)
@@ -103,7 +103,7 @@ def apply(
     for i in found:
         ready = _operands(s, acc, out, x, w, i, constants)
         if ready is not None:
-            return _blocked(ready[0], acc, out, ready[2], ready[1], i, caps, mu, nv, ku, order)
+            return blocked(ready[0], acc, out, ready[2], ready[1], i, caps, mu, nv, ku, order)
     return None
 
 
@@ -126,12 +126,12 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
     st = s.stages[acc]
     red = st.reduction
     assert red is not None
-    s, x, w = _split_heads(s, acc, x, w, constants)
-    s, x, w = _merge_taps(s, acc, x, w, i.group, constants)
+    s, x, w = split_heads(s, acc, x, w, constants)
+    s, x, w = merge_taps(s, acc, x, w, i.group, constants)
     red = s.stages[acc].reduction
     assert red is not None
-    k = _group_axis(red.attr[1], x.ld, w.ld)
-    if k is None or k.extent.op != "const" or not contract._packable(s, cast(w.ld, i32), st.axes[-1].var, constants):
+    k = group_axis(red.attr[1], x.ld, w.ld)
+    if k is None or k.extent.op != "const" or not contract.is_packable(s, cast(w.ld, i32), st.axes[-1].var, constants):
         return None
     g = i.group
     whole = axis(k.name + "g", -(-k.extent.attr // g) * g)
@@ -146,10 +146,10 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
         flip = _flip(x.buf.dtype, i.a)
         if flip is None:
             return None
-        s, xl = _copy(s, x, (k, whole), i.a, flip)
-        s = _zero_into_epilogue(s, acc, out, x, w, flip)
+        s, xl = widened_copy(s, x, (k, whole), i.a, flip)
+        s = zero_into_epilogue(s, acc, out, x, w, flip)
     else:
-        s, xl = _copy(s, x, (k, whole), i16, None)
+        s, xl = widened_copy(s, x, (k, whole), i16, None)
     if xl is None:
         return None
     wl = substitute(w.ld, {k.var: whole.var})
@@ -158,12 +158,12 @@ def _operands(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instru
     axes = [whole if y is k else y for y in red.attr[1]]
     st = s.stages[acc]
     ext = {a: b for a, b in s.ext.items() if a.attr[0].rsplit(".", 1)[0] != acc}
-    new = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, cast(xl, i32) * cast(wl, i32))), ext)
+    new = pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, cast(xl, i32) * cast(wl, i32))), ext)
     s = replace(s, stages={**s.stages, acc: new}, ext=ext, trace=(*s.trace, ("integer", acc, i.name)))
     return s, whole.var, w
 
 
-def _group_axis(axes: tuple[Axis, ...], x: Expr, w: Expr) -> Axis | None:
+def group_axis(axes: tuple[Axis, ...], x: Expr, w: Expr) -> Axis | None:
     """The reduction axis along which the activation is contiguous: groups are cut from it."""
     buf, idx, _, _ = load_parts(x)
     for a in reversed(axes):
@@ -173,7 +173,7 @@ def _group_axis(axes: tuple[Axis, ...], x: Expr, w: Expr) -> Axis | None:
     return None
 
 
-def _merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
+def merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
     """Few channels do not fill a group: taps along a row and channels, which stand together in memory, become one axis.
 
     Before ``x[h, 2 ow + kw - 1, c] * w[kh, kw, c, n]`` over kw < 3, c < 3, after ``x[h, 6 ow + j - 3] * w[kh, j, n]`` over j < 9."""
@@ -191,7 +191,7 @@ def _merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, const
     if not fits or t.var in free_vars(idx[-2] - t.var) or any(t.var in free_vars(i) for i in idx[:-2]):
         return s, x, w
     at = [d for d, i in enumerate(widx) if i is t.var]
-    if len(at) != 1 or at[0] + 1 >= len(widx) or widx[at[0] + 1] is not c.var or (mask is not None and not contract._is_box(mask, buf, idx)):
+    if len(at) != 1 or at[0] + 1 >= len(widx) or widx[at[0] + 1] is not c.var or (mask is not None and not contract.is_box(mask, buf, idx)):
         return s, x, w
     d = at[0]
     j = axis(t.name + c.name, t.extent * n)
@@ -210,7 +210,7 @@ def _merge_taps(s: Schedule, acc: str, x: Operand, w: Operand, group: int, const
     return replace(s, compute=compute, stages={**s.stages, acc: new}, trace=(*s.trace, ("merge_taps", acc))), x2, w2
 
 
-def _split_heads(s: Schedule, acc: str, x: Operand, w: Operand, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
+def split_heads(s: Schedule, acc: str, x: Operand, w: Operand, constants: Mapping[str, Any]) -> tuple[Schedule, Operand, Operand]:
     """A reduction axis that the activation reads as ``k // c`` and ``k % c`` (merged heads) becomes two, and so does the weights' dimension."""
     st = s.stages[acc]
     red = st.reduction
@@ -218,7 +218,7 @@ def _split_heads(s: Schedule, acc: str, x: Operand, w: Operand, constants: Mappi
     axes, e = split_reduced_axes(red.attr[1], red.args[0])
     if e is red.args[0] or w.buf.name not in constants or w.zero is not None and w.zero.op != "const":
         return s, x, w
-    f = contract._product(e)
+    f = contract.as_product(e)
     pair = None if f is None else [operand(q) for q in f]
     if pair is None or pair[0] is None or pair[1] is None:
         return s, x, w
@@ -251,7 +251,7 @@ def _flip(have: DType, want: DType) -> int | None:
     return 0 if have is want else 128 if want.kind == "u" else -128
 
 
-def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, flip: int | None) -> tuple[Schedule, Expr | None]:
+def widened_copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, flip: int | None) -> tuple[Schedule, Expr | None]:
     """The activation as ``to`` in a tensor without masks; (schedule, load of it, None where it cannot be made).
 
     Values are ``x - zx``, for bytes ``x + flip``. ``groups``: the axis of the last dimension and the one of whole groups that takes
@@ -260,7 +260,7 @@ def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, 
     env = {} if groups is None else {groups[0].var: groups[1].var}
     if flip == 0 and mask is None and (groups is None or groups[1].extent is groups[0].extent):
         return s, substitute(x.ld, env)
-    if mask is not None and not contract._is_box(mask, buf, idx):
+    if mask is not None and not contract.is_box(mask, buf, idx):
         return s, None
     base, shape = [], []
     idx = tuple(substitute(i, env) for i in idx)
@@ -287,7 +287,7 @@ def _copy(s: Schedule, x: Operand, groups: tuple[Axis, Axis] | None, to: DType, 
         value = value - cast(x.zero, between)
     copy = Buffer(f"{buf.name}.pad", to, tuple(shape), "global", True)
     ext = dict(s.ext)
-    made = _pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
+    made = pull_stage(Pull(copy, tuple(ax), cast(value, to)), ext)
     s = replace(s, stages={copy.name: made, **s.stages}, ext=ext, trace=(*s.trace, ("widen", buf.name, to.name)))
     return s, load(copy, [i - b for i, b in zip(idx, base, strict=True)])
 
@@ -302,7 +302,7 @@ def _corner(e: Expr, end: int) -> Expr | None:
     return substitute(e, {u: as_expr(u.attr[2]) if end else const(0) for u in vs})
 
 
-def _zero_into_epilogue(s: Schedule, acc: str, out: str, x: Operand, w: Operand, flip: int) -> Schedule:
+def zero_into_epilogue(s: Schedule, acc: str, out: str, x: Operand, w: Operand, flip: int) -> Schedule:
     """``sum((x - zx) * w)`` is ``sum((x + flip) * w) - (zx + flip) * sum(w)``; the last sum is a constant for each column."""
     zero = (const(0, i32) if x.zero is None else x.zero) + const(flip, i32)
     if is_const(zero, 0):
@@ -394,16 +394,16 @@ def tile(m: Expr, n: Expr, lanes: int, registers: int, i: Instruction, narrow: b
     return best[1], best[2]
 
 
-def _blocked(
+def blocked(
     s: Schedule, acc: str, out: str, weights: Operand, k: Expr, i: Instruction, caps: Capabilities, mu: int | None, nv: int | None, ku: int, order: str | None,
 ) -> Schedule:
     st = s.stages[acc]
     lanes = caps.vector_bits // i.acc.bits
-    a, b = contract._factors(st)
+    a, b = contract.factors_of(st)
     v = st.axes[-1].var
     w, x = (a, b) if v in free_vars(a) else (b, a)
     us = [y for y in st.axes[:-1] if y.var in free_vars(x) and y.var not in free_vars(w)]
-    s = contract._merge(s, [acc, out], [y.var for y in us])
+    s = contract.merge_rows(s, [acc, out], [y.var for y in us])
     st = s.stages[acc]
     us = [y for y in st.axes[:-1] if y.var in {z.var for z in us} or y.name.startswith("_u")]
     m = us[-1].extent if us else const(1)
@@ -414,9 +414,9 @@ def _blocked(
     st = s.stages[acc]
     group = next(lp.name for lp in st.loops if st.subst[k] is lp.var)
     s = split(s, group, i.group, "guard")
-    s = contract._tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, _block(s, acc, out, w, x, caps), order)
+    s = contract.register_tile(s, acc, out, v, us, mu, nv, lanes, 1, caps, True, False, _block(s, acc, out, w, x, caps), order)
     s = dotted(s, acc, group, i, ku)
-    return _copies(_local_copies(s, acc, out), caps)
+    return schedule_pads(_local_copies(s, acc, out), caps)
 
 
 def _block(s: Schedule, acc: str, out: str, w: Expr, x: Expr, caps: Capabilities) -> int:
@@ -480,7 +480,7 @@ def _local_copies(s: Schedule, acc: str, out: str) -> Schedule:
     return s
 
 
-def _copies(s: Schedule, caps: Capabilities) -> Schedule:
+def schedule_pads(s: Schedule, caps: Capabilities) -> Schedule:
     for n, y in s.stages.items():
         if n.endswith(".pad") and y.at is None:
             s = pointwise(s, n, caps)
@@ -507,7 +507,7 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
     n = st.axes[-1].extent
     wide = n.op == "const" and n.attr % (2 * caps.lanes(32)) == 0  # two vectors of bytes fill more of each line that is fetched
     bytewise = wide and caps.registers >= 16 and load_parts(x.ld)[2] is not None and all(e.op == "const" for e in x.buf.shape) and len(st.axes) > 2
-    s, xl = _copy(s, x, None, x.buf.dtype, 0) if bytewise else _copy(s, x, None, f32, None)
+    s, xl = widened_copy(s, x, None, x.buf.dtype, 0) if bytewise else widened_copy(s, x, None, f32, None)
     if xl is None:
         return None
     if bytewise:
@@ -519,7 +519,7 @@ def _in_floats(s: Schedule, acc: str, out: str, a: Operand, b: Operand, caps: Ca
 
     buf = replace(st.buf, dtype=f32)
     ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != acc}
-    new = _pull_stage(Pull(buf, st.axes, reduce_("sum", red.attr[1], xl * wl)), ext)
+    new = pull_stage(Pull(buf, st.axes, reduce_("sum", red.attr[1], xl * wl)), ext)
     ep = s.stages[out]
 
     def fix(e: Expr) -> Expr | None:

@@ -14,7 +14,7 @@ from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rewrite, substitute, walk
 from luthier.passes.loop.flatten import flat_index
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Schedule, Stage, _pull_stage, annotate, fuse, in_runs, reorder, split
+from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, pull_stage, reorder, split
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096, unroll: int = 1) -> Schedule | None:
@@ -77,7 +77,7 @@ def collapse(s: Schedule, name: str) -> Schedule:
         return s
     buf = replace(buf, shape=tuple(a.extent for a in axes))
     ext = dict(s.ext)
-    new = _pull_stage(Pull(buf, tuple(axes), expr), ext)
+    new = pull_stage(Pull(buf, tuple(axes), expr), ext)
     return replace(s, stages={**s.stages, name: replace(new, scope=st.scope)}, ext=ext, trace=(*s.trace, ("collapse", name)))
 
 
@@ -110,7 +110,7 @@ def pointwise(s: Schedule, name: str, caps: Capabilities, grain: int = 4096) -> 
     st = s.stages[name]
     sp = [lp for lp in st.loops if not lp.reduce]
     inner = sp[-1]
-    lanes = caps.lanes(_widest(st))
+    lanes = caps.lanes(widest_bits(st))
     n = s.static_extent(inner.var)
     vec = lanes > 1 and (n is None or n >= lanes) and not has_red
     if vec and not has_red:
@@ -178,7 +178,7 @@ def _loop_var(s: Schedule, name: str, loop: str) -> Expr:
     return next(lp.var for lp in s.stages[name].loops if lp.name == loop)
 
 
-def _widest(st: Stage) -> int:
+def widest_bits(st: Stage) -> int:
     """Bits of the widest type that the expression computes with (bools and indices aside)."""
     bits = max(8, st.buf.dtype.bits)
     for e in walk(st.expr):

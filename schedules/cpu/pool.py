@@ -13,8 +13,8 @@ from typing import Any
 from luthier.ir.expr import bounds, free_vars, is_const, load_parts, loads
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Schedule, annotate, fuse, in_runs, inline, reorder, split, stage
-from luthier.schedules.cpu.contract import _pad_input, _split_epilogue
-from luthier.schedules.cpu.elementwise import _widest, flat, stride
+from luthier.schedules.cpu.contract import pad_input, split_epilogue
+from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
 from luthier.schedules.cpu.rowwise import positions
 
 
@@ -27,19 +27,19 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
     if acc is None or list(s.stages)[-1] != out:
         return None
     s = in_runs(s)
-    lanes = min(caps.lanes(_widest(st)) for st in s.stages.values())
+    lanes = min(caps.lanes(widest_bits(st)) for st in s.stages.values())
     n = s.static_extent(s.stages[acc].loops[len(s.stages[acc].axes) - 1].var)
     if lanes < 2 or n is None or n < lanes:
         return None
     for name in [name for name in s.stages if name not in (out, acc)]:
         s = inline(s, name)
     if acc == out:
-        s, acc = _split_epilogue(s, out)
+        s, acc = split_epilogue(s, out)
     else:
         pos = positions(s, out)
         if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
             return None
-    s = _pad_input(s, acc, caps)
+    s = pad_input(s, acc, caps)
     if any(load_parts(x)[2] is not None for x in loads(s.stages[acc].expr)):
         return None
     loops = [lp.name for lp in s.stages[out].loops]

@@ -15,7 +15,7 @@ from luthier.ir.expr import Expr, const, free_vars, is_const, load_parts, loads,
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.reduction import contiguity, use_lanes
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, inline, reorder, split, stage
-from luthier.schedules.cpu.elementwise import _widest
+from luthier.schedules.cpu.elementwise import widest_bits
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
@@ -28,7 +28,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     if out.reduction is not None:
         return _root_reduction(s, caps) if len(s.stages) == 1 else None
     pos = positions(s, out.name)
-    if pos is None or _contractions(s) > 1:
+    if pos is None or contractions(s) > 1:
         return None
     if caps.issue:
         s = _divide_once(s, out)
@@ -78,7 +78,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     o = s.stages[out.name]
     if len(o.loops) > 1:
         last = o.loops[-1]
-        lanes = caps.lanes(_widest(o))
+        lanes = caps.lanes(widest_bits(o))
         k = s.static_extent(last.var)
         if lanes > 1 and (k is None or k >= lanes):
             s = split(s, last.name, lanes * _registers(k, lanes, caps), "cut")
@@ -91,7 +91,7 @@ def _columns(s: Schedule, caps: Capabilities, pos: dict[str, list[int | None]]) 
     loads of the reductions walk it contiguously. None when they do not."""
     out = s.stages[s.compute.outs[0]]
     others = [n for n in s.stages if n != out.name]
-    lanes = min(caps.lanes(_widest(s.stages[n])) for n in s.stages)
+    lanes = min(caps.lanes(widest_bits(s.stages[n])) for n in s.stages)
     last = out.loops[-1].name
     k = s.static_extent(out.loops[-1].var)
     if lanes == 1 or (k is not None and k < lanes):
@@ -140,7 +140,7 @@ def _columns(s: Schedule, caps: Capabilities, pos: dict[str, list[int | None]]) 
     return annotate(s, rows[0] if rows else f"{last}.0", "parallel")
 
 
-def _contractions(s: Schedule) -> int:
+def contractions(s: Schedule) -> int:
     """Reductions of products whose factors have an axis of their own: work that grows faster than what is read."""
     n = 0
     for st in s.stages.values():
@@ -188,7 +188,7 @@ def _lanes_of_row(s: Schedule, name: str, caps: Capabilities, pos: list[int | No
     if not free:
         return s
     lp = st.loops[free[-1]]
-    lanes = caps.lanes(_widest(st))
+    lanes = caps.lanes(widest_bits(st))
     n = s.static_extent(lp.var)
     if lanes > 1 and n is not None and n >= lanes:
         s = split(s, lp.name, lanes * _registers(n, lanes, caps), "cut")

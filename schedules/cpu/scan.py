@@ -13,7 +13,7 @@ from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.reduction import use_lanes
 from luthier.schedules.base.schedule import Schedule, annotate, split
 from luthier.schedules.cpu import elementwise
-from luthier.schedules.cpu.elementwise import _widest
+from luthier.schedules.cpu.elementwise import widest_bits
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], **knobs: Any) -> Schedule | None:
@@ -36,7 +36,7 @@ def _lanes(s: Schedule, name: str, caps: Capabilities) -> Schedule:
     if not st.axes:
         return s
     loop = next((lp for lp in st.loops if lp.var is st.subst[st.axes[-1].var]), None)
-    lanes = caps.lanes(_widest(st))
+    lanes = caps.lanes(widest_bits(st))
     n = None if loop is None else s.static_extent(loop.var)
     if loop is None or lanes == 1 or n is None or n < lanes:
         return s

@@ -37,7 +37,7 @@ from luthier.ir.expr import Expr, const, is_const, land, load, load_parts, loads
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Packing, Schedule, annotate, fuse, inline, reorder, schedule, split, stage
-from luthier.schedules.cpu.contract import _is_box, _pack_panel, _product, _tile
+from luthier.schedules.cpu.contract import as_product, is_box, pack_panel, register_tile
 from luthier.schedules.cpu.contract import tile as tile_of
 
 Array = np.ndarray[Any, Any]
@@ -158,7 +158,7 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     e = acc.expr
     if e.attr[0] != "sum" or len(e.args) != 1 or len(e.attr[1]) != 3:
         return None
-    f = _product(e.args[0])
+    f = as_product(e.args[0])
     if f is None or any(t.op != "load" for t in f):
         return None
     xs, ws = (f[0], f[1]) if f[1].attr[0].name in constants else (f[1], f[0])
@@ -179,14 +179,14 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     if not (xi[0] is batch.var if batch is not None else xi[0].op == "const" and is_const(x.shape[0], 1)):
         return None
     lo = [h.var + wi[0] - xi[1], wd.var + wi[1] - xi[2]]
-    if any(p.op != "const" or p.attr < 0 for p in lo) or (mask is not None and not _is_box(mask, x, xi)):
+    if any(p.op != "const" or p.attr < 0 for p in lo) or (mask is not None and not is_box(mask, x, xi)):
         return None
-    if not _only_pointwise(lets, acc):
+    if not only_pointwise(lets, acc):
         return None
     return Conv(acc, x, w, batch, h, wd, k, w.shape[2].attr, (lo[0].attr, lo[1].attr))
 
 
-def _only_pointwise(lets: Sequence[Pull], acc: Pull) -> bool:
+def only_pointwise(lets: Sequence[Pull], acc: Pull) -> bool:
     """Everything behind ``acc`` has its axes and reads what it follows from at its own point."""
     after = {acc.name}
     for x in lets:
@@ -284,16 +284,16 @@ def _schedule(s: Schedule, conv: Conv, m: int, block: int, caps: Capabilities) -
         s = inline(s, n)
     s = _products(s, conv, m, block, caps)
     # input: a round a tile and vector of channels; rows of the tile into a local block, then its columns
-    s = _lanes(s, "wino.v.c", lanes)
+    s = vectorize_tail(s, "wino.v.c", lanes)
     s = reorder(s, *(f"wino.v.{x}" for x in ("r", "c.0", "a", "b", "c.1")))
     s = annotate(s, "wino.v.b", "unroll")
-    s = _local(s, "wino.t", "wino.v.c.0", ("j", "a", "c"))
+    s = stage_locally(s, "wino.t", "wino.v.c.0", ("j", "a", "c"))
     # output: columns into a local block, then rows, epilogue and stores inside the image
     *lead, h, w, k = [lp.name for lp in s.stages[o].loops]
-    s = _lanes(split(split(s, h, m), w, m), k, lanes)
+    s = vectorize_tail(split(split(s, h, m), w, m), k, lanes)
     s = reorder(s, *lead, f"{h}.0", f"{w}.0", f"{k}.0", f"{h}.1", f"{w}.1", f"{k}.1")
     s = annotate(s, f"{w}.1", "unroll")
-    s = _local(s, "wino.s", f"{k}.0", ("b", "i", "k"))
+    s = stage_locally(s, "wino.s", f"{k}.0", ("b", "i", "k"))
     for x in (*lead, f"{h}.0")[1:] + (f"{w}.0",):
         s = fuse(s, s.stages[o].loops[0].name, x)
     tiles = s.stages[o].loops[0].name
@@ -310,18 +310,18 @@ def _products(s: Schedule, conv: Conv, m: int, block: int, caps: Capabilities) -
     _, r, k = s.stages["wino.z.acc"].axes
     mu, nr = tile_of(const(block) if block else r.extent, k.extent, lanes, caps.registers)
     u = next(x for x in loads(s.stages["wino.z.acc"].expr) if k.var in load_parts(x)[1])
-    s, padded = _pack_panel(s, "wino.z.acc", u, k.var, nr * lanes)
-    s = _tile(s, "wino.z.acc", "wino.z", k.var, [r], mu, nr * lanes, lanes, 2, caps, padded, False, None, None)
+    s, padded = pack_panel(s, "wino.z.acc", u, k.var, nr * lanes)
+    s = register_tile(s, "wino.z.acc", "wino.z", k.var, [r], mu, nr * lanes, lanes, 2, caps, padded, False, None, None)
     if block:
         s = stage(s, "wino.z.acc", at="wino.z.uo", pad=(1, 2))
     return replace(s, packed={n: WinogradPacking(conv.w.name, m, p) for n, p in s.packed.items()})  # type: ignore[misc]
 
 
-def _lanes(s: Schedule, loop: str, lanes: int) -> Schedule:
+def vectorize_tail(s: Schedule, loop: str, lanes: int) -> Schedule:
     return annotate(split(s, loop, lanes), f"{loop}.1", "vectorize")
 
 
-def _local(s: Schedule, tensor: str, at: str, order: tuple[str, str, str]) -> Schedule:
+def stage_locally(s: Schedule, tensor: str, at: str, order: tuple[str, str, str]) -> Schedule:
     """A block of one tile and one vector: a serial loop, the cases of the transform unrolled, lanes."""
     s = stage(s, tensor, at=at)
     outer, inner, lane = (f"{tensor}.{x}" for x in order)

@@ -29,7 +29,7 @@ from luthier.schedules.base.schedule import Packing, Schedule, annotate, fuse, i
 from luthier.schedules.cpu import contract, contract_integer
 from luthier.schedules.cpu.contract_integer import Operand, operand
 from luthier.schedules.cpu.integer_epilogue import simplify_epilogue
-from luthier.schedules.cpu.winograd import _lanes, _local, _only_pointwise, cases, combine
+from luthier.schedules.cpu.winograd import cases, combine, only_pointwise, stage_locally, vectorize_tail
 from luthier.schedules.intrin import usable
 
 Array = np.ndarray[Any, Any]
@@ -175,7 +175,7 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     e = acc.expr
     if e.attr[0] != "sum" or len(e.args) != 1 or len(e.attr[1]) != 3 or e.dtype is not i32:
         return None
-    f = contract._product(e.args[0])
+    f = contract.as_product(e.args[0])
     ops = None if f is None else [operand(q) for q in f]
     if ops is None or ops[0] is None or ops[1] is None:
         return None
@@ -197,9 +197,9 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     if not (xi[0] is batch.var if batch is not None else xi[0].op == "const" and is_const(xb.shape[0], 1)):
         return None
     lo = [h.var + wi[0] - xi[1], wd.var + wi[1] - xi[2]]
-    if any(p.op != "const" or p.attr < 0 for p in lo) or (mask is not None and not contract._is_box(mask, xb, xi)):
+    if any(p.op != "const" or p.attr < 0 for p in lo) or (mask is not None and not contract.is_box(mask, xb, xi)):
         return None
-    if not _only_pointwise(lets, acc) or any(a.extent.op != "const" for a in acc.axes):
+    if not only_pointwise(lets, acc) or any(a.extent.op != "const" for a in acc.axes):
         return None
     return Conv(acc, x, wb, batch, h, wd, k, wb.shape[2].attr, (lo[0].attr, lo[1].attr))
 
@@ -251,16 +251,16 @@ def _schedule(s: Schedule, conv: Conv, fm: Form, block: int, instr: Instruction,
     s = simplify_epilogue(s, o, constants)
     s = _products(s, conv, fm, block, instr, caps)
     # input: a round a tile and vector of channels; rows of the tile into a local block, then its columns
-    s = _lanes(s, "wino.v.c", caps.lanes(16))
+    s = vectorize_tail(s, "wino.v.c", caps.lanes(16))
     s = reorder(s, *(f"wino.v.{x}" for x in ("r", "c.0", "a", "b", "c.1")))
     s = annotate(s, "wino.v.b", "unroll")
-    s = _local(s, "wino.t", "wino.v.c.0", ("j", "a", "c"))
+    s = stage_locally(s, "wino.t", "wino.v.c.0", ("j", "a", "c"))
     # output: columns into a local block, then rows, epilogue and stores inside the image
     *lead, h, w, k = [lp.name for lp in s.stages[o].loops]
-    s = _lanes(split(split(s, h, m), w, m), k, caps.lanes(32))
+    s = vectorize_tail(split(split(s, h, m), w, m), k, caps.lanes(32))
     s = reorder(s, *lead, f"{h}.0", f"{w}.0", f"{k}.0", f"{h}.1", f"{w}.1", f"{k}.1")
     s = annotate(s, f"{w}.1", "unroll")
-    s = _local(s, "wino.s", f"{k}.0", ("b", "i", "k"))
+    s = stage_locally(s, "wino.s", f"{k}.0", ("b", "i", "k"))
     for x in (*lead, f"{h}.0")[1:] + (f"{w}.0",):
         s = fuse(s, s.stages[o].loops[0].name, x)
     tiles = s.stages[o].loops[0].name
@@ -278,7 +278,7 @@ def _products(s: Schedule, conv: Conv, fm: Form, block: int, instr: Instruction,
     mu, nr = contract_integer.tile(const(block) if block else r.extent, k.extent, lanes, caps.registers, instr, False)
     s = pack(s, f"{conv.w.name}.wino", (0, 2, 1), {2: nr * lanes, 1: instr.group})
     s = split(s, f"{acc}.c", instr.group, "guard")
-    s = contract._tile(s, acc, "wino.z", k.var, [r], mu, nr * lanes, lanes, 1, caps, True, False, None, None)
+    s = contract.register_tile(s, acc, "wino.z", k.var, [r], mu, nr * lanes, lanes, 1, caps, True, False, None, None)
     s = contract_integer.dotted(s, acc, f"{acc}.c", instr, 4)
     if block:
         s = stage(s, acc, at="wino.z.uo", pad=(1, 2))

@@ -41,7 +41,7 @@ from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule, ScheduleError, inline
-from luthier.schedules.cpu.contract import _factors, _product
+from luthier.schedules.cpu.contract import as_product, factors_of
 from luthier.schedules.cpu.rowwise import positions
 from luthier.schedules.gpu.elementwise import LANES
 
@@ -93,7 +93,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
 def match(s: Schedule) -> Attention | None:
     """The parts of an attention whose result is exactly a softmax's, or None."""
     out = s.compute.outs[0]
-    prods = [n for n, st in s.stages.items() if st.reduction is not None and st.reduction.attr[0] == "sum" and _product(st.reduction.args[0]) is not None]
+    prods = [n for n, st in s.stages.items() if st.reduction is not None and st.reduction.attr[0] == "sum" and as_product(st.reduction.args[0]) is not None]
     sums = {n: st.reduction for n, st in s.stages.items() if st.reduction is not None and n not in prods}
     if len(prods) != 2 or sorted(r.attr[0] for r in sums.values() if r is not None) != ["max", "sum"]:
         return None
@@ -135,7 +135,7 @@ def match(s: Schedule) -> Attention | None:
     if len(hits) != 1 or load_parts(hits[0])[1] != tuple(a.var for a in pt.axes):
         return None
     f_env = {a.var: b.var for a, b in zip(inner.axes, pt.axes, strict=True)} | mine
-    q, k = _factors(inner)
+    q, k = factors_of(inner)
     if inner.axes[-1].var in free_vars(q):
         q, k = k, q
     if inner.axes[-1].var in free_vars(q) or inner.reduction.args[0].op != "mul":  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def match(s: Schedule) -> Attention | None:
     (n_axis,) = acc.reduction.attr[1] if len(acc.reduction.attr[1]) == 1 else (None,)  # type: ignore[union-attr]
     if n_axis is None or value.op != "mul":
         return None
-    w, v = _factors(acc)
+    w, v = factors_of(acc)
     if not any(x.attr[0].name == p for x in loads(w)):
         w, v = v, w
     if w.op != "load" or load_parts(w)[1] != (*(a.var for a in acc.axes[: row + 1]), n_axis.var) or any(x.attr[0].name == p for x in loads(v)):
@@ -371,7 +371,7 @@ def divide_early(c: Compute) -> tuple[Compute, int, int] | None:
     if not all(isinstance(x, Pull) for x in lets) or len(c.outs) != 1:
         return None
     pulls = [x for x in lets if isinstance(x, Pull)]
-    prods = [i for i, x in enumerate(pulls) if x.expr.op == "reduce" and x.expr.attr[0] == "sum" and _product(x.expr.args[0]) is not None]
+    prods = [i for i, x in enumerate(pulls) if x.expr.op == "reduce" and x.expr.attr[0] == "sum" and as_product(x.expr.args[0]) is not None]
     if len(prods) != 2 or prods[1] != len(pulls) - 2 or pulls[-1].name != c.outs[0]:
         return None
     one, two = prods

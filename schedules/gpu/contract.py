@@ -18,8 +18,8 @@ from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import UNARY, Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute, walk
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Schedule, Stage, _pull_stage, annotate, inline, reorder, split, stage
-from luthier.schedules.cpu.contract import _accumulator, _split_epilogue
+from luthier.schedules.base.schedule import Schedule, Stage, annotate, inline, pull_stage, reorder, split, stage
+from luthier.schedules.cpu.contract import accumulator_of, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.cpu.rowwise import positions
 from luthier.schedules.gpu.elementwise import LANES, fuse_all, whole
@@ -62,21 +62,21 @@ def sum_of_products(s: Schedule, caps: Capabilities) -> tuple[Schedule, str, str
     if not caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold or st.at is not None for st in s.stages.values()):
         return None
     out = s.compute.outs[0]
-    acc = _accumulator(s)
+    acc = accumulator_of(s)
     if acc is None or list(s.stages)[-1] != out:
         return None
     for n in [n for n in s.stages if n not in (out, acc)]:
         if s.stages[n].reduction is not None:
             return None
         s = inline(s, n)
-    if _accumulator(s) != acc:
+    if accumulator_of(s) != acc:
         return None
     if acc != out:
         pos = positions(s, out)
         if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
             return None
     else:
-        s, acc = _split_epilogue(s, out)
+        s, acc = split_epilogue(s, out)
     return s, acc, out
 
 
@@ -183,13 +183,13 @@ def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], 
         ka = axis(f"k{tag.lower()}", padded)
         x = substitute(x, {k.var: ka.var, **{a.var: b.var for a, b in zip(own, ax, strict=True)}})
         buf = Buffer(f"{acc}.{tag}", f.dtype, (padded, *(a.extent for a in ax)), "shared")
-        new[buf.name] = _pull_stage(Pull(buf, (ka, *ax), x), ext)
+        new[buf.name] = pull_stage(Pull(buf, (ka, *ax), x), ext)
         ld = load(buf, [k.var, *(a.var for a in own)])
         value = _replace_once(value, f, ld)
     if len(red.args) > 1:  # a condition of the reduction: only over axes that the factors carry
         value = select(substitute(red.args[1], env), value, const(0, value.dtype))
-    a_st = _pull_stage(Pull(a_st.buf, a_st.axes, reduce_("sum", [k], value)), ext)
-    o_st = _pull_stage(Pull(o_st.buf, o_st.axes, o_st.expr), ext)
+    a_st = pull_stage(Pull(a_st.buf, a_st.axes, reduce_("sum", [k], value)), ext)
+    o_st = pull_stage(Pull(o_st.buf, o_st.axes, o_st.expr), ext)
     stages = {**new, acc: a_st, out: o_st}
     return replace(s, stages=stages, ext=ext, trace=(*s.trace, ("product", acc))), m, n
 

@@ -15,8 +15,8 @@ from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, prove, select, substitute
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Schedule, _pull_stage, annotate, reorder, split, stage
-from luthier.schedules.cpu.contract import _factors
+from luthier.schedules.base.schedule import Schedule, annotate, pull_stage, reorder, split, stage
+from luthier.schedules.cpu.contract import factors_of
 from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.gpu.contract import FEW_ROWS, guard_loads, sum_of_products
 from luthier.schedules.gpu.elementwise import LANES, fuse_all, whole
@@ -39,7 +39,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> Sche
     k, last = red.attr[1][0], a.axes[-1]
     if (k.extent.op == "const" and k.extent.attr < SHORTEST) or (last.extent.op == "const" and last.extent.attr < COLUMNS * LANES):
         return None
-    many = next((f for f, g in (_factors(a), _factors(a)[::-1]) if last.var in free_vars(f) and last.var not in free_vars(g)), None)
+    many = next((f for f, g in (factors_of(a), factors_of(a)[::-1]) if last.var in free_vars(f) and last.var not in free_vars(g)), None)
     if many is None or not _walks(many, last.var):
         return None
     few = [x for x in a.axes[:-1] if x.var not in free_vars(many)]
@@ -74,8 +74,8 @@ def _parts(s: Schedule, acc: str, out: str, depth: int) -> Schedule:
         value = select(inside, guard_loads(value, inside), const(0, value.dtype))
     ext = {v: e for v, e in s.ext.items() if not v.attr[0].startswith(f"{acc}.")}
     pb = Buffer(f"{acc}.p", a.buf.dtype, (const(depth), *(x.extent for x in a.axes)), "shared")
-    p = _pull_stage(Pull(pb, (t, *own), reduce_("sum", [j], value)), ext)
-    total = _pull_stage(Pull(a.buf, a.axes, reduce_("sum", [u], load(pb, [u.var, *(x.var for x in a.axes)]))), ext)
+    p = pull_stage(Pull(pb, (t, *own), reduce_("sum", [j], value)), ext)
+    total = pull_stage(Pull(a.buf, a.axes, reduce_("sum", [u], load(pb, [u.var, *(x.var for x in a.axes)]))), ext)
     return replace(s, stages={p.name: p, acc: total, out: s.stages[out]}, ext=ext, trace=(*s.trace, ("parts", acc, depth)))
 
 

@@ -23,7 +23,7 @@ from luthier.ir.expr import Expr, as_expr, is_const, loads, var
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.reduction import contiguity
 from luthier.schedules.base.schedule import Loop, Schedule, Stage, annotate, in_runs, inline, reorder, split, stage
-from luthier.schedules.cpu.rowwise import _contractions, positions
+from luthier.schedules.cpu.rowwise import contractions, positions
 from luthier.schedules.gpu.elementwise import ENOUGH, LANES, THREADS, fuse_all, points, side_by_side, whole
 
 SHORT = 32  # elements that one thread reduces by itself
@@ -45,7 +45,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, thre
     if out.reduction is not None:
         return _root(s, caps, threads) if len(s.stages) == 1 else None
     pos = positions(s, out.name)
-    if pos is None or _contractions(s) > 1:
+    if pos is None or contractions(s) > 1:
         return None
     reductions = [n for n in pos if s.stages[n].reduction is not None]
     rows = sorted({p for n in reductions for p in pos[n] if p is not None})

@@ -45,12 +45,12 @@ from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.cpu import contract
 from luthier.schedules.cpu.contract_integer import (
     Operand,
-    _copy,
-    _group_axis,
-    _merge_taps,
-    _split_heads,
-    _zero_into_epilogue,
+    group_axis,
+    merge_taps,
     operand,
+    split_heads,
+    widened_copy,
+    zero_into_epilogue,
 )
 from luthier.schedules.cpu.elementwise import flat
 from luthier.schedules.cpu.integer_epilogue import simplify_epilogue
@@ -152,7 +152,7 @@ def apply(
 
 def _operands(s: Schedule, acc: str, out: str, constants: Mapping[str, Any], always: bool) -> tuple[Schedule, Operand, Operand, Axis] | None:
     st = s.stages[acc]
-    factors = contract._factors(st)
+    factors = contract.factors_of(st)
     a, b = (operand(f) for f in factors)
     v = st.axes[-1].var
     if a is None or b is None or (v in free_vars(a.ld)) == (v in free_vars(b.ld)):
@@ -167,11 +167,11 @@ def _operands(s: Schedule, acc: str, out: str, constants: Mapping[str, Any], alw
         return None
     if st.axes[-1].extent.op != "const" or any(a.extent.op != "const" for a in st.reduction.attr[1]):  # type: ignore[union-attr]
         return None
-    s, x, w = _split_heads(s, acc, x, w, constants)
-    s, x, w = _merge_taps(s, acc, x, w, RUN, constants)
+    s, x, w = split_heads(s, acc, x, w, constants)
+    s, x, w = merge_taps(s, acc, x, w, RUN, constants)
     red = s.stages[acc].reduction
     assert red is not None
-    k = _group_axis(red.attr[1], x.ld, w.ld)
+    k = group_axis(red.attr[1], x.ld, w.ld)
     return None if k is None else (s, x, w, k)
 
 
@@ -219,10 +219,10 @@ class Builder:
         self.flip = 128 if self.x.buf.dtype is i8 else 0
         before = set(s.stages)
         group = self.k if self.whole == self.k.extent.attr else axis(f"{self.k.name}g", self.whole)
-        s, ld = _copy(s, self.x, (self.k, group), self.x.buf.dtype, 0)
+        s, ld = widened_copy(s, self.x, (self.k, group), self.x.buf.dtype, 0)
         if ld is None:
             return None
-        s = _zero_into_epilogue(s, acc, out, self.x, self.w, self.flip)
+        s = zero_into_epilogue(s, acc, out, self.x, self.w, self.flip)
         made = [n for n in s.stages if n not in before]
         copies = [build(_compute(s, n), self.caps) for n in made]
         s = replace(s, stages={n: st for n, st in s.stages.items() if n not in made})
@@ -252,7 +252,7 @@ class Builder:
         """Row axes that every access walks as one become one."""
         st = s.stages[self.acc]
         probe = replace(st, expr=cast(self.ld, i32))
-        t = contract._merge(replace(s, stages={**s.stages, self.acc: probe}), [self.acc, self.out], [a.var for a in st.axes[:-1]])
+        t = contract.merge_rows(replace(s, stages={**s.stages, self.acc: probe}), [self.acc, self.out], [a.var for a in st.axes[:-1]])
         if t.stages[self.acc] is probe:
             return s, self.ld
         return t, next(iter(loads(t.stages[self.acc].expr)))

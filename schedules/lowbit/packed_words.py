@@ -23,8 +23,8 @@ from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.ir.words import WORD, WORDS, of_words
 from luthier.schedules.base.capabilities import Capabilities
-from luthier.schedules.base.schedule import Packing, Schedule, Stage, _pull_stage
-from luthier.schedules.cpu.contract import _factors
+from luthier.schedules.base.schedule import Packing, Schedule, Stage, pull_stage
+from luthier.schedules.cpu.contract import factors_of
 from luthier.schedules.cpu.contract_integer import Operand, operand
 from luthier.schedules.intrin import usable
 
@@ -67,7 +67,7 @@ def pack_words(s: Schedule, acc: str, out: str, caps: Capabilities, constants: M
     red = st.reduction
     if not found or red is None or st.buf.dtype is not i32 or len(red.args) > 1:
         return s
-    pair = [operand(f) for f in _factors(st)]
+    pair = [operand(f) for f in factors_of(st)]
     for x, w in (pair, pair[::-1]):
         if x is not None and w is not None and w.buf.name in constants and x.buf.name not in constants:
             return _rewritten(s, acc, out, x, w, found[0], np.asarray(constants[w.buf.name]))
@@ -102,7 +102,7 @@ def _rewritten(s: Schedule, acc: str, out: str, x: Operand, w: Operand, i: Instr
         xs = binary("xor", xs, const(FLIP, u32))
     ws = load(words, (q.var, *(widx[d] for d in kept)))
     ext = {k: v for k, v in s.ext.items() if k.attr[0].rsplit(".", 1)[0] != acc}
-    new = _pull_stage(Pull(st.buf, st.axes, reduce_("sum", [q], call(of_words(i), i32, xs, ws))), ext)
+    new = pull_stage(Pull(st.buf, st.axes, reduce_("sum", [q], call(of_words(i), i32, xs, ws))), ext)
     stages = {**s.stages, acc: new}
     moved = (const(0, i32) if x.zero is None else x.zero) - const(128 if x.buf.dtype is u8 else 0, i32)
     if not is_const(moved, 0):
@@ -124,7 +124,7 @@ def factors(st: Stage) -> tuple[Expr, Expr]:
     """Of a sum of products, or of dot products of words."""
     assert st.reduction is not None
     e = st.reduction.args[0]
-    return (e.args[0], e.args[1]) if e.op == "call" and e.attr[0] in WORDS else _factors(st)
+    return (e.args[0], e.args[1]) if e.op == "call" and e.attr[0] in WORDS else factors_of(st)
 
 
 def _constant(zero: Expr | None) -> int | None:

@@ -41,7 +41,7 @@ def rivals(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> lis
     tries += [(name, knobs) for name, all_knobs in RIVALS.items() for knobs in all_knobs]
     out: dict[str, Kernels] = {}
     for name, knobs in tries:
-        k = importlib.import_module(f"luthier.schedules.{name}").apply(s, caps, constants, **knobs)
+        k = importlib.import_module(f"luthier.schedules.lowbit.{name}").apply(s, caps, constants, **knobs)
         if k is not None:
             out.setdefault("\n".join(str(f) for f in k.funcs), k)
     return list(out.values())

@@ -19,10 +19,10 @@ from luthier.ir.loop import Block, Buffer, Call, If, Let, Stmt, Store, While
 from luthier.ir.ops.control_flow import states
 
 if TYPE_CHECKING:
-    from luthier.schedules.program.build_program import _Builder
+    from luthier.schedules.program.build_program import Builder
 
 
-def emit_loop(build: _Builder, it: Any, stmts: list[Stmt], defined: set[Expr]) -> None:
+def emit_loop(build: Builder, it: Any, stmts: list[Stmt], defined: set[Expr]) -> None:
     n = it.node
     m, c0 = n.input(0), n.input(1)
     counter, going = build.temp(f"{n.name}.i", i64, (as_expr(1),)), build.temp(f"{n.name}.cond", boolean, (as_expr(1),))
@@ -57,7 +57,7 @@ def _put(b: Buffer, e: Expr) -> Store:
 class _Loop:
     """Statements of a Loop: ``before`` it, ``inner`` those of a round, ``after`` it. ``t``: the round, which is kept in ``counter``."""
 
-    build: _Builder
+    build: Builder
     node: Node
     t: Expr
     counter: Buffer
@@ -163,7 +163,7 @@ class _Loop:
         build.storage[v] = alias(build, old, v.shape)
 
 
-def emit_scan(build: _Builder, it: Any, stmts: list[Stmt], defined: set[Expr]) -> None:
+def emit_scan(build: Builder, it: Any, stmts: list[Stmt], defined: set[Expr]) -> None:
     n = it.node
     body: Graph = n.attrs["body"]
     ns = states(n)
@@ -201,7 +201,7 @@ def emit_scan(build: _Builder, it: Any, stmts: list[Stmt], defined: set[Expr]) -
             move_axis(build, b, v, a, stmts, n.name)
 
 
-def start_states(build: _Builder, n: Node, starts: Sequence[Value | None], results: Sequence[Value], stmts: list[Stmt]) -> list[Buffer]:
+def start_states(build: Builder, n: Node, starts: Sequence[Value | None], results: Sequence[Value], stmts: list[Stmt]) -> list[Buffer]:
     state = []
     for v, r in zip(starts, results, strict=False):
         assert v is not None
@@ -211,7 +211,7 @@ def start_states(build: _Builder, n: Node, starts: Sequence[Value | None], resul
     return state
 
 
-def alias(build: _Builder, b: Buffer, shape: Sequence[Expr]) -> Buffer:
+def alias(build: Builder, b: Buffer, shape: Sequence[Expr]) -> Buffer:
     """``b`` seen with another shape."""
     w = replace(b, name=build.fresh(b.name), shape=tuple(shape))
     root, offset = build.views.get(b.name, (b.name, const(0)))
@@ -219,7 +219,7 @@ def alias(build: _Builder, b: Buffer, shape: Sequence[Expr]) -> Buffer:
     return w
 
 
-def read_bound(build: _Builder, values: Iterable[Value], defined: set[Expr]) -> list[Stmt]:
+def read_bound(build: Builder, values: Iterable[Value], defined: set[Expr]) -> list[Stmt]:
     out: list[Stmt] = []
     for v in values:
         if v.bound and v.content is not None:
@@ -229,7 +229,7 @@ def read_bound(build: _Builder, values: Iterable[Value], defined: set[Expr]) -> 
     return out
 
 
-def gather_call(build: _Builder, name: str, src: Buffer, dst: Buffer, index_of: Callable[[list[Expr]], list[Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], node: str) -> None:
+def gather_call(build: Builder, name: str, src: Buffer, dst: Buffer, index_of: Callable[[list[Expr]], list[Expr]], scalars: Mapping[Expr, Expr], stmts: list[Stmt], node: str) -> None:
     axes = [axis(f"i{k}", s) for k, s in enumerate(dst.shape)]
     p = Buffer("p0", src.dtype, src.shape, "param", False)
     x = pull("o0", axes, load(p, index_of([a.var for a in axes])))
@@ -239,13 +239,13 @@ def gather_call(build: _Builder, name: str, src: Buffer, dst: Buffer, index_of: 
         build.call(f, {"p0": src, "o0": dst}, scalars, stmts, (node,))
 
 
-def slice_sequence(build: _Builder, seq: Value, v: Value, a: int, position: Expr, t: Expr, stmts: list[Stmt], node: str) -> None:
+def slice_sequence(build: Builder, seq: Value, v: Value, a: int, position: Expr, t: Expr, stmts: list[Stmt], node: str) -> None:
     """``v = seq[..., position, ...]`` (axis ``a``)."""
     k = var("position", lo=0)
     gather_call(build, "slice", build.buffer_of(seq), build.buffer_of(v), lambda ix: [*ix[:a], k, *ix[a:]], {k: position}, stmts, node)
 
 
-def move_axis(build: _Builder, src: Buffer, v: Value, a: int, stmts: list[Stmt], node: str) -> None:
+def move_axis(build: Builder, src: Buffer, v: Value, a: int, stmts: list[Stmt], node: str) -> None:
     """``v[..., t, ...] = src[t, ...]`` (axis ``a``)."""
     gather_call(build, "move_axis", src, build.buffer_of(v), lambda ix: [ix[a], *ix[:a], *ix[a + 1 :]], {}, stmts, node)
 

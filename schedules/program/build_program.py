@@ -53,7 +53,7 @@ def build_program(graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn, o
     ``on_kernel`` is told of every kernel of the program.
 
     Raises UnsupportedOperator for control flow that has no lowering, and whatever the operators raise."""
-    return _Builder(graph, schedule, finish_kernel, on_kernel).program()
+    return Builder(graph, schedule, finish_kernel, on_kernel).program()
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class _Item:
         return self.group.nodes[0]
 
 
-class _Builder:
+class Builder:
     def __init__(self, graph: Graph, schedule: ScheduleFn, finish_kernel: KernelFn, on_kernel: Callable[[Func], None] | None = None) -> None:
         self.graph, self.schedule, self.finish_kernel, self.on_kernel = graph, schedule, finish_kernel, on_kernel
         self.names: set[str] = set()
@@ -525,8 +525,8 @@ class _Builder:
         stmts.append(If(cond, Block(tuple(copies[0])), Block(tuple(copies[1]))))
 
 
-_CONTROL: dict[str, Callable[[_Builder, _Item, list[Stmt], set[Expr]], None]] = {
-    "If": _Builder._emit_if, "Loop": build_loops.emit_loop, "Scan": build_loops.emit_scan,
+_CONTROL: dict[str, Callable[[Builder, _Item, list[Stmt], set[Expr]], None]] = {
+    "If": Builder._emit_if, "Loop": build_loops.emit_loop, "Scan": build_loops.emit_scan,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from luthier.ir.dtypes import from_numpy
 from luthier.ir.expr import Expr, free_vars, var
 from luthier.ir.graph import Graph, Node, TensorType, Value, subgraphs
 from luthier.ir.interpret.computes import evaluate
-from luthier.ir.interpret.evaluate import _SYMBOLS, bind_symbols, evaluate_node
+from luthier.ir.interpret.evaluate import SYMBOLS, bind_symbols, evaluate_node
 from luthier.ir.interpret.loops import evaluate_expr, run_func, storage
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Kernel, lookup
@@ -101,7 +101,7 @@ def run_nodes(graph: Graph, env: dict[Value, Array], dims: dict[str, int]) -> li
         bind(v, a, dims)
     for n in graph.nodes:
         if any(True for _ in subgraphs(n)) or lookup(n.op) is None:
-            inner: dict[Value, Any] = {**env, _SYMBOLS: {}}
+            inner: dict[Value, Any] = {**env, SYMBOLS: {}}
             for v in env:
                 bind_symbols(inner, v)
             outs = evaluate_node(n, inner)

@@ -65,7 +65,7 @@ def requantizer(precision: str | None, weights: Weights | None) -> Requantize | 
         return pick
     if precision is None:
         return None
-    from luthier.quantization.quantize import parse_precision
+    from luthier.quantization.precision import parse_precision
 
     want = parse_precision(precision)
     if want.kind != "weights":
