@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import AttributeProto, NodeProto, TensorProto
+from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 from onnx import helper as h
 
-from luthier.errors import InvalidModel, LuthierError, TypeMismatch
+import luthier
+from luthier.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch
 from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.op import REGISTRY, lookup
 
@@ -155,3 +156,17 @@ def test_texts_that_are_not_utf8(bad: bytes) -> None:
         model = onnx.ModelProto.FromString(data.replace(name, bad + name[2:]))
         with pytest.raises(InvalidModel, match="not UTF-8"):
             import_onnx(model)
+
+
+@pytest.mark.parametrize("extents", [[8], [8, 8, 8, 8, 8]])
+def test_output_shape_of_a_transposed_convolution(extents: list[int]) -> None:
+    """Extents for every spatial dimension, with or without those of batch and channels."""
+    w = numpy_helper.from_array(np.ones((2, 2, 3, 3), np.float32), "w")
+    io = [h.make_tensor_value_info("x", 1, [1, 2, 4, 4]), h.make_tensor_value_info("y", 1, None)]
+    node = h.make_node("ConvTranspose", ["x", "w"], ["y"], name="up", strides=[2, 2], output_shape=extents)
+    model = h.make_model(h.make_graph([node], "g", io[:1], io[1:], [w]), opset_imports=[h.make_opsetid("", 17)], ir_version=10)
+    if len(extents) == 5:  # the last ones count
+        assert luthier.compile(model, threads=1).run({"x": np.zeros((1, 2, 4, 4), np.float32)})["y"].shape == (1, 2, 8, 8)
+    else:
+        with pytest.raises(ShapeError, match="output_shape has .* extents for 2 spatial dimensions"):
+            luthier.compile(model)

@@ -279,6 +279,8 @@ class ConvTranspose(Op):
         auto = str(node.attrs.get("auto_pad", "NOTSET"))
         shape = node.attrs.get("output_shape")
         shape = None if shape is None else tuple(int(d) for d in shape)[-r:]
+        if shape is not None and len(shape) != r:
+            raise shape_error(node, f"attribute output_shape has {len(shape)} extents for {r} spatial dimensions")
         out = []
         for i, n in enumerate(spatial):
             ek = (kernel[i] - 1) * dil[i] + 1
