@@ -14,7 +14,7 @@ from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Axis, Compute, axis, pull, sum_
 from luthier.ir.dtypes import DType, f32, i8, i16, i32, u8
 from luthier.ir.expr import call, cast, const, load, ramp
-from luthier.ir.intrin import Instruction, lookup
+from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer, Func, Store
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.lower import lower
@@ -54,7 +54,7 @@ def expected(i: Instruction, acc: Array, a: Array, b: Array) -> Array:
 def test_meaning(i: Instruction, lanes: int, rng: np.random.Generator) -> None:
     acc, a, b = numbers(i.acc, lanes * 2, rng)[:lanes], numbers(i.a, lanes * i.group + 4, rng), numbers(i.b, lanes * i.group + 4, rng)
     a, b = a[: lanes * i.group], b[: lanes * i.group]
-    got = lookup(i.name).evaluate(i.acc.vec(lanes), (), acc, a, b)
+    got = evaluate_intrinsic(call(i.name, i.acc.vec(lanes), *i.operands(lanes)), acc, a, b)
     np.testing.assert_allclose(got, expected(i, acc, a, b), rtol=1e-5 if i.acc.is_float else 0, atol=1e-5 if i.acc.is_float else 0)
 
 
