@@ -14,6 +14,7 @@ from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Axis, Compute, axis, pull, sum_
 from luthier.ir.dtypes import DType, f32, i8, i16, i32, u8
 from luthier.ir.expr import call, cast, const, load, ramp
+from luthier.ir.interpret.loops import evaluate_intrinsic
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer, Func, Store
 from luthier.schedules.base.capabilities import Capabilities
