@@ -1,4 +1,4 @@
-"""What this machine can do: peak f32 FMA rate and read bandwidth by footprint (:mod:`luthier.codegen.ceilings`).
+"""What this machine can do: peak f32 FMA rate and read bandwidth by footprint (:mod:`luthier.codegen.targets.ceilings`).
 
     python benchmarks/ceilings.py [--threads 1,2]
 """
@@ -9,7 +9,7 @@ import argparse
 
 import llvmlite.binding as llvm
 
-from luthier.codegen.ceilings import KINDS, bandwidth, compiled, fma_peak, lanes
+from luthier.codegen.targets.ceilings import KINDS, bandwidth, compiled, fma_peak, lanes
 
 __all__ = ["KINDS", "bandwidth", "compiled", "fma_peak", "lanes"]
 

@@ -35,8 +35,8 @@ from benchmarks.models import get  # noqa: E402
 from benchmarks.peers_driver import PEERS, Peer, PeerError  # noqa: E402
 from benchmarks.roofline_report import below_level, profile  # noqa: E402
 from benchmarks.roofline_report import write as write_report  # noqa: E402
-from luthier.cli_tools import summary as roofline_summary  # noqa: E402
-from luthier.cli_tools import table as roofline_table  # noqa: E402
+from luthier.cli.tools import summary as roofline_summary  # noqa: E402
+from luthier.cli.tools import table as roofline_table  # noqa: E402
 
 MODELS = (
     "minilm resnet50 mobilenetv2 vit-tiny gpt2 rapidocr-det rapidocr-rec rapidocr-cls silero silero-ifless mlp".split()

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from luthier import settings
-from luthier.api import build_graph
-from luthier.codegen.target import parse_target
+from luthier.build_graph import build_graph
+from luthier.codegen.targets.target import parse_target
+from luthier.debug.repro import USER_ERRORS, signature
 from luthier.errors import InputError, KernelError, LuthierError
 from luthier.feeds import random_inputs
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.module import Module
-from luthier.repro import USER_ERRORS, signature
 
 ELEMENTS = 1 << 22  # inputs larger than that are not fed
 EXTENT = 2  # of a dimension that the model leaves open

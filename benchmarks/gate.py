@@ -19,9 +19,9 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks import ceilings
-from luthier.codegen.target import host
+from luthier.codegen.targets.target import host
 from luthier.errors import LuthierError
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.base.capabilities import Capabilities
 from tests.gate import backends, dawn
 from tests.gate.harness import Runner, check, extents, funcs_of, interpret, run_case
 from tests.gate.kernels import Case, cases, gemm_case

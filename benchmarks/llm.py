@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     if not a.quality:
         return
     from benchmarks.llama_numpy import forward
-    from luthier.importers.gguf import read_gguf
+    from luthier.importers.gguf.file import read_gguf
 
     tokens = text[: a.quality]
     ref = forward(read_gguf(a.model), tokens)

@@ -3,8 +3,8 @@
     python -m benchmarks.llm_ladder MODEL.gguf [--tokens 2048] [--only w4,w2-gptq] [--folder build/llm_ladder] [--markdown FILE]
     python -m benchmarks.llm_ladder MODEL.gguf --kernels w4-gptq,w3-gptq      # the same weights through the compiled kernels
 
-The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize_weights.quantize` and
-:func:`luthier.passes.prune_groups.prune_groups`; the embedding, which is the output matrix too, stays as it is in the file. ``gptq`` and
+The matrices of all layers are dequantized and quantized anew by :func:`luthier.passes.quantize.quantize_weights.quantize` and
+:func:`luthier.passes.quantize.prune_groups.prune_groups`; the embedding, which is the output matrix too, stays as it is in the file. ``gptq`` and
 ``moments`` take the sums ``X.T X`` of half of the calibration text, layer after layer, of what the quantized layers before let through; ``compensate``
 takes all of it, and aims at the original's outputs; ``budget`` also gives layers sparsities of their own. Evaluation text: documentation strings of Python's standard library (:func:`benchmarks.llm.sample_text`); calibration text: those of other modules of it and of
 numpy. Recovery (:mod:`benchmarks.llm_recover`) has two steps after arXiv 2412.17560: values, scales and zero points of a layer fitted to the
@@ -28,11 +28,11 @@ import torch
 
 from benchmarks.llama_torch import MATRICES, SOURCES, TorchLlama
 from benchmarks.llm import sample_text
-from luthier.importers.gguf import read_gguf
-from luthier.importers.gguf_tokenizer import make_tokenizer
+from luthier.importers.gguf.file import read_gguf
+from luthier.importers.gguf.tokenizer import make_tokenizer
 from luthier.ir.ops.sparse_matmul import BlockSparse
-from luthier.passes.prune_groups import prune_groups
-from luthier.passes.quantize_weights import QuantizedWeight, quantize
+from luthier.passes.quantize.prune_groups import prune_groups
+from luthier.passes.quantize.quantize_weights import QuantizedWeight, quantize
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.llama_torch import TorchLlama
 from luthier.ir.ops.sparse_matmul import BlockSparse
-from luthier.passes.quantize_weights import QuantizedWeight
+from luthier.passes.quantize.quantize_weights import QuantizedWeight
 
 Array = np.ndarray[Any, Any]
 Weight = QuantizedWeight | BlockSparse

@@ -60,7 +60,8 @@ def weights(width: str, n: int, k: int, rng: np.random.Generator) -> tuple[Array
 
 
 def luthier_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, widths: list[str], rng: np.random.Generator) -> list[Candidate]:
-    from luthier.importers.builder import GraphBuilder, compile_graph
+    from luthier.build_graph import compile_graph
+    from luthier.importers.builder import GraphBuilder
     from luthier.ir.dtypes import f32
     from luthier.ir.ops.lowbit import pack_bits
     from luthier.ir.ops.lowbit_matmul import pack_trits
@@ -141,7 +142,7 @@ def onnx_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array,
 
 def ggml_candidates(n: int, k: int, m: int, layers: int, threads: int, x: Array, rng: np.random.Generator) -> list[Candidate]:
     from benchmarks.peer_ggml import Chain, Ggml
-    from luthier.importers.gguf_blocks import BLOCKS, read_blocks
+    from luthier.importers.gguf.blocks import BLOCKS, read_blocks
 
     g = Ggml()
     w = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32)

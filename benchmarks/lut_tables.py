@@ -2,7 +2,7 @@
 
     python -m benchmarks.lowbit --tables [--targets cpu:x86-64-v2,cpu:x86-64-v3] [--batch 1] [--shape 4096x4096] [--place dram|l3]
 
-Every kernel that the templates make of a product (``schedules/rivals.py``), timed in turns by the isolated measurer. Look-ups of 4 bits are no
+Every kernel that the templates make of a product (``schedules/lowbit/rivals.py``), timed in turns by the isolated measurer. Look-ups of 4 bits are no
 template: they are made here to show what they would cost. Rows are Markdown; the fastest of a width is marked.
 """
 
@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from luthier import pipeline
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.ops.lowbit import pack_bits
 from luthier.ir.ops.lowbit_matmul import pack_trits
-from luthier.schedules import lut_gemv, select
-from luthier.schedules.lowbit import match
-from luthier.schedules.rivals import rivals
+from luthier.schedules import select
+from luthier.schedules.lowbit import lut_gemv
+from luthier.schedules.lowbit.layouts import match
+from luthier.schedules.lowbit.rivals import rivals
 from luthier.schedules.select import Kernels, Record
 from luthier.tuner.measure import Measurer
 

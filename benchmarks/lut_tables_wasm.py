@@ -18,8 +18,9 @@ import numpy as np
 from benchmarks.lowbit import WIDTHS
 from benchmarks.lut_tables import NAMES
 from benchmarks.wasm_chromium import measure
-from luthier import build_wasm, pipeline
-from luthier.codegen.target import parse_target
+from luthier import pipeline
+from luthier.backends import wasm as build_wasm
+from luthier.codegen.targets.target import parse_target
 from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.ops.lowbit import pack_bits

@@ -172,10 +172,10 @@ def static(names: Sequence[str], observers: Sequence[str], say: Callable[[str], 
 
 def weights(say: Callable[[str], None], group: int, widths: Sequence[int]) -> None:
     """Table of weight-only widths and methods on MiniLM."""
-    from luthier.calibrate import collect, load_graph, read_data, weight_layers
-    from luthier.passes.quantize_weights import METHODS, output_error
-    from luthier.passes.quantize_weights import quantize as quantize_matrix
-    from luthier.quantize_mixed import FedModel
+    from luthier.passes.quantize.quantize_weights import METHODS, output_error
+    from luthier.passes.quantize.quantize_weights import quantize as quantize_matrix
+    from luthier.quantization.calibrate import collect, load_graph, read_data, weight_layers
+    from luthier.quantization.mixed import FedModel
 
     calibration, evaluation = text_data()
     case = models.get("minilm")
@@ -201,9 +201,9 @@ def weights(say: Callable[[str], None], group: int, widths: Sequence[int]) -> No
 
 def sparse(say: Callable[[str], None]) -> None:
     """Table of W4S50 on MiniLM: how blocks are chosen, and the steps of recovery."""
-    from luthier.calibrate import load_graph, weight_layers
-    from luthier.quantize_mixed import FedModel
-    from luthier.sparsify import sparsify
+    from luthier.quantization.calibrate import load_graph, weight_layers
+    from luthier.quantization.mixed import FedModel
+    from luthier.quantization.sparsify import sparsify
 
     calibration, evaluation = text_data()
     path, shapes = models.get("minilm").path, {k: v.shape for k, v in evaluation[0].items()}

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import get
-from luthier.codegen.ceilings import Ceilings, measure
-from luthier.roofline import KernelRow, Roofline, analyse
+from luthier.codegen.targets.ceilings import Ceilings, measure
+from luthier.debug.roofline import KernelRow, Roofline, analyse
 
 TOP = 12
 

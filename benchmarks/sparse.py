@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.lowbit import first, nmse
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.build_graph import compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.graph import Value
 from luthier.ir.ops.lowbit import pack_bits

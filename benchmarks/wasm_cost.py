@@ -48,7 +48,7 @@ def best(work: list[Any], rounds: int = 5) -> list[float]:
 
 def own(f: Any) -> None:
     """Loop IR as the loop passes leave it to the bytes of one function."""
-    from luthier.codegen.wasm import KernelPrinter, legalize_wasm
+    from luthier.codegen.wasm.printer import KernelPrinter, legalize_wasm
     from luthier.ir import loop
 
     loop._contents = None  # what an earlier round of this benchmark found out does not count
@@ -70,10 +70,10 @@ def tool(name: str) -> str | None:
 def llvm(f: Any, linker: str | None, clang: str | None, work: Path) -> dict[str, float]:
     """CPU ms of the same kernel through LLVM's wasm32, by way (`WAYS`). Raises CompilationError where the CPU printer asks for more
     than wasm has, CalledProcessError when a tool refuses what another made."""
-    from luthier.codegen.llvm_backend import compile_text
-    from luthier.codegen.llvm_printer import print_kernels
-    from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-    from luthier.passes.lower_subbyte import lower_subbyte
+    from luthier.codegen.llvm.backend import compile_text
+    from luthier.codegen.llvm.printer import print_kernels
+    from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+    from luthier.passes.loop.lower_subbyte import lower_subbyte
 
     target, out = wasm32(), {}
 
@@ -107,7 +107,7 @@ def llvm(f: Any, linker: str | None, clang: str | None, work: Path) -> dict[str,
 
 
 def wasm32() -> Any:
-    from luthier.codegen.target import Target, parse_target
+    from luthier.codegen.targets.target import Target, parse_target
 
     return Target("wasm32", "wasm32-unknown-unknown", "generic", "+simd128,+relaxed-simd", parse_target("wasm").caps)
 
@@ -119,9 +119,9 @@ def main() -> int:
     options = parser.parse_args()
     import gc
 
-    from luthier.codegen.target import parse_target
+    from luthier.codegen.targets.target import parse_target
     from luthier.errors import LuthierError
-    from luthier.importers.onnx import import_onnx
+    from luthier.importers.onnx.importer import import_onnx
     from luthier.pipeline import compile_program
 
     gc.disable()  # as luthier.compile does

@@ -95,7 +95,7 @@ def node(names: list[str], variant: str, runs: int) -> dict[str, dict[str, float
 
 def wasmtime(names: list[str], variant: str, runs: int) -> dict[str, dict[str, float]]:
     import luthier
-    from luthier.wasm_module import WasmModule, _Instance
+    from luthier.backends.wasm_module import Instance, WasmModule
 
     out = {}
     for n in names:
@@ -104,7 +104,7 @@ def wasmtime(names: list[str], variant: str, runs: int) -> dict[str, dict[str, f
         m.variant = variant
         shapes = json.loads((OUT / n / "shapes.json").read_text())
         feeds = {s.name: np.fromfile(OUT / n / f"input-{j}.bin", s.dtype).reshape(shapes[s.name]) for j, s in enumerate(m.inputs)}
-        inst = _Instance(m, 1)
+        inst = Instance(m, 1)
         m._pool.append(inst)
         m.run(feeds)
         times = []

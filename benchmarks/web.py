@@ -78,7 +78,7 @@ class Bench:
     """A site with rows, packages and the peers' files, and one browser. ``with Bench() as b``."""
 
     def __init__(self) -> None:
-        from luthier.serve import make_server
+        from luthier.cli.serve import make_server
 
         self.site = Site()
         root = self.site.root

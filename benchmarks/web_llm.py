@@ -32,7 +32,7 @@ class Site:
 
     def __init__(self, model: Path, package: Path | None = None) -> None:
         from luthier import llm
-        from luthier.serve import make_server
+        from luthier.cli.serve import make_server
 
         self.root = Path(tempfile.mkdtemp(prefix="luthier-llm-"))
         (self.root / "index.html").write_text("<!doctype html><title>language models</title>")

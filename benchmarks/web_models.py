@@ -71,7 +71,7 @@ class Site:
     """A folder with packages, data and the page's functions, served on the loopback interface."""
 
     def __init__(self) -> None:
-        from luthier.serve import make_server
+        from luthier.cli.serve import make_server
 
         self.root = Path(tempfile.mkdtemp(prefix="luthier-web-"))
         (self.root / "index.html").write_text(PAGE)

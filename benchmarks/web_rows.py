@@ -47,7 +47,7 @@ def _single(name: str, op: str, inputs: dict[str, Array], constants: dict[str, A
 
 def unread(spec: RowSpec) -> int:
     """Bytes of constant tables that a call binds whole and of which a Gather reads the indexed rows only (each index another row)."""
-    from luthier.importers.onnx import import_onnx
+    from luthier.importers.onnx.importer import import_onnx
 
     graph = import_onnx(str(spec.model), {n: a.shape for n, a in spec.inputs.items()})
     out = 0

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from luthier.custom import op as op
     from luthier.module import Module as Module
     from luthier.module import load as load
-    from luthier.quantization import quantize as quantize
+    from luthier.quantization.quantize import quantize as quantize
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ __all__ = [
     "TypeMismatch", "UnsupportedOperator", "__version__",
 ]  # fmt: skip
 
-_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module", "op": "luthier.custom", "quantize": "luthier.quantization"}
+_LAZY = {"compile": "luthier.api", "load": "luthier.module", "Module": "luthier.module", "op": "luthier.custom", "quantize": "luthier.quantization.quantize"}
 
 
 def __getattr__(name: str) -> Any:

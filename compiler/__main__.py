@@ -1,6 +1,6 @@
 """``python -m luthier`` is the command ``luthier``."""
 
-from luthier.cli import main
+from luthier.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.at_fork import whole
-from luthier.collection import collection_paused
+from luthier.build_graph import build_graph
 
 if TYPE_CHECKING:
-    from luthier.codegen.target import Target
     from luthier.ir.graph import Graph
     from luthier.module import Module
 
@@ -22,7 +19,7 @@ def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
     debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None,
 ) -> Module:
-    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm`; a Graph,
+    """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm.model`; a Graph,
     such as ``luthier.quantize`` gives) for ``target``.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
@@ -37,19 +34,19 @@ def compile(
     error is a defect and names a folder, the repro bundle, from which ``luthier reduce`` makes a small case."""
     with whole:
         from luthier import settings
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.targets.target import parse_target
         from luthier.errors import TargetError
-        from luthier.importers.onnx import import_onnx
+        from luthier.importers.onnx.importer import import_onnx
         from luthier.ir.op import lookup
         from luthier.targets import builder
 
         lookup("")  # imports every operator
         builder(parse_target(target).kind)
-        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.copy_graph", "numpy.random"):  # what would be imported on the way
+        for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.graph.copy_graph", "numpy.random"):  # what would be imported on the way
             importlib.import_module(name)
 
     if isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".gguf"):
-        from luthier.llm import compile_gguf
+        from luthier.llm.model import compile_gguf
 
         return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
     chosen = parse_target(target)
@@ -60,7 +57,7 @@ def compile(
 
     def imported() -> Graph:
         from luthier.ir.graph import Graph
-        from luthier.passes.copy_graph import copy_graph
+        from luthier.passes.graph.copy_graph import copy_graph
 
         return copy_graph(model)[0] if isinstance(model, Graph) else import_onnx(model, shapes, overridable=overridable)
 
@@ -70,36 +67,8 @@ def compile(
     try:
         return build()
     except Exception as error:
-        from luthier.repro import USER_ERRORS, record
+        from luthier.debug.repro import USER_ERRORS, record
 
         if not isinstance(error, USER_ERRORS):  # a defect of this package
             record(error, model, {"target": target, "shapes": shapes, "threads": threads, "debug": debug}, build)
         raise
-
-
-def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False, tune: bool = False) -> Module:
-    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks, ``tune`` for measurements."""
-    from luthier.pipeline import compile_program
-    from luthier.schedules.select import Record
-    from luthier.targets import builder
-
-    make = builder(target.kind)
-    module: Module
-    with ExitStack() as stack:
-        choose = None
-        if tune and (not getattr(make, "MEASURES", False) or target.missing_here()):
-            warnings.warn(f"kernels for {target.name} cannot be measured on this machine: templates are taken in their default order", stacklevel=3)
-        elif tune:
-            from luthier.tuner.choose import Chooser
-
-            choose = stack.enter_context(Chooser(target, threads=threads))
-        stack.enter_context(collection_paused())
-        record = Record(choose) if choose is not None or getattr(make, "RETILES", False) else None
-        if hasattr(make, "Ahead") and not checked:
-            with make.Ahead(target) as ahead:
-                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel, record), target, threads, ahead)
-            return module
-        program = compile_program(graph(), target.caps, record=record)
-        program.checked = checked
-        module = make.build_module(program, target, threads, **({"record": record} if getattr(make, "RETILES", False) else {}))
-    return module

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import ArtifactError
 from luthier.files import open_regular
-from luthier.manifest import FORMAT, NAME, demand, read_manifest
-from luthier.native import SharedObject, map_file
+from luthier.manifest import FORMAT, NAME, read_manifest
 from luthier.replace_folder import replacing
 from luthier.targets import loader
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "load", "save"]
 
-_CPU_FILES = ("model.so", "model.h", "weights.bin")
+CPU_FILES = ("model.so", "model.h", "weights.bin")
 
 
 def save(module: Module, path: Path, shard_mb: float | None = None, name: str | None = None, version: str | None = None) -> Path:
@@ -86,18 +85,18 @@ def _write(module: Module, folder: Path, shard_mb: float | None) -> None:
 def write_native(module: Module, folder: Path) -> tuple[str, ...]:
     """The files of a module of machine code; returns their names. Raises TargetError without a linker."""
     if isinstance(module._source, Path):
-        for name in _CPU_FILES:
+        for name in CPU_FILES:
             shutil.copyfile(module._source / name, folder / name)
     else:
-        from luthier.codegen.llvm_backend import link_shared
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.llvm.backend import link_shared
+        from luthier.codegen.targets.target import parse_target
 
         link_shared(module._source, folder / "model.so", parse_target(module.manifest["target"]["name"]))
         header = importlib.resources.files("luthier.codegen.runtime").joinpath("luthier.h").read_text(encoding="utf-8")
         (folder / "model.h").write_text(header, encoding="utf-8")
         with open(folder / "weights.bin", "wb") as f:
             module._weights[: module.manifest["weights_bytes"]].tofile(f)
-    return _CPU_FILES
+    return CPU_FILES
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -133,24 +132,6 @@ def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
             raise ArtifactError(f"cannot read {path / name}: {e.strerror or e}") from e
         if got != want:
             raise ArtifactError(f"{path / name} is damaged: its checksum differs from the manifest's", hint="compile the model again")
-
-
-def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
-    """A module of machine code from its folder. Raises ArtifactError."""
-    from luthier.module import Module
-
-    demand(manifest, path, "target.triple", "target.features")
-    check_files(path, manifest, _CPU_FILES)
-    lacking = missing_features(manifest["target"])
-    if lacking:
-        raise ArtifactError(
-            f"{path} was compiled for {manifest['target']['name']}, this machine lacks {', '.join(lacking)}",
-            hint="compile it for this machine, or for cpu:x86-64-v2",
-        )
-    if manifest["files"]["weights.bin"]["bytes"] < manifest["weights_bytes"]:
-        raise ArtifactError(f"{path / 'weights.bin'} holds fewer than {manifest['weights_bytes']} bytes", hint="compile the model again")
-    weights, intact = map_file(path / "weights.bin")
-    return Module(manifest, SharedObject(path / "model.so"), weights, threads, path, intact)
 
 
 # features whose absence makes code crash, as Linux spells them where it differs

@@ -24,12 +24,12 @@ import numpy as np
 
 from luthier.errors import InputError, ShapeError, TypeMismatch
 from luthier.ir.compute import Axis, Compute, LetStmt, Pull, axis, reduce_
-from luthier.ir.compute_interp import evaluate
 from luthier.ir.dtypes import DType, f32, from_numpy
 from luthier.ir.expr import Expr, as_expr, binary, cast, const, load, select, unary
 from luthier.ir.expr import maximum as _max
 from luthier.ir.expr import minimum as _min
 from luthier.ir.graph import Graph, Node, TensorType, Value
+from luthier.ir.interpret.computes import evaluate
 from luthier.ir.loop import Buffer
 from luthier.ir.op import REGISTRY, Op, load_all
 from luthier.ir.ops.common import broadcast_dim, define, finish
@@ -356,7 +356,7 @@ class CustomOp(Op):
         key = (tuple((a.dtype.str, a.shape) for a in xs), tuple(sorted(attrs.items())))
         m = self.modules.get(key)
         if m is None:
-            from luthier.codegen.target import host
+            from luthier.codegen.targets.target import host
             from luthier.ir.builder import infer_node
             from luthier.module import Module
             from luthier.pipeline import compile_program

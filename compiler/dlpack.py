@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from luthier.backends.native import numpy_dtype
 from luthier.errors import InputError
-from luthier.native import numpy_dtype
 
 __all__ = ["view"]
 
@@ -29,7 +29,7 @@ _TYPES = {
 _READ_ONLY = 1
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p), ("device", ctypes.c_int32), ("device_id", ctypes.c_int32), ("rank", ctypes.c_int32), ("code", ctypes.c_uint8),
         ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)), ("strides", ctypes.POINTER(ctypes.c_int64)),
@@ -37,29 +37,29 @@ class _Tensor(ctypes.Structure):
     ]  # fmt: skip
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _Managed(ctypes.Structure):
-    _fields_ = [("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+    _fields_ = [("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-class _Versioned(ctypes.Structure):
+class Versioned(ctypes.Structure):
     _fields_ = [
         ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p), ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
+        ("tensor", Tensor),
     ]  # fmt: skip
 
 
-def _python(name: str, result: Any, *args: Any) -> Any:
+def python(name: str, result: Any, *args: Any) -> Any:
     f = getattr(ctypes.pythonapi, name)
     f.restype, f.argtypes = result, args
     return f
 
 
-_is_valid = _python("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
-_pointer = _python("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-_rename = _python("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
+_is_valid = python("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
+_pointer = python("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+_rename = python("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, ctypes.c_char_p)
 _USED = {b"dltensor": b"used_dltensor", b"dltensor_versioned": b"used_dltensor_versioned"}  # kept alive: capsules refer to them
 
 
@@ -83,7 +83,7 @@ def view(a: Any, what: str) -> np.ndarray[Any, Any]:
         capsule = _capsule(a)
     except (BufferError, RuntimeError, TypeError, ValueError):
         raise InputError(f"{what}: numpy cannot view this {kind}: {reason}") from reason
-    return _from_capsule(capsule, f"{what}: this {kind}")
+    return from_capsule(capsule, f"{what}: this {kind}")
 
 
 def _capsule(a: Any) -> Any:
@@ -93,15 +93,15 @@ def _capsule(a: Any) -> Any:
         return a.__dlpack__()
 
 
-def _from_capsule(capsule: Any, what: str) -> np.ndarray[Any, Any]:
+def from_capsule(capsule: Any, what: str) -> np.ndarray[Any, Any]:
     """The array of a capsule that nobody has consumed; its deleter runs with the last array over the memory."""
     name = next((n for n in _USED if _is_valid(capsule, n)), None)
     if name is None:
         raise InputError(f"{what} gave a capsule that holds no tensor or was used before")
     ptr = _pointer(capsule, name)
-    managed: Any = (_Versioned if name == b"dltensor_versioned" else _Managed).from_address(ptr)
+    managed: Any = (Versioned if name == b"dltensor_versioned" else _Managed).from_address(ptr)
     read_only = False
-    if isinstance(managed, _Versioned):
+    if isinstance(managed, Versioned):
         if managed.major > 1:
             raise InputError(f"{what} speaks DLPack {managed.major}.{managed.minor}, this package version 1")
         read_only = bool(managed.flags & _READ_ONLY)
@@ -130,4 +130,4 @@ def _from_capsule(capsule: Any, what: str) -> np.ndarray[Any, Any]:
 
 def _release(deleter: int | None, ptr: int) -> None:
     if deleter:
-        _Deleter(deleter)(ptr)
+        Deleter(deleter)(ptr)

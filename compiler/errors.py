@@ -43,7 +43,7 @@ class LuthierError(Exception):
     ``message``: what is wrong. ``node``: name of the graph node. ``op``: its operator (``Conv`` or ``domain::Op``).
     ``shapes``: {name: shape}, a list of shapes, or ready text. ``hint``: what to do. All but the message are optional and
     stay readable as attributes; ``at`` adds them to an error raised by code that did not know the node. ``bundle``: the folder that
-    a failed compile left (:mod:`luthier.repro`).
+    a failed compile left (:mod:`luthier.debug.repro`).
     """
 
     exit_code: ClassVar[int] = 2

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.backends.native import ABI_VERSION, DTYPES, MAX_RANK
 from luthier.errors import ArtifactError
 from luthier.files import inside, open_regular
-from luthier.native import ABI_VERSION, DTYPES, MAX_RANK
 
 __all__ = ["FORMAT", "NAME", "demand", "read_manifest"]
 

@@ -12,12 +12,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from luthier import dlpack, settings
+from luthier.backends.native import (
+    DTYPES,
+    WORDS,
+    Context,
+    Functions,
+    Native,
+    SharedObject,
+    address,
+    map_file,
+    numpy_dtype,
+    owned,
+    pack_bits,
+    unpack_bits,
+)
 from luthier.errors import ArtifactError, InputError, KernelError, LuthierError, TargetError
-from luthier.native import DTYPES, WORDS, Context, Functions, Native, address, numpy_dtype, owned, pack_bits, unpack_bits
 from luthier.structures import pack, unpack
 
 if TYPE_CHECKING:
-    from luthier.codegen.target import Target
+    from luthier.codegen.targets.target import Target
     from luthier.ir.program import Program
 
 __all__ = ["Module", "TensorSpec", "load"]
@@ -89,7 +102,7 @@ class Module:
     @staticmethod
     def from_program(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
         """Code for ``program``. Raises CompilationError, TargetError."""
-        from luthier.codegen.target import parse_target
+        from luthier.codegen.targets.target import parse_target
         from luthier.targets import builder
 
         chosen = parse_target(target) if isinstance(target, str) else target
@@ -181,7 +194,7 @@ class Module:
             if self._fns is None:
                 raise TargetError(f"code for {self.manifest['target']['name']} does not run on this machine", hint="save it and load it there") from None
             if self.threads is None:
-                from luthier.codegen.target import usable_cores
+                from luthier.codegen.targets.target import usable_cores
 
                 self.threads = usable_cores()
             return Context(self._fns, self._weights, self.threads, len(self._ins), len(self._outs))
@@ -196,7 +209,7 @@ class Module:
             ins = ctx.ins
             for i, (p, a) in enumerate(zip(self._ins, arrays, strict=True)):
                 if type(a) is not np.ndarray or a.dtype != p.dtype or not a.flags.c_contiguous or p.bits < 8:
-                    a = _convert(a, p)
+                    a = convert(a, p)
                 shape = a.shape
                 if len(shape) != p.rank:
                     raise InputError(f"input {p.name} has rank {len(shape)}, expected {p.rank}", shapes={"given": shape, "expected": p.shape})
@@ -224,7 +237,7 @@ class Module:
             for j, (q, s) in enumerate(zip(self._outs, shapes, strict=True)):
                 a = None if out is None else out.get(q.name)
                 if a is not None:
-                    a = _check_out(a, q, s, keep, given)
+                    a = check_out(a, q, s, keep, given)
                     given.append(a)
                 elif s is not None and q.bits >= 8:
                     a = _empty(s, q)
@@ -310,7 +323,7 @@ class Module:
             count = float(times[k, 1]) / max(1, runs)
             rows.append({
                 "kernel": c["kernel"], "nodes": tuple(c["nodes"]), "ms": ms,
-                "flops": int(_evaluate(c["flops"], dims) * count), "bytes": int(_evaluate(c["bytes"], dims) * count),
+                "flops": int(evaluate(c["flops"], dims) * count), "bytes": int(evaluate(c["bytes"], dims) * count),
             })  # fmt: skip
         return rows
 
@@ -342,7 +355,7 @@ def _spec(d: Mapping[str, Any]) -> TensorSpec:
     return TensorSpec(d["name"], DTYPES[d["code"]][0], tuple(d["shape"]), "default" in d)
 
 
-def _convert(a: Any, p: _Port) -> Array:
+def convert(a: Any, p: _Port) -> Array:
     """Anything that is an array to a contiguous numpy array of the right dtype. Raises InputError."""
     if not isinstance(a, np.ndarray):
         if hasattr(a, "__dlpack__") and not isinstance(a, np.generic):
@@ -367,7 +380,7 @@ def _empty(shape: tuple[int, ...], q: _Port) -> Array:
         raise KernelError(f"out of memory: {math.prod(shape) * q.bits // 8} bytes for {q.name}") from None
 
 
-def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = (), outs: Sequence[Array] = ()) -> Array:
+def check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Array] = (), outs: Sequence[Array] = ()) -> Array:
     """An array for an output, as numpy's. Raises InputError when it cannot take the result."""
     if not isinstance(a, np.ndarray) and hasattr(a, "__dlpack__"):
         a = dlpack.view(a, f"out[{q.name!r}]")
@@ -384,13 +397,13 @@ def _check_out(a: Any, q: _Port, shape: tuple[int, ...] | None, ins: Sequence[Ar
     return a
 
 
-def _evaluate(e: Any, dims: Mapping[str, int]) -> float:
+def evaluate(e: Any, dims: Mapping[str, int]) -> float:
     """A size formula of the manifest: number, name of a dim, or [operator, operands]; 0 when it needs what only a run knows."""
     if isinstance(e, str):
         return float(dims.get(e, 0))
     if not isinstance(e, list):
         return float(e)
-    a, b = (_evaluate(x, dims) for x in e[1:])
+    a, b = (evaluate(x, dims) for x in e[1:])
     op = e[0]
     if op == "+":
         return a + b
@@ -416,3 +429,20 @@ def load(path: str | Path, threads: int | None = None) -> Module:
     return load_folder(Path(path), threads)
 
 
+def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Module:
+    """A module of machine code from its folder. Raises ArtifactError."""
+    from luthier.artifact import CPU_FILES, check_files, missing_features
+    from luthier.manifest import demand
+
+    demand(manifest, path, "target.triple", "target.features")
+    check_files(path, manifest, CPU_FILES)
+    lacking = missing_features(manifest["target"])
+    if lacking:
+        raise ArtifactError(
+            f"{path} was compiled for {manifest['target']['name']}, this machine lacks {', '.join(lacking)}",
+            hint="compile it for this machine, or for cpu:x86-64-v2",
+        )
+    if manifest["files"]["weights.bin"]["bytes"] < manifest["weights_bytes"]:
+        raise ArtifactError(f"{path / 'weights.bin'} holds fewer than {manifest['weights_bytes']} bytes", hint="compile the model again")
+    weights, intact = map_file(path / "weights.bin")
+    return Module(manifest, SharedObject(path / "model.so"), weights, threads, path, intact)

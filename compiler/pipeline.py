@@ -6,38 +6,38 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from luthier import settings
+from luthier.debug.override import override_kernels, write_kernels
 from luthier.ir.graph import Graph
 from luthier.ir.loop import Func
 from luthier.ir.program import Program
 from luthier.ir.verify_graph import verify_graph
-from luthier.override import override_kernels, write_kernels
-from luthier.passes.attend_cache import attend_cache
-from luthier.passes.build_program import build_program
-from luthier.passes.canonicalize import canonicalize
-from luthier.passes.check_indices import check_indices
-from luthier.passes.choose_layout import choose_layout
-from luthier.passes.densify_sparse import densify_sparse
-from luthier.passes.eliminate_dead import eliminate_dead
-from luthier.passes.eliminate_transposes import eliminate_transposes
-from luthier.passes.fold_batch_norm import fold_batch_norm
-from luthier.passes.fold_constants import fold_constants
-from luthier.passes.fold_dequantize import fold_dequantize
-from luthier.passes.keep_blocked_weights import keep_blocked_weights
-from luthier.passes.legalize_operators import legalize_operators
-from luthier.passes.materialize_contents import materialize_contents
-from luthier.passes.merge_common import merge_common
-from luthier.passes.merge_siblings import merge_siblings
-from luthier.passes.poison_memory import poison_memory
-from luthier.passes.quantize_integer import quantize_integer
-from luthier.passes.recognise_activations import recognise_activations
-from luthier.passes.recognise_attention import recognise_attention
-from luthier.passes.recognise_norms import recognise_norms
-from luthier.passes.recognise_rotary import recognise_rotary
-from luthier.passes.recognise_softmax import recognise_softmax
-from luthier.passes.split_transposed_conv import split_transposed_conv
+from luthier.passes.graph.attend_cache import attend_cache
+from luthier.passes.graph.canonicalize import canonicalize
+from luthier.passes.graph.choose_layout import choose_layout
+from luthier.passes.graph.densify_sparse import densify_sparse
+from luthier.passes.graph.eliminate_dead import eliminate_dead
+from luthier.passes.graph.eliminate_transposes import eliminate_transposes
+from luthier.passes.graph.fold_batch_norm import fold_batch_norm
+from luthier.passes.graph.fold_constants import fold_constants
+from luthier.passes.graph.fold_dequantize import fold_dequantize
+from luthier.passes.graph.keep_blocked_weights import keep_blocked_weights
+from luthier.passes.graph.legalize_operators import legalize_operators
+from luthier.passes.graph.materialize_contents import materialize_contents
+from luthier.passes.graph.merge_common import merge_common
+from luthier.passes.graph.merge_siblings import merge_siblings
+from luthier.passes.graph.quantize_integer import quantize_integer
+from luthier.passes.graph.recognise_activations import recognise_activations
+from luthier.passes.graph.recognise_attention import recognise_attention
+from luthier.passes.graph.recognise_norms import recognise_norms
+from luthier.passes.graph.recognise_rotary import recognise_rotary
+from luthier.passes.graph.recognise_softmax import recognise_softmax
+from luthier.passes.graph.split_transposed_conv import split_transposed_conv
+from luthier.passes.program.check_indices import check_indices
+from luthier.passes.program.poison_memory import poison_memory
+from luthier.schedules.program.build_program import build_program
 
 if TYPE_CHECKING:
-    from luthier.schedules.capabilities import Capabilities
+    from luthier.schedules.base.capabilities import Capabilities
     from luthier.schedules.select import Record
 
 GraphPass = Callable[[Graph], bool]

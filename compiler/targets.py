@@ -11,8 +11,8 @@ from typing import Any
 
 from luthier.errors import ArtifactError, TargetError
 
-BUILDERS = {"cpu": "luthier.build", "wasm": "luthier.build_wasm", "webgpu": "luthier.build_webgpu"}
-LOADERS = {"cpu": "luthier.artifact", "wasm": "luthier.wasm_module", "webgpu": "luthier.webgpu_module"}
+BUILDERS = {"cpu": "luthier.backends.cpu", "wasm": "luthier.backends.wasm", "webgpu": "luthier.backends.webgpu"}
+LOADERS = {"cpu": "luthier.module", "wasm": "luthier.backends.wasm_module", "webgpu": "luthier.backends.webgpu_module"}
 
 
 def builder(kind: str) -> Any:

@@ -220,11 +220,6 @@ class Compute:
                 return x
         raise KeyError(name)
 
-    def __str__(self) -> str:
-        from luthier.ir.printer import format_compute
-
-        return format_compute(self)
-
 
 def defined(x: LetStmt) -> tuple[str, ...]:
     """Names of the tensors that a let defines for later lets."""

@@ -261,7 +261,7 @@ def _var_below(e: Expr, n: Expr) -> bool:
 
 
 def fold(op: str, dtype: DType, *vals: Any) -> Any:
-    from luthier.ir.semantics import evaluate
+    from luthier.ir.interpret.semantics import evaluate
 
     with np.errstate(all="ignore"):
         return evaluate(op, dtype, *vals)

@@ -19,11 +19,12 @@ from luthier.ir.expr import Expr, cast, shuffle, var
 @dataclass(frozen=True, slots=True)
 class Intrinsic:
     """``evaluate(dtype, attr, *args)`` for a pure one: the result as a numpy value of ``dtype`` (lanes on the last axis).
-    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place. ``lanewise``: on vectors it is the same in every lane.
+    ``evaluate(*args, **attrs)`` for one with effects: arrays are changed in place. None for an
+    :class:`Instruction`, which has an expression. ``lanewise``: on vectors it is the same in every lane.
     ``expand(attr, *args)``: a lane-wise one in basic operators, which ``expand_math`` puts in its place."""
 
     name: str
-    evaluate: Callable[..., Any]
+    evaluate: Callable[..., Any] | None
     doc: str = ""
     lanewise: bool = False
     expand: Callable[..., Expr] | None = None
@@ -71,23 +72,16 @@ DOTS: dict[str, Instruction] = {}
 
 
 def register(
-    name: str, evaluate: Callable[..., Any], doc: str = "", effect: bool = False, lanewise: bool = False, expand: Callable[..., Expr] | None = None,
+    name: str, evaluate: Callable[..., Any] | None, doc: str = "", effect: bool = False, lanewise: bool = False, expand: Callable[..., Expr] | None = None,
 ) -> None:
     """Declare an intrinsic; the same name may be registered again only with the same meaning (last one wins)."""
     (EFFECT if effect else PURE)[name] = Intrinsic(name, evaluate, doc, lanewise or expand is not None, expand)
 
 
 def declare(i: Instruction) -> Instruction:
-    """Registers a dot product; its meaning in numpy is its expression, interpreted."""
-
-    def evaluate(dtype: DType, attr: Any, acc: Any, a: Any, b: Any) -> Any:
-        from luthier.ir.interp import evaluate_expr
-
-        vs = i.operands(dtype.lanes)
-        return evaluate_expr(i.semantics(*vs), dict(zip(vs, (acc, a, b), strict=True)))
-
+    """Registers a dot product; its meaning is its expression, which the interpreter evaluates."""
     DOTS[i.name] = i
-    register(i.name, evaluate, i.doc)
+    register(i.name, None, i.doc)
     return i
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import DType, types_in
-from luthier.ir.expr import Expr, as_expr, free_vars, is_const, rewrite
+from luthier.ir.expr import Expr, as_expr, free_vars, is_const, load, rewrite, substitute
 
 KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup")
 SCOPES = ("param", "global", "shared", "local", "const")
@@ -66,8 +66,6 @@ class Buffer:
         return set().union(*(free_vars(s) for s in self.shape))
 
     def __getitem__(self, idx: Any) -> Expr:
-        from luthier.ir.expr import load
-
         return load(self, idx if isinstance(idx, tuple) else (idx,))
 
 
@@ -159,11 +157,6 @@ class Func:
     @property
     def scalars(self) -> tuple[Expr, ...]:
         return tuple(p for p in self.params if isinstance(p, Expr))
-
-    def __str__(self) -> str:
-        from luthier.ir.printer import format_func
-
-        return format_func(self)
 
 
 def block(*stmts: Stmt | None) -> Stmt:
@@ -361,6 +354,4 @@ def rewrite_stmt(s: Stmt, fn: Callable[[Expr], Expr | None]) -> Stmt:
 
 
 def substitute_stmt(s: Stmt, env: dict[Expr, Expr]) -> Stmt:
-    from luthier.ir.expr import substitute
-
     return map_exprs(s, lambda e: substitute(e, env)) if env else s

@@ -63,11 +63,6 @@ class Expr:
     loading: bool  # a load is inside
     types: int  # of this node and all inside, as a set (:func:`luthier.ir.dtypes.types_in`)
 
-    def __repr__(self) -> str:
-        from luthier.ir.printer import format_expr
-
-        return format_expr(self)
-
     def __bool__(self) -> bool:
         if self.op == "const":
             return bool(self.attr)

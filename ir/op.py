@@ -76,7 +76,7 @@ class Op:
         return None
 
     def indexed(self, node: Node) -> Sequence[Indexed]:
-        """Which inputs say where another one is read or written: a run checks them (:mod:`luthier.passes.check_indices`)."""
+        """Which inputs say where another one is read or written: a run checks them (:mod:`luthier.passes.program.check_indices`)."""
         return ()
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute | Kernel | Graph:

@@ -33,14 +33,14 @@ from luthier.ir.loop import (
     While,
     block,
 )
-from luthier.ir.printer import _INFIX, _loop_bounds
+from luthier.ir.printer import INFIX, loop_bounds
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<num>(?:\d+\.(?!\.)\d*|\d+)(?:e[+-]?\d+)?)(?P<type>:[a-z]\w*)?"
     r"|(?P<special>(?:inf|nan):(?P<stype>[a-z]\w*))|(?P<name>[A-Za-z_][\w'^#]*(?:\.[\w'^#]+)*)"
     r"|(?P<str>\"(?:[^\"\\]|\\.)*\")|(?P<sym>\.\.|//|<<|>>|<=|==|!=|[-+*/%&|^<>=\[\](){},;:@.]))"
 )
-_SYMBOLS = {sym: (op, p) for op, (sym, p) in _INFIX.items()}
+_SYMBOLS = {sym: (op, p) for op, (sym, p) in INFIX.items()}
 
 
 class _Line:
@@ -410,7 +410,7 @@ class _Parser:
         kind = "serial" if ln.peek(":") else ln.name()
         self.colon(ln)
         ln.at = at
-        v = self.variable(ln, name, index, _loop_bounds(hi))
+        v = self.variable(ln, name, index, loop_bounds(hi))
         old = dict(self.vars)
         self.vars[name] = v
         body = self.body(ln.depth)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from luthier.ir.compute import Compute, Fold, Pull, Push
 from luthier.ir.expr import Expr, load_parts, loads, tree_size, var, walk
 from luthier.ir.loop import Alloc, Barrier, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, exprs_of, walk_stmts
 
-_INFIX = {
+INFIX = {
     "add": ("+", 6), "sub": ("-", 6), "mul": ("*", 7), "div": ("/", 7), "floordiv": ("//", 7), "mod": ("%", 7), "and": ("&", 3),
     "or": ("|", 2), "xor": ("^", 2), "shl": ("<<", 5), "shr": (">>", 5), "lt": ("<", 4), "le": ("<=", 4), "eq": ("==", 4), "ne": ("!=", 4),
 }
@@ -80,8 +81,8 @@ def _format_tree(e: Expr, prec: int, names: Mapping[Expr, Expr] = MappingProxyTy
         return format_const(e)
     if op == "var":
         return format_name(e.attr[0])
-    if op in _INFIX:
-        sym, p = _INFIX[op]
+    if op in INFIX:
+        sym, p = INFIX[op]
         s = f"{f(e.args[0], p)} {sym} {f(e.args[1], p + 1)}"
         return f"({s})" if p < prec else s
     if op == "load":
@@ -125,7 +126,7 @@ def format_stmt(s: Stmt, depth: int = 0) -> list[str]:
     if isinstance(s, Block):
         return [line for c in s.stmts for line in format_stmt(c, depth)]
     if isinstance(s, For):
-        head = f"for {f(s.var)}{format_bounds(s.var, _loop_bounds(s.hi))} in {f(s.lo)}..{f(s.hi)}{'' if s.kind == 'serial' else ' ' + s.kind}:"
+        head = f"for {f(s.var)}{format_bounds(s.var, loop_bounds(s.hi))} in {f(s.lo)}..{f(s.hi)}{'' if s.kind == 'serial' else ' ' + s.kind}:"
         return [pad + head, *format_stmt(s.body, depth + 1)]
     if isinstance(s, While):
         return [f"{pad}while {f(s.cond)}:", *format_stmt(s.body, depth + 1)]
@@ -155,7 +156,7 @@ def _arg(a: Any) -> str:
     return f"&{format_name(a.name)}"
 
 
-def _loop_bounds(hi: Expr) -> tuple[Any, Any]:
+def loop_bounds(hi: Expr) -> tuple[Any, Any]:
     """What the variable of a loop below ``hi`` that starts at 0 records."""
     h = hi - 1
     return 0, int(h.attr) if h.op == "const" else h
@@ -178,9 +179,7 @@ def format_func(fn: Func) -> str:
     return "\n".join([f"func {format_name(fn.name)}({ps}):", *data, *body, ""])
 
 
-def format_compute(c: Any) -> str:
-    from luthier.ir.compute import Fold, Pull, Push
-
+def format_compute(c: Compute) -> str:
     def axes(ax: Any) -> str:
         return ", ".join(f"{a.name} < {format_expr(a.extent)}" for a in ax)
 
@@ -206,3 +205,9 @@ def format_compute(c: Any) -> str:
     for x in c.lets:
         lines += one(x, "  ")
     return "\n".join(lines) + "\n"
+
+
+# The classes know nothing of their text: from here on repr() and str() give it (luthier.ir imports this file).
+Expr.__repr__ = lambda e: format_expr(e)  # type: ignore[method-assign, arg-type]
+Func.__str__ = format_func  # type: ignore[method-assign, assignment]
+Compute.__str__ = format_compute  # type: ignore[method-assign, assignment]

@@ -27,7 +27,7 @@ class Program:
     first place a symbol is read from (other occurrences are checked at run time). ``views``: {buffer name: (name of the buffer
     whose memory it shares, element offset Expr)} for buffers that alias another one (reshape, in-place updates).
     ``nodes``: {kernel call number: names of the graph nodes it computes}, for profiles and messages. ``checked``: every access of
-    the kernels is to be checked when code is made (:mod:`luthier.passes.check_bounds`). ``defaults``: as in
+    the kernels is to be checked when code is made (:mod:`luthier.passes.loop.check_bounds`). ``defaults``: as in
     :class:`~luthier.ir.graph.Graph`, for the inputs that come last. ``structured_*``, ``within``: as there, too."""
 
     name: str

@@ -55,7 +55,7 @@ def declare_words(i: Instruction) -> Instruction:
     value = word_dot(i, a, b)
 
     def evaluate(dtype: DType, attr: Any, x: Any, y: Any) -> Any:
-        from luthier.ir.interp import evaluate_expr
+        from luthier.ir.interpret.loops import evaluate_expr
 
         return evaluate_expr(value, {a: x, b: y})
 

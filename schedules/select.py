@@ -19,26 +19,34 @@ from luthier.at_fork import whole
 from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_exprs, map_let
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, For, Func, walk_stmts
-from luthier.passes.expand_math import expand_math
-from luthier.passes.flatten import flatten
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.place_lets import place_lets
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.passes.promote_locals import promote_locals
-from luthier.passes.split_vectors import split_vectors
-from luthier.passes.unroll import unroll
-from luthier.passes.vectorize import vectorize
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.lower import lower
-from luthier.schedules.rivals import RIVALS, defaults, rivals
-from luthier.schedules.schedule import Schedule, ScheduleError, schedule
-from luthier.schedules.simplify_axes import drop_units
-from luthier.schedules.split_arg import split_arg
-from luthier.schedules.split_long import split_long, split_single
-from luthier.schedules.split_scan import split_scan
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.loop.expand_math import expand_math
+from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.place_barriers import place_barriers
+from luthier.passes.loop.place_lets import place_lets
+from luthier.passes.loop.promote_locals import promote_locals
+from luthier.passes.loop.split_vectors import split_vectors
+from luthier.passes.loop.unroll import unroll
+from luthier.passes.loop.vectorize import vectorize
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, ScheduleError, schedule
+from luthier.schedules.base.simplify_axes import drop_units
+from luthier.schedules.base.split_arg import split_arg
+from luthier.schedules.base.split_long import split_long, split_single
+from luthier.schedules.base.split_scan import split_scan
+from luthier.schedules.lowbit.rivals import RIVALS, defaults, rivals
 
 TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
+
+ROOMS = {"lowbit": ("sparse_gemv", "two_of_four", "lut_gemv", "lut_wide", "quantized_gemv", "byte_products")}  # the others: gpu_* in gpu, cpu
+
+
+def template_module(name: str) -> Any:
+    """The file of a template, imported when it is first tried."""
+    room = "gpu" if name.startswith("gpu_") else next((r for r, names in ROOMS.items() if name in names), "cpu")
+    return importlib.import_module(f"luthier.schedules.{room}.{name.removeprefix('gpu_')}")
 
 
 @dataclass(slots=True)
@@ -131,7 +139,7 @@ def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Reco
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
         with whole:
-            t = importlib.import_module(f"luthier.schedules.{name}")
+            t = template_module(name)
         s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
         if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
             s = t.apply(schedule(compute), caps, consts, **knobs)

@@ -16,14 +16,14 @@ import pytest
 
 import luthier.pipeline as pipeline
 import luthier.schedules.select as select
-from luthier.codegen.llvm_backend import compile_text, kernel_text
-from luthier.codegen.sharing import parallel_loop
-from luthier.codegen.target import Target
+from luthier.codegen.llvm.backend import compile_text, kernel_text
+from luthier.codegen.program.sharing import parallel_loop
+from luthier.codegen.targets.target import Target
 from luthier.ir.graph import Graph
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Buffer
-from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.select import Kernels
 
 Array = np.ndarray[Any, Any]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from luthier.errors import QuantizationError
-from luthier.passes.alternate_directions import Statistics, fit_kept, round_columns
-from luthier.passes.prune_groups import prune_groups, select_groups
-from luthier.passes.prune_two_of_four import prune_two_of_four
-from luthier.passes.quantize_weights import output_error
+from luthier.passes.quantize.alternate_directions import Statistics, fit_kept, round_columns
+from luthier.passes.quantize.prune_groups import prune_groups, select_groups
+from luthier.passes.quantize.prune_two_of_four import prune_two_of_four
+from luthier.passes.quantize.quantize_weights import output_error
 
 Array = np.ndarray[Any, Any]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.codegen.llvm_backend import assembly, kernel_text
-from luthier.codegen.target import parse_target
-from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.codegen.llvm.backend import assembly, kernel_text
+from luthier.codegen.targets.target import parse_target
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
 from tests.emulated import arrays, kernels_of, missing, run_emulated
 from tests.schedules import cases
 from tests.test_lowbit import EXACT, ROUNDED, nmse, product

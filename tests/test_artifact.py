@@ -19,8 +19,8 @@ from onnx import numpy_helper
 import luthier
 from luthier.artifact import missing_features
 from luthier.cache import ObjectCache
-from luthier.codegen.llvm_backend import compile_texts, find_linker
-from luthier.codegen.target import host
+from luthier.codegen.llvm.backend import compile_texts, find_linker
+from luthier.codegen.targets.target import host
 from luthier.errors import ArtifactError, CompilationError, InputError, TargetError
 from luthier.module import Module
 
@@ -164,7 +164,7 @@ def test_code_for_another_machine_can_be_saved_but_not_run(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("target", ["cpu:x86-64-v2", "cpu:x86-64-v3"])
 def test_portable_levels_give_right_results(target: str) -> None:
-    from luthier.codegen.target import parse_target
+    from luthier.codegen.targets.target import parse_target
 
     if parse_target(target).missing_here():
         pytest.skip(f"this machine cannot run {target}")
@@ -262,7 +262,7 @@ def test_profile_names_nodes_and_counts_work(module: Module) -> None:
 
 
 def test_second_compile_takes_everything_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import luthier.codegen.llvm_backend as backend
+    import luthier.codegen.llvm.backend as backend
 
     monkeypatch.setenv("LUTHIER_CACHE_DIR", str(tmp_path))
     first = luthier.compile(onnx_model())
@@ -308,8 +308,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    import luthier.codegen.compile_ahead as compile_ahead
-    import luthier.codegen.llvm_backend as backend
+    import luthier.codegen.llvm.backend as backend
+    import luthier.codegen.program.compile_ahead as compile_ahead
 
     monkeypatch.setattr(compile_ahead, "WORTH_A_PROCESS", 1)
     monkeypatch.setattr(backend, "usable_cores", lambda: 3)

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 import luthier
 from luthier import replace_folder
 from luthier.artifact import load
-from luthier.codegen.llvm_backend import find_linker
+from luthier.codegen.llvm.backend import find_linker
 from luthier.errors import ArtifactError, LuthierError, TargetError
 from luthier.module import Module
 
@@ -152,7 +152,7 @@ def test_a_full_disk(saved: Path, tmp_path: Path) -> None:
         pytest.skip("no /dev/full")
     (tmp_path / "full.npz").symlink_to("/dev/full")
     (tmp_path / "file").touch()
-    code = "import sys, luthier; from luthier.cli import main; sys.argv = ['luthier', 'run', sys.argv[1], '-o', sys.argv[2]]; main()"
+    code = "import sys, luthier; from luthier.cli.commands import main; sys.argv = ['luthier', 'run', sys.argv[1], '-o', sys.argv[2]]; main()"
     for place, why in (("full.npz", "No space left"), ("file/below.npz", "Not a directory")):
         done = subprocess.run([sys.executable, "-c", code, str(saved), str(tmp_path / place)], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and f"cannot write {tmp_path / place}: {why}" in done.stderr, done

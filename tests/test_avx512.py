@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Compute
 from luthier.schedules.select import build
 from tests.emulated import Array, arrays, kernels_of, missing, run_emulated

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.codegen.target import parse_target
-from luthier.schedules.byte_chains import LIMIT, PLANES, Chains, chains
-from luthier.schedules.byte_products import ChainPacking
+from luthier.codegen.targets.target import parse_target
+from luthier.schedules.lowbit.byte_chains import LIMIT, PLANES, Chains, chains
+from luthier.schedules.lowbit.byte_products import ChainPacking
 from luthier.schedules.select import build
 from tests.schedules import cases
 from tests.test_integer_kernels import bytes_of, conv, conv_ref, matmul, requantized_ref

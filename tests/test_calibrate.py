@@ -10,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from luthier.calibrate import collect, collect_outputs, load_graph, product_rows, read_data, run_batches, weight_layers
 from luthier.errors import InputError
-from luthier.observers import SIDE, Histogram, choose_range
+from luthier.quantization.calibrate import (
+    collect,
+    collect_outputs,
+    load_graph,
+    product_rows,
+    read_data,
+    run_batches,
+    weight_layers,
+)
+from luthier.quantization.observers import SIDE, Histogram, choose_range
 
 RNG = np.random.default_rng(3)
 

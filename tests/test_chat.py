@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from luthier import llm
-from luthier.chat_template import render_chat
-from luthier.cli import luthier as luthier_command
+from luthier.cli.commands import luthier as luthier_command
 from luthier.errors import InputError, InvalidModel
-from luthier.importers.gguf import read_gguf
+from luthier.importers.gguf.file import read_gguf
+from luthier.llm.chat_template import render_chat
 from tests.test_gguf import tiny, write
 
 USER = [{"role": "user", "content": "Hi <there>"}]
@@ -202,7 +202,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 def test_configurations_of_exports(tmp_path: Path) -> None:
     """Templates, texts of tokens and marks of the files beside an ONNX export."""
-    from luthier.llm_onnx import read_settings
+    from luthier.llm.onnx_models import read_settings
 
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ bos_token }}x", "bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))

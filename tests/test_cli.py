@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cli(*words: object, command: str = "main", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; from luthier.cli import {command}; {command}()"
+    code = f"import sys; from luthier.cli.commands import {command}; {command}()"
     return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
@@ -116,7 +116,7 @@ def test_interrupt_is_clean(tmp_path: Path) -> None:
     code = (
         "import sys, time, luthier\n"
         "luthier.compile = lambda *a, **k: (print('started', flush=True), time.sleep(60))\n"
-        "from luthier.cli import main\n"
+        "from luthier.cli.commands import main\n"
         "main()"
     )
     (tmp_path / "m.onnx").touch()
@@ -134,7 +134,7 @@ def test_interrupt_is_clean(tmp_path: Path) -> None:
 
 
 def test_ops_shows_what_was_measured() -> None:
-    from luthier.inspection import conformance, operator_matrix
+    from luthier.debug.inspection import conformance, operator_matrix
     from luthier.targets import BUILDERS
 
     header, rows = operator_matrix(missing=True)

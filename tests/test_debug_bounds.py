@@ -12,18 +12,18 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.cli import _entry
-from luthier.cli import luthier as command
+from luthier.cli.commands import entry
+from luthier.cli.commands import luthier as command
 from luthier.errors import InputError, KernelError, SettingError, TargetError
 from luthier.ir.dtypes import f32, i64, index
 from luthier.ir.expr import Expr, bcast, cast, const, load, ramp, var, vreduce
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Let, Stmt, Store, While, block
 from luthier.ir.ops import gather
 from luthier.ir.program import Program
 from luthier.ir.verify import verify
 from luthier.module import Module
-from luthier.passes.check_bounds import check_bounds, is_checked
+from luthier.passes.loop.check_bounds import check_bounds, is_checked
 from tests.replay.models import MODELS, model
 
 Golden = Callable[[str, str], None]
@@ -69,8 +69,8 @@ def feeds() -> dict[str, Any]:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", BAD)
 def test_a_checked_kernel_reports(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
-    monkeypatch.setattr("luthier.codegen.sharing.SMALL_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.SMALL_WORK", 1)
     body, where, buffer, extent = BAD[name]
     module = Module.from_program(program(body), "cpu", threads)
     with pytest.raises(KernelError) as e:
@@ -90,7 +90,7 @@ def test_the_interpreter_reports_as_well(name: str) -> None:
 
 def test_other_threads_go_on_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault in the middle of a chain: later kernels do not run, good inputs work again."""
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 1)
     t = Buffer("t", f32, (n,), "global")
     gather_ = Func("pick", (X, J, Y, n), each(lambda i: Store(Y, (i,), load(X, [cast(load(J, [i]), index)]))))
     twice = Func("twice", (X, Y, n), each(lambda i: Store(Y, (i,), load(X, [i]) * 2.0)))
@@ -246,7 +246,7 @@ def test_the_setting_and_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_target_without_checks_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import build
+    from luthier.backends import cpu as build
     monkeypatch.delattr(build, "CHECKS_BOUNDS")
     with pytest.raises(TargetError, match="bounds"):
         luthier.compile(parsed(MLP), debug="bounds")
@@ -266,7 +266,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     onnx.save(parsed(MLP), tmp_path / "m.onnx")
     for words, code in ((["--debug", str(tmp_path / "m.onnx")], 0), (["--debug=bounds", str(tmp_path / "m.onnx")], 0), (["--debug=limits", str(tmp_path / "m.onnx")], 2)):
         with pytest.raises(SystemExit) as e:
-            _entry(command, ["compile", "-o", str(tmp_path / f"a{len(words[0])}"), *words])
+            entry(command, ["compile", "-o", str(tmp_path / f"a{len(words[0])}"), *words])
         assert e.value.code == code
     assert "limits" in capsys.readouterr().err
     assert checked(luthier.load(tmp_path / f"a{len('--debug=bounds')}")) and not checked(luthier.load(tmp_path / f"a{len('--debug')}"))

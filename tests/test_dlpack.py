@@ -12,11 +12,11 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.dlpack import _Deleter, _from_capsule, _python, _Tensor, _Versioned, view
+from luthier.dlpack import Deleter, Tensor, Versioned, from_capsule, python, view
 from luthier.errors import InputError
 from luthier.module import Module
 
-_new_capsule = _python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_new_capsule = python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 NAME = b"dltensor_versioned"
 
 
@@ -41,9 +41,9 @@ class Raw:
         self.memory, self.released = memory, 0
         self.shape = (ctypes.c_int64 * memory.ndim)(*memory.shape)
         self.strides = (ctypes.c_int64 * memory.ndim)(*(s // memory.itemsize for s in memory.strides))
-        self.deleter = _Deleter(self.release)
-        self.managed = _Versioned(major, 0, None, ctypes.cast(self.deleter, ctypes.c_void_p), int(read_only))
-        self.managed.tensor = _Tensor(memory.ctypes.data, 1, 0, memory.ndim, code, bits, lanes, self.shape, self.strides, 0)
+        self.deleter = Deleter(self.release)
+        self.managed = Versioned(major, 0, None, ctypes.cast(self.deleter, ctypes.c_void_p), int(read_only))
+        self.managed.tensor = Tensor(memory.ctypes.data, 1, 0, memory.ndim, code, bits, lanes, self.shape, self.strides, 0)
 
     def release(self, ptr: int) -> None:
         self.released += 1
@@ -184,9 +184,9 @@ def test_what_has_no_numpy_type_is_refused() -> None:
 def test_a_capsule_is_used_once() -> None:
     raw = Raw(sample().astype(ml_dtypes.bfloat16), 4, 16)
     capsule = raw.__dlpack__()
-    first = _from_capsule(capsule, "it")
+    first = from_capsule(capsule, "it")
     with pytest.raises(InputError, match="used before"):
-        _from_capsule(capsule, "it")
+        from_capsule(capsule, "it")
     assert first.shape == (5, 4) and raw.released == 0
 
 

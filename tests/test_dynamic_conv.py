@@ -58,8 +58,8 @@ def test_transposed(attributes: str) -> None:
 
 def test_no_mask_in_the_inner_loop() -> None:
     """What the padded copy is for: the sum of products reads without conditions."""
-    from luthier.codegen.target import parse_target
-    from luthier.importers.onnx import import_onnx
+    from luthier.codegen.targets.target import parse_target
+    from luthier.importers.onnx.importer import import_onnx
     from luthier.pipeline import compile_program
 
     m, _ = parsed((8, 16, 3, 3), "pads = [1, 1, 1, 1]")

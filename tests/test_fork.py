@@ -55,7 +55,7 @@ def test_forks_while_other_threads_compile(tmp_path: Path) -> None:
 
 HELPERS = """
 import os, signal, sys, time
-from luthier.codegen.compile_ahead import WORTH_A_PROCESS, Workers
+from luthier.codegen.program.compile_ahead import WORTH_A_PROCESS, Workers
 
 with Workers(lambda t: t[:3].encode(), lambda: None, 3) as w:
     for k in range(4):

@@ -12,8 +12,8 @@ import pytest
 import luthier
 from luthier import llm
 from luthier.errors import InputError, InvalidModel, KernelError, TargetError
-from luthier.importers.gguf import read_gguf
-from luthier.importers.gguf_blocks import BLOCKS, read_blocks
+from luthier.importers.gguf.blocks import BLOCKS, read_blocks
+from luthier.importers.gguf.file import read_gguf
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(7)
@@ -259,7 +259,7 @@ def test_on_wasm(small: Path, tmp_path: Path) -> None:
 
 
 def test_roofline(small: Path) -> None:
-    from luthier.llm_roofline import analyse_language
+    from luthier.llm.roofline import analyse_language
 
     r = analyse_language(small, threads=1, contexts=(1, 64), runs=2, reads={"L1": 100.0, "L2": 50.0, "L3": 25.0, "DRAM": 10.0})
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64

@@ -21,19 +21,19 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
-from luthier import webgpu_device
-from luthier.codegen.target_webgpu import CAPS
+from luthier.backends import webgpu_device
+from luthier.backends.webgpu_module import WebGpuModule
+from luthier.codegen.targets.webgpu import CAPS
 from luthier.errors import KernelError, TargetError
 from luthier.ir.compute import Axis, Compute, Fold, Pull, State, axis
-from luthier.ir.compute_interp import evaluate
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import const, free_vars, load, loads, maximum, var
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.computes import evaluate
+from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Block, Buffer, For, Func, If, Let, Stmt, Store, block, children
-from luthier.passes.count_rounds import count_rounds
+from luthier.passes.gpu.count_rounds import count_rounds
 from luthier.schedules import select
-from luthier.schedules.split_scan import split_scan
-from luthier.webgpu_module import WebGpuModule
+from luthier.schedules.base.split_scan import split_scan
 
 Array = np.ndarray[Any, Any]
 ENDS = 65535  # rounds
@@ -42,7 +42,7 @@ ENDS = 65535  # rounds
 @pytest.fixture(scope="module")
 def adapter() -> None:
     pytest.importorskip("wgpu")
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()

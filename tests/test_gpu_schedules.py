@@ -11,22 +11,22 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper
 
-from luthier.codegen.cuda import legalize_cuda, print_cuda
-from luthier.codegen.target import parse_target
-from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
+from luthier.codegen.gpu.cuda import legalize_cuda, print_cuda
+from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import TargetError
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.dtypes import f32, i32, u32
 from luthier.ir.expr import bitcast, const, load, var
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.loop import Alloc, Barrier, Buffer, For, Func, Store, block, walk_stmts
 from luthier.ir.program import Program
-from luthier.ir.run_program import run_program
-from luthier.passes.merge_bindings import merge_bindings
-from luthier.passes.offset_buffers import offset_buffers
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.passes.split_grid import split_grid
+from luthier.passes.gpu.merge_bindings import merge_bindings
+from luthier.passes.gpu.offset_buffers import offset_buffers
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.gpu.split_grid import split_grid
+from luthier.passes.loop.place_barriers import place_barriers
 from luthier.pipeline import compile_program
 
 Array = np.ndarray[Any, Any]
@@ -83,7 +83,7 @@ def test_interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_kernels_in_cuda(name: str) -> None:
-    from luthier.codegen.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_cubin, library
 
     try:
         library()

@@ -12,24 +12,24 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper
 
-from luthier.codegen.cuda import legalize_cuda, print_cuda
-from luthier.codegen.target import parse_target
-from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
+from luthier.codegen.gpu.cuda import legalize_cuda, print_cuda
+from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import TargetError
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, load, var
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block, walk_stmts
 from luthier.ir.program import Program
-from luthier.ir.run_program import run_program
-from luthier.passes.combine_accesses import combine_accesses
-from luthier.passes.flatten import flatten
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.passes.scalarize import scalarize
-from luthier.passes.spread_subgroups import spread_subgroups
-from luthier.passes.unroll import unroll
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.gpu.spread_subgroups import spread_subgroups
+from luthier.passes.loop.combine_accesses import combine_accesses
+from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.place_barriers import place_barriers
+from luthier.passes.loop.scalarize import scalarize
+from luthier.passes.loop.unroll import unroll
 from luthier.pipeline import compile_program
 
 Array = np.ndarray[Any, Any]
@@ -233,7 +233,7 @@ def test_results(name: str) -> None:
     import onnxruntime as ort
 
     import luthier
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()
@@ -249,7 +249,7 @@ def test_results(name: str) -> None:
 @pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "vector, rows", "attention", "attention, one row"])
 def test_cuda(name: str) -> None:
     """The same kernels compile to a cubin; those of whole vectors take pointers to them, and rows sum with shuffles."""
-    from luthier.codegen.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_cubin, library
 
     try:
         library()
@@ -289,7 +289,7 @@ def test_whole_words_need_no_atomics(kind: str, m: int) -> None:
     """Four neighbours are one word, or two: nobody else writes it. Otherwise bits are set atomically."""
     pytest.importorskip("wgpu")
     import luthier
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     made, want = narrow(kind, "n", m)
     (f,) = compile_program(import_onnx(made), parse_target("webgpu").caps).kernels.values()
@@ -344,7 +344,7 @@ def exact(name: str, feeds: dict[str, Array]) -> Array:
 def test_subgroups_on_a_device(name: str) -> None:
     """The kernel with subgroup operations, whatever the size of a subgroup is, beside the one without."""
     pytest.importorskip("wgpu")
-    from luthier.codegen.wgsl_run import device, run_wgsl
+    from luthier.codegen.gpu.wgsl_run import device, run_wgsl
 
     try:
         d = device()

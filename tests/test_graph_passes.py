@@ -11,26 +11,26 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.importers.onnx import import_onnx
-from luthier.ir.evaluate import evaluate_graph
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.graph import Graph
+from luthier.ir.interpret.evaluate import evaluate_graph
 from luthier.ir.op import lookup
-from luthier.passes.canonicalize import canonicalize
-from luthier.passes.choose_layout import choose_layout
-from luthier.passes.eliminate_dead import eliminate_dead
-from luthier.passes.eliminate_transposes import eliminate_transposes
-from luthier.passes.fold_batch_norm import fold_batch_norm
-from luthier.passes.fold_constants import fold_constants
-from luthier.passes.fold_dequantize import fold_dequantize
-from luthier.passes.fuse_operators import fuse_operators
-from luthier.passes.materialize_contents import materialize_contents
-from luthier.passes.merge_common import merge_common
-from luthier.passes.quantize_integer import quantize_integer
-from luthier.passes.recognise_activations import recognise_activations
-from luthier.passes.recognise_attention import recognise_attention
-from luthier.passes.recognise_norms import recognise_norms
-from luthier.passes.recognise_rotary import recognise_rotary
-from luthier.passes.recognise_softmax import recognise_softmax
+from luthier.passes.graph.canonicalize import canonicalize
+from luthier.passes.graph.choose_layout import choose_layout
+from luthier.passes.graph.eliminate_dead import eliminate_dead
+from luthier.passes.graph.eliminate_transposes import eliminate_transposes
+from luthier.passes.graph.fold_batch_norm import fold_batch_norm
+from luthier.passes.graph.fold_constants import fold_constants
+from luthier.passes.graph.fold_dequantize import fold_dequantize
+from luthier.passes.graph.materialize_contents import materialize_contents
+from luthier.passes.graph.merge_common import merge_common
+from luthier.passes.graph.quantize_integer import quantize_integer
+from luthier.passes.graph.recognise_activations import recognise_activations
+from luthier.passes.graph.recognise_attention import recognise_attention
+from luthier.passes.graph.recognise_norms import recognise_norms
+from luthier.passes.graph.recognise_rotary import recognise_rotary
+from luthier.passes.graph.recognise_softmax import recognise_softmax
+from luthier.passes.program.fuse_operators import fuse_operators
 
 Pass = Callable[[Graph], bool]
 
@@ -391,7 +391,7 @@ def test_extents_are_named_and_products_kept() -> None:
     from luthier.ir.dtypes import f32
     from luthier.ir.expr import load, var
     from luthier.ir.loop import Buffer
-    from luthier.passes.abstract_extents import abstract_extents
+    from luthier.passes.program.abstract_extents import abstract_extents
 
     h = var("height")
     half = (h + 1) // 2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Compute, axis, pull, sum_
 from luthier.ir.dtypes import DType, bf16, f16, f32
 from luthier.ir.expr import cast

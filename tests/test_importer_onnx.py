@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from luthier.errors import InvalidModel, ShapeError, UnsupportedOperator
-from luthier.importers.onnx import import_onnx
-from luthier.ir.evaluate import evaluate_graph
+from luthier.importers.onnx.importer import import_onnx
+from luthier.ir.interpret.evaluate import evaluate_graph
 
 Array = np.ndarray[Any, Any]
 

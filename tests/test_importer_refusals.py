@@ -14,7 +14,7 @@ from onnx import helper as h
 
 import luthier
 from luthier.errors import InvalidModel, LuthierError, ShapeError, TypeMismatch
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.op import REGISTRY, lookup
 
 lookup("")
@@ -170,3 +170,12 @@ def test_output_shape_of_a_transposed_convolution(extents: list[int]) -> None:
     else:
         with pytest.raises(ShapeError, match="output_shape has .* extents for 2 spatial dimensions"):
             luthier.compile(model)
+
+
+def test_windows_longer_than_any_input() -> None:
+    """SAME padding grows with the kernel, so that no extent refuses it, and its taps would be counted one by one."""
+    io = [h.make_tensor_value_info("x", 1, [1, 2, 4, 4]), h.make_tensor_value_info("y", 1, None)]
+    node = h.make_node("AveragePool", ["x"], ["y"], name="pool", auto_pad="SAME_UPPER", kernel_shape=[3, 1 << 31])
+    model = h.make_model(h.make_graph([node], "g", io[:1], io[1:]), opset_imports=[h.make_opsetid("", 17)], ir_version=10)
+    with pytest.raises(ShapeError, match=r"a kernel of \[3, 2147483648\] elements"):
+        luthier.compile(model)

@@ -14,9 +14,9 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import InputError
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.pipeline import compile_program
 
 ort = pytest.importorskip("onnxruntime")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
-from luthier.codegen.llvm_backend import assembly
-from luthier.codegen.llvm_printer import print_kernels
-from luthier.codegen.target import parse_target
+from luthier.codegen.llvm.backend import assembly
+from luthier.codegen.llvm.printer import print_kernels
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Compute, axis, pull, sum_
 from luthier.ir.dtypes import f32, from_numpy, i32, u8
 from luthier.ir.expr import Expr, cast, const, load, maximum, minimum, unary
@@ -268,8 +268,8 @@ def test_winograd_is_exact(m: int, h: int, c: int, oc: int, zx: int, pad: int, x
 
 def test_winograd_refuses_what_may_overflow(rng: np.random.Generator) -> None:
     """64 * y must fit 32 bits: 3 * 3 * 288 products of 255 and 127 do not, 16 do."""
-    from luthier.schedules import winograd_integer
-    from luthier.schedules.schedule import schedule
+    from luthier.schedules.base.schedule import schedule
+    from luthier.schedules.cpu import winograd_integer
 
     caps = parse_target("cpu:x86-64-v3").caps
     for c, fits in ((16, True), (288, False)):

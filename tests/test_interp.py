@@ -21,7 +21,7 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
-from luthier.ir.interp import evaluate_expr, run_func
+from luthier.ir.interpret.loops import evaluate_expr, run_func
 from luthier.ir.loop import Alloc, Barrier, Buffer, Call, For, Func, If, Let, Store, While, block
 
 n = var("n", lo=1)

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.llvm_backend import assembly
-from luthier.codegen.llvm_printer import print_kernels
-from luthier.codegen.target import parse_target
+from luthier.codegen.llvm.backend import assembly
+from luthier.codegen.llvm.printer import print_kernels
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.compute import Axis, Compute, axis, pull, sum_
 from luthier.ir.dtypes import DType, f32, i8, i16, i32, u8
 from luthier.ir.expr import call, cast, const, load, ramp
-from luthier.ir.intrin import Instruction, lookup
+from luthier.ir.interpret.loops import evaluate_intrinsic
+from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer, Func, Store
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.integer_packing import CenteredPacking
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, ScheduleError, annotate, pack, reorder, schedule, split, tensorize
+from luthier.schedules.cpu.integer_packing import CenteredPacking
 from luthier.schedules.intrin import ALL, usable, x86
-from luthier.schedules.lower import lower
-from luthier.schedules.schedule import Schedule, ScheduleError, annotate, pack, reorder, schedule, split, tensorize
 from tests.test_llvm import run, runnable
 
 Array = np.ndarray[Any, Any]
@@ -54,7 +55,7 @@ def expected(i: Instruction, acc: Array, a: Array, b: Array) -> Array:
 def test_meaning(i: Instruction, lanes: int, rng: np.random.Generator) -> None:
     acc, a, b = numbers(i.acc, lanes * 2, rng)[:lanes], numbers(i.a, lanes * i.group + 4, rng), numbers(i.b, lanes * i.group + 4, rng)
     a, b = a[: lanes * i.group], b[: lanes * i.group]
-    got = lookup(i.name).evaluate(i.acc.vec(lanes), (), acc, a, b)
+    got = evaluate_intrinsic(call(i.name, i.acc.vec(lanes), *i.operands(lanes)), acc, a, b)
     np.testing.assert_allclose(got, expected(i, acc, a, b), rtol=1e-5 if i.acc.is_float else 0, atol=1e-5 if i.acc.is_float else 0)
 
 
@@ -131,7 +132,7 @@ def test_tensorize_golden() -> None:
 
 
 def test_tensorize_computes_the_product(rng: np.random.Generator) -> None:
-    from luthier.ir.interp import run_func
+    from luthier.ir.interpret.loops import run_func
 
     s = tensorize(tiled(), "y.k.1", x86.PMADDWD)
     a, b = rng.integers(-300, 300, (3, 6)).astype(np.int16), rng.integers(-128, 128, (6, 8)).astype(np.int8)

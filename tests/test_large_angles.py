@@ -13,7 +13,7 @@ from luthier.errors import TargetError
 from luthier.ir.dtypes import f32, f64
 from luthier.ir.expr import load, unary, walk
 from luthier.ir.loop import Buffer, For, Func, If, Store, walk_stmts
-from luthier.passes.expand_math import expand_math
+from luthier.passes.loop.expand_math import expand_math
 
 Array = np.ndarray[Any, Any]
 REF = {"Sin": np.sin, "Cos": np.cos, "Tan": np.tan}
@@ -55,7 +55,7 @@ def test_any_angle(op: str, dt: Any, target: str) -> None:
         if dt is np.float64:
             pytest.skip("WGSL has no f64")
         pytest.importorskip("wgpu")
-        from luthier.webgpu_device import device
+        from luthier.backends.webgpu_device import device
 
         try:
             device()

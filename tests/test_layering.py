@@ -38,7 +38,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def layer_of(module: str) -> str:
-    """The layer that a luthier module belongs to: ``luthier.ir.expr`` -> ir, ``luthier.cli`` -> compiler."""
+    """The layer that a luthier module belongs to: ``luthier.ir.expr`` -> ir, ``luthier.cli.commands`` -> compiler."""
     second = module.split(".")[1] if "." in module else ""
     return second if second in LAYERS else "compiler"
 
@@ -79,7 +79,7 @@ def test_source_file(path: Path) -> None:
     ("path", "text", "expected"),
     [
         ("ir/a.py", "from luthier.passes.fold import f", "ir imports luthier.passes.fold"),
-        ("ir/a.py", "import luthier.cli", "ir imports luthier.cli"),
+        ("ir/a.py", "import luthier.cli.commands", "ir imports luthier.cli.commands"),
         ("ir/a.py", "from luthier import codegen", "ir imports luthier.codegen"),
         ("schedules/a.py", "def f():\n    from luthier.codegen.llvm import g", "schedules imports luthier.codegen.llvm"),
         ("passes/a.py", "from . import b", "relative import"),

@@ -18,9 +18,9 @@ from onnx.reference import ReferenceEvaluator
 
 from benchmarks.llm_onnx import Runtime, greedy
 from luthier import llm
-from luthier.cli import luthier as luthier_command
+from luthier.cli.commands import luthier as luthier_command
 from luthier.errors import InputError, InvalidModel, TargetError
-from luthier.importers.onnx_language import decoder_graph
+from luthier.importers.onnx.language import decoder_graph
 from luthier.pipeline import run_graph_passes
 
 Array = np.ndarray[Any, Any]
@@ -351,7 +351,8 @@ def test_bad_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("masked", [None, "rows", "heads", "nothing"])
 def test_attention_over_caches(heads: int, masked: str | None) -> None:
     """Against the softmax in f64, for prompts and single tokens; what lies behind the filled positions is NaN and must not be read."""
-    from luthier.importers.builder import GraphBuilder, compile_graph
+    from luthier.build_graph import compile_graph
+    from luthier.importers.builder import GraphBuilder
     from luthier.ir.dtypes import f32, u8
     from luthier.ir.expr import var
 

@@ -10,12 +10,12 @@ import pytest
 
 from benchmarks.llama_numpy import Reference
 from luthier import llm
-from luthier.cli import main
+from luthier.cli.commands import main
 from luthier.errors import InputError, InvalidModel, QuantizationError
-from luthier.importers.gguf import read_gguf
-from luthier.importers.requantize import permute_rows, stack_blocks
-from luthier.passes.prune_groups import prune_groups
-from luthier.passes.quantize_weights import quantize
+from luthier.importers.gguf.file import read_gguf
+from luthier.importers.gguf.requantize import permute_rows, stack_blocks
+from luthier.passes.quantize.prune_groups import prune_groups
+from luthier.passes.quantize.quantize_weights import quantize
 from tests.test_gguf import tiny
 
 Array = np.ndarray[Any, Any]

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from luthier import llm
+from luthier.build_graph import compile_graph
 from luthier.errors import InputError, InvalidModel, ShapeError
-from luthier.importers.builder import GraphBuilder, compile_graph
-from luthier.importers.gguf import GGUF, read_gguf
+from luthier.importers.builder import GraphBuilder
+from luthier.importers.gguf.file import GGUF, read_gguf
 from luthier.ir.dtypes import f32, i8, i64
 from luthier.ir.expr import var
 from luthier.ir.ops.experts import pack_experts

@@ -1,4 +1,4 @@
-"""The LLVM printer against the meaning of the operators (numpy, ``luthier.ir.semantics``), and what it may never emit."""
+"""The LLVM printer against the meaning of the operators (numpy, ``luthier.ir.interpret.semantics``), and what it may never emit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.llvm_backend import Library, assembly, compile_text
-from luthier.codegen.llvm_printer import parallel_loop, print_kernels
-from luthier.codegen.target import Target, host, parse_target
+from luthier.codegen.llvm.backend import Library, assembly, compile_text
+from luthier.codegen.llvm.printer import parallel_loop, print_kernels
+from luthier.codegen.targets.target import Target, host, parse_target
 from luthier.errors import CompilationError, TargetError
 from luthier.ir.compute import Compute, axis, pull, sum_
 from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, f64, i8, i16, i32, i64, index, u8, u16, u32, u64
@@ -32,8 +32,8 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
+from luthier.ir.interpret.semantics import convert, evaluate
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, If, Let, Store, While
-from luthier.ir.semantics import convert, evaluate
 from luthier.schedules.select import build
 
 Array = np.ndarray[Any, Any]
@@ -445,7 +445,7 @@ def test_a_register_stored_only_in_dead_code_keeps_its_value() -> None:
 
 
 def test_arguments_that_share_memory_are_not_promised_apart() -> None:
-    from luthier.build import aliased_kernels
+    from luthier.backends.cpu import aliased_kernels
     from luthier.ir.loop import Call
     from luthier.ir.program import Program
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper as h
 
 import luthier
-from luthier.schedules.schedule import RUN
+from luthier.schedules.base.schedule import RUN
 
 Array = np.ndarray[Any, Any]
 # Equal positive terms round to the same side: their sum is as wrong as a sum of its length gets. Two levels of runs, lanes, pieces.

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
-from luthier.codegen.target import parse_target
+from luthier.build_graph import compile_graph
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import LuthierError, TypeMismatch
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph
 from luthier.ir.ops.lowbit import pack_bits, unpack_bits
 from luthier.ir.ops.lowbit_matmul import pack_trits, unpack_trits
 from luthier.schedules.intrin.byte_vectors import FEATURE
-from luthier.schedules.lowbit_layout import pack_words, pieces
-from luthier.schedules.lut_gemv import pack_triples, patterns, triple_bytes, triples
+from luthier.schedules.lowbit.lut_gemv import pack_triples, patterns, triple_bytes, triples
+from luthier.schedules.lowbit.packed_layout import pack_words, pieces
 
 Array = np.ndarray[Any, Any]
 BYTES = {FEATURE, "pmaddwd"} <= parse_target("cpu").caps.features

@@ -13,14 +13,14 @@ from click.testing import CliRunner
 
 import luthier
 import luthier.pipeline as pipeline
-from luthier.cli import luthier as command
-from luthier.codegen.target import parse_target
+from luthier.cli.commands import luthier as command
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import TuningError
 from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.ops.lowbit import pack_bits
 from luthier.schedules.select import Kernels, Record
 from luthier.tuner.choose import MARGIN, Chooser

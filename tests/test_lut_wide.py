@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import luthier.pipeline as pipeline
-from luthier.codegen.llvm_backend import assembly, kernel_text
-from luthier.codegen.target import parse_target
+from luthier.codegen.llvm.backend import assembly, kernel_text
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.graph import Graph
-from luthier.ir.interp import run_func
-from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.lower_subbyte import lower_subbyte
-from luthier.schedules.lut_gemv import pack_planes, trits
-from luthier.schedules.lut_wide import ENTRIES, pack_quintuples
+from luthier.ir.interpret.loops import run_func
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
+from luthier.schedules.lowbit.lut_gemv import pack_planes, trits
+from luthier.schedules.lowbit.lut_wide import ENTRIES, pack_quintuples
 from luthier.schedules.select import Kernels, Record
 from tests.emulated import Array, arrays, missing, run_emulated
 from tests.test_lowbit import ROUNDED, nmse, product

@@ -9,11 +9,11 @@ import pytest
 
 from luthier.ir.dtypes import bf16, f16, f32, f64, i8, i32, u32
 from luthier.ir.expr import UNARY, bcast, binary, const, load, unary, var, walk
-from luthier.ir.interp import evaluate_expr, run_func
+from luthier.ir.interpret.loops import evaluate_expr, run_func
 from luthier.ir.loop import Buffer, For, Func, Store
 from luthier.ir.math_rules import RULES, expand_expr, expand_op
 from luthier.ir.verify import TRANSCENDENTAL, verify
-from luthier.passes.expand_math import expand_math
+from luthier.passes.loop.expand_math import expand_math
 
 REF = {
     "exp": np.exp, "exp2": np.exp2, "expm1": np.expm1, "log": np.log, "log2": np.log2, "log1p": np.log1p, "tanh": np.tanh,

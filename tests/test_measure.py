@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from luthier.codegen.target import host, parse_target
+from luthier.codegen.targets.target import host, parse_target
 from luthier.errors import TuningError
 from luthier.ir.compute import Compute, axis, pull, sum_
 from luthier.ir.dtypes import f32

@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.importers.onnx import import_onnx
-from luthier.passes.legalize_operators import legalize_operators
+from luthier.importers.onnx.importer import import_onnx
+from luthier.passes.graph.legalize_operators import legalize_operators
 
 Array = np.ndarray[Any, Any]
 H, I, E, K, T = 32, 48, 5, 2, 7

@@ -199,7 +199,7 @@ def test_random_graph(target: str, seed: int) -> None:
 def webgpu_device() -> None:
     """Skips where there is none."""
     pytest.importorskip("wgpu")
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()

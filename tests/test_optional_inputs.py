@@ -17,8 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
+from luthier.backends.native import WORDS, Functions
 from luthier.errors import InputError, InvalidModel
-from luthier.native import WORDS, Functions
 
 NODE = shutil.which("node")
 SCALE, BIAS = np.array([2, 3, 4], np.float32), np.array([[1], [5]], np.float32)

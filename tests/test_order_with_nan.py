@@ -128,7 +128,7 @@ def module(m: onnx.ModelProto, target: str) -> Any:
         pytest.importorskip("wasmtime")
     elif target == "webgpu":
         pytest.importorskip("wgpu")
-        from luthier.webgpu_device import device
+        from luthier.backends.webgpu_device import device
 
         try:
             device()

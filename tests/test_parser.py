@@ -25,7 +25,7 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import EMPTY, Alloc, Barrier, Buffer, Call, For, Func, If, Let, Store, While, block
 from luthier.ir.parser import parse_func, parse_funcs
 from luthier.ir.verify import verify

@@ -10,13 +10,13 @@ import onnx.parser
 import pytest
 
 from luthier.errors import KernelError
-from luthier.importers.onnx import import_onnx
-from luthier.ir.evaluate import evaluate_graph
+from luthier.importers.onnx.importer import import_onnx
+from luthier.ir.interpret.evaluate import evaluate_graph
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.loop import Call, walk_stmts
 from luthier.ir.program import Program
-from luthier.ir.run_program import run_program
 from luthier.pipeline import compile_program
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.base.capabilities import Capabilities
 
 
 def check(body: str, feeds: dict[str, Any], opset: int = 20, rtol: float = 1e-5) -> Program:

@@ -11,13 +11,13 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import const, load, var
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, block
 from luthier.ir.program import Program
 from luthier.module import Module
-from luthier.passes.poison_memory import poison_memory
+from luthier.passes.program.poison_memory import poison_memory
 from luthier.schedules.select import build
 from tests import test_loops, test_open_extents, test_sequences
 from tests.conformance.test_sample import PASSING, run

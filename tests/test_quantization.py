@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import luthier
-from luthier.calibrate import collect, collect_outputs, load_graph, read_data, weight_layers
-from luthier.cli import luthier as command
+from luthier.cli.commands import luthier as command
 from luthier.errors import InputError, LuthierError, QuantizationError
-from luthier.passes.insert_qdq import parameters
-from luthier.passes.smooth_activations import smooth_activations, smoothing
-from luthier.quantize_half import audit_range
-from luthier.quantize_mixed import hull_steps, spend
+from luthier.passes.quantize.insert_qdq import parameters
+from luthier.passes.quantize.smooth_activations import smooth_activations, smoothing
+from luthier.quantization.calibrate import collect, collect_outputs, load_graph, read_data, weight_layers
+from luthier.quantization.half import audit_range
+from luthier.quantization.mixed import hull_steps, spend
 
 RNG = np.random.default_rng(11)
 
@@ -395,7 +395,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_estimate_says_so() -> None:
-    from luthier.codegen.ceilings import Ceilings
+    from luthier.codegen.targets.ceilings import Ceilings
 
     q = luthier.quantize(products(), "w4")
     q.report.estimate_speed(Ceilings(1, 100.0, {"L1": 100.0, "DRAM": 10.0}, {"L1": 1000}, ""))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.errors import QuantizationError
-from luthier.passes.compensate_errors import inverse_factor
-from luthier.passes.quantize_weights import METHODS, QuantizedWeight, fit_group, output_error, quantize
-from luthier.passes.weight_grid import WIDTHS
+from luthier.passes.quantize.compensate_errors import inverse_factor
+from luthier.passes.quantize.quantize_weights import METHODS, QuantizedWeight, fit_group, output_error, quantize
+from luthier.passes.quantize.weight_grid import WIDTHS
 
 
 def weights(n: int, k: int, seed: int = 0) -> np.ndarray:

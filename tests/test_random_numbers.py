@@ -16,7 +16,7 @@ from luthier.errors import TypeMismatch, UnsupportedOperator
 from luthier.ir.dtypes import bf16, f16, f32, f64, u32
 from luthier.ir.expr import const
 from luthier.ir.graph import Node, TensorType, Value
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.math_rules import expand_expr
 from luthier.ir.ops.random_numbers import encipher, encipher_arrays
 

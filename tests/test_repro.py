@@ -13,14 +13,14 @@ import onnx.parser
 import pytest
 
 import luthier
-from luthier.cli import _entry
-from luthier.cli import luthier as command
+from luthier.cli.commands import entry
+from luthier.cli.commands import luthier as command
+from luthier.debug.override import override_kernels
+from luthier.debug.reduce import kernel_check, outcome, reduce_kernel, reduce_model
+from luthier.debug.repro import read_bundle, signature
 from luthier.errors import CompilationError, InputError, SettingError, UnsupportedOperator
 from luthier.ir.op import REGISTRY, load_all
 from luthier.ir.parser import parse_func
-from luthier.override import override_kernels
-from luthier.reduce import kernel_check, outcome, reduce_kernel, reduce_model
-from luthier.repro import read_bundle, signature
 from tests.replay.models import model
 
 TEXT = """g (float[N, 8] x) => (float[N, 8] y, float[N, 8] z) {
@@ -74,7 +74,7 @@ def test_a_defect_leaves_a_bundle(broken: None, bundles: Path) -> None:
 
 def test_the_same_failure_has_one_bundle_and_old_ones_go(broken: None, bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundle_of(failure()) == bundle_of(failure())
-    monkeypatch.setattr("luthier.repro.BUNDLES", 2)
+    monkeypatch.setattr("luthier.debug.repro.BUNDLES", 2)
     for k in range(3):
         failure(threads=k + 1)
     assert len(list(bundles.iterdir())) == 2
@@ -87,7 +87,7 @@ def test_large_weights_are_left_out(bundles: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*args: Any, **options: Any) -> Any:
         raise CompilationError("no registers left")
 
-    monkeypatch.setattr("luthier.build.print_main", refuse)
+    monkeypatch.setattr("luthier.backends.cpu.print_main", refuse)
     with pytest.raises(CompilationError, match="no registers left.*repro bundle: ") as e:
         luthier.compile(m)
     assert e.value.bundle is not None
@@ -120,7 +120,7 @@ def test_signatures_ignore_names_and_numbers() -> None:
 def test_model_is_reduced_to_the_node(broken: None, bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = bundle_of(failure())
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["reduce", str(path)])
+        entry(command, ["reduce", str(path)])
     assert e.value.code == 0
     small = onnx.load(path / "reduced.onnx")
     assert [n.op_type for n in small.graph.node] == ["HardSigmoid"] and not small.graph.initializer
@@ -144,14 +144,14 @@ def test_a_reduced_model_keeps_what_it_needs() -> None:
 def test_what_does_not_fail_is_not_reduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx.save(parsed(), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["reduce", str(tmp_path / "m.onnx")])
+        entry(command, ["reduce", str(tmp_path / "m.onnx")])
     assert e.value.code == 2 and "does not fail here" in capsys.readouterr().err
 
 
 def test_a_command_decides(tmp_path: Path) -> None:
     onnx.save(parsed(), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["reduce", str(tmp_path / "m.onnx"), "--check", "sh -c '! grep -q Tanh {}'", "-o", str(tmp_path / "small.onnx")])
+        entry(command, ["reduce", str(tmp_path / "m.onnx"), "--check", "sh -c '! grep -q Tanh {}'", "-o", str(tmp_path / "small.onnx")])
     assert e.value.code == 0
     assert [n.op_type for n in onnx.load(tmp_path / "small.onnx").graph.node] == ["Tanh"]
 
@@ -173,7 +173,7 @@ KERNEL = """func k(x: f32[64] readonly, y: f32[64], z: f32[64], n: index):
 def test_kernel_is_reduced_to_the_statement(tmp_path: Path) -> None:
     (tmp_path / "k.txt").write_text(KERNEL)
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["reduce", str(tmp_path / "k.txt")])
+        entry(command, ["reduce", str(tmp_path / "k.txt")])
     assert e.value.code == 0
     small = parse_func((tmp_path / "k.reduced.txt").read_text())
     assert str(small).splitlines() == ["func k(y: f32[64], n: index):", "  call no.such.thing(&y, n)"]
@@ -226,9 +226,9 @@ def test_a_kernel_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_kernels_written_and_read_back_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.codegen.target import parse_target
-    from luthier.importers.onnx import import_onnx
-    from luthier.override import write_kernels
+    from luthier.codegen.targets.target import parse_target
+    from luthier.debug.override import write_kernels
+    from luthier.importers.onnx.importer import import_onnx
     from luthier.pipeline import compile_program
 
     program = compile_program(import_onnx(model("indexing")), parse_target("cpu:x86-64-v3").caps)
@@ -245,14 +245,14 @@ def test_kernels_written_and_read_back_are_the_same(tmp_path: Path, monkeypatch:
 def test_chrome_trace(tmp_path: Path) -> None:
     onnx.save(parsed(), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["bench", str(tmp_path / "m.onnx"), "--runs", "2", "--shape", "x=4x8", "--no-profile", "--trace", str(tmp_path / "t.json")])
+        entry(command, ["bench", str(tmp_path / "m.onnx"), "--runs", "2", "--shape", "x=4x8", "--no-profile", "--trace", str(tmp_path / "t.json")])
     assert e.value.code == 0
     trace = json.loads((tmp_path / "t.json").read_text())
     calls = [v for v in trace["traceEvents"] if v["ph"] == "X"]
     assert calls and all(v["dur"] >= 0 and v["args"]["nodes"] for v in calls)
     assert all(abs(b["ts"] - a["ts"] - a["dur"]) < 0.01 for a, b in zip(calls, calls[1:]))
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["bench", str(tmp_path / "m.onnx"), "--runs", "1", "--trace", str(tmp_path / "no" / "t.json")])
+        entry(command, ["bench", str(tmp_path / "m.onnx"), "--runs", "1", "--trace", str(tmp_path / "no" / "t.json")])
     assert e.value.code == 2
 
 

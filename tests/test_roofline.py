@@ -13,18 +13,18 @@ import numpy as np
 import onnx.parser
 import pytest
 
-from luthier.cli import _entry
-from luthier.cli import luthier as command
-from luthier.codegen.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
-from luthier.codegen.target import parse_target
+from luthier.cli.commands import entry
+from luthier.cli.commands import luthier as command
+from luthier.codegen.targets.ceilings import Ceilings, compiled_dots, dot_peak, dots, lanes
+from luthier.codegen.targets.target import parse_target
+from luthier.debug.roofline import Roofline, analyse, draw, judge, work_of_calls
+from luthier.debug.work import count_work
 from luthier.errors import InputError, TargetError
-from luthier.importers.onnx import import_onnx
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import const, load, var
 from luthier.ir.loop import Buffer, For, Func, If, Let, Store, block
 from luthier.pipeline import compile_program
-from luthier.roofline import Roofline, analyse, draw, judge, work_of_calls
-from luthier.work import count_work
 
 ROOF = Ceilings(1, 100.0, {"L1": 200.0, "L2": 100.0, "L3": 50.0, "DRAM": 20.0}, {"L1": 32 << 10, "L2": 512 << 10, "L3": 16 << 20}, "test")
 
@@ -65,7 +65,7 @@ def test_a_product_counts_two_operations_a_term(rows: int) -> None:
 
 
 def test_only_the_rows_looked_up_count() -> None:
-    (work,) = works(parsed("g (int64[N] j) => (float[N, 8] y) { y = Gather(t, j) }", t=random(1000, 8)), j=np.arange(5))
+    *_, work = works(parsed("g (int64[N] j) => (float[N, 8] y) { y = Gather(t, j) }", t=random(1000, 8)), j=np.arange(5))
     assert work[2] == 5 * 8 * 4 and work[3] == 5 * 8 + 5 * 8 * 4
 
 
@@ -155,17 +155,17 @@ def test_names_cannot_break_the_page(report: Roofline, tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.roofline.measure", lambda threads: ROOF)
+    monkeypatch.setattr("luthier.debug.roofline.measure", lambda threads: ROOF)
     onnx.save(parsed("g (float[N, 64] x) => (float[N, 64] y) { a = MatMul(x, w)  y = Relu(a) }", w=random(64, 64)), tmp_path / "m.onnx")
     with pytest.raises(SystemExit) as e:
-        _entry(command, ["roofline", str(tmp_path / "m.onnx"), "--shape", "x=8x64", "--runs", "2", "--threads", "1", "--json", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.svg")])
+        entry(command, ["roofline", str(tmp_path / "m.onnx"), "--shape", "x=8x64", "--runs", "2", "--threads", "1", "--json", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.svg")])
     assert e.value.code == 0
     out = capsys.readouterr().out
     assert "matmul" in out and "compute" in out and "100 GFLOP/s f32 FMA" in out
     assert json.loads((tmp_path / "r.json").read_text())["kernels"] and (tmp_path / "r.svg").exists()
     for words in (["roofline", str(tmp_path / "none.onnx")], ["roofline", str(tmp_path / "m.onnx"), "-o", "x.png"]):
         with pytest.raises(SystemExit) as e:
-            _entry(command, words)
+            entry(command, words)
         assert e.value.code == 2
 
 

@@ -24,7 +24,7 @@ from luthier.ir.expr import Expr, const, load, var
 from luthier.ir.loop import Block, Buffer, Call, For, Func, Let, Store, While
 from luthier.ir.program import Program
 from luthier.module import Module
-from luthier.passes.plan_memory import plan_memory
+from luthier.passes.program.plan_memory import plan_memory
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 @pytest.fixture(autouse=True)
 def _every_thread_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small as the models here are, all threads take part."""
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 1)
 
 
 def model(nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[tuple[str, int]], weights: dict[str, Array] | None = None) -> Any:
@@ -349,7 +349,7 @@ def test_kernels_that_differ_only_in_their_extent() -> None:
 
 def test_small_models_use_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of threads follows the extents of the call; the results do not."""
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 20_000)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 20_000)
     program, _ = _chain(6)
     many, one = Module.from_program(program, "cpu", 4), Module.from_program(program, "cpu", 1)
     for n in (1, 500, 3000, 9000, 200_000, 10):
@@ -361,9 +361,9 @@ def test_small_models_use_fewer_threads(monkeypatch: pytest.MonkeyPatch) -> None
 def test_compiles_for_other_machines(name: str) -> None:
     """In a process of its own: what LLVM cannot print ends the process."""
     code = f"""
-from luthier.codegen.llvm_backend import compile_text
-from luthier.codegen.llvm_main import runtime_text
-from luthier.codegen.target import parse_target
+from luthier.codegen.llvm.backend import compile_text
+from luthier.codegen.llvm.main import runtime_text
+from luthier.codegen.targets.target import parse_target
 t = parse_target({name!r})
 data = compile_text(runtime_text(t), t)
 assert data[:4] == b"\\x7fELF", data[:4]

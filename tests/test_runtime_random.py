@@ -10,9 +10,9 @@ import pytest
 
 from luthier.ir.dtypes import f32, i64, index
 from luthier.ir.expr import Expr, const, load, var
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.loop import Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While
 from luthier.ir.program import Program
-from luthier.ir.run_program import run_program
 from luthier.module import Module
 
 ZERO = (const(0),)
@@ -20,8 +20,8 @@ ZERO = (const(0),)
 
 @pytest.fixture(autouse=True)
 def _share_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
-    monkeypatch.setattr("luthier.codegen.sharing.SMALL_WORK", 0)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.SMALL_WORK", 0)
 
 
 def mix(kind: str) -> Func:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier import serve
+from luthier.cli import serve
 
 
 @pytest.fixture

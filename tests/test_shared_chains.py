@@ -13,10 +13,10 @@ import luthier
 from luthier.errors import CompilationError, InvalidModel
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import bounds, cast, const, free_vars, substitute, tree_size, var
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Buffer, For, Func, Store
 from luthier.ir.printer import format_func
-from luthier.passes.place_lets import place_lets
+from luthier.passes.loop.place_lets import place_lets
 
 LONG = 40  # steps; 2**40 paths
 Chain = tuple[list[Any], str]

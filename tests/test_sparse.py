@@ -10,16 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.codegen.target import parse_target
+from luthier.build_graph import compile_graph
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import LuthierError, ShapeError, TypeMismatch
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.ops.sparse_matmul import BlockSparse, quantize_blocks
-from luthier.ir.run_program import run_program
 from luthier.pipeline import compile_program
-from luthier.schedules.sparse_pattern import BUNDLE_WORK, split_tasks
+from luthier.schedules.lowbit.sparse_pattern import BUNDLE_WORK, split_tasks
 
 Array = np.ndarray[Any, Any]
 FIXED, EXACT = 1e-8, 1e-10  # NMSE against f64 with the rounded activations: scales of 14 bits, f32 sums
@@ -286,8 +287,8 @@ def test_saved_as_onnx_for_other_runtimes(block: int, k: int, bits: int, zeros: 
     """Dropped blocks are zeros of a dense product that onnxruntime runs; ``form="luthier"`` keeps what is stored."""
     import onnxruntime
 
-    from luthier.export_onnx import export_onnx
-    from luthier.importers.onnx import import_onnx
+    from luthier.importers.onnx.importer import import_onnx
+    from luthier.quantization.export_onnx import export_onnx
 
     rng = np.random.default_rng(block + k)
     w = random_blocks(24, k, block, bits, 0.5, rng, zeros)

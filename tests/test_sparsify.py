@@ -14,9 +14,9 @@ from luthier.errors import QuantizationError
 from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.graph import Graph
-from luthier.passes.prune_groups import prune_groups, saliency, select_groups
-from luthier.passes.quantize_weights import output_error
-from luthier.sparsify import sparsify
+from luthier.passes.quantize.prune_groups import prune_groups, saliency, select_groups
+from luthier.passes.quantize.quantize_weights import output_error
+from luthier.quantization.sparsify import sparsify
 
 Array = np.ndarray[Any, Any]
 
@@ -112,7 +112,7 @@ def test_each_step_of_recovery_gains() -> None:
     before, blocks, ends = (small.steps[s]["y"] for s in ("compensate", "block-wise", "end-to-end"))
     assert blocks < 0.9 * before and ends <= blocks * 1.001
     fresh = [{"x": rng.standard_normal((16, 64)).astype(np.float32)} for _ in range(8)]
-    from luthier.quantize_report import compare_graphs
+    from luthier.quantization.report import compare_graphs
 
     plain = sparsify(graph, 0.5, calibration=data)
     unseen = [compare_graphs(graph, g.graph, fresh, {}, 0)[0]["y"].nmse for g in (plain, small)]
@@ -180,7 +180,7 @@ def run_numpy(graph: Graph, weights: dict[str, Array], x: Array) -> Array:
 
 def test_layers_make_up_for_what_was_lost_before_them() -> None:
     """Against the same pruning of every layer by itself, with the original's activations, on inputs that neither has seen."""
-    from luthier.calibrate import collect, read_data, weight_layers
+    from luthier.quantization.calibrate import collect, read_data, weight_layers
 
     rng = np.random.default_rng(2)
     graph = residual_network(rng)
@@ -197,8 +197,8 @@ def test_layers_make_up_for_what_was_lost_before_them() -> None:
 
 
 def test_what_a_product_is_added_to() -> None:
-    from luthier.calibrate import weight_layers
-    from luthier.prune_sequence import residual
+    from luthier.quantization.calibrate import weight_layers
+    from luthier.quantization.prune_sequence import residual
 
     graph = residual_network(np.random.default_rng(0), layers=2)
     found = [residual(graph, x) for x in weight_layers(graph)]

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper as h
 
-from luthier.terminal import printable
+from luthier.cli.terminal import printable
 
 EVIL = "\x1b[2J\x07\u202e[bold]x\x9b31m\n\u2028\u200b"
 
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )  # fmt: skip
 def test_commands(model: Path, words: list[str]) -> None:
     np.save(f"{model}.npy", np.zeros((1, 4), np.float32))
-    code = "import sys; from luthier.cli import main; main()"
+    code = "import sys; from luthier.cli.commands import main; main()"
     done = subprocess.run([sys.executable, "-c", code, *(w.format(model) for w in words)], capture_output=True, check=False)
     text = (done.stdout + done.stderr).decode()
     assert done.returncode in (0, 2), text

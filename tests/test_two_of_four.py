@@ -9,15 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.codegen.target import parse_target
+from luthier.build_graph import compile_graph
+from luthier.codegen.targets.target import parse_target
 from luthier.errors import ShapeError, TypeMismatch
-from luthier.importers.builder import GraphBuilder, compile_graph
+from luthier.importers.builder import GraphBuilder
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import var
 from luthier.ir.graph import Graph
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.ops.two_of_four import TwoOfFour, pack_two_of_four, unpack_two_of_four
-from luthier.ir.run_program import run_program
-from luthier.passes.prune_two_of_four import prune_two_of_four
+from luthier.passes.quantize.prune_two_of_four import prune_two_of_four
 from luthier.pipeline import compile_program
 
 Array = np.ndarray[Any, Any]
@@ -158,7 +159,7 @@ def test_bad_input() -> None:
 def test_saved_as_onnx_for_other_runtimes(bits: int, group: int) -> None:
     import onnxruntime
 
-    from luthier.export_onnx import export_onnx
+    from luthier.quantization.export_onnx import export_onnx
 
     rng = np.random.default_rng(bits)
     w = random_weights(24, 96, bits, group, rng)
@@ -190,7 +191,7 @@ def test_a_model_is_pruned_compiled_and_saved(tmp_path: Any) -> None:
     import onnxruntime
 
     from luthier.errors import QuantizationError
-    from luthier.sparsify import sparsify
+    from luthier.quantization.sparsify import sparsify
 
     rng = np.random.default_rng(0)
     b = GraphBuilder("mlp")

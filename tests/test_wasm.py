@@ -18,16 +18,16 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
-from luthier.codegen.target import parse_target
-from luthier.codegen.wasm_main import ProgramPrinter
+from luthier.backends.wasm_module import VARIANTS, WasmModule
+from luthier.codegen.targets.target import parse_target
+from luthier.codegen.wasm.main import ProgramPrinter
 from luthier.errors import ArtifactError, CompilationError, InputError, KernelError, TargetError
 from luthier.ir.dtypes import f32, i64, index
 from luthier.ir.expr import Expr, const, load, var
+from luthier.ir.interpret.programs import run_program
 from luthier.ir.loop import Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, walk_stmts
 from luthier.ir.program import Program
-from luthier.ir.run_program import run_program
 from luthier.module import Module
-from luthier.wasm_module import VARIANTS, WasmModule
 
 wasmtime = pytest.importorskip("wasmtime")
 
@@ -38,8 +38,8 @@ ZERO = (const(0),)
 @pytest.fixture(autouse=True)
 def _every_thread_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small as the models here are, all threads take part."""
-    monkeypatch.setattr("luthier.codegen.sharing.THREAD_WORK", 1)
-    monkeypatch.setattr("luthier.codegen.sharing.SMALL_WORK", 0)
+    monkeypatch.setattr("luthier.codegen.program.sharing.THREAD_WORK", 1)
+    monkeypatch.setattr("luthier.codegen.program.sharing.SMALL_WORK", 0)
 
 
 def model(nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[tuple[str, int]], weights: dict[str, Array] | None = None) -> Any:

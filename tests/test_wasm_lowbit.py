@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.codegen.wasm import legalize_wasm
-from luthier.importers.builder import compile_graph
+from luthier.build_graph import compile_graph
+from luthier.codegen.wasm.printer import legalize_wasm
 from luthier.ir.dtypes import DType, f32, i8, i16, i32, u8, u16
 from luthier.ir.expr import Expr, bitcast, call, cast, const, load, ramp, shuffle, var
 from luthier.ir.intrin import lookup
@@ -26,7 +26,7 @@ VARIANTS = ["simd", "relaxed"]
 
 def computed(value: Expr, relaxed: bool, **inputs: Array) -> Array:
     """``value``, a vector that reads the buffers ``inputs``, by WebAssembly."""
-    from luthier.codegen.wasm_run import run_wasm
+    from luthier.codegen.wasm.run import run_wasm
 
     d = value.dtype
     out = Buffer("out", d.scalar, (const(d.lanes),), "param", True)

@@ -25,7 +25,7 @@ from onnx import TensorProto, helper
 import luthier
 from benchmarks import browser as browsers
 from benchmarks.browser import Browser, Page
-from luthier import serve
+from luthier.cli import serve
 
 pytestmark = pytest.mark.skipif(bool(browsers.missing()), reason=browsers.missing() or "-")
 TARGETS = ("wasm", "webgpu")

@@ -20,7 +20,8 @@ import pytest
 import luthier
 from benchmarks import browser as browsers
 from benchmarks.browser import NODE_MODULES, Browser
-from luthier import llm, serve
+from luthier import llm
+from luthier.cli import serve
 from tests.test_gguf import forward, tiny
 from tests.test_web_browser import model
 

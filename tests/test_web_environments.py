@@ -23,7 +23,7 @@ import pytest
 import luthier
 from benchmarks import browser as browsers
 from benchmarks.browser import NODE_MODULES, Browser, engines
-from luthier import serve
+from luthier.cli import serve
 from tests.test_web_browser import model
 
 NODE = shutil.which("node")

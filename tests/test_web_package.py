@@ -21,10 +21,10 @@ import pytest
 from onnx import TensorProto, helper
 
 import luthier
-from luthier.codegen.host_js import print_host_js
+from luthier.backends.web_package import read_weights, write_package
+from luthier.cli.serve import make_server
+from luthier.codegen.gpu.host_js import print_host_js
 from luthier.errors import ArtifactError
-from luthier.serve import make_server
-from luthier.web_package import read_weights, write_package
 
 NODE = shutil.which("node")
 node = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -279,7 +279,7 @@ def test_node_has_no_webgpu(packages: dict[str, Path]) -> None:
 def test_probe_of_dot_products() -> None:
     """The module with which the loader tries relaxed dot products gives 1 under wasmtime."""
     wasmtime = pytest.importorskip("wasmtime")
-    from luthier.build_wasm import probes
+    from luthier.backends.wasm import probes
 
     store = wasmtime.Store()
     module = wasmtime.Module(store.engine, base64.b64decode(probes()["dot"]))

@@ -15,8 +15,8 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 import luthier
+from luthier.backends.webgpu_module import WebGpuModule
 from luthier.errors import InputError, KernelError, LuthierError, OutOfMemoryError, TargetError
-from luthier.webgpu_module import WebGpuModule
 
 pytest.importorskip("wgpu")
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def _adapter() -> None:
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()
@@ -255,7 +255,7 @@ def test_artifact(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_crossings(tmp_path: Path) -> None:
-    from luthier.inspection import stages
+    from luthier.debug.inspection import stages
 
     onnx.save(graph([h.make_node("NonZero", ["x"], ["y"])], {"x": (F, [6, 7])}, ["y"]), tmp_path / "m.onnx")
     text = dict(stages(tmp_path / "m.onnx", "webgpu", {}, None))
@@ -265,7 +265,7 @@ def test_inspect_shows_crossings(tmp_path: Path) -> None:
 
 
 def test_shaders_are_accepted_by_dawn() -> None:
-    from luthier.codegen.wgsl import Shader
+    from luthier.codegen.gpu.wgsl import Shader
     from luthier.ir.expr import const
     from tests.gate import dawn
 
@@ -278,7 +278,7 @@ def test_shaders_are_accepted_by_dawn() -> None:
 
 def test_constant_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bindings of 4 KB: a matrix in three pieces, one of another size beside it."""
-    monkeypatch.setattr("luthier.codegen.webgpu.BINDING_BYTES", 4096)
+    monkeypatch.setattr("luthier.codegen.gpu.webgpu.BINDING_BYTES", 4096)
     w, b = normal(50, 60), normal(60)
     m = graph([h.make_node("MatMul", ["x", "w"], ["a"]), h.make_node("Add", ["a", "b"], ["y"])], {"x": (F, [20, 50])}, ["y"], {"w": w, "b": b})
     g = build(m)
@@ -289,7 +289,7 @@ def test_constant_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_temporary_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     """An extent that only the run knows asks for more than the adapter can bind: a typed error that says so, and smaller inputs still run."""
-    from luthier import webgpu_device
+    from luthier.backends import webgpu_device
 
     m = build(graph([h.make_node("Softmax", ["x"], ["y"])], {"x": (F, ["n", 64])}, ["y"]))
     monkeypatch.setattr(webgpu_device, "largest_binding", lambda: 64 * 64 * 4)
@@ -314,7 +314,7 @@ def test_recurrent_network_wider_than_a_group() -> None:
 
 @pytest.mark.parametrize("clock", ["queries", "waits"])
 def test_profile_times_every_dispatch(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import webgpu_device
+    from luthier.backends import webgpu_device
 
     if clock == "waits":
         monkeypatch.setattr(webgpu_device, "_Queries", webgpu_device._Waits)
@@ -362,7 +362,7 @@ def test_errors_of_the_device_are_our_own(monkeypatch: pytest.MonkeyPatch, place
     """Whatever the implementation raises, the caller sees a class of ours, and the next call runs."""
     import wgpu
 
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise getattr(wgpu, error)("refused")

@@ -19,12 +19,12 @@ from onnx import helper as h
 import luthier
 from benchmarks import browser as browsers
 from benchmarks.browser import Browser, Page
-from luthier import serve
-from luthier.codegen import webgpu_features as wf
-from luthier.codegen.wgsl import Shader
+from luthier.backends.webgpu_module import WebGpuModule
+from luthier.cli import serve
+from luthier.codegen.gpu import webgpu_features as wf
+from luthier.codegen.gpu.wgsl import Shader
 from luthier.errors import InputError, SettingError, TargetError
 from luthier.ir.expr import const
-from luthier.webgpu_module import WebGpuModule
 from tests.gate import dawn
 from tests.test_webgpu import close, graph, normal, peer
 
@@ -93,7 +93,7 @@ def build(name: str) -> WebGpuModule:
 
 def here() -> tuple[str, ...]:
     """What the adapter of this machine has."""
-    from luthier.webgpu_device import features
+    from luthier.backends.webgpu_device import features
 
     try:
         return features()
@@ -160,7 +160,7 @@ def test_meaning_of_words() -> None:
     from luthier.ir import words
     from luthier.ir.dtypes import i8, u8
     from luthier.ir.expr import call, var
-    from luthier.ir.interp import evaluate_expr
+    from luthier.ir.interpret.loops import evaluate_expr
 
     a, b = bytes_of(np.uint8, 400), bytes_of(np.uint8, 400, seed=1)
     assert {i.a for i in words.WORDS.values()} == {i8, u8}

@@ -14,10 +14,10 @@ from onnx import helper as h
 
 import luthier
 from benchmarks import onnx_suite
-from luthier.codegen.wgsl import Shader
+from luthier.backends.webgpu_module import WebGpuModule
+from luthier.codegen.gpu.wgsl import Shader
 from luthier.errors import CompilationError, TargetError
 from luthier.ir.expr import const
-from luthier.webgpu_module import WebGpuModule
 from tests.gate import dawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def broken() -> WebGpuModule:
 
 def test_a_refused_shader_names_its_node() -> None:
     pytest.importorskip("wgpu")
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()

@@ -19,16 +19,16 @@ from onnx import numpy_helper
 
 import luthier
 from benchmarks import browser as browsers
-from luthier import serve
-from luthier.codegen import wgsl_wide
-from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
+from luthier.backends.webgpu_module import WebGpuModule
+from luthier.cli import serve
+from luthier.codegen.gpu import wgsl_wide
+from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
 from luthier.errors import InputError, TargetError
 from luthier.ir.dtypes import DType, boolean, f16, f32, f64, i8, i16, i32, i64, u8, u32, u64
 from luthier.ir.expr import binary, bitcast, cast, compare, const, load, maximum, minimum, select, unary, var
+from luthier.ir.interpret.semantics import convert, evaluate
 from luthier.ir.loop import Alloc, Buffer, For, Func, Let, Store, block
-from luthier.ir.semantics import convert, evaluate
-from luthier.passes.integer_ranges import IntegerRanges
-from luthier.webgpu_module import WebGpuModule
+from luthier.passes.loop.integer_ranges import IntegerRanges
 from tests.gate import dawn
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +38,7 @@ N = 512
 @pytest.fixture(scope="module")
 def adapter() -> None:
     pytest.importorskip("wgpu")
-    from luthier.webgpu_device import device
+    from luthier.backends.webgpu_device import device
 
     try:
         device()
@@ -109,7 +109,7 @@ def test_every_function_is_tested() -> None:
 
 @pytest.mark.parametrize(("name", "f", "ins", "out", "want"), KERNELS, ids=[k[0] for k in KERNELS])
 def test_against_numpy(name: str, f: Func, ins: tuple[DType, ...], out: DType, want: Any, adapter: None) -> None:
-    from luthier.codegen.wgsl_run import run_wgsl
+    from luthier.codegen.gpu.wgsl_run import run_wgsl
 
     arrays = {f"A{k}": numbers(d, 10 * k + len(name)) if not d.is_bool else np.arange(N) % 3 == 0 for k, d in enumerate(ins)}
     if len(ins) == 2 and name.split()[1] in ("shl", "shr"):

@@ -4,7 +4,7 @@
         build(compute, caps, constants, Record(choose=choose))
 
 Where templates fit the same pattern (look-ups in tables or dot products for low-bit weights), the compiler makes all of their kernels
-(:mod:`luthier.schedules.rivals`) and asks. Candidates take turns in the isolated measurer, on as many threads as the module will have; their weights
+(:mod:`luthier.schedules.lowbit.rivals`) and asks. Candidates take turns in the isolated measurer, on as many threads as the module will have; their weights
 go by as in a model, where other layers' come in between. Answers are kept in a file by processor, threads and the candidates' loop IR, in
 which names are numbers: width, group, shape, rows and epilogue decide, so a kernel is measured once on a machine, whatever the model. Where the
 number of rows is open, the geometric mean of the times with one and with 16 rows decides.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import settings
-from luthier.codegen.target import Target, usable_cores
+from luthier.codegen.targets.target import Target, usable_cores
 from luthier.schedules.select import Kernels
 from luthier.tuner.measure import Measurement, Measurer, compare
 

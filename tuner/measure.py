@@ -30,16 +30,16 @@ from typing import Any
 
 import numpy as np
 
-from luthier.codegen.llvm_backend import Library, compile_text, kernel_text
-from luthier.codegen.sharing import parallel_loop
-from luthier.codegen.target import Target, parse_target
+from luthier.codegen.llvm.backend import Library, compile_text, kernel_text
+from luthier.codegen.program.sharing import parallel_loop
+from luthier.codegen.targets.target import Target, parse_target
 from luthier.errors import LuthierError, TuningError
 from luthier.ir.expr import Expr
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Buffer, Func
 from luthier.ir.parser import parse_funcs
-from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.select import Kernels
 
 Array = np.ndarray[Any, Any]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from luthier.ir.builder import Names, make_node
 from luthier.ir.dtypes import DType
 from luthier.ir.graph import Graph, Node, TensorType, Value
-
-if TYPE_CHECKING:
-    from luthier.module import Module
 
 
 class GraphBuilder:
@@ -54,13 +51,3 @@ class GraphBuilder:
 
     def graph(self) -> Graph:
         return Graph(self.name, self.inputs, [v for _, v in self.outputs], self.nodes, self.aliases, tuple(n for n, _ in self.outputs))
-
-
-def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None, tune: bool = False) -> Module:
-    """A graph to a module, as :func:`luthier.compile` does for a model. Raises its errors."""
-    from luthier.api import build_graph
-    from luthier.codegen.target import parse_target
-
-    return build_graph(lambda: graph, parse_target(target), threads, tune=tune)
-
-

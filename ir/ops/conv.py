@@ -64,6 +64,9 @@ def join_axes(node: Node, out: Buffer) -> tuple[tuple[Axis, ...], Axis, Axis, tu
 Extent = int | Expr  # of a kernel: a symbol where only a run knows it
 
 
+LONGEST = 1 << 24  # elements that a window may span; with padding as the kernel wants it nothing else bounds its work
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """One spatial dimension: ``n`` input, ``out`` output extent, kernel ``k``, stride, dilation, padding before and after."""
@@ -108,6 +111,8 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[Extent], ceil_
         raise shape_error(node, f"unknown auto_pad {auto!r}")
     if any(s < 1 for s in strides) or any(d < 1 for d in dil):
         raise shape_error(node, "strides and dilations must be positive")
+    if any(isinstance(k, int) and k * d > LONGEST for k, d in zip(kernel, dil, strict=True)):
+        raise shape_error(node, f"a kernel of {list(kernel)} elements with dilations {list(dil)} is longer than {LONGEST}")
     out = []
     for i, n in enumerate(spatial):
         s, ek = strides[i], (kernel[i] - 1) * dil[i] + 1

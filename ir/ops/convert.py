@@ -12,6 +12,7 @@ from luthier.ir.compute import Compute, LetStmt
 from luthier.ir.dtypes import DType, boolean, f4e2m1, f32, from_numpy, i32
 from luthier.ir.expr import Expr, bitcast, cast, const, lor, select
 from luthier.ir.graph import Node, TensorType
+from luthier.ir.interpret.semantics import convert
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import (
@@ -33,7 +34,6 @@ from luthier.ir.ops.common import (
     wide,
 )
 from luthier.ir.ops.random_numbers import DrawnArrays, Draws, check_draws
-from luthier.ir.semantics import convert
 
 F8_MAX = {"f8e4m3fn": 448.0, "f8e4m3fnuz": 240.0, "f8e5m2": 57344.0, "f8e5m2fnuz": 57344.0}
 

@@ -15,6 +15,8 @@ from luthier.ir.compute import Compute
 from luthier.ir.dtypes import DType, boolean, f32, f64
 from luthier.ir.expr import Expr, as_expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType
+from luthier.ir.interpret.semantics import convert
+from luthier.ir.interpret.semantics import evaluate as scalar
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op
 from luthier.ir.ops.common import (
@@ -35,8 +37,6 @@ from luthier.ir.ops.common import (
     wide,
     widen,
 )
-from luthier.ir.semantics import convert
-from luthier.ir.semantics import evaluate as scalar
 
 ExprFn = Callable[..., Expr]
 ArrayFn = Callable[..., Any]

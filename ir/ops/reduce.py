@@ -16,6 +16,7 @@ from luthier.ir.compute import Axis, Compute, LetStmt, axis, carried, reduce_
 from luthier.ir.dtypes import DType, f32, i64
 from luthier.ir.expr import Expr, binary, cast, const, land, lnot, load, lor, proj, select, unary
 from luthier.ir.graph import Node, TensorType
+from luthier.ir.interpret.semantics import convert
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import (
@@ -39,7 +40,6 @@ from luthier.ir.ops.common import (
     wide,
 )
 from luthier.ir.ops.shape import choose, given_axes, total_of
-from luthier.ir.semantics import convert
 
 
 def float_of(d: DType) -> DType:

@@ -17,7 +17,8 @@ from luthier.ir.compute import Axis, Compute, LetStmt, axis, sum_
 from luthier.ir.dtypes import DType, f32, index
 from luthier.ir.expr import Expr, cast, const, land, load, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
-from luthier.ir.interp import evaluate_expr
+from luthier.ir.interpret.loops import evaluate_expr
+from luthier.ir.interpret.semantics import convert
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import (
@@ -38,7 +39,6 @@ from luthier.ir.ops.common import (
     type_error,
     wide,
 )
-from luthier.ir.semantics import convert
 
 MODES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric", "tf_crop_and_resize")
 

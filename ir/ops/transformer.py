@@ -95,7 +95,7 @@ class Composite(Op):
         return Graph(node.name, inputs, values, s.nodes)
 
     def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
-        from luthier.ir.evaluate import evaluate_graph
+        from luthier.ir.interpret.evaluate import evaluate_graph
 
         g = self.compute(node, (), ())
         feeds = {v.name: np.asarray(a) for v, a in zip(node.inputs, arrays, strict=False) if v is not None and a is not None}

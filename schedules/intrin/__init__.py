@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from luthier.ir.intrin import Instruction
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.intrin import arm, gpu, wasm, x86
 
 ALL: tuple[Instruction, ...] = tuple(i for m in (x86, arm, wasm, gpu) for i in vars(m).values() if isinstance(i, Instruction))

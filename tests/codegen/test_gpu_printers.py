@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.cuda import legalize_cuda, print_cuda
-from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
+from luthier.codegen.gpu.cuda import legalize_cuda, print_cuda
+from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
 from luthier.errors import CompilationError, TargetError
 from luthier.ir.dtypes import DType, boolean, f16, f32, i8, i64, u8, u16
 from luthier.ir.expr import Expr, cast, const, free_vars, load, select, var
-from luthier.ir.interp import evaluate_expr, run_func
+from luthier.ir.interpret.loops import evaluate_expr, run_func
 from luthier.ir.loop import Alloc, Barrier, Buffer, For, Func, If, Store, block
 from tests.gate import dawn
 
@@ -80,7 +80,7 @@ def arrays_of(f: Func, dims: dict[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize("f", ALL, ids=lambda f: f.name)
 def test_wgsl_runs(f: Func) -> None:
     pytest.importorskip("wgpu")
-    from luthier.codegen.wgsl_run import device, run_wgsl
+    from luthier.codegen.gpu.wgsl_run import device, run_wgsl
 
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
     try:
@@ -111,7 +111,7 @@ def test_dawn_accepts() -> None:
 
 
 def test_nvrtc_accepts() -> None:
-    from luthier.codegen.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_cubin, library
 
     try:
         library()

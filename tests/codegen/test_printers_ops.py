@@ -12,9 +12,9 @@ import pytest
 from luthier.errors import TargetError
 from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, f64, i8, i16, i32, i64, u8, u16, u32, u64
 from luthier.ir.expr import COMPARE, Expr, binary, cast, compare, const, load, select, unary, var
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import Buffer, For, Func, Store, block
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
 
 INTS = [i8, u8, i16, u16, i32, u32, i64, u64]
@@ -131,8 +131,8 @@ def same(got: dict[str, Any], want: dict[str, Any], group: list[tuple[DType, Any
 @pytest.mark.parametrize("name", list(BY_TYPES))
 def test_wasm(name: str, lanes: int) -> None:
     pytest.importorskip("wasmtime")
-    from luthier.codegen.wasm import legalize_wasm
-    from luthier.codegen.wasm_run import run_wasm
+    from luthier.codegen.wasm.printer import legalize_wasm
+    from luthier.codegen.wasm.run import run_wasm
 
     ins, group = BY_TYPES[name]
     outs = [group[0][0]]
@@ -149,7 +149,7 @@ def test_wasm(name: str, lanes: int) -> None:
 @pytest.fixture(scope="module")
 def adapter() -> Iterator[None]:
     pytest.importorskip("wgpu")
-    from luthier.codegen.wgsl_run import device
+    from luthier.codegen.gpu.wgsl_run import device
 
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
     try:
@@ -188,8 +188,8 @@ def _wgsl_group(name: str) -> tuple[list[DType], list[tuple[DType, Any, str]]]:
 
 @pytest.mark.parametrize("name", [n for n, (ins, _) in BY_OPERANDS.items() if f64 not in ins])
 def test_wgsl(name: str, adapter: None) -> None:
-    from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
-    from luthier.codegen.wgsl_run import run_wgsl
+    from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
+    from luthier.codegen.gpu.wgsl_run import run_wgsl
 
     ins, group = _wgsl_group(name)
     rng = np.random.default_rng(3)
@@ -206,9 +206,9 @@ def test_wgsl(name: str, adapter: None) -> None:
 @pytest.mark.parametrize("name", [n for n, (ins, group) in BY_OPERANDS.items() if f64 not in ins and f16 in {*ins, *(c[0] for c in group)}])
 def test_wgsl_native_half(name: str, adapter: None) -> None:
     """f16 as a type of the device: the same results, but for one step of the type where the device rounds otherwise."""
-    from luthier.codegen.webgpu_features import F16
-    from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
-    from luthier.codegen.wgsl_run import features, run_wgsl
+    from luthier.codegen.gpu.webgpu_features import F16
+    from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
+    from luthier.codegen.gpu.wgsl_run import features, run_wgsl
 
     if F16 not in features():
         pytest.skip("the adapter lacks shader-f16")
@@ -228,8 +228,8 @@ def test_wgsl_native_half(name: str, adapter: None) -> None:
 
 def test_wgsl_float_remainder(adapter: None) -> None:
     """Exact for all magnitudes: numpy's fmod is C's. Subnormals, which WGSL may flush, are left out."""
-    from luthier.codegen.wgsl import legalize_wgsl, print_wgsl
-    from luthier.codegen.wgsl_run import run_wgsl
+    from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
+    from luthier.codegen.gpu.wgsl_run import run_wgsl
 
     special = np.array([0.0, -0.0, 1.0, -1.0, 3.5, np.inf, -np.inf, np.nan, 1e30, -1e30, np.finfo(np.float32).max, np.finfo(np.float32).tiny], np.float32)
     rng = np.random.default_rng(3)
@@ -249,8 +249,8 @@ def test_wgsl_float_remainder(adapter: None) -> None:
 
 
 def test_cuda_compiles_every_operator() -> None:
-    from luthier.codegen.cuda import legalize_cuda, print_cuda
-    from luthier.codegen.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.cuda import legalize_cuda, print_cuda
+    from luthier.codegen.gpu.nvrtc import compile_cubin, library
 
     try:
         library()

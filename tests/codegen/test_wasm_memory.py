@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from luthier.codegen.wasm import print_module
-from luthier.codegen.wasm_encoder import OPCODE, sleb, uleb
+from luthier.codegen.wasm.encoder import OPCODE, sleb, uleb
+from luthier.codegen.wasm.printer import print_module
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType, boolean, f32, f64, i8, i16, i32, i64, index, u8, u16, u32
 from luthier.ir.expr import bcast, binary, bitcast, call, cast, const, extract, load, ramp, select, shuffle, var, vreduce
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Store, While, block
 
 wasmtime = pytest.importorskip("wasmtime")
 
-from luthier.codegen.wasm_run import WasmKernel, run_wasm  # noqa: E402
+from luthier.codegen.wasm.run import WasmKernel, run_wasm  # noqa: E402
 
 
 @pytest.mark.parametrize(("n", "raw"), [(0, "00"), (127, "7f"), (128, "8001"), (624485, "e58e26")])

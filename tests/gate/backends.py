@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from luthier.codegen.cuda import CudaKernel, legalize_cuda, print_cuda
-from luthier.codegen.nvrtc import compile_cubin
-from luthier.codegen.wasm import legalize_wasm
-from luthier.codegen.wasm_run import run_wasm
-from luthier.codegen.wgsl import Shader, legalize_wgsl, print_wgsl
+from luthier.codegen.gpu.cuda import CudaKernel, legalize_cuda, print_cuda
+from luthier.codegen.gpu.nvrtc import compile_cubin
+from luthier.codegen.gpu.wgsl import Shader, legalize_wgsl, print_wgsl
+from luthier.codegen.wasm.printer import legalize_wasm
+from luthier.codegen.wasm.run import run_wasm
 from luthier.ir.loop import Func
-from luthier.passes.lower_subbyte import is_subbyte, lower_subbyte, pack_array, unpack_array
-from luthier.schedules.capabilities import Capabilities
+from luthier.passes.loop.lower_subbyte import is_subbyte, lower_subbyte, pack_array, unpack_array
+from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
 
 WASM = Capabilities(vector_bits=128, registers=15, index_bits=32, features=frozenset({"relaxed_simd"}))
@@ -56,7 +56,7 @@ def shader(f: Func) -> Shader:
 
 
 def wgsl(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None:
-    from luthier.codegen.wgsl_run import run_wgsl
+    from luthier.codegen.gpu.wgsl_run import run_wgsl
 
     memory = packed(f, arrays)
     run_wgsl(shader(f), memory, scalars)
@@ -80,8 +80,8 @@ class LlvmKernel:
     def __init__(self, f: Func) -> None:
         import llvmlite.binding as llvm
 
-        from luthier.codegen.llvm_printer import print_kernels
-        from luthier.codegen.target import host
+        from luthier.codegen.llvm.printer import print_kernels
+        from luthier.codegen.targets.target import host
 
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -98,9 +98,9 @@ class LlvmKernel:
         self.call = ctypes.CFUNCTYPE(None, *types, ctypes.c_int64, ctypes.c_int64)(self.engine.get_function_address("kernel"))
 
     def rounds(self, scalars: Mapping[str, int]) -> int:
-        from luthier.codegen.llvm_printer import parallel_loop
+        from luthier.codegen.llvm.printer import parallel_loop
         from luthier.ir.expr import free_vars
-        from luthier.ir.interp import evaluate_expr
+        from luthier.ir.interpret.loops import evaluate_expr
 
         p = parallel_loop(self.f)
         return 1 if p is None else int(evaluate_expr(p[1], {v: scalars[v.attr[0]] for v in free_vars(p[1])}))

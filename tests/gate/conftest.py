@@ -13,7 +13,7 @@ from luthier.errors import TargetError
 def adapter() -> None:
     """A WebGPU adapter; a software one (lavapipe) will do."""
     pytest.importorskip("wgpu")
-    from luthier.codegen.wgsl_run import device
+    from luthier.codegen.gpu.wgsl_run import device
 
     os.environ.setdefault("XDG_RUNTIME_DIR", "/tmp")
     try:

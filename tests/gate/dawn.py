@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from luthier.codegen.wgsl import Shader
+from luthier.codegen.gpu.wgsl import Shader
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "build" / "web" / "node_modules" / "webgpu" / "index.js"

@@ -9,11 +9,11 @@ import numpy as np
 
 from luthier.ir.dtypes import DType
 from luthier.ir.expr import Expr, free_vars, substitute
-from luthier.ir.interp import evaluate_expr, run_func, storage
+from luthier.ir.interpret.loops import evaluate_expr, run_func, storage
 from luthier.ir.loop import Block, Buffer, Call, Func, Let, Stmt, stmts_of
 from luthier.ir.program import Program
-from luthier.schedules.lower import lower
-from luthier.schedules.schedule import Schedule, schedule
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, schedule
 from tests.gate.kernels import Arrays, Case
 
 Runner = Callable[[Func, Mapping[str, Any], Mapping[str, int]], None]

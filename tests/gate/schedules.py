@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import Schedule, annotate, cache, fuse, pack, reorder, split, stage
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.schedule import Schedule, annotate, cache, fuse, pack, reorder, split, stage
 from tests.gate.kernels import Case
 
 Scheduler = Callable[[Schedule], Schedule]

@@ -10,9 +10,9 @@ import pytest
 from luthier.errors import TargetError
 from luthier.ir.parser import parse_func
 from luthier.ir.printer import format_func, format_stmt
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.schedules.capabilities import Capabilities
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.loop.place_barriers import place_barriers
+from luthier.schedules.base.capabilities import Capabilities
 from tests.gate import backends, dawn
 from tests.gate.harness import Runner, check, funcs_of, interpret, run_case
 from tests.gate.kernels import Case, cases
@@ -78,7 +78,7 @@ def test_interpreter_other_widths(case: Case, caps: Capabilities) -> None:
 @BY_NAME
 @pytest.mark.parametrize("scheduled", [False, True], ids=["plain", "scheduled"])
 def test_llvm(case: Case, scheduled: bool) -> None:
-    from luthier.codegen.target import host
+    from luthier.codegen.targets.target import host
 
     run(case, cpu(case, host().caps) if scheduled else None, backends.llvm)
 
@@ -116,7 +116,7 @@ def test_dawn_refuses_what_is_wrong() -> None:
 
 @BY_NAME
 def test_cuda_compiles(case: Case) -> None:
-    from luthier.codegen.nvrtc import library
+    from luthier.codegen.gpu.nvrtc import library
 
     try:
         library()

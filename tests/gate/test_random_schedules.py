@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import Schedule, ScheduleError, annotate, fuse, pack, reorder, schedule, split, stage
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.schedule import Schedule, ScheduleError, annotate, fuse, pack, reorder, schedule, split, stage
 from tests.gate import backends
 from tests.gate.harness import check, funcs_of, run_case
 from tests.gate.kernels import Case, cases

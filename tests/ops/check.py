@@ -9,12 +9,12 @@ import numpy as np
 
 from luthier.ir.builder import Names, make_node, operator
 from luthier.ir.compute import Compute
-from luthier.ir.compute_interp import evaluate
 from luthier.ir.dtypes import from_numpy
-from luthier.ir.evaluate import _SYMBOLS, bind_symbols, evaluate_node
 from luthier.ir.expr import Expr, free_vars, var
 from luthier.ir.graph import Graph, Node, TensorType, Value, subgraphs
-from luthier.ir.interp import evaluate_expr, run_func, storage
+from luthier.ir.interpret.computes import evaluate
+from luthier.ir.interpret.evaluate import SYMBOLS, bind_symbols, evaluate_node
+from luthier.ir.interpret.loops import evaluate_expr, run_func, storage
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Kernel, lookup
 
@@ -78,7 +78,7 @@ def run_node(node: Node, args: Sequence[Array | None], dims: dict[str, int]) -> 
 
 def run_compiled(node: Node, args: Sequence[Array | None]) -> list[Array]:
     """The outputs of one node as a module compiled for this machine, one thread."""
-    from luthier.codegen.target import parse_target
+    from luthier.codegen.targets.target import parse_target
     from luthier.module import Module
     from luthier.pipeline import compile_program
 
@@ -92,7 +92,7 @@ def run_compiled(node: Node, args: Sequence[Array | None]) -> list[Array]:
 
 
 def run_nodes(graph: Graph, env: dict[Value, Array], dims: dict[str, int]) -> list[Array]:
-    """Like ``luthier.ir.evaluate.run_nodes``, by Compute instead of reference."""
+    """Like ``luthier.ir.interpret.evaluate.run_nodes``, by Compute instead of reference."""
 
     def read(v: Value | None) -> Array | None:
         return None if v is None else v.data if v.data is not None else env[v]
@@ -101,7 +101,7 @@ def run_nodes(graph: Graph, env: dict[Value, Array], dims: dict[str, int]) -> li
         bind(v, a, dims)
     for n in graph.nodes:
         if any(True for _ in subgraphs(n)) or lookup(n.op) is None:
-            inner: dict[Value, Any] = {**env, _SYMBOLS: {}}
+            inner: dict[Value, Any] = {**env, SYMBOLS: {}}
             for v in env:
                 bind_symbols(inner, v)
             outs = evaluate_node(n, inner)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.dtypes import f16
-from luthier.ir.interp import storage
+from luthier.ir.interpret.loops import storage
 from tests.ops.check import run_graph
 
 _ = f16
@@ -34,7 +34,7 @@ def expected(w: Any) -> np.ndarray[Any, Any]:
 
 def run_case(case: Any, atol: float = 0.0) -> None:
     """``atol``: more absolute tolerance, where the expected values carry rounding noise of their own. Raises AssertionError on a wrong result, LuthierError on a refusal."""
-    from luthier.importers.onnx import import_onnx
+    from luthier.importers.onnx.importer import import_onnx
 
     graph = import_onnx(case.model)
     assert not graph.structured_inputs and not graph.structured_outputs, "lists of tensors: tests/conformance gives and takes them"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from luthier.ir.builder import Names
-from luthier.ir.evaluate import evaluate_graph
 from luthier.ir.graph import Graph
-from luthier.passes.legalize_operators import legalize_operators
+from luthier.ir.interpret.evaluate import evaluate_graph
+from luthier.passes.graph.legalize_operators import legalize_operators
 from tests.ops.check import build, check_op
 
 R = np.random.default_rng(17)

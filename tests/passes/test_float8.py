@@ -10,8 +10,8 @@ import pytest
 
 from luthier.ir.dtypes import DType, f8e4m3fn, f8e4m3fnuz, f8e5m2, f8e5m2fnuz, f8e8m0, f32, u32
 from luthier.ir.expr import Expr, var
-from luthier.ir.interp import evaluate_expr
-from luthier.passes.float8 import DECODE, ENCODE
+from luthier.ir.interpret.loops import evaluate_expr
+from luthier.passes.loop.float8 import DECODE, ENCODE
 
 TYPES = {
     f8e4m3fn: ml_dtypes.float8_e4m3fn, f8e4m3fnuz: ml_dtypes.float8_e4m3fnuz, f8e5m2: ml_dtypes.float8_e5m2,

@@ -11,10 +11,10 @@ from onnx import TensorProto as T
 from onnx import helper as h
 from onnx import numpy_helper
 
-from luthier.codegen.target import parse_target
-from luthier.importers.onnx import import_onnx
-from luthier.ir.run_program import run_program
-from luthier.passes.merge_siblings import merge_siblings
+from luthier.codegen.targets.target import parse_target
+from luthier.importers.onnx.importer import import_onnx
+from luthier.ir.interpret.programs import run_program
+from luthier.passes.graph.merge_siblings import merge_siblings
 from luthier.pipeline import compile_program, run_graph_passes
 
 HEADS = np.array([0, 0, 3, 8], np.int64)

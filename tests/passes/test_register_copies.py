@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import Alloc, Func, If, walk_stmts
 from luthier.ir.parser import parse_func
-from luthier.passes.promote_locals import promote_locals
-from luthier.passes.unroll import unroll
+from luthier.passes.loop.promote_locals import promote_locals
+from luthier.passes.loop.unroll import unroll
 
 COPIED = """func f(x: f32[4] readonly, y: f32[4]):
   alloc t: f32[4] local:

@@ -9,9 +9,9 @@ import pytest
 
 from luthier.ir.builder import Names, make_node
 from luthier.ir.dtypes import f32
-from luthier.ir.evaluate import evaluate_graph
 from luthier.ir.graph import Graph, TensorType, Value
-from luthier.passes.split_transposed_conv import split_transposed_conv
+from luthier.ir.interpret.evaluate import evaluate_graph
+from luthier.passes.graph.split_transposed_conv import split_transposed_conv
 
 RNG = np.random.default_rng(1)
 

@@ -12,10 +12,12 @@ import pytest
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType, bf16, boolean, f16, f32, i2, i4, i8, i32, i64, u1, u2, u4, u32
 from luthier.ir.expr import bcast, bitcast, cast, const, load, ramp, shuffle, var, vreduce
-from luthier.ir.interp import evaluate_expr, run_func
+from luthier.ir.interpret.loops import evaluate_expr, run_func
 from luthier.ir.loop import Alloc, Block, Buffer, For, Func, Let, Stmt, Store, block, walk_stmts
-from luthier.passes.expand_math import expand_math
-from luthier.passes.legalize_dtype import (
+from luthier.passes.gpu.map_parallel import map_parallel
+from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.loop.expand_math import expand_math
+from luthier.passes.loop.legalize_dtype import (
     WGSL_RULES,
     bfloat_to_f32,
     f32_to_bfloat,
@@ -23,13 +25,11 @@ from luthier.passes.legalize_dtype import (
     half_to_f32,
     legalize_dtype,
 )
-from luthier.passes.lower_subbyte import lower_subbyte, pack_array, unpack_array
-from luthier.passes.map_parallel import map_parallel
-from luthier.passes.place_barriers import place_barriers
-from luthier.passes.place_lets import place_lets
-from luthier.passes.privatize_threads import privatize_threads
-from luthier.passes.round_by_operator import round_by_operator
-from luthier.passes.scalarize import scalarize
+from luthier.passes.loop.lower_subbyte import lower_subbyte, pack_array, unpack_array
+from luthier.passes.loop.place_barriers import place_barriers
+from luthier.passes.loop.place_lets import place_lets
+from luthier.passes.loop.round_by_operator import round_by_operator
+from luthier.passes.loop.scalarize import scalarize
 
 Golden = Callable[[str, str], None]
 

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.codegen.llvm_backend import compile_text
-from luthier.codegen.llvm_printer import print_kernels
-from luthier.codegen.target import parse_target
-from luthier.importers.onnx import import_onnx
+from luthier.codegen.llvm.backend import compile_text
+from luthier.codegen.llvm.printer import print_kernels
+from luthier.codegen.targets.target import parse_target
+from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.loop import Buffer
 from luthier.ir.parser import parse_funcs
 from luthier.ir.printer import const_buffers, format_func, format_stmt
 from luthier.ir.program import Program
 from luthier.ir.verify import verify
-from luthier.passes.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.lower_subbyte import lower_subbyte
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.pipeline import compile_program
 from tests.replay.models import MODELS, model
 

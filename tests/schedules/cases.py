@@ -10,7 +10,7 @@ import numpy as np
 from luthier.ir.compute import Axis, Compute, axis, max_, pull, sum_
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, free_vars, load, maximum, substitute, unary
-from luthier.ir.interp import run_func
+from luthier.ir.interpret.loops import run_func
 from luthier.ir.loop import Buffer, Func
 
 Array = np.ndarray[Any, Any]

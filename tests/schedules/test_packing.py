@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import f32
 from luthier.ir.loop import Buffer
-from luthier.schedules.schedule import Packing
+from luthier.schedules.base.schedule import Packing
 
 
 @st.composite

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
 from luthier.ir.expr import var
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.lower import lower
-from luthier.schedules.schedule import Schedule, ScheduleError, annotate, fuse, pack, peel, reorder, schedule, split, stage
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, ScheduleError, annotate, fuse, pack, peel, reorder, schedule, split, stage
 from luthier.schedules.select import build_kernel
 
 CAPS = Capabilities()

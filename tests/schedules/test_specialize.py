@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
-from luthier.codegen.sharing import parallel_loop
+from luthier.codegen.program.sharing import parallel_loop
 from luthier.ir.compute import Compute, axis, pull
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, var
 from luthier.ir.loop import Buffer, Func, If, walk_stmts
 from luthier.ir.printer import format_stmt
 from luthier.ir.verify import verify
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.lower import lower
-from luthier.schedules.schedule import Schedule, ScheduleError, annotate, fuse, peel, reorder, schedule, split, stage
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.lower import lower
+from luthier.schedules.base.schedule import Schedule, ScheduleError, annotate, fuse, peel, reorder, schedule, split, stage
+from luthier.schedules.base.specialize import has_versions, specialize
 from luthier.schedules.select import build_kernel
-from luthier.schedules.specialize import has_versions, specialize
 
 Golden = Callable[[str, str], None]
 N, M = var("N", lo=1), var("M", lo=1)

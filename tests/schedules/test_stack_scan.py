@@ -12,9 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import cases
 
-from luthier.codegen.llvm_backend import assembly
-from luthier.codegen.llvm_printer import print_kernels
-from luthier.codegen.target import parse_target
+from luthier.codegen.llvm.backend import assembly
+from luthier.codegen.llvm.printer import print_kernels
+from luthier.codegen.targets.target import parse_target
 from luthier.schedules.select import build
 
 

@@ -15,7 +15,7 @@ from luthier.ir.compute import Compute, Pull, axis, sum_
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, var
 from luthier.ir.loop import Buffer
-from luthier.schedules.capabilities import Capabilities
+from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.select import build
 
 N, M = var("N", lo=0), var("M", lo=0)

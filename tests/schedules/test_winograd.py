@@ -10,12 +10,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 import luthier
-from luthier.codegen.target import parse_target
+from luthier.codegen.targets.target import parse_target
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import const
-from luthier.schedules import winograd
-from luthier.schedules.capabilities import Capabilities
-from luthier.schedules.schedule import ScheduleError, schedule
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.schedule import ScheduleError, schedule
+from luthier.schedules.cpu import winograd
 from luthier.schedules.select import build
 from tests.schedules import cases
 

@@ -1,0 +1,108 @@
+"""Template for windows along the innermost axis: pooling of channels-first images, one-dimensional pooling, moving reductions.
+
+``out[.., i, j] = f(reduce[a, b](x[.., s i + a - p, t j + b - q] inside x else e))`` with t = 1 or 2. Lanes go along j: the padded input of
+one plane (or of the rows that one row of the output reads) is copied into a local buffer whose border holds e, so that
+no access of the windows is masked; a step of 2 takes two vectors and a shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from luthier.ir.expr import bounds, free_vars, is_const, load_parts, loads
+from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.schedule import Schedule, annotate, fuse, in_runs, inline, reorder, split, stage
+from luthier.schedules.cpu.contract import pad_input, split_epilogue
+from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
+from luthier.schedules.cpu.rowwise import positions
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16, **_: Any) -> Schedule | None:
+    """``local_bytes``: the largest local copy of a padded plane or of rows."""
+    if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
+        return None
+    out = s.compute.outs[0]
+    acc = _window(s)
+    if acc is None or list(s.stages)[-1] != out:
+        return None
+    s = in_runs(s)
+    lanes = min(caps.lanes(widest_bits(st)) for st in s.stages.values())
+    n = s.static_extent(s.stages[acc].loops[len(s.stages[acc].axes) - 1].var)
+    if lanes < 2 or n is None or n < lanes:
+        return None
+    for name in [name for name in s.stages if name not in (out, acc)]:
+        s = inline(s, name)
+    if acc == out:
+        s, acc = split_epilogue(s, out)
+    else:
+        pos = positions(s, out)
+        if pos is None or pos[acc] != list(range(len(s.stages[out].axes))):
+            return None
+    s = pad_input(s, acc, caps)
+    if any(load_parts(x)[2] is not None for x in loads(s.stages[acc].expr)):
+        return None
+    loops = [lp.name for lp in s.stages[out].loops]
+    last = loops[-1]
+    s = split(s, last, lanes, "cut")
+    s = annotate(s, f"{last}.1", "vectorize")
+    s, rows = _place_padding(s, out, loops[:-1], lanes, local_bytes)
+    s = stage(s, acc, at=f"{last}.0")
+    st = s.stages[acc]
+    mine, reds = st.loops[len(st.axes) - 1].name, [lp for lp in st.loops if lp.reduce]
+    s = annotate(reorder(s, *(lp.name for lp in reds), mine), mine, "vectorize")
+    size = 1
+    for lp in reversed(reds):
+        e = s.static_extent(lp.var)
+        if e is None or size * e > 25:
+            break
+        size *= e
+        s = annotate(s, lp.name, "unroll")
+    return annotate(s, rows, "parallel") if rows else s
+
+
+def _window(s: Schedule) -> str | None:
+    """The one reduction, when it reads one tensor whose last index is ``t * j + window - q`` (t = 1 or 2) of the last output axis."""
+    found = [st for st in s.stages.values() if st.reduction is not None]
+    if len(found) != 1 or not found[0].axes:
+        return None
+    st = found[0]
+    red = st.reduction
+    assert red is not None
+    xs = loads(*red.args)
+    if red.attr[2] != 1 or len(red.args) != 1 or len(xs) != 1 or xs[0].attr[0].scope != "param" or red.args[0].op == "reduce":
+        return None
+    buf, idx, _, other = load_parts(xs[0])
+    j, window = st.axes[-1].var, {a.var for a in red.attr[1]}
+    t = stride(idx[-1], j) if idx else None
+    if t is None or not (is_const(t, 1) or is_const(t, 2)) or not free_vars(idx[-1]) & window or any(j in free_vars(i) for i in idx[:-1]):
+        return None
+    if any(d.op != "const" for d in buf.shape) or any(a.extent.op != "const" for a in (*st.axes, *red.attr[1])) or other is not None and not is_const(other):
+        return None
+    e = flat(buf, idx)
+    good = all(stride(e, a.var) is not None for a in (*st.axes, *red.attr[1]))
+    return st.name if good and all(bounds(i)[0] is not None and bounds(i)[1] is not None for i in idx) else None
+
+
+def _place_padding(s: Schedule, out: str, rows: list[str], lanes: int, local_bytes: int) -> tuple[Schedule, str | None]:
+    """The padded copy inside the loop over planes, or inside that over rows when a plane is too large; what is parallel."""
+    name = next((n for n in s.stages if n.endswith(".pad")), None)
+    if name is None:
+        while len(rows) > 1:
+            s = fuse(s, rows[0], rows[1])
+            rows = [s.stages[out].loops[0].name, *rows[2:]]
+        return s, rows[0] if rows else None
+    shape = [a.extent.attr for a in s.stages[name].axes]
+    plane = 4
+    for d in shape[-2:]:
+        plane *= d
+    outer = rows[:-1] if plane <= local_bytes and len(rows) > 1 else rows
+    if not outer:
+        return s, None
+    while len(outer) > 1:
+        s = fuse(s, outer[0], outer[1])
+        outer = [s.stages[out].loops[0].name, *outer[2:]]
+    s = stage(s, name, at=outer[0])
+    inner = s.stages[name].loops[-1].name
+    s = split(s, inner, lanes, "cut")
+    return annotate(s, f"{inner}.1", "vectorize"), outer[0]
