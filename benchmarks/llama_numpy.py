@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from luthier.importers.gguf.file import GGUF
-from luthier.importers.gguf.llama import config
+from luthier.importers.gguf_llama import config
 
 Array = np.ndarray[Any, Any]
 

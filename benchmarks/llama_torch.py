@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from luthier.importers.gguf.file import GGUF
-from luthier.importers.gguf.llama import config
+from luthier.importers.gguf_llama import config
 
 Array = np.ndarray[Any, Any]
 Tensor = torch.Tensor

@@ -29,7 +29,7 @@ import torch
 from benchmarks.llama_torch import MATRICES, SOURCES, TorchLlama
 from benchmarks.llm import sample_text
 from luthier.importers.gguf.file import read_gguf
-from luthier.importers.gguf.tokenizer import make_tokenizer
+from luthier.importers.gguf_tokenizer import make_tokenizer
 from luthier.ir.ops.sparse_matmul import BlockSparse
 from luthier.passes.quantize.prune_groups import prune_groups
 from luthier.passes.quantize.quantize_weights import QuantizedWeight, quantize

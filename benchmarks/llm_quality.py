@@ -198,8 +198,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"ours": {}, "exact": {"exact": True}, "cac
 
 def main(argv: Sequence[str] | None = None) -> None:
     from luthier.importers.gguf.file import read_gguf
-    from luthier.importers.gguf.llama import config
-    from luthier.importers.gguf.tokenizer import make_tokenizer
+    from luthier.importers.gguf_llama import config
+    from luthier.importers.gguf_tokenizer import make_tokenizer
 
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model")

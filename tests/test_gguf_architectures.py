@@ -12,7 +12,7 @@ from luthier import llm
 from luthier.errors import InvalidModel
 from luthier.importers.gguf.blocks import BLOCKS
 from luthier.importers.gguf.file import read_gguf
-from luthier.importers.gguf.llama import llama_graph
+from luthier.importers.gguf_llama import llama_graph
 from tests.test_gguf import f32_tensor, q4_1, q8_0, reference, write
 
 Array = np.ndarray[Any, Any]

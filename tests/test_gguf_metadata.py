@@ -14,9 +14,9 @@ import pytest
 from luthier import llm
 from luthier.errors import InvalidModel
 from luthier.importers.gguf.file import GGUF, read_gguf
-from luthier.importers.gguf.llama import config, llama_graph
 from luthier.importers.gguf.metadata import KEYS, full_name, read_metadata
-from luthier.importers.gguf.tokenizer import tokenizer_json
+from luthier.importers.gguf_llama import config, llama_graph
+from luthier.importers.gguf_tokenizer import tokenizer_json
 from tests import test_gguf_architectures as architectures
 from tests.test_gguf import f32_tensor, forward, tiny, write
 

@@ -15,7 +15,7 @@ import pytest
 from luthier import llm
 from luthier.errors import InvalidModel
 from luthier.importers.gguf.file import read_gguf
-from luthier.importers.gguf.tokenizer import begin_token, end_tokens, make_tokenizer
+from luthier.importers.gguf_tokenizer import begin_token, end_tokens, make_tokenizer
 from tests.test_gguf import tiny, write
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.browser import NODE_MODULES
 from luthier import llm
 from luthier.importers.gguf.file import read_gguf
-from luthier.importers.gguf.tokenizer import tokenizer_json
+from luthier.importers.gguf_tokenizer import tokenizer_json
 from luthier.llm.chat_template import render_chat
 from tests.test_chat import CHATML, speaker
 from tests.test_gguf import forward, tiny, write

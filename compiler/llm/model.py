@@ -106,7 +106,7 @@ class LanguageModel:
     def tokenizer(self) -> Any:
         """A ``tokenizers.Tokenizer``. Raises LuthierError without that package, InvalidModel where the model came without one."""
         if self._tokenizer is None:
-            from luthier.importers.gguf.tokenizer import read_tokenizer
+            from luthier.importers.gguf_tokenizer import read_tokenizer
 
             make = self.module.files.get(TOKENIZER)
             if make is None:
@@ -278,9 +278,9 @@ def compile_model(
         return compile_onnx(path, target, threads, capacity, chunk, all_logits, tune)
     from luthier.build_graph import compile_graph
     from luthier.importers.gguf.file import read_gguf
-    from luthier.importers.gguf.llama import config, llama_graph
     from luthier.importers.gguf.requantize import requantizer
-    from luthier.importers.gguf.tokenizer import begin_token, end_tokens, supported, tokenizer_json
+    from luthier.importers.gguf_llama import config, llama_graph
+    from luthier.importers.gguf_tokenizer import begin_token, end_tokens, supported, tokenizer_json
 
     file = read_gguf(path)
     c = config(file)

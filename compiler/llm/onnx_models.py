@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.errors import InputError, InvalidModel, TargetError
-from luthier.importers.gguf.tokenizer import END_NAMES
+from luthier.importers.gguf_tokenizer import END_NAMES
 
 if TYPE_CHECKING:
     from luthier.module import Module

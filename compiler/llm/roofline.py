@@ -63,7 +63,7 @@ def analyse_language(
     limits of it and of other precisions. ``reads``: bandwidths in GB/s, measured now when not given. Raises as :func:`luthier.llm.model.load`."""
     from luthier.codegen.targets.target import parse_target, usable_cores
     from luthier.importers.gguf.file import read_gguf
-    from luthier.importers.gguf.llama import config
+    from luthier.importers.gguf_llama import config
     from luthier.llm import model as llm
 
     chosen = parse_target(target)

@@ -1,4 +1,4 @@
-"""What the architectures of GGUF files add to Llama's: one table, read by :mod:`luthier.importers.gguf.llama`.
+"""What the architectures of GGUF files add to Llama's: one table, read by :mod:`luthier.importers.gguf_llama`.
 
 Biases, norms of queries and keys, experts and shared experts are taken where the file has their tensors; the table says what no tensor does.
 """

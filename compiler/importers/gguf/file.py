@@ -1,4 +1,4 @@
-"""GGUF files: metadata, tensors as they are stored, and (in :mod:`luthier.importers.gguf.llama`) models built from them.
+"""GGUF files: metadata, tensors as they are stored, and (in :mod:`luthier.importers.gguf_llama`) models built from them.
 
 The file is mapped, not read. Format: the ggml project's description of GGUF, versions 2 and 3, little-endian.
 """
