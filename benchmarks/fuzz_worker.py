@@ -54,7 +54,7 @@ def feeds_of(module: Module) -> dict[str, Any] | None:
 
 def where(error: BaseException) -> str:
     """The innermost place in this package that an error came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "luthier" in f.filename or "/wt/" in f.filename or "site-packages" not in f.filename]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "luthier" in f.filename or "site-packages" not in f.filename]
     last = frames[-1] if frames else None
     return f"{Path(last.filename).name}:{last.name}:{last.lineno}" if last else "?"
 

@@ -371,7 +371,3 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Colle
 def print_wgsl(f: Func) -> Shader:
     """Raises CompilationError for what WGSL cannot express (64-bit floats, run-time sized local memory, global scratch)."""
     return _Wgsl(f).shader()
-
-
-def print_all(funcs: Sequence[Func]) -> list[Shader]:
-    return [print_wgsl(f) for f in funcs]
