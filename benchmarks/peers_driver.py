@@ -22,9 +22,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.models import ModelCase, model_dir  # noqa: E402
 from benchmarks.setup_peers import peers_python  # noqa: E402
 
-# Runtime -> (worker script, options for it). "luthier" runs in this interpreter's environment, the others in theirs.
+# Runtime -> (worker script, options for it). "luthier" runs in this interpreter's environment, the others in theirs;
+# "before" is another tree of Luthier, whose interpreter LUTHIER_BEFORE names.
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "luthier": ("luthier", {}),
+    **({"before": ("luthier", {})} if "LUTHIER_BEFORE" in os.environ else {}),
     "onnxruntime": ("onnxruntime", {}),
     "openvino": ("openvino", {}),
     "torch": ("pytorch", {}),
@@ -131,7 +133,7 @@ class Peer:
     def __init__(self, label: str, case: ModelCase, threads: int, cpus: list[int], log: Path, sets: int = 8) -> None:
         self.label = label
         script, options = PEERS[label]
-        python = sys.executable if script == "luthier" else peers_python()
+        python = os.environ["LUTHIER_BEFORE"] if label == "before" else sys.executable if script == "luthier" else peers_python()
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), OPENVINO_TELEMETRY="0", TVM_NUM_THREADS=str(threads), TVM_BIND_THREADS="0")
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
