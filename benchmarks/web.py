@@ -13,15 +13,18 @@ Each compiles the packages of its rows first (`--prepared`: takes those in build
 an order that alternates; shown are medians of all calls. A call takes inputs as typed arrays and gives outputs as typed arrays; weights
 are constants. `first`: milliseconds from navigation to the first result with an empty cache, all files from one server, and the
 browser's long-task entries. `gpu`: dispatches of one call, bytes that they are bound to, distinct shaders (`browser/gpu_hooks.js`).
-The report adds the sizes of code. Nothing else should run on the machine.
+The report adds the sizes of code. Nothing else should run on the machine. `LUTHIER_BEFORE` names the interpreter of another tree of
+Luthier, whose packages then take turns as the runtime `before`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,9 +42,11 @@ GPU_ROWS = "matmul-512 softmax minilm mobilenetv2".split()
 JSON = ROOT / "build" / "web" / "results.json"
 TURN_MS = 250.0
 Runtime = tuple[str, str, dict[str, Any]]
+BEFORE = os.environ.get("LUTHIER_BEFORE")
 
 WASM: list[Runtime] = [
     ("luthier relaxed", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1}),
+    *([("before relaxed", "luthier", {"target": "before-wasm", "variant": "relaxed", "threads": 1})] if BEFORE else []),
     ("luthier relaxed, in place", "luthier", {"target": "wasm", "variant": "relaxed", "threads": 1, "resident": True}),
     ("luthier simd", "luthier", {"target": "wasm", "variant": "simd", "threads": 1}),
     ("luthier relaxed, 2 threads", "luthier", {"target": "wasm", "variant": "relaxed-threads", "threads": 2}),
@@ -53,6 +58,7 @@ WASM: list[Runtime] = [
 ]
 WEBGPU: list[Runtime] = [
     ("luthier", "luthier", {"target": "webgpu"}),
+    *([("before", "luthier", {"target": "before-webgpu"})] if BEFORE else []),
     ("onnxruntime-web", "onnxruntime", {"backend": "webgpu", "threads": 1}),
     ("TF.js", "tensorflow", {"backend": "webgpu", "threads": 1}),
     ("jax-js", "jaxjs", {"backend": "webgpu"}),
@@ -72,6 +78,11 @@ def prepare(specs: list[RowSpec], targets: list[str]) -> None:
             except luthier.LuthierError as e:
                 shutil.rmtree(folder, ignore_errors=True)
                 print(f"{spec.name} for {target}: {e}", flush=True)
+            if BEFORE:
+                before = PACKAGES / f"row-{spec.name}-before-{target}"
+                code = "import luthier, sys; luthier.compile(sys.argv[1], target=sys.argv[2]).save(sys.argv[3])"
+                shutil.rmtree(before, ignore_errors=True)
+                subprocess.run([BEFORE, "-c", code, str(spec.model), target, str(before)], cwd=PACKAGES, check=False)
 
 
 class Bench:
@@ -89,7 +100,7 @@ class Bench:
         (root / "rows").symlink_to(FOLDER)
         (root / "models").mkdir()
         self.site.server.shutdown()
-        self.site.server = make_server(root, policy=None)  # peers evaluate text
+        self.site.server = make_server(root, policy=None, links=True)  # peers evaluate text
         import threading
 
         threading.Thread(target=self.site.server.serve_forever, daemon=True).start()
@@ -115,7 +126,7 @@ class Bench:
             link.symlink_to(spec.model)
         return {
             "name": spec.name, "operator": spec.operator, "model": f"/models/{spec.name}.onnx", "output": name,
-            "packages": {t: f"/packages/row-{spec.name}-{t}/" for t in ("wasm", "webgpu")},
+            "packages": {t: f"/packages/row-{spec.name}-{t}/" for t in ("wasm", "webgpu", "before-wasm", "before-webgpu")},
             "inputs": {n: self.site.tensor(a) for n, a in spec.inputs.items()},
             "constants": {n: self.site.tensor(a) for n, a in spec.constants.items() if a.dtype == np.float32},
             "expected": self.site.tensor(expected),

@@ -43,7 +43,7 @@ class Site:
             llm.compile_model(model, "wasm", capacity=CAPACITY, chunk=CHUNK).save(self.root / "package")
         else:
             (self.root / "package").symlink_to(package.resolve())
-        self.server = make_server(self.root, policy=None)
+        self.server = make_server(self.root, policy=None, links=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def __enter__(self) -> Site:

@@ -79,7 +79,7 @@ class Site:
         PACKAGES.mkdir(parents=True, exist_ok=True)
         (self.root / "packages").symlink_to(PACKAGES)
         (self.root / "data").mkdir()
-        self.server = make_server(self.root)
+        self.server = make_server(self.root, links=True)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.count = 0
 

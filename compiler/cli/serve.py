@@ -42,8 +42,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         ".bin": "application/octet-stream", ".onnx": "application/octet-stream", ".wgsl": "text/plain",
     }  # fmt: skip
 
-    def __init__(self, *args: Any, headers: dict[str, str], quiet: bool, **kwargs: Any) -> None:
-        self.extra, self.quiet = headers, quiet
+    def __init__(self, *args: Any, headers: dict[str, str], quiet: bool, links: bool, **kwargs: Any) -> None:
+        self.extra, self.quiet, self.links = headers, quiet, links
         super().__init__(*args, **kwargs)
 
     def parse_request(self) -> bool:
@@ -55,14 +55,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         return True
 
     def send_head(self) -> Any:
-        """What is served: regular files below the folder, links followed no further, nothing whose name begins with a dot."""
+        """What is served: regular files below the folder, links out of it only where asked for, nothing whose name begins with a dot."""
         path = urllib.parse.unquote(self.path.partition("?")[0].partition("#")[0], errors="replace")
         hidden = any(part.startswith(".") for part in path.split("/"))
         if not hidden and "\0" not in path:
             root, file = (os.path.realpath(p) for p in (self.directory, self.translate_path(self.path)))
             if os.path.isdir(file) and path.endswith("/"):
                 file = os.path.realpath(os.path.join(file, "index.html"))
-            if os.path.commonpath([root, file]) == root and (os.path.isfile(file) or os.path.isdir(file)):
+            if (self.links or os.path.commonpath([root, file]) == root) and (os.path.isfile(file) or os.path.isdir(file)):
                 return super().send_head()
         self.send_error(404, "no such file")
         return None
@@ -97,13 +97,16 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://localhost:{self.server_address[1]}/"
 
 
-def make_server(folder: Path, port: int = 0, isolated: bool = True, policy: str | None = POLICY, quiet: bool = True) -> Server:
+def make_server(
+    folder: Path, port: int = 0, isolated: bool = True, policy: str | None = POLICY, quiet: bool = True, links: bool = False,
+) -> Server:
     """A server for ``folder``, on any free port for 0. ``isolated``: send the headers of cross-origin isolation; ``policy``: the
-    Content-Security-Policy, None for none. Raises ArtifactError when the port is taken."""
+    Content-Security-Policy, None for none; ``links``: serve what links in the folder point to elsewhere. Raises ArtifactError when
+    the port is taken."""
     headers = dict(ISOLATION) if isolated else {}
     if policy:
         headers["Content-Security-Policy"] = policy
-    handler = functools.partial(Handler, directory=str(folder), headers=headers, quiet=quiet)
+    handler = functools.partial(Handler, directory=str(folder), headers=headers, quiet=quiet, links=links)
     try:
         return Server(("127.0.0.1", port), handler)
     except OSError as e:
