@@ -29,6 +29,9 @@ ELEMENT_TYPES: dict[int, DType] = {
 }  # fmt: skip
 
 
+LONGEST = 1 << 24  # elements that a window may span; with padding as the window wants it nothing else bounds its work
+
+
 def register(name: str, instance: Op) -> None:
     """Register an operator instance (families that are tables of instances rather than classes)."""
     instance.name = name
@@ -76,6 +79,14 @@ def expect_shape(node: Node, i: int, shape: Sequence[Expr | int]) -> None:
         raise shape_error(node, f"input {i} ({v.name}) has the shape {list(v.shape)}, it should have {list(want)}")
 
 
+def expect_one(node: Node, *which: int) -> None:
+    """Inputs ``which``, where they are given, have one element. Raises ShapeError; extents that only a run knows are checked then."""
+    for i in which:
+        v = node.input(i)
+        if v is not None:
+            expect_shape(node, i, [1] * v.rank)
+
+
 def get(ins: Sequence[Buffer | None], i: int) -> Buffer | None:
     return ins[i] if i < len(ins) else None
 
@@ -97,6 +108,14 @@ def check_axis(node: Node, a: int, rank: int, what: str = "axis") -> int:
     if not -rank <= a < max(rank, 1):
         raise shape_error(node, f"{what} {a} is out of range for rank {rank}")
     return a + rank if a < 0 else a
+
+
+def window_size(node: Node, name: str, square: bool = False) -> int:
+    """Attribute ``name``: the elements of a window (``square``: along each of two axes). Raises ShapeError when that is none, or more than LONGEST."""
+    n = int(node.attrs.get(name, 0))
+    if n < 1 or (n * n if square else n) > LONGEST:
+        raise shape_error(node, f"{name} is {n}; a window holds at least 1 and at most {LONGEST} elements")
+    return n
 
 
 def known_ints(node: Node, i: int, what: str) -> tuple[int, ...] | None:
@@ -207,13 +226,13 @@ def at(buf: Buffer, axes: Sequence[Axis]) -> Expr:
 
 
 def operand(node: Node, i: int, ins: Sequence[Buffer | None], axes: Sequence[Axis]) -> Expr:
-    """Input ``i`` at a point of ``axes``, broadcast; a one-element constant becomes a number in the expression."""
+    """Input ``i`` at a point of ``axes``, broadcast; without axes its one element. A one-element constant becomes a number in the expression."""
     b = must(ins, i)
     v = node.input(i)
     x = const_value(v)
     if x is not None and v is not None and b.dtype.bits >= 8 and inlines_scalar(node, x):
         return const(x, b.dtype)
-    return at(b, axes)
+    return at(b, axes) if axes else load(b, [ZERO] * b.rank)
 
 
 def inlines_scalar(node: Node, value: Any) -> bool:

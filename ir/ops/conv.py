@@ -18,6 +18,7 @@ from luthier.ir.graph import Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
 from luthier.ir.ops.common import (
+    LONGEST,
     ZERO,
     Array,
     axes_of,
@@ -62,9 +63,6 @@ def join_axes(node: Node, out: Buffer) -> tuple[tuple[Axis, ...], Axis, Axis, tu
 
 
 Extent = int | Expr  # of a kernel: a symbol where only a run knows it
-
-
-LONGEST = 1 << 24  # elements that a window may span; with padding as the kernel wants it nothing else bounds its work
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from luthier.ir.ops.common import (
     const_value,
     define,
     element_type,
+    expect_one,
     flag,
     flat_position,
     get,
@@ -207,6 +208,7 @@ class Dropout(Op):
         x = need(node, 0)
         if not x.dtype.is_float:
             raise type_error(node, "Dropout takes floats")
+        expect_one(node, 1, 2)
         if self.trains(node):
             check_draws(node, 3)
         return [x.type, TensorType(boolean, x.shape)]

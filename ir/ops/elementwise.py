@@ -13,7 +13,7 @@ import numpy as np
 
 from luthier.ir.compute import Compute
 from luthier.ir.dtypes import DType, boolean, f32, f64
-from luthier.ir.expr import Expr, as_expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
+from luthier.ir.expr import Expr, binary, carry_nan, cast, const, land, lnot, lor, maximum, minimum, select, unary
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.interpret.semantics import convert
 from luthier.ir.interpret.semantics import evaluate as scalar
@@ -24,7 +24,7 @@ from luthier.ir.ops.common import (
     axes_of,
     broadcast,
     define,
-    differ,
+    expect_one,
     flag,
     make,
     map_content,
@@ -344,9 +344,7 @@ class Clip(Map):
     def infer(self, node: Node) -> Sequence[TensorType]:
         x = need(node, 0)
         self.check_types(node, [v.dtype for v in node.inputs if v is not None])
-        for v in node.inputs[1:]:
-            if v is not None and any(differ(s, as_expr(1)) for s in v.shape):
-                raise shape_error(node, f"bound {v.name} must have one element")
+        expect_one(node, 1, 2)
         return [x.type]
 
     @staticmethod
@@ -364,7 +362,7 @@ class Clip(Map):
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         axes = axes_of(outs[0].shape)
         x = widen(must(ins, 0)[tuple(a.var for a in axes)])
-        lo, hi = (None if node.input(i) is None else widen(operand(node, i, ins, axes_of([1] * must(ins, i).rank))) for i in (1, 2))
+        lo, hi = (None if node.input(i) is None else widen(operand(node, i, ins, ())) for i in (1, 2))
         return make(node, ins, outs, [define(outs[0], axes, self._expr(node, x, lo, hi))])
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:

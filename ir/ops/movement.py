@@ -154,6 +154,8 @@ class Split(Op):
                 assume_at_least(e, ZERO, f"length {k} and the least possible")
             return out
         k = int(node.attrs.get("num_outputs", len(node.outputs)))
+        if k != len(node.outputs):
+            raise shape_error(node, f"num_outputs is {k}, the node has {len(node.outputs)} outputs")
         piece = ceil_div(n, k)
         return [piece] * (k - 1) + [n - piece * (k - 1)]
 

@@ -33,6 +33,7 @@ from luthier.ir.ops.common import (
     type_error,
     wide,
     widen,
+    window_size,
 )
 
 
@@ -419,6 +420,7 @@ class LRN(Op):
         _floats(node)
         if need(node, 0).rank < 3:
             raise shape_error(node, "LRN takes [N, C, D...]")
+        window_size(node, "size")
         return [need(node, 0).type]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:

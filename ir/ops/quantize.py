@@ -21,7 +21,9 @@ from luthier.ir.ops.common import (
     const_value,
     define,
     element_type,
+    expect_shape,
     get,
+    is_one,
     make,
     must,
     need,
@@ -60,6 +62,18 @@ class Scaled(Op):
     """What the two operators share: where the scale of an element stands."""
 
     kind = "elementwise"
+
+    def check(self, node: Node) -> None:
+        """Scale and zero point are of one shape, that of the layout. Raises ShapeError; extents that only a run knows are checked then."""
+        x, s, (a, block) = need(node, 0), need(node, 1), self.layout(node)
+        if block:
+            expect_shape(node, 1, [(d + block - 1) // block if k == a else d for k, d in enumerate(x.shape)])
+        elif a >= 0:
+            expect_shape(node, 1, [x.shape[a]])
+        if a >= 0:
+            expect_shape(node, 2, s.shape)
+        else:
+            check_parameters(node, (2,))
 
     def layout(self, node: Node) -> tuple[int, int]:
         """(axis, block size): axis -1 means one scale for all, block size 0 one scale along the axis per element."""
@@ -107,7 +121,7 @@ class QuantizeLinear(Scaled):
     (or ``precision``). Output type: that of the zero point, ``output_dtype``, or u8."""
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        self.layout(node)
+        self.check(node)
         return [TensorType(self.target(node), need(node, 0).shape)]
 
     def target(self, node: Node) -> DType:
@@ -152,7 +166,7 @@ class DequantizeLinear(Scaled):
         x, z = need(node, 0), node.input(2)
         if z is not None and z.dtype is not x.dtype:
             raise type_error(node, "the zero point must have the type of the input")
-        self.layout(node)
+        self.check(node)
         return [TensorType(self.target(node), x.shape)]
 
     def target(self, node: Node) -> DType:
@@ -227,6 +241,23 @@ class DynamicQuantizeLinear(Op):
         return [saturate_ref(x / s, np.asarray(z), u8), np.asarray(s), np.asarray(z)]
 
 
+def check_parameters(node: Node, which: Sequence[int], line: Expr | None = None, operand: Value | None = None, inner: int = -1) -> None:
+    """Inputs ``which``, scales and zero points, where they are given: one element; or a vector of one an element of ``line``, where that is
+    given; or of the rank of ``operand``, where that is given: its extents or 1, 1 along axis ``inner``, which the sum goes over. Raises
+    ShapeError; extents that only a run knows are checked then."""
+    for i in which:
+        v = node.input(i)
+        if v is None or all(is_one(d) for d in v.shape):
+            continue
+        if v.rank == 1:
+            expect_shape(node, i, [1 if line is None else line])
+        elif operand is None or v.rank != operand.rank:
+            raise shape_error(node, f"input {i} ({v.name}) must have one element" + ("" if line is None else f", or {line!r}"))
+        else:
+            axis = inner % v.rank
+            expect_shape(node, i, [1 if k == axis or is_one(d) else operand.shape[k] for k, d in enumerate(v.shape)])
+
+
 def scale_and_zero(node: Node, ins: Sequence[Buffer | None], s: int, z: int, at: Sequence[Expr] = ()) -> tuple[Expr, Expr | None]:
     """The scale at input ``s`` and zero point at input ``z`` (None when absent or known to be 0) of a quantized operand.
 
@@ -239,8 +270,7 @@ def scale_and_zero(node: Node, ins: Sequence[Buffer | None], s: int, z: int, at:
         v = const_value(node.input(i))
         if v is not None and b.dtype.bits >= 8:
             return const(v, b.dtype)
-        whole = b.rank == 0 or b.rank == 1 and b.shape[0].op == "const" and b.shape[0].attr == 1
-        return load(b, [ZERO] * b.rank if whole else list(at)[-b.rank :])
+        return load(b, list(at) if at and not all(is_one(d) for d in b.shape) else [ZERO] * b.rank)
 
     sc, zp = read(s), read(z)
     assert sc is not None
@@ -260,4 +290,4 @@ def is_scalar(v: Value | None) -> bool:
     return v is None or v.rank == 0 or v.type.static_shape == (1,)
 
 
-__all__ = ["dynamic_parameters", "dynamic_parameters_ref", "saturate", "saturate_ref", "scale_and_zero", "centered", "is_scalar"]
+__all__ = ["check_parameters", "dynamic_parameters", "dynamic_parameters_ref", "saturate", "saturate_ref", "scale_and_zero", "centered", "is_scalar"]

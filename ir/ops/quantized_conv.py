@@ -19,6 +19,7 @@ from luthier.ir.ops.common import (
     axes_of,
     const_value,
     define,
+    expect_shape,
     get,
     is_one,
     make,
@@ -28,7 +29,7 @@ from luthier.ir.ops.common import (
     unsupported,
 )
 from luthier.ir.ops.conv import Conv, channels_last, conv_ref
-from luthier.ir.ops.quantize import centered, saturate, saturate_ref, scale_and_zero
+from luthier.ir.ops.quantize import centered, check_parameters, saturate, saturate_ref, scale_and_zero
 
 
 def _zero(node: Node, ins: Sequence[Buffer | None], i: int, m: Expr) -> Expr | None:
@@ -59,6 +60,12 @@ class ConvInteger(Conv):
         if any(need(node, i).dtype.name not in ("i8", "u8") for i in (0, 1)):
             raise type_error(node, "ConvInteger takes i8 or u8")
         return i32
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        (t,) = super().infer(node)
+        check_parameters(node, (2,))
+        check_parameters(node, (3,), t.shape[-1 if channels_last(node) else 1])
+        return [t]
 
     def bias(self, node: Node) -> Value | None:
         return None
@@ -99,6 +106,10 @@ class QLinearConv(Op):
         if node.attrs.get("channels_last", 0):
             raise unsupported(node, "channels_last is not supported")
         (t,) = _INTEGER.infer(self.inner(node))
+        filters = t.shape[-1 if channels_last(node) else 1]
+        check_parameters(node, (1, 2, 6, 7))
+        check_parameters(node, (4, 5), filters)
+        expect_shape(node, 8, [filters])
         return [TensorType(need(node, 7).dtype, t.shape)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:

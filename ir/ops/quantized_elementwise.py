@@ -22,6 +22,7 @@ from luthier.ir.ops.common import (
     broadcast,
     check_axis,
     define,
+    expect_one,
     make,
     must,
     need,
@@ -62,6 +63,7 @@ class QLinearBinary(Op):
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         a, b = need(node, 0), need(node, 3)
+        expect_one(node, 1, 2, 4, 5, 6, 7)
         return [TensorType(a.dtype, broadcast(node, a.shape, b.shape))]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
@@ -85,6 +87,7 @@ class QLinearUnary(Op):
     permutes = True
 
     def infer(self, node: Node) -> Sequence[TensorType]:
+        expect_one(node, 1, 2, 3, 4)
         return [need(node, 0).type]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
@@ -112,6 +115,7 @@ class QLinearGlobalAveragePool(Op):
         x = need(node, 0)
         if x.rank < 3:
             raise shape_error(node, "QLinearGlobalAveragePool takes [N, C, ...]")
+        expect_one(node, 1, 2, 3, 4)
         over = self.over(node)
         return [TensorType(x.dtype, tuple(ONE if d in over else s for d, s in enumerate(x.shape)))]
 
@@ -150,6 +154,7 @@ class QLinearConcat(Op):
         parts = [need(node, i) for i in range(2, len(node.inputs), 3)]
         a = check_axis(node, int(node.attrs["axis"]), parts[0].rank)
         total = const(0)
+        expect_one(node, *(i for i in range(len(node.inputs)) if i < 2 or (i - 2) % 3))
         for p in parts:
             if p.rank != parts[0].rank:
                 raise shape_error(node, "parts differ in rank")

@@ -35,7 +35,15 @@ from luthier.ir.ops.common import (
     type_error,
 )
 from luthier.ir.ops.lowbit import bit_field, grouped_product, unpack_bits
-from luthier.ir.ops.quantize import centered, dynamic_parameters, dynamic_parameters_ref, saturate, saturate_ref, scale_and_zero
+from luthier.ir.ops.quantize import (
+    centered,
+    check_parameters,
+    dynamic_parameters,
+    dynamic_parameters_ref,
+    saturate,
+    saturate_ref,
+    scale_and_zero,
+)
 
 
 def matmul_shape(node: Node, a: Shape, b: Shape) -> Shape:
@@ -47,6 +55,14 @@ def matmul_shape(node: Node, a: Shape, b: Shape) -> Shape:
         raise shape_error(node, f"inner extents differ: {ka!r} and {kb!r}")
     batch = broadcast(node, a[:-2], b[:-2])
     return (*batch, *((a[-2],) if len(a) > 1 else ()), *((b[-1],) if len(b) > 1 else ()))
+
+
+def check_sides(node: Node, a: int, left: Sequence[int], b: int, right: Sequence[int]) -> None:
+    """Scales and zero points ``left`` of the operand at input ``a`` (one, one a row, [..., M, 1]), ``right`` of that at ``b`` (one, one a
+    column, [..., 1, N])."""
+    x, y = need(node, a), need(node, b)
+    check_parameters(node, left, x.shape[-2] if x.rank > 1 else None, x)
+    check_parameters(node, right, y.shape[-1] if y.rank > 1 else None, y, -2)
 
 
 class Product:
@@ -134,8 +150,9 @@ class MatMulInteger(Op):
     kind = "contraction"
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        a, b = need(node, 0), need(node, 1)
-        return [TensorType(i32, matmul_shape(node, a.shape, b.shape))]
+        shape = matmul_shape(node, need(node, 0).shape, need(node, 1).shape)
+        check_sides(node, 0, (2,), 1, (3,))
+        return [TensorType(i32, shape)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b = must(ins, 0), must(ins, 1)
@@ -155,8 +172,10 @@ class QLinearMatMul(Op):
     kind = "contraction"
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        a, b, z = need(node, 0), need(node, 3), need(node, 7)
-        return [TensorType(z.dtype, matmul_shape(node, a.shape, b.shape))]
+        shape = matmul_shape(node, need(node, 0).shape, need(node, 3).shape)
+        check_sides(node, 0, (1, 2), 3, (4, 5))
+        check_parameters(node, (6, 7))
+        return [TensorType(need(node, 7).dtype, shape)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b, y = must(ins, 0), must(ins, 3), outs[0]
@@ -194,6 +213,8 @@ class QGemm(Op):
         ta, tb = int(node.attrs.get("transA", 0)), int(node.attrs.get("transB", 0))
         if differ(a.shape[0 if ta else 1], b.shape[1 if tb else 0]):
             raise shape_error(node, "inner extents differ")
+        check_parameters(node, (1, 2, 7, 8))
+        check_parameters(node, (4, 5), b.shape[0 if tb else 1])
         z = node.input(8)
         return [TensorType(f32 if z is None else z.dtype, (a.shape[1 if ta else 0], b.shape[0 if tb else 1]))]
 
@@ -240,7 +261,10 @@ class MatMulIntegerToFloat(Op):
     kind = "contraction"
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        return [TensorType(need(node, 2).dtype, matmul_shape(node, need(node, 0).shape, need(node, 1).shape))]
+        shape = matmul_shape(node, need(node, 0).shape, need(node, 1).shape)
+        check_parameters(node, (2,))
+        check_sides(node, 0, (4,), 1, (3, 5))
+        return [TensorType(need(node, 2).dtype, shape)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b, y = must(ins, 0), must(ins, 1), outs[0]
@@ -269,7 +293,9 @@ class DynamicQuantizeMatMul(Op):
     kind = "contraction"
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        return [TensorType(need(node, 0).dtype, matmul_shape(node, need(node, 0).shape, need(node, 1).shape))]
+        shape = matmul_shape(node, need(node, 0).shape, need(node, 1).shape)
+        check_sides(node, 0, (), 1, (2, 3))
+        return [TensorType(need(node, 0).dtype, shape)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:
         a, b, y = must(ins, 0), must(ins, 1), outs[0]

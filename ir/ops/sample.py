@@ -33,6 +33,7 @@ from luthier.ir.ops.common import (
     type_error,
     unsupported,
     widen,
+    window_size,
 )
 from luthier.ir.ops.conv import attr_ints
 
@@ -340,6 +341,7 @@ class RoiAlign(Op):
             raise shape_error(node, "RoiAlign takes X [N, C, H, W], rois [R, 4] and batch_indices [R]")
         if int(node.attrs.get("sampling_ratio", 0)) < 1:
             raise unsupported(node, "sampling_ratio 0: the number of samples would depend on the data", hint="export with a sampling_ratio")
+        window_size(node, "sampling_ratio", square=True)
         return [TensorType.of(x.dtype, (rois.shape[0], x.shape[1], int(node.attrs.get("output_height", 1)), int(node.attrs.get("output_width", 1))))]
 
     def indexed(self, node: Node) -> Sequence[Indexed]:

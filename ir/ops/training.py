@@ -12,7 +12,7 @@ from luthier.ir.expr import Expr, binary, cast, const, load, select, unary
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import ZERO, Array, axes_of, define, make, must, need, shape_error, widen
+from luthier.ir.ops.common import ZERO, Array, axes_of, define, expect_one, expect_shape, make, must, need, shape_error, widen
 
 
 class Optimizer(Op):
@@ -28,6 +28,10 @@ class Optimizer(Op):
 
     def infer(self, node: Node) -> Sequence[TensorType]:
         n = self.count(node)
+        expect_one(node, 0, 1)
+        for i in range(n):
+            for k in range(1, self.kinds):
+                expect_shape(node, 2 + k * n + i, need(node, 2 + i).shape)
         return [need(node, 2 + k * n + i).type for k in (0, *range(2, self.kinds)) for i in range(n)]
 
     def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Compute:

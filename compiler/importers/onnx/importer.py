@@ -654,7 +654,11 @@ class _Importer:
         body: FunctionProto | None = None
         if schema.has_context_dependent_function:
             versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset] or list(schema.context_dependent_function_opset_versions)
-            raw = schema.get_context_dependent_function_with_opset_version(max(versions), self._resolved(n, scope).SerializeToString(), [type_proto(v).SerializeToString() for v in inputs])
+            types = [type_proto(v).SerializeToString() for v in inputs]
+            try:
+                raw = schema.get_context_dependent_function_with_opset_version(max(versions), self._resolved(n, scope).SerializeToString(), types)
+            except (ValueError, RuntimeError) as e:  # what onnx raises for inputs and attributes that the standard's definition does not fit
+                raise InvalidModel(f"the standard's definition of {n.op_type} does not fit the node: {e}") from None
             body = FunctionProto()
             body.ParseFromString(raw)
         elif schema.has_function:

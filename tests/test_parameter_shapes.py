@@ -1,0 +1,120 @@
+"""Operands that hold one element, or one for each of an axis, whose extent only a run knows: the right extent gives the right answer, any
+other is refused by name; known extents that do not fit are refused when compiling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+import luthier
+from luthier.errors import LuthierError
+
+RNG = np.random.default_rng(0)
+A, B, X = RNG.integers(0, 255, (3, 4)).astype(np.uint8), RNG.integers(0, 255, (4, 5)).astype(np.uint8), RNG.standard_normal((3, 4)).astype(np.float32)
+F, U = np.float32, np.uint8
+TRAINING = "ai.onnx.preview.training"
+
+
+def f(*values: float) -> Any:
+    return np.array(values, F)
+
+
+def u(*values: int) -> Any:
+    return np.array(values, U)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], str, int]] = {
+    "clip max": (helper.make_node("Clip", ["x", "lo", "hi"], ["y"]), {"x": X, "lo": f(-0.5), "hi": f(0.5)}, "hi", 1),
+    "clip min": (helper.make_node("Clip", ["x", "lo"], ["y"]), {"x": X, "lo": f(-0.5)}, "lo", 1),
+    "scale along an axis": (helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], axis=0), {"x": X, "s": f(0.1, 0.2, 0.3), "z": u(1, 2, 3)}, "s", 3),
+    "zero point along an axis": (
+        helper.make_node("DequantizeLinear", ["x", "s", "z"], ["y"], axis=1), {"x": A, "s": f(0.1, 0.2, 0.3, 0.4), "z": u(1, 2, 3, 4)}, "z", 4,
+    ),
+    "zero points of rows": (helper.make_node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]), {"a": A, "b": B, "za": u(3, 4, 5), "zb": u(9)}, "za", 3),
+    "zero points of columns": (helper.make_node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]), {"a": A, "b": B, "za": u(3), "zb": u(1, 2, 3, 4, 5)}, "zb", 5),
+    "scale of a product": (
+        helper.make_node("QLinearMatMul", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"]),
+        {"a": A, "sa": f(0.1), "za": u(3), "b": B, "sb": f(0.01), "zb": u(4), "sy": f(2.5), "zy": u(7)}, "sy", 1,
+    ),
+    "zero point of a convolution": (
+        helper.make_node("ConvInteger", ["x", "w", "zx"], ["y"]),
+        {"x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U), "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U), "zx": u(7)}, "zx", 1,
+    ),
+    "scale of a convolution": (
+        helper.make_node("QLinearConv", ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy"], ["y"]),
+        {"x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U), "sx": f(0.1), "zx": u(7), "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U), "sw": f(0.1, 0.2, 0.3),
+         "zw": u(9, 9, 9), "sy": f(9.5), "zy": u(100)}, "sx", 1,
+    ),
+    "training of a dropout": (
+        helper.make_node("Dropout", ["x", "ratio", "training"], ["y"]), {"x": X, "ratio": f(0.5), "training": np.array([False])}, "training", 1,
+    ),
+    "gradient of a tensor": (
+        helper.make_node("Adagrad", ["r", "t", "x", "g", "h"], ["y", "h2"], domain=TRAINING, norm_coefficient=0.1, decay_factor=0.1, epsilon=1e-3),
+        {"r": f(0.1), "t": np.array([2], np.int64), "x": f(1, 2, 3), "g": f(3, 2, 1), "h": f(1, 1, 1)}, "g", 3,
+    ),
+}  # fmt: skip
+# onnx's evaluator subtracts zero points of rows along the columns
+WANT = {"zero points of rows": [(A.astype(np.int32) - np.array([[3], [4], [5]])) @ (B.astype(np.int32) - 9)]}
+
+
+def model(node: Any, feeds: dict[str, Any], name: str, extent: int | str) -> onnx.ModelProto:
+    inputs = [
+        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), [extent] if k == name else v.shape) for k, v in feeds.items()
+    ]
+    outputs = [helper.make_value_info(o, helper.make_tensor_type_proto(TensorProto.UNDEFINED, None)) for o in node.output]
+    for o in outputs:
+        o.ClearField("type")
+    graph = helper.make_graph([node], "g", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(TRAINING, 1)], ir_version=10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_extent_of_a_parameter(case: str) -> None:
+    node, feeds, name, right = CASES[case]
+    wrong = right + 1
+    longer = {**feeds, name: np.resize(feeds[name], wrong)}
+    want = WANT.get(case) or ReferenceEvaluator(model(node, feeds, name, right)).run(None, feeds)
+    m = luthier.compile(model(node, feeds, name, "n"), threads=1)
+    got = m.run(feeds)
+    for o, w in zip(node.output, want, strict=True):
+        np.testing.assert_allclose(got[o].astype(np.float64), w.astype(np.float64), rtol=1e-5, atol=1e-6 if w.dtype.kind == "f" else 0)
+    with pytest.raises(LuthierError, match=node.op_type):
+        m.run(longer)
+    with pytest.raises(LuthierError, match=node.op_type):
+        luthier.compile(model(node, feeds, name, wrong), threads=1)
+
+
+def test_a_node_that_its_standard_definition_does_not_fit() -> None:
+    body = helper.make_graph(
+        [helper.make_node("Add", ["a", "b"], ["c"])], "body", [helper.make_tensor_value_info(k, TensorProto.FLOAT, ["n"]) for k in "ab"],
+        [helper.make_tensor_value_info("c", TensorProto.FLOAT, ["n"])],
+    )  # fmt: skip
+    node = helper.make_node("SequenceMap", ["s"], ["y"], body=body)
+    sequence = helper.make_tensor_sequence_value_info
+    graph = helper.make_graph([node], "g", [sequence("s", TensorProto.FLOAT, ["n"])], [sequence("y", TensorProto.FLOAT, ["n"])])
+    with pytest.raises(LuthierError, match="SequenceMap"):
+        luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "shapes", "name"),
+    [
+        ("LRN", {"size": 1 << 62}, [(1, 3, 4, 4)], "size"), ("LRN", {"size": 0}, [(1, 3, 4, 4)], "size"),
+        ("RoiAlign", {"sampling_ratio": 1 << 20}, [(1, 1, 6, 6), (1, 4), (1,)], "sampling_ratio"),
+        ("Split", {"num_outputs": 1 << 40}, [(6, 2)], "num_outputs"), ("Split", {"num_outputs": 0}, [(6, 2)], "num_outputs"),
+        ("AveragePool", {"kernel_shape": [1 << 40, 3], "auto_pad": "SAME_UPPER"}, [(1, 3, 4, 4)], "kernel"),
+    ],
+)  # fmt: skip
+def test_a_window_that_no_run_would_end(op: str, attributes: dict[str, Any], shapes: list[tuple[int, ...]], name: str) -> None:
+    """An attribute alone says how much work there is; the error names it."""
+    types = [TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64]
+    inputs = [helper.make_tensor_value_info(f"x{k}", types[k], s) for k, s in enumerate(shapes)]
+    node = helper.make_node(op, [i.name for i in inputs], ["y"], **attributes)
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    with pytest.raises(LuthierError, match=f"{name}.*{op}"):
+        luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads=1)
