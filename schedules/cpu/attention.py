@@ -21,7 +21,8 @@ from luthier.schedules.cpu.contract import as_product, factors_of, tile, unroll_
 from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.cpu.rowwise import positions
 
-LOCAL = 1 << 19  # bytes of local copies that a thread may hold
+LOCAL = 1 << 18  # bytes that the copy of a head's keys, or the scores of a tile, may take of a thread's stack
+MANY_ROWS = 256  # for fewer of them a copy of the keys in memory costs more than it saves
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows: int | None = None) -> Schedule | None:
@@ -42,14 +43,16 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     if max(p for p in pos[first] if p is not None) != row:
         return None
     q_ext, k_ext = o.axes[row].extent.attr, s.stages[first].axes[-1].extent.attr
-    if q_ext > 1:
-        s2 = _transpose_keys(s, first)
-        if s2 is None:
-            return None
-        s = s2
     lanes = caps.lanes(32)
     nr = 2 if caps.registers <= 16 else 4  # one width for both products: keys' count and head size rarely share a divisor
     mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers)[0]
+    if mu * -(-k_ext // (nr * lanes)) * nr * lanes * s.stages[first].buf.dtype.itemsize > LOCAL:
+        return None
+    if q_ext > 1:
+        s2 = _transpose_keys(s, first, q_ext)
+        if s2 is None:
+            return None
+        s = s2
     d_loop = o.loops[-1].name
     # a single row keeps eight vectors of the output going, or the additions would wait for each other
     nd = min((nr if q_ext > 1 else 8) * lanes, -(-o.axes[-1].extent.attr // lanes) * lanes)
@@ -68,7 +71,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     s = annotate(s, heads[0], "parallel")
     for n in [n for n in s.stages if n != out]:
         if n.endswith(".t"):
-            s = stage(s, n, at=heads[0])
+            s = stage(s, n, at=heads[0]) if s.stages[n].buf.scope == "local" else annotate(s, s.stages[n].loops[0].name, "parallel")
         elif n == second:
             s = stage(s, n, at=f"{out}.do")
         else:
@@ -143,8 +146,9 @@ def _second_product(s: Schedule, second: str, nd: int, lanes: int) -> Schedule:
     return unroll_lanes(s, dl, nd, lanes)
 
 
-def _transpose_keys(s: Schedule, first: str) -> Schedule | None:
-    """``k.t[.., d, j] = K[.., j, d]`` as a stage of its own, read by the first product. None when the keys are no plain load."""
+def _transpose_keys(s: Schedule, first: str, rows: int) -> Schedule | None:
+    """``k.t[.., d, j] = K[.., j, d]`` as a stage of its own, read by the first product. None when the keys are no plain load, or too many for
+    the stack and read by few rows."""
     st = s.stages[first]
     red = st.reduction
     assert red is not None
@@ -169,10 +173,13 @@ def _transpose_keys(s: Schedule, first: str) -> Schedule | None:
     sub: dict[Expr, Expr] = {a.var: b.var for a, b in zip(axes, new, strict=True)}
     from luthier.ir.expr import substitute
 
-    size = buf.dtype.itemsize * da.extent.attr * st.axes[-1].extent.attr if da.extent.op == "const" else LOCAL + 1
-    if size > LOCAL:
+    if da.extent.op != "const":
         return None
-    tb = replace(buf, name=f"{buf.name}.t", shape=tuple(a.extent for a in new), scope="local", writable=True)
+    size = buf.dtype.itemsize * da.extent.attr * st.axes[-1].extent.attr
+    if size > LOCAL and rows < MANY_ROWS:
+        return None
+    scope = "local" if size <= LOCAL else "global"  # keys too many for the stack are transposed by a kernel of their own
+    tb = replace(buf, name=f"{buf.name}.t", shape=tuple(a.extent for a in new), scope=scope, writable=True)
     ext = dict(s.ext)
     tst = pull_stage(Pull(tb, tuple(new), substitute(x, sub)), ext)
     expr = rewrite(st.expr, lambda e: load(tb, [a.var for a in axes]) if e is x else None)
