@@ -65,7 +65,35 @@ def build(name: str, weights: Path | None) -> tuple:
         args = (torch.randint(0, 60, (1, 24)), torch.tensor([24]), torch.tensor([0.667, 1.0, 0.8]))
         axes = {"input": {0: "batch", 1: "phonemes"}, "input_lengths": {0: "batch"}, "output": {0: "batch", 2: "time"}, "scales": {}}
         return seeded(), args, names, ["output"], axes
+    if name.startswith("whisper"):
+        if weights is None:
+            raise SystemExit(f"{name} needs --weights model.bin")
+        return whisper(name, weights)
     raise SystemExit(f"unknown architecture {name}")
+
+
+def whisper(part: str, weights: Path) -> tuple:
+    """As `build`: one of the three graphs that exporters make of Whisper, by their usual names of inputs and outputs."""
+    import torch
+
+    from benchmarks.torch_whisper import FirstStep, NextStep, from_ctranslate2
+
+    encoder, decoder = from_ctranslate2(weights)
+    features = torch.randn(1, encoder.conv1.in_channels, 2 * encoder.positions.shape[0])
+    if part == "whisper-encoder":
+        return encoder, (features,), ["input_features"], ["last_hidden_state"], {"input_features": {0: "batch"}}
+    keys = [f"{i}.{of}.{kind}" for i in range(len(decoder.layer)) for of in ("decoder", "encoder") for kind in ("key", "value")]
+    ids = {"input_ids": {0: "batch", 1: "sequence"}}
+    with torch.no_grad():
+        hidden = encoder(features)
+        if part == "whisper-first":
+            names, outs = ["input_ids", "encoder_hidden_states"], ["logits", *(f"present.{k}" for k in keys)]
+            return FirstStep(decoder), (torch.ones(1, 2, dtype=torch.int64), hidden), names, outs, {**ids, names[1]: {0: "batch"}}
+        past = list(FirstStep(decoder)(torch.ones(1, 2, dtype=torch.int64), hidden)[1:])
+    names = ["input_ids", *(f"past_key_values.{k}" for k in keys)]
+    axes = {"input_ids": {0: "batch"}, **{n: {0: "batch", 2: "past"} if ".decoder." in n else {0: "batch"} for n in names[1:]}}
+    outs = ["logits", *(f"present.{k}" for k in keys if ".decoder." in k)]
+    return NextStep(decoder), (torch.ones(1, 1, dtype=torch.int64), past), names, outs, axes
 
 
 def export(name: str, out: Path, exporter: str, weights: Path | None) -> None:

@@ -195,9 +195,11 @@ def unigram(tokenizer: Path, text: str) -> list[int]:
     return ids[::-1]
 
 
-def log_mel(wave: NDArray[np.float32], bands: int = 80, rate: int = 16000) -> NDArray[np.float32]:
-    """Whisper's features of a normalised wave: f32[bands, len(wave) / 160], 25 ms windows, Slaney's mel scale."""
-    wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+def log_mel(wave: NDArray[np.float32], bands: int = 80, rate: int = 16000, normalized: bool = True) -> NDArray[np.float32]:
+    """Whisper's features of a wave, which is normalised first or taken as it is: f32[bands, len(wave) / 160], 25 ms windows,
+    Slaney's mel scale."""
+    if normalized:
+        wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
     padded = np.pad(wave.astype(np.float64), 200, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::160][: wave.size // 160]
     power = np.abs(np.fft.rfft(frames * np.hanning(401)[:-1], axis=1)) ** 2

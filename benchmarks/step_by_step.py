@@ -5,8 +5,11 @@ that this bit decides to which side it is rounded, and a deep network amplifies 
 (`session.x64quantprecision`, and no graph rewrites) end as far from each other as from anyone else. So the output of such a model,
 computed from its inputs alone, shows nothing either way. Here the outputs of each QuantizeLinear and DynamicQuantizeLinear become
 inputs of the model for everything that reads them, filled with the reference's values, and outputs as well: what every piece
-between two quantizations makes out of equal inputs is compared, the model's own outputs included.
-"""
+between two quantizations makes out of equal inputs is compared, the model's own outputs included. A model is cut behind each
+STFT, too: vocoders (kokoro) feed on the phases of its bins, and where a bin is zero but for rounding, or real, the sign of a
+rounding error decides between -pi and pi; and behind each DynamicQuantizeLSTM, which quantizes its state at every step where
+nobody sees it: its outputs may be as far from the reference as the reference's own are for inputs a few units in the last place
+apart. """
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ from numpy.typing import NDArray
 
 Outputs = dict[str, NDArray[Any]]
 QUANTIZERS = ("QuantizeLinear", "DynamicQuantizeLinear")
+RECURRENCES = ("DynamicQuantizeLSTM",)
+CUTS = (*QUANTIZERS, "STFT", *RECURRENCES)
+NUDGES = tuple(1 + k * 2.0**-23 for k in (-3, -2, -1, 1, 2, 3))
 INTEGER_PRODUCTS = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv")
 MADE = ".made"
 
@@ -26,17 +32,19 @@ MADE = ".made"
 @dataclass(frozen=True)
 class Steps:
     """``path``: the model in pieces, which ``inputs`` feed; ``reference``: by name, what they make in onnxruntime, ``mode`` says how;
-    ``tensors``: names of the quantized ones."""
+    ``tensors``: names of those that it is cut at; ``spread``: by name of a recurrence's output, how far the reference's own are
+    apart for nudged inputs."""
 
     path: Path
     tensors: tuple[str, ...]
     inputs: Outputs
     reference: Outputs
     mode: str
+    spread: dict[str, float]
 
     def judge(self, got: Outputs) -> Judgement:
         """The outputs of ``path`` for ``inputs`` against the reference."""
-        worst, flipped, total, steps = 0.0, 0, 0, 0.0
+        worst, flipped, total, steps, recurrent = 0.0, 0, 0, 0.0, 0.0
         for name, want in self.reference.items():
             a = got.get(name + MADE if name in self.tensors else name)
             if a is None or a.shape != want.shape:
@@ -45,22 +53,30 @@ class Steps:
                 continue
             away = np.abs(a.astype(np.float64) - want.astype(np.float64))
             if want.dtype.kind == "f":
-                gap = float(away.max()) / max(float(np.abs(want).max()), 1e-30)
-                worst = max(worst, gap if np.isfinite(gap) else float("inf"))
+                gap = _over_largest(away, want)
+                if gap <= 2 * self.spread.get(name, -1.0):
+                    recurrent = max(recurrent, gap)
+                else:
+                    worst = max(worst, gap if np.isfinite(gap) else float("inf"))
             else:
                 flipped, total, steps = flipped + int((away > 0).sum()), total + want.size, max(steps, float(away.max()))
-        return Judgement(worst, flipped, total, steps)
+        return Judgement(worst, flipped, total, steps, recurrent)
+
+
+def _over_largest(away: NDArray[Any], want: NDArray[Any]) -> float:
+    return float(away.max()) / max(float(np.abs(want).max()), 1e-30)
 
 
 @dataclass(frozen=True)
 class Judgement:
     """``error``: of the tensors of floats (outputs, scales), over the largest magnitude of each; ``flipped`` of ``total`` quantized elements
-    differ, by ``steps`` at most."""
+    differ, by ``steps`` at most; ``recurrent``: the error of outputs of recurrences that is within the reference's own spread."""
 
     error: float
     flipped: int
     total: int
     steps: float
+    recurrent: float = 0.0
 
     def ok(self, bar: float) -> bool:
         """Floats within the bar; quantized elements one step away at most, and that only in ties: one in 10^4."""
@@ -68,7 +84,8 @@ class Judgement:
 
     def __str__(self) -> str:
         text = f"{self.flipped} of {self.total:,} quantized elements differ"
-        return text + (f", by {self.steps:g}" if self.flipped else "") + f"; outputs {self.error:.1e}"
+        text += (f", by {self.steps:g}" if self.flipped else "") + f"; outputs {self.error:.1e}"
+        return text + (f"; recurrences {self.recurrent:.1e}, within the reference's own spread" if self.recurrent else "")
 
 
 def in_steps(path: Path, inputs: Outputs, folder: Path) -> Steps:
@@ -81,9 +98,10 @@ def in_steps(path: Path, inputs: Outputs, folder: Path) -> Steps:
     graph = model.graph
     infos = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.value_info}
     own = {o.name for o in graph.output}
-    quantizers = [n for n in graph.node if n.op_type in QUANTIZERS]
-    kinds = {o: onnx.TensorProto.FLOAT if k == 1 else onnx.TensorProto.UINT8 for n in quantizers for k, o in enumerate(n.output) if o}
-    if not kinds or own & set(kinds):
+    cuts = [n for n in graph.node if n.op_type in CUTS]
+    floats = {o for n in cuts for k, o in enumerate(n.output) if k == 1 or n.op_type not in QUANTIZERS}
+    kinds = {o: onnx.TensorProto.FLOAT if o in floats else onnx.TensorProto.UINT8 for n in cuts for o in n.output if o}
+    if not any(n.op_type in QUANTIZERS for n in cuts) or own & set(kinds):
         raise ValueError(f"{path.name} has no {' or '.join(QUANTIZERS)} inside")
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
@@ -97,7 +115,7 @@ def in_steps(path: Path, inputs: Outputs, folder: Path) -> Steps:
         for d, extent in zip(i.type.tensor_type.shape.dim, np.shape(inputs[i.name]) if i.name in inputs else (), strict=False):
             if d.dim_param:
                 extents.setdefault(extent, d.dim_param)
-    for node in quantizers:
+    for node in cuts:
         for k, o in enumerate(node.output):
             node.output[k] = o + MADE if o else o
     for name in kinds:
@@ -109,7 +127,14 @@ def in_steps(path: Path, inputs: Outputs, folder: Path) -> Steps:
     pieces = folder / f"{path.stem}-steps.onnx"
     onnx.save(model, str(pieces))
     feeds = {**inputs, **{n: reference[n] for n in kinds}}
-    return Steps(pieces, tuple(kinds), feeds, reference, "precise mode" if precise else "no rewrites")
+    spread = {o.removesuffix(MADE): 0.0 for n in cuts if n.op_type in RECURRENCES for o in n.output if o}
+    for nudge in NUDGES if spread else ():
+        nudged = {k: np.asarray(v * nudge, np.float32) if v.dtype == np.float32 else v for k, v in feeds.items()}
+        moved = run_onnxruntime(pieces, nudged, precise)
+        for name in spread:
+            gap = _over_largest(np.abs(moved[name + MADE] - reference[name]), reference[name])
+            spread[name] = max(spread[name], gap)
+    return Steps(pieces, tuple(kinds), feeds, reference, "precise mode" if precise else "no rewrites", spread)
 
 
 def run_onnxruntime(path: Path, inputs: Outputs, rewrites: bool) -> Outputs:

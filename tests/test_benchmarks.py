@@ -144,3 +144,52 @@ def test_step_by_step_sees_every_piece(tmp_path: Path) -> None:
     assert not pieces.judge(got | {"aq.made": (np.rint(a * 1.01) + 128).clip(0, 255).astype(np.uint8)}).ok(1e-3)
     assert not pieces.judge(got | {"y": got["y"] * np.float32(1.01)}).ok(1e-3)
     assert not pieces.judge({n: v for n, v in got.items() if n != "xq.made"}).ok(1e-3)
+
+
+def test_ctranslate2_file(tmp_path: Path) -> None:
+    """Weights of each type, quantized by row, and an alias, as CTranslate2's own writer lays them out."""
+    import struct
+
+    from benchmarks.ctranslate2_file import read_variables
+
+    def text(s: str) -> bytes:
+        return struct.pack("<H", len(s) + 1) + s.encode() + b"\0"
+
+    def variable(name: str, kind: int, array: Any) -> bytes:
+        head = text(name) + struct.pack("<B", array.ndim) + b"".join(struct.pack("<I", d) for d in array.shape)
+        return head + struct.pack("<BI", kind, array.nbytes) + array.tobytes()
+
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((3, 5)).astype(np.float32)
+    scale = 127 / np.abs(w).max(1)
+    stored = [
+        variable("a/bias", 4, w[0].astype(np.float16)), variable("a/heads", 2, np.array(6, np.int16)),
+        variable("a/weight", 1, np.rint(w * scale[:, None]).astype(np.int8)),
+        variable("a/weight_scale", 0, scale.astype(np.float32)),
+        variable("b/weight", 5, (w.view(np.uint32) >> 16).astype(np.uint16)),
+    ]  # fmt: skip
+    data = struct.pack("<I", 6) + text("Spec") + struct.pack("<II", 3, len(stored)) + b"".join(stored)
+    data += struct.pack("<I", 2) + text("c/weight") + text("a/weight") + text("c/weight_scale") + text("a/weight_scale")
+    (tmp_path / "model.bin").write_bytes(data)
+    got = read_variables(tmp_path / "model.bin")
+    assert set(got) == {"a/bias", "a/heads", "a/weight", "b/weight", "c/weight"} and got["a/heads"] == 6
+    np.testing.assert_allclose(got["a/bias"], w[0], rtol=1e-3)
+    np.testing.assert_allclose(got["a/weight"], w, atol=float(np.abs(w).max()) / 250)
+    np.testing.assert_allclose(got["b/weight"], w, rtol=2**-7)
+    np.testing.assert_array_equal(got["c/weight"], got["a/weight"])
+    (tmp_path / "short.bin").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="ends at byte"):
+        read_variables(tmp_path / "short.bin")
+
+
+def test_whisper_features() -> None:
+    """A tone is largest in the band around it, silence is flat."""
+    from benchmarks.model_inputs import log_mel
+
+    t = np.arange(16000) / 16000
+    for hz in (440.0, 1000.0, 3000.0):
+        bands = log_mel((0.5 * np.sin(2 * np.pi * hz * t)).astype(np.float32), normalized=False).mean(1)
+        mel = hz * 3 / 200 if hz < 1000 else 15 + np.log(hz / 1000) * 27 / np.log(6.4)
+        top = 15 + np.log(8) * 27 / np.log(6.4)
+        assert abs(int(bands.argmax()) - (mel / (top / 81) - 1)) <= 1
+    assert np.ptp(log_mel(np.zeros(1600, np.float32), normalized=False)) == 0

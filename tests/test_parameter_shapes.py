@@ -1,5 +1,5 @@
-"""Operands that hold one element, or one for each of an axis, whose extent only a run knows: the right extent gives the right answer, any
-other is refused by name; known extents that do not fit are refused when compiling."""
+"""Operands that hold one element, or one for each of an axis, whose extent only a run knows: the right extent gives the right
+answer, any other is refused by name; known extents that do not fit are refused when compiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import luthier
 from luthier.errors import LuthierError
 
 RNG = np.random.default_rng(0)
-A, B, X = RNG.integers(0, 255, (3, 4)).astype(np.uint8), RNG.integers(0, 255, (4, 5)).astype(np.uint8), RNG.standard_normal((3, 4)).astype(np.float32)
+A, B, X = (
+    RNG.integers(0, 255, (3, 4)).astype(np.uint8),
+    RNG.integers(0, 255, (4, 5)).astype(np.uint8),
+    RNG.standard_normal((3, 4)).astype(np.float32),
+)
 F, U = np.float32, np.uint8
 TRAINING = "ai.onnx.preview.training"
 
@@ -28,43 +32,90 @@ def u(*values: int) -> Any:
     return np.array(values, U)
 
 
+node = helper.make_node
 CASES: dict[str, tuple[Any, dict[str, Any], str, int]] = {
-    "clip max": (helper.make_node("Clip", ["x", "lo", "hi"], ["y"]), {"x": X, "lo": f(-0.5), "hi": f(0.5)}, "hi", 1),
-    "clip min": (helper.make_node("Clip", ["x", "lo"], ["y"]), {"x": X, "lo": f(-0.5)}, "lo", 1),
-    "scale along an axis": (helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], axis=0), {"x": X, "s": f(0.1, 0.2, 0.3), "z": u(1, 2, 3)}, "s", 3),
-    "zero point along an axis": (
-        helper.make_node("DequantizeLinear", ["x", "s", "z"], ["y"], axis=1), {"x": A, "s": f(0.1, 0.2, 0.3, 0.4), "z": u(1, 2, 3, 4)}, "z", 4,
+    "clip max": (node("Clip", ["x", "lo", "hi"], ["y"]), {"x": X, "lo": f(-0.5), "hi": f(0.5)}, "hi", 1),
+    "clip min": (node("Clip", ["x", "lo"], ["y"]), {"x": X, "lo": f(-0.5)}, "lo", 1),
+    "scale along an axis": (
+        node("QuantizeLinear", ["x", "s", "z"], ["y"], axis=0),
+        {"x": X, "s": f(0.1, 0.2, 0.3), "z": u(1, 2, 3)},
+        "s",
+        3,
     ),
-    "zero points of rows": (helper.make_node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]), {"a": A, "b": B, "za": u(3, 4, 5), "zb": u(9)}, "za", 3),
-    "zero points of columns": (helper.make_node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]), {"a": A, "b": B, "za": u(3), "zb": u(1, 2, 3, 4, 5)}, "zb", 5),
+    "zero point along an axis": (
+        node("DequantizeLinear", ["x", "s", "z"], ["y"], axis=1),
+        {"x": A, "s": f(0.1, 0.2, 0.3, 0.4), "z": u(1, 2, 3, 4)},
+        "z",
+        4,
+    ),
+    "zero points of rows": (
+        node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]),
+        {"a": A, "b": B, "za": u(3, 4, 5), "zb": u(9)},
+        "za",
+        3,
+    ),
+    "zero points of columns": (
+        node("MatMulInteger", ["a", "b", "za", "zb"], ["y"]),
+        {"a": A, "b": B, "za": u(3), "zb": u(1, 2, 3, 4, 5)},
+        "zb",
+        5,
+    ),
     "scale of a product": (
-        helper.make_node("QLinearMatMul", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"]),
-        {"a": A, "sa": f(0.1), "za": u(3), "b": B, "sb": f(0.01), "zb": u(4), "sy": f(2.5), "zy": u(7)}, "sy", 1,
+        node("QLinearMatMul", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"]),
+        {"a": A, "sa": f(0.1), "za": u(3), "b": B, "sb": f(0.01), "zb": u(4), "sy": f(2.5), "zy": u(7)},
+        "sy",
+        1,
     ),
     "zero point of a convolution": (
-        helper.make_node("ConvInteger", ["x", "w", "zx"], ["y"]),
-        {"x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U), "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U), "zx": u(7)}, "zx", 1,
+        node("ConvInteger", ["x", "w", "zx"], ["y"]),
+        {"x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U), "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U), "zx": u(7)},
+        "zx",
+        1,
     ),
     "scale of a convolution": (
-        helper.make_node("QLinearConv", ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy"], ["y"]),
-        {"x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U), "sx": f(0.1), "zx": u(7), "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U), "sw": f(0.1, 0.2, 0.3),
-         "zw": u(9, 9, 9), "sy": f(9.5), "zy": u(100)}, "sx", 1,
+        node("QLinearConv", ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy"], ["y"]),
+        {
+            "x": RNG.integers(0, 255, (1, 2, 5, 5)).astype(U),
+            "sx": f(0.1),
+            "zx": u(7),
+            "w": RNG.integers(0, 255, (3, 2, 3, 3)).astype(U),
+            "sw": f(0.1, 0.2, 0.3),
+            "zw": u(9, 9, 9),
+            "sy": f(9.5),
+            "zy": u(100),
+        },
+        "sx",
+        1,
     ),
     "training of a dropout": (
-        helper.make_node("Dropout", ["x", "ratio", "training"], ["y"]), {"x": X, "ratio": f(0.5), "training": np.array([False])}, "training", 1,
+        node("Dropout", ["x", "ratio", "training"], ["y"]),
+        {"x": X, "ratio": f(0.5), "training": np.array([False])},
+        "training",
+        1,
     ),
     "gradient of a tensor": (
-        helper.make_node("Adagrad", ["r", "t", "x", "g", "h"], ["y", "h2"], domain=TRAINING, norm_coefficient=0.1, decay_factor=0.1, epsilon=1e-3),
-        {"r": f(0.1), "t": np.array([2], np.int64), "x": f(1, 2, 3), "g": f(3, 2, 1), "h": f(1, 1, 1)}, "g", 3,
+        node(
+            "Adagrad",
+            ["r", "t", "x", "g", "h"],
+            ["y", "h2"],
+            domain=TRAINING,
+            norm_coefficient=0.1,
+            decay_factor=0.1,
+            epsilon=1e-3,
+        ),
+        {"r": f(0.1), "t": np.array([2], np.int64), "x": f(1, 2, 3), "g": f(3, 2, 1), "h": f(1, 1, 1)},
+        "g",
+        3,
     ),
-}  # fmt: skip
+}
 # onnx's evaluator subtracts zero points of rows along the columns
 WANT = {"zero points of rows": [(A.astype(np.int32) - np.array([[3], [4], [5]])) @ (B.astype(np.int32) - 9)]}
 
 
 def model(node: Any, feeds: dict[str, Any], name: str, extent: int | str) -> onnx.ModelProto:
     inputs = [
-        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), [extent] if k == name else v.shape) for k, v in feeds.items()
+        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), [extent] if k == name else v.shape)
+        for k, v in feeds.items()
     ]
     outputs = [helper.make_value_info(o, helper.make_tensor_type_proto(TensorProto.UNDEFINED, None)) for o in node.output]
     for o in outputs:
@@ -82,7 +133,9 @@ def test_extent_of_a_parameter(case: str) -> None:
     m = luthier.compile(model(node, feeds, name, "n"), threads=1)
     got = m.run(feeds)
     for o, w in zip(node.output, want, strict=True):
-        np.testing.assert_allclose(got[o].astype(np.float64), w.astype(np.float64), rtol=1e-5, atol=1e-6 if w.dtype.kind == "f" else 0)
+        np.testing.assert_allclose(
+            got[o].astype(np.float64), w.astype(np.float64), rtol=1e-5, atol=1e-6 if w.dtype.kind == "f" else 0
+        )
     with pytest.raises(LuthierError, match=node.op_type):
         m.run(longer)
     with pytest.raises(LuthierError, match=node.op_type):
@@ -91,7 +144,9 @@ def test_extent_of_a_parameter(case: str) -> None:
 
 def test_a_node_that_its_standard_definition_does_not_fit() -> None:
     body = helper.make_graph(
-        [helper.make_node("Add", ["a", "b"], ["c"])], "body", [helper.make_tensor_value_info(k, TensorProto.FLOAT, ["n"]) for k in "ab"],
+        [helper.make_node("Add", ["a", "b"], ["c"])],
+        "body",
+        [helper.make_tensor_value_info(k, TensorProto.FLOAT, ["n"]) for k in "ab"],
         [helper.make_tensor_value_info("c", TensorProto.FLOAT, ["n"])],
     )  # fmt: skip
     node = helper.make_node("SequenceMap", ["s"], ["y"], body=body)

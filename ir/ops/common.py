@@ -80,7 +80,8 @@ def expect_shape(node: Node, i: int, shape: Sequence[Expr | int]) -> None:
 
 
 def expect_one(node: Node, *which: int) -> None:
-    """Inputs ``which``, where they are given, have one element. Raises ShapeError; extents that only a run knows are checked then."""
+    """Inputs ``which``, where they are given, have one element. Raises ShapeError; extents that only a run knows are checked
+    then."""
     for i in which:
         v = node.input(i)
         if v is not None:
@@ -111,7 +112,8 @@ def check_axis(node: Node, a: int, rank: int, what: str = "axis") -> int:
 
 
 def window_size(node: Node, name: str, square: bool = False) -> int:
-    """Attribute ``name``: the elements of a window (``square``: along each of two axes). Raises ShapeError when that is none, or more than LONGEST."""
+    """Attribute ``name``: the elements of a window (``square``: along each of two axes). Raises ShapeError when that is none, or
+    more than LONGEST."""
     n = int(node.attrs.get(name, 0))
     if n < 1 or (n * n if square else n) > LONGEST:
         raise shape_error(node, f"{name} is {n}; a window holds at least 1 and at most {LONGEST} elements")
@@ -226,7 +228,8 @@ def at(buf: Buffer, axes: Sequence[Axis]) -> Expr:
 
 
 def operand(node: Node, i: int, ins: Sequence[Buffer | None], axes: Sequence[Axis]) -> Expr:
-    """Input ``i`` at a point of ``axes``, broadcast; without axes its one element. A one-element constant becomes a number in the expression."""
+    """Input ``i`` at a point of ``axes``, broadcast; without axes its one element. A one-element constant becomes a number in the
+    expression."""
     b = must(ins, i)
     v = node.input(i)
     x = const_value(v)

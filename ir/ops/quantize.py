@@ -64,7 +64,8 @@ class Scaled(Op):
     kind = "elementwise"
 
     def check(self, node: Node) -> None:
-        """Scale and zero point are of one shape, that of the layout. Raises ShapeError; extents that only a run knows are checked then."""
+        """Scale and zero point are of one shape, that of the layout. Raises ShapeError; extents that only a run knows are checked
+        then."""
         x, s, (a, block) = need(node, 0), need(node, 1), self.layout(node)
         if block:
             expect_shape(node, 1, [(d + block - 1) // block if k == a else d for k, d in enumerate(x.shape)])
@@ -241,10 +242,12 @@ class DynamicQuantizeLinear(Op):
         return [saturate_ref(x / s, np.asarray(z), u8), np.asarray(s), np.asarray(z)]
 
 
-def check_parameters(node: Node, which: Sequence[int], line: Expr | None = None, operand: Value | None = None, inner: int = -1) -> None:
-    """Inputs ``which``, scales and zero points, where they are given: one element; or a vector of one an element of ``line``, where that is
-    given; or of the rank of ``operand``, where that is given: its extents or 1, 1 along axis ``inner``, which the sum goes over. Raises
-    ShapeError; extents that only a run knows are checked then."""
+def check_parameters(
+    node: Node, which: Sequence[int], line: Expr | None = None, operand: Value | None = None, inner: int = -1
+) -> None:
+    """Inputs ``which``, scales and zero points, where they are given: one element; or a vector of one an element of ``line``,
+    where that is given; or of the rank of ``operand``, where that is given: its extents or 1, 1 along axis ``inner``, which the
+    sum goes over. Raises ShapeError; extents that only a run knows are checked then."""
     for i in which:
         v = node.input(i)
         if v is None or all(is_one(d) for d in v.shape):
@@ -290,4 +293,7 @@ def is_scalar(v: Value | None) -> bool:
     return v is None or v.rank == 0 or v.type.static_shape == (1,)
 
 
-__all__ = ["check_parameters", "dynamic_parameters", "dynamic_parameters_ref", "saturate", "saturate_ref", "scale_and_zero", "centered", "is_scalar"]
+__all__ = [
+    "centered", "check_parameters", "dynamic_parameters", "dynamic_parameters_ref", "is_scalar", "saturate", "saturate_ref",
+    "scale_and_zero",
+]  # fmt: skip

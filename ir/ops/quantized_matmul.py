@@ -58,8 +58,8 @@ def matmul_shape(node: Node, a: Shape, b: Shape) -> Shape:
 
 
 def check_sides(node: Node, a: int, left: Sequence[int], b: int, right: Sequence[int]) -> None:
-    """Scales and zero points ``left`` of the operand at input ``a`` (one, one a row, [..., M, 1]), ``right`` of that at ``b`` (one, one a
-    column, [..., 1, N])."""
+    """Scales and zero points ``left`` of the operand at input ``a`` (one, one a row, [..., M, 1]), ``right`` of that at ``b``
+    (one, one a column, [..., 1, N])."""
     x, y = need(node, a), need(node, b)
     check_parameters(node, left, x.shape[-2] if x.rank > 1 else None, x)
     check_parameters(node, right, y.shape[-1] if y.rank > 1 else None, y, -2)

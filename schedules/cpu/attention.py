@@ -37,10 +37,12 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     if pos is None or None in pos[second] or len(pos[first]) < 2 or pos[first][-1] is not None or None in pos[first][:-1]:
         return None
     o = s.stages[out]
-    if any(a.extent.op != "const" for st in s.stages.values() for a in st.axes):
-        return None
     row = len(o.axes) - 2
     if max(p for p in pos[first] if p is not None) != row:
+        return None
+    # batch and heads may be open: they are loops around it all
+    placed = [(a, p) for n, st in s.stages.items() for a, p in zip(st.axes, pos.get(n, range(len(st.axes))), strict=True)]
+    if any(a.extent.op != "const" for a, p in placed if p is None or p >= row):
         return None
     q_ext, k_ext = o.axes[row].extent.attr, s.stages[first].axes[-1].extent.attr
     lanes = caps.lanes(32)
@@ -71,7 +73,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     s = annotate(s, heads[0], "parallel")
     for n in [n for n in s.stages if n != out]:
         if n.endswith(".t"):
-            s = stage(s, n, at=heads[0]) if s.stages[n].buf.scope == "local" else annotate(s, s.stages[n].loops[0].name, "parallel")
+            copy = s.stages[n]
+            s = stage(s, n, at=heads[0]) if copy.buf.scope == "local" else annotate(s, copy.loops[0].name, "parallel")
         elif n == second:
             s = stage(s, n, at=f"{out}.do")
         else:
@@ -147,8 +150,8 @@ def _second_product(s: Schedule, second: str, nd: int, lanes: int) -> Schedule:
 
 
 def _transpose_keys(s: Schedule, first: str, rows: int) -> Schedule | None:
-    """``k.t[.., d, j] = K[.., j, d]`` as a stage of its own, read by the first product. None when the keys are no plain load, or too many for
-    the stack and read by few rows."""
+    """``k.t[.., d, j] = K[.., j, d]`` as a stage of its own, read by the first product. None when the keys are no plain load, or
+    too many for the stack and read by few rows."""
     st = s.stages[first]
     red = st.reduction
     assert red is not None

@@ -655,9 +655,10 @@ class _Importer:
         if schema.has_context_dependent_function:
             versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset] or list(schema.context_dependent_function_opset_versions)
             types = [type_proto(v).SerializeToString() for v in inputs]
+            node = self._resolved(n, scope).SerializeToString()
             try:
-                raw = schema.get_context_dependent_function_with_opset_version(max(versions), self._resolved(n, scope).SerializeToString(), types)
-            except (ValueError, RuntimeError) as e:  # what onnx raises for inputs and attributes that the standard's definition does not fit
+                raw = schema.get_context_dependent_function_with_opset_version(max(versions), node, types)
+            except (ValueError, RuntimeError) as e:  # for inputs and attributes that the standard's definition does not fit
                 raise InvalidModel(f"the standard's definition of {n.op_type} does not fit the node: {e}") from None
             body = FunctionProto()
             body.ParseFromString(raw)
