@@ -6,8 +6,8 @@ dies or takes too long is replaced. Every result is a line of ``RESULTS``: start
 (edits left out) and kept beside the results; ``--report`` writes the table again.
 
 Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
-are faults. A refusal is an error of :mod:`luthier.errors` that is meant for users.
-"""
+are faults, and so are answers that differ from onnxruntime's for no reason of :data:`ARGUED`. A refusal is an error of
+:mod:`luthier.errors` that is meant for users. """
 
 from __future__ import annotations
 
@@ -20,23 +20,82 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto
+
 from benchmarks.fuzz_models import WEIGHTS_FILE, weights_file
-from benchmarks.fuzz_mutate import apply, mutant
+from benchmarks.fuzz_mutate import apply, graphs, mutant
 
 FAULTS = ("crash", "hang", "internal")
 RESULTS = Path("build/fuzz")
 COMMAND = ["-m", "benchmarks.fuzz_worker"]
 Result = dict[str, Any]
-ARGUED = """Answers that differ and are argued:
+UNARGUED = "no reason known"
 
-* flags such as `keepdims` and `largest` that are neither 0 nor 1: any other number counts as set here, as unset in onnxruntime; ONNX says nothing;
-* infinite recurrent weights: 0 * inf is NaN here, onnxruntime leaves the product with the zero state out;
-* `clip` 0 of recurrent operators: no clipping here, all zeros in onnxruntime.
-"""
+
+@dataclass(frozen=True)
+class Argued:
+    """A kind of answers that may differ from onnxruntime's: why, and whether a mutant is of it by its model and the
+    difference."""
+
+    text: str
+    holds: Callable[[ModelProto, str], bool]
+
+
+def _nodes(m: ModelProto) -> Iterator[NodeProto]:
+    return (n for g in graphs(m.graph) for n in g.node)
+
+
+def _odd_flag(m: ModelProto, _: str) -> bool:
+    return any(a.name in FLAGS and a.i not in (0, 1) for n in _nodes(m) for a in n.attribute)
+
+
+def _not_finite(m: ModelProto, op: tuple[str, ...], limit: float = float("inf")) -> bool:
+    """Whether a constant that such an operator reads has an element that is no number or not below ``limit``."""
+    read = {i for n in _nodes(m) if n.op_type in op for i in n.input}
+    floats = [t for t in m.graph.initializer if t.name in read and t.data_type == TensorProto.FLOAT and t.raw_data]
+    return any(not bool(np.all(np.abs(np.frombuffer(t.raw_data, np.float32)) < limit)) for t in floats)
+
+
+FLAGS = frozenset(
+    "ceil_mode count_include_pad exclusive inverse is_causal keepdims largest noop_with_empty_axes onesided reverse saturate "
+    "select_last_index sorted training_mode".split()
+)
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Dropout")
+RECURRENT = ("RNN", "GRU", "LSTM")
+ARGUED = (
+    Argued(
+        "flags (`keepdims`, `largest`, `saturate`) that are neither 0 nor 1, of which ONNX says nothing: any other number counts "
+        "as set here; as unset in onnxruntime, whose Cast and CastLike then leave the output's memory as it was",
+        _odd_flag,
+    ),
+    Argued("random numbers without a `seed`", lambda m, _: any(n.op_type in RANDOM for n in _nodes(m))),
+    Argued(
+        "recurrent weights that are not finite: NaN here, as arithmetic says; onnxruntime leaves out the product with a state of "
+        "zeros, and its sigmoid and tanh are clamped so that NaN becomes a number",
+        lambda m, _: _not_finite(m, RECURRENT),
+    ),
+    Argued(
+        "`clip` 0 of recurrent operators: no clipping here, all zeros in onnxruntime",
+        lambda m, _: any(a.name == "clip" and a.f == 0 for n in _nodes(m) if n.op_type in RECURRENT for a in n.attribute),
+    ),
+    Argued(
+        "GridSample at points that are not finite, or so far outside that no integer holds them: NaN here where padding does not "
+        "clamp them; onnxruntime converts them to integers, which C++ leaves undefined",
+        lambda m, _: _not_finite(m, ("GridSample",), 1e9),
+    ),
+    Argued(
+        "scores that Attention hands out behind a mask: -inf here, as in ONNX's own tests, the lowest number in onnxruntime",
+        lambda m, text: "-inf against -3.4028" in text and any(n.op_type == "Attention" for n in _nodes(m)),
+    ),
+)
 
 
 class Worker:
@@ -175,6 +234,22 @@ def family(result: Result) -> str:
     return "ONNX suite" if base.startswith("suite/") else base
 
 
+def argued(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Mutants whose answers differ, by the text of the first kind of :data:`ARGUED` that they are of; ``UNARGUED`` for the
+    others."""
+    out: dict[str, list[Result]] = {}
+    for r in results:
+        if r.get("peer") == "differs":
+            data, _ = apply(str(r["base"]), str(r["kind"]), r["chosen"])
+            try:
+                model = onnx.load_from_string(data)
+                text = next((k.text for k in ARGUED if k.holds(model, str(r["peer_detail"]))), UNARGUED)
+            except DecodeError:
+                text = UNARGUED
+            out.setdefault(text, []).append(r)
+    return out
+
+
 def table(results: Sequence[Result], seed: int) -> str:
     """The results as Markdown."""
     columns = ("refused", "ran", "compiled", *FAULTS)
@@ -187,9 +262,11 @@ def table(results: Sequence[Result], seed: int) -> str:
         mine = [r for r in results if name in (family(r), "all")]
         outcomes, peers = Counter(r["outcome"] for r in mine), Counter(r.get("peer") for r in mine)
         lines.append(f"| {name} | {len(mine)} | " + " | ".join(str(outcomes[c]) for c in columns) + f" | {peers['agrees']} | {peers['differs']} |")
-    listed = [f"{r['number']} ({family(r)}: {', '.join(r['edits'])})" for r in results if r.get("peer") == "differs"]
-    if listed:
-        lines += ["", ARGUED, f"Mutants whose answers differ: {'; '.join(listed)}."]
+    kinds = argued(results)
+    if kinds:
+        lines += ["", "Answers that differ, by the reason:", ""]
+        for text, rows in kinds.items():
+            lines.append(f"* {text}: {', '.join(str(r['number']) for r in rows)}")
     died = Counter(r.get("peer") for r in results)
     lines += ["", f"onnxruntime itself died of {died['dies']} and hung on {died['hangs']} of them."]
     found: dict[str, list[Result]] = {}
@@ -236,7 +313,7 @@ def main() -> None:
     print(text)
     if given.report is not None:
         given.report.write_text("# Mutated models\n\n`python -m benchmarks.fuzz`: " + text, encoding="utf-8")
-    sys.exit(1 if any(r["outcome"] in FAULTS for r in results) else 0)
+    sys.exit(1 if any(r["outcome"] in FAULTS for r in results) or UNARGUED in argued(results) else 0)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def differences(outputs: Answers, expected: list[Any], names: list[str]) -> str:
         else:
             a, b = got.astype(np.float64), want.astype(np.float64)
             finite = np.abs(b[np.isfinite(b)])
-            close = np.isclose(a, b, 2e-3, 2e-3 * float(finite.max()) if finite.size else 1e-6, equal_nan=True)
+            close = np.isclose(a, b, 2e-3, max(2e-3 * float(finite.max(initial=0)), 1e-6), equal_nan=True)
         if not close.all():
             k = int(np.argmin(close.reshape(-1)))
             return f"{name}: {got.reshape(-1)[k]} against {want.reshape(-1)[k]}, {int((~close).sum())} of {close.size}"

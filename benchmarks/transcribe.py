@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--target", default="cpu")
     args = parser.parse_args()
-    compiled: dict[str, Runner] = {part: luthier.compile(get(part).path, target=args.target, threads=args.threads).run for part in PARTS}
+    compiled = {p: luthier.compile(get(p).path, target=args.target, threads=args.threads).run for p in PARTS}
 
     runtimes: dict[str, dict[str, Runner]] = {
         "luthier": compiled,

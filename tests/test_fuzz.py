@@ -6,9 +6,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from benchmarks.fuzz import FAULTS, Worker, read_results, run, shrunk, table
+from benchmarks.fuzz import FAULTS, UNARGUED, Worker, argued, read_results, run, shrunk, table
 from benchmarks.fuzz_models import MODELS
 from benchmarks.fuzz_mutate import apply, mutant
 
@@ -62,3 +65,34 @@ def test_what_goes_wrong_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "r").write_text('{"number": 0}\n{"number": 1}\n{"num')
     assert [r["number"] for r in read_results(tmp_path / "r")] == [0, 1]
+
+
+ODD = {
+    "flags": (helper.make_node("TopK", ["x", "k"], ["y", "z"], largest=7), {}),
+    "random": (helper.make_node("RandomNormalLike", ["x"], ["y"]), {}),
+    "recurrent": (helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=1), {"w": [1.0, np.nan], "r": [1.0]}),
+    "`clip`": (helper.make_node("GRU", ["x", "w", "r"], ["y"], hidden_size=1, clip=0.0), {"w": [1.0], "r": [1.0]}),
+    "GridSample": (helper.make_node("GridSample", ["x", "g"], ["y"]), {"g": [0.5, 1e38]}),
+    "scores": (helper.make_node("Attention", ["x", "k", "v"], ["y"]), {}),
+}
+PLAIN = (
+    helper.make_node("TopK", ["x", "k"], ["y", "z"], largest=1), helper.make_node("LSTM", ["x", "w", "r"], ["y"], clip=2.0),
+    helper.make_node("GridSample", ["x", "w"], ["y"]), helper.make_node("Exp", ["x"], ["y"]),
+)  # fmt: skip
+
+
+def with_constants(node: onnx.NodeProto, constants: dict[str, list[float]]) -> onnx.ModelProto:
+    tensors = [numpy_helper.from_array(np.array(v, np.float32), k) for k, v in constants.items()]
+    return helper.make_model(helper.make_graph([node], "g", [], [], tensors))
+
+
+def test_answers_that_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is of its own kind of argued differences and of no other; models without anything odd are of none."""
+    detail = "y: -inf against -3.4028234663852886e+38, 1 of 2"
+    models = {name: with_constants(*made) for name, made in ODD.items()}
+    models |= {f"plain {n.op_type}": with_constants(n, {"w": [0.5, 2.0], "r": [1.0]}) for n in PLAIN}
+    monkeypatch.setattr("benchmarks.fuzz.apply", lambda base, kind, edits: (models[base].SerializeToString(), []))
+    rows = [{"base": name, "kind": "structure", "chosen": [], "peer": "differs", "peer_detail": detail} for name in models]
+    for text, found in argued(rows).items():
+        for r in found:
+            assert text == UNARGUED if r["base"].startswith("plain") else text.startswith(r["base"])
