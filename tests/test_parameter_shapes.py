@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import luthier
@@ -173,3 +173,30 @@ def test_a_window_that_no_run_would_end(op: str, attributes: dict[str, Any], sha
     graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     with pytest.raises(LuthierError, match=f"{name}.*{op}"):
         luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), threads=1)
+
+
+@pytest.mark.parametrize("op", ["CumSum", "CumProd", "ReduceSum", "ReduceMax", "Squeeze", "Unsqueeze", "Slice", "Pad", "DFT"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("known", ["axis", "axis and data", "nothing"])
+def test_an_axis_that_is_an_operand(op: str, shape: tuple[int, ...], known: str) -> None:
+    """One behind the last is refused with the operator's name, when compiling where it is known, else by the call (or when
+    compiling)."""
+    kind = np.float32 if op == "DFT" else np.int64
+    rank = len(shape) + (op == "Unsqueeze")
+    operands: dict[str, Any] = {"x": np.ones(shape, kind)}
+    if op == "Slice":
+        operands |= {"starts": np.array([0]), "ends": np.array([1])}
+    if op == "Pad":
+        operands |= {"pads": np.array([1, 1]), "value": np.array(0)}
+    if op == "DFT":
+        operands |= {"length": np.array(2)}
+    operands |= {"axis": np.array(rank) if op in ("CumSum", "CumProd", "DFT") else np.array([rank])}
+    fixed = {k for k in operands if known == "axis and data" or k != "x" and (known == "axis" or k != "axis")}
+    feeds = {k: v for k, v in operands.items() if k not in fixed}
+    inputs = [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in feeds.items()]
+    kept = [numpy_helper.from_array(v, k) for k, v in operands.items() if k in fixed]
+    result = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)
+    graph = helper.make_graph([node(op, list(operands), ["y"])], "g", inputs, [result], kept)
+    with pytest.raises(LuthierError, match=op):
+        m = luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 26)], ir_version=11), threads=1)
+        m.run(feeds)

@@ -15,7 +15,7 @@ from luthier.ir.expr import Expr, as_expr, cast, const, free_vars, land, load, p
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.ir.loop import Buffer
 from luthier.ir.op import REGISTRY, Op
-from luthier.ir.requirements import assume_broadcast, assume_equal
+from luthier.ir.requirements import assume_at_least, assume_at_most, assume_broadcast, assume_equal
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[Expr, ...]
@@ -109,6 +109,22 @@ def check_axis(node: Node, a: int, rank: int, what: str = "axis") -> int:
     if not -rank <= a < max(rank, 1):
         raise shape_error(node, f"{what} {a} is out of range for rank {rank}")
     return a + rank if a < 0 else a
+
+
+def dimension(node: Node, a: Expr, rank: int, count: int | None = None) -> Expr:
+    """The dimension that an operand names, counted from the front: one of ``count`` (all where it is left out) of ``rank``.
+    Raises ShapeError; what only a run knows is checked then."""
+    if rank == 0:
+        raise shape_error(node, f"{node.op} along an axis takes no scalar")
+    last = rank - 1 if count is None else count - 1
+    if a.op == "const":
+        k = check_axis(node, a.attr, rank)
+        if k > last:
+            raise shape_error(node, f"axis {k} is out of range, the last one that counts is {last}")
+        return const(k)
+    assume_at_least(a, const(-rank), "an axis and the least possible")
+    assume_at_most(a, const(last), "an axis and the last one")
+    return select(a < 0, a + rank, a)
 
 
 def window_size(node: Node, name: str, square: bool = False) -> int:

@@ -23,6 +23,7 @@ from luthier.ir.ops.common import (
     check_axis,
     define,
     differ,
+    dimension,
     expect_shape,
     known_array,
     like,
@@ -330,9 +331,11 @@ class Running(Op):
         raise NotImplementedError
 
     def infer(self, node: Node) -> Sequence[TensorType]:
-        if len(content_or_symbols(node, 1)) != 1:
+        x, position = need(node, 0), content_or_symbols(node, 1)
+        if len(position) != 1:
             raise shape_error(node, "axis must be one number")
-        return [need(node, 0).type]
+        dimension(node, position[0], x.rank)
+        return [x.type]
 
     def content(self, node: Node) -> Sequence[tuple[Expr, ...] | None] | None:
         x = need(node, 0)

@@ -24,6 +24,7 @@ from luthier.ir.ops.common import (
     const_value,
     contents,
     define,
+    dimension,
     like,
     make,
     moved,
@@ -234,12 +235,12 @@ class Slice(Op):
             assume_equal(t, select(t.eq(0), ONE, t), f"steps (number {k} is 0)")
         out = [(ZERO, n, ONE) for n in x.shape]
         for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
-            if a.op == "const":
-                k = check_axis(node, a.attr, x.rank)
-                out[k] = (*window(s, e, t, x.shape[k]), t)
+            d = dimension(node, a, x.rank)
+            if d.op == "const":
+                out[d.attr] = (*window(s, e, t, x.shape[d.attr]), t)
                 continue
             for k, n in enumerate(x.shape):  # the axis itself comes at run time
-                hit = select(a < 0, a + x.rank, a).eq(k)
+                hit = d.eq(k)
                 first, length = window(s, e, t, n)
                 old = out[k]
                 out[k] = (select(hit, first, old[0]), select(hit, length, old[1]), select(hit, t, old[2]))

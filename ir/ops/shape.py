@@ -27,6 +27,7 @@ from luthier.ir.ops.common import (
     contents,
     define,
     differ,
+    dimension,
     element_type,
     flag,
     float_content,
@@ -153,7 +154,7 @@ class Flatten(View):
 
 def given_axes(node: Node, i: int, rank: int) -> list[Expr]:
     """Dimension numbers from input ``i``, counted from the front; symbols where they come at run time."""
-    return [const(check_axis(node, a.attr, rank)) if a.op == "const" else select(a < 0, a + rank, a) for a in content_or_symbols(node, i)]
+    return [dimension(node, a, rank) for a in content_or_symbols(node, i)]
 
 
 def total_of(terms: Iterable[Expr]) -> Expr:

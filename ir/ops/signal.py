@@ -18,8 +18,8 @@ from luthier.ir.ops.common import (
     ZERO,
     Array,
     axes_of,
-    check_axis,
     define,
+    dimension,
     element_type,
     get,
     make,
@@ -56,13 +56,10 @@ class DFT(Op):
     def geometry(self, node: Node) -> tuple[Expr, Expr, bool, bool]:
         """(axis, transform length, inverse, onesided); an axis that is known only at run time is a symbol."""
         x = need(node, 0)
+        if x.rank < 2:
+            raise shape_error(node, "DFT takes [..., length, 1 or 2]")
         a = as_expr(content_or_symbols(node, 2)[0]) if node.input(2) is not None else const(-2)
-        if a.op == "const":
-            a = const(check_axis(node, a.attr, x.rank))
-            if a.attr == x.rank - 1:
-                raise shape_error(node, "the last dimension holds real and imaginary parts and cannot be transformed")
-        else:
-            a = select(a < 0, a + x.rank, a)
+        a = dimension(node, a, x.rank, x.rank - 1)  # the last dimension holds real and imaginary parts
         inv, one = bool(int(node.attrs.get("inverse", 0))), bool(int(node.attrs.get("onesided", 0)))
         if node.input(1) is not None:
             n = as_expr(content_or_symbols(node, 1)[0])
