@@ -332,9 +332,10 @@ def _flat_rows(s: Schedule, name: str) -> Schedule:
     return replace(s, stages={**s.stages, name: pull_stage(Pull(buf, (*lead, f), load(wide, at, inside, other)), ext)}, ext=ext, trace=(*s.trace, ("rows", name)))
 
 
-def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
+def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, caps: Capabilities) -> tuple[Schedule, list[str], str | None]:
     """For a depthwise convolution, whose input is read once: the padded rows of one block of output rows and one panel of
-    channels (bytes: all channels) are made in a local buffer, instead of a padded copy of the whole input in memory.
+    channels (all of them for bytes, and where an output channel reads another input channel than its own) are made in a local buffer,
+    instead of a padded copy of the whole input in memory, unless one row's do not fit.
 
     Returns (schedule, loops between the panel and the tile, name of the padded tensor); the name is None when it stays outside."""
     st = s.stages[acc]
@@ -348,11 +349,13 @@ def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], n
         return s, rest, None
     rows_in = shape[-3].extent.attr
     itemsize = int(s.stages[name].buf.dtype.itemsize)
-    per_row = shape[-2].extent.attr * (nv * itemsize if itemsize > 1 else shape[-1].extent.attr)
-    size = max(1, min(n, (block // per_row) * n // max(rows_in, 1)))
-    while n % size:
-        size -= 1
-    s = split(s, row, size, into=(f"{out}.ro", f"{out}.ri"))
+    own = itemsize > 1 and any(load_parts(pads[0])[1][-1] is a.var for a in st.axes)
+    per_row = shape[-2].extent.attr * itemsize * (nv if own else shape[-1].extent.attr)
+    size = max(1, min(n, (caps.l2 // 8 // per_row) * n // max(rows_in, 1)))
+    fits = [k for k in range(1, size + 1) if n % k == 0 and (rows_in - (n - k) * (rows_in // n)) * per_row <= caps.local_bytes]
+    if not fits:
+        return s, rest, None
+    s = split(s, row, fits[-1], into=(f"{out}.ro", f"{out}.ri"))
     return s, [f"{out}.ri" if x == row else x for x in rest], name
 
 
@@ -570,7 +573,7 @@ def register_tile(
         tail_rows = [f"{out}.uo", f"{out}.ui"]
     padding: str | None = None
     if depthwise and rows:
-        s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps.l2 // 8)
+        s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps)
     at = f"{out}.uo" if tail_rows else f"{out}.vo"
     whole = padding is not None and s.stages[padding].buf.dtype.bits == 8
     if padding is not None and whole:

@@ -122,7 +122,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
 
 def blocks(m: int, n: int, h: int, w: int, c: int, k: int, caps: Capabilities) -> tuple[int, ...]:
     """Tiles of a block that are worth a try: what half the second-level cache and a stack hold, if that leaves work for threads."""
-    b = caps.l2 * 7 // 16 // (4 * (m + 2) ** 2 * max(c, k)) // 6 * 6
+    b = min(caps.l2 * 7 // 16, caps.local_bytes) // (4 * (m + 2) ** 2 * max(c, k)) // 6 * 6
     return (0, min(b, 48)) if b >= 12 and n * -(-h // m) * -(-w // m) >= 8 * b else (0,)
 
 
