@@ -37,7 +37,7 @@ from luthier.schedules.base.split_long import split_long, split_single
 from luthier.schedules.base.split_scan import split_scan
 from luthier.schedules.lowbit.rivals import RIVALS, defaults, rivals
 
-TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
+TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "pool", "contract", "attention", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 ROOMS = {"lowbit": ("sparse_gemv", "two_of_four", "lut_gemv", "lut_wide", "quantized_gemv", "byte_products")}  # the others: gpu_* in gpu, cpu

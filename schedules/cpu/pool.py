@@ -1,6 +1,8 @@
-"""Template for windows along the innermost axis: pooling of channels-first images, one-dimensional pooling, moving reductions.
+"""Template for windows along the innermost axis: pooling and depthwise convolution of channels-first images, one-dimensional ones, moving
+reductions.
 
-``out[.., i, j] = f(reduce[a, b](x[.., s i + a - p, t j + b - q] inside x else e))`` with t = 1 or 2. Lanes go along j: the padded input of
+``out[.., i, j] = f(reduce[a, b](x[.., s i + a - p, t j + b - q] inside x else e))`` with t = 1 or 2, the value of x perhaps multiplied by
+others that are the same for all j (``w[.., a, b]``). Lanes go along j: the padded input of
 one plane (or of the rows that one row of the output reads) is copied into a local buffer whose border holds e, so that
 no access of the windows is masked; a step of 2 takes two vectors and a shuffle.
 """
@@ -62,15 +64,19 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
 
 
 def _window(s: Schedule) -> str | None:
-    """The one reduction, when it reads one tensor whose last index is ``t * j + window - q`` (t = 1 or 2) of the last output axis."""
+    """The one reduction, when it reads one tensor whose last index is ``t * j + window - q`` (t = 1 or 2) of the last output axis, and what
+    else it reads depends on axes of that tensor only and not on j (a contraction reuses elements of x and is none)."""
     found = [st for st in s.stages.values() if st.reduction is not None]
     if len(found) != 1 or not found[0].axes:
         return None
     st = found[0]
     red = st.reduction
     assert red is not None
-    xs = loads(*red.args)
+    mine = {a.var for a in st.axes}
+    xs = [x for x in loads(*red.args) if st.axes[-1].var in free_vars(x)]
     if red.attr[2] != 1 or len(red.args) != 1 or len(xs) != 1 or xs[0].attr[0].scope != "param" or red.args[0].op == "reduce":
+        return None
+    if any(x.attr[0].scope != "param" or free_vars(x) & mine - free_vars(xs[0]) for x in loads(*red.args)):
         return None
     buf, idx, _, other = load_parts(xs[0])
     j, window = st.axes[-1].var, {a.var for a in red.attr[1]}
