@@ -26,6 +26,7 @@ from luthier.passes.loop.place_barriers import place_barriers
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.promote_locals import promote_locals
 from luthier.passes.loop.split_vectors import split_vectors
+from luthier.passes.loop.transpose_blocks import transpose_blocks
 from luthier.passes.loop.unroll import unroll
 from luthier.passes.loop.vectorize import vectorize
 from luthier.schedules.base.capabilities import Capabilities
@@ -67,7 +68,8 @@ def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
     group = [privatize_threads, place_barriers] if caps.gpu else []
     narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
-    return [*group, flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
+    blocks = [] if caps.gpu else [transpose_blocks]
+    return [*group, flatten, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:

@@ -19,6 +19,8 @@ from luthier.schedules.cpu.contract import pad_input, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
 from luthier.schedules.cpu.rowwise import positions
 
+UNROLLED = 112  # terms of straight code
+
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16, **_: Any) -> Schedule | None:
     """``local_bytes``: the largest local copy of a padded plane or of rows."""
@@ -44,23 +46,40 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
     s = pad_input(s, acc, caps)
     if any(load_parts(x)[2] is not None for x in loads(s.stages[acc].expr)):
         return None
-    loops = [lp.name for lp in s.stages[out].loops]
-    last = loops[-1]
+    *outer, last = (lp.name for lp in s.stages[out].loops)
     s = split(s, last, lanes, "cut")
     s = annotate(s, f"{last}.1", "vectorize")
-    s, rows = _place_padding(s, out, loops[:-1], lanes, local_bytes)
+    block = _rows_together(s, acc)
+    if block > 1:
+        row = outer[-1]
+        s = annotate(split(s, row, block), f"{row}.1", "unroll")
+        s = reorder(s, f"{row}.0", f"{last}.0", f"{row}.1", f"{last}.1")
+        outer[-1] = f"{row}.0"
+    s, rows = _place_padding(s, out, outer, lanes, local_bytes)
     s = stage(s, acc, at=f"{last}.0")
     st = s.stages[acc]
-    mine, reds = st.loops[len(st.axes) - 1].name, [lp for lp in st.loops if lp.reduce]
-    s = annotate(reorder(s, *(lp.name for lp in reds), mine), mine, "vectorize")
-    size = 1
+    mine, reds = [lp.name for lp in st.loops[: len(st.axes)]], [lp for lp in st.loops if lp.reduce]
+    inner = mine[-2:] if block > 1 else mine[-1:]
+    s = annotate(reorder(s, *(lp.name for lp in reds), *inner), inner[-1], "vectorize")
+    if block > 1:
+        s = annotate(s, inner[0], "unroll")
+    size = block
     for lp in reversed(reds):
         e = s.static_extent(lp.var)
-        if e is None or size * e > 25:
+        if e is None or size * e > UNROLLED:
             break
         size *= e
         s = annotate(s, lp.name, "unroll")
     return annotate(s, rows, "parallel") if rows else s
+
+
+def _rows_together(s: Schedule, acc: str) -> int:
+    """Rows of the output that are summed side by side: sums do not wait for each other, and rows share factors and elements of x."""
+    st = s.stages[acc]
+    if len(st.axes) < 2:
+        return 1
+    n = st.axes[-2].extent.attr
+    return next((k for k in (4, 5, 3, 7, 2) if n % k == 0), 1)
 
 
 def _window(s: Schedule) -> str | None:
