@@ -22,6 +22,7 @@ from luthier.ir.loop import Buffer, For, Func, walk_stmts
 from luthier.passes.gpu.privatize_threads import privatize_threads
 from luthier.passes.loop.expand_math import expand_math
 from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.load_spans import load_spans
 from luthier.passes.loop.place_barriers import place_barriers
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.promote_locals import promote_locals
@@ -68,7 +69,7 @@ def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
     group = [privatize_threads, place_barriers] if caps.gpu else []
     narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
-    blocks = [] if caps.gpu else [transpose_blocks]
+    blocks = [] if caps.gpu else [transpose_blocks, functools.partial(load_spans, whole=caps.whole_registers)]
     return [*group, flatten, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 

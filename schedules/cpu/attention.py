@@ -49,7 +49,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
         s = s2
     lanes = caps.lanes(32)
     nr = 2 if caps.registers <= 16 else 4  # one width for both products: keys' count and head size rarely share a divisor
-    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers)[0]
+    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers, width=nr)[0]
     d_loop = o.loops[-1].name
     # a single row keeps eight vectors of the output going, or the additions would wait for each other
     nd = min((nr if q_ext > 1 else 8) * lanes, -(-o.axes[-1].extent.attr // lanes) * lanes)
@@ -68,7 +68,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     s = annotate(s, heads[0], "parallel")
     for n in [n for n in s.stages if n != out]:
         if n.endswith(".t"):
-            s = stage(s, n, at=heads[0])
+            s = _in_blocks(stage(s, n, at=heads[0]), n, lanes)
         elif n == second:
             s = stage(s, n, at=f"{out}.do")
         else:
@@ -90,6 +90,16 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
                 s = split(s, lp.name, lanes, "cut")
                 s = annotate(s, f"{lp.name}.1", "vectorize")
     return _second_product(s, second, nd, lanes)
+
+
+def _in_blocks(s: Schedule, name: str, lanes: int) -> Schedule:
+    """The copy of transposed keys in square blocks (:mod:`luthier.passes.loop.transpose_blocks`) where both extents are whole blocks."""
+    *_, d, j = (lp.name for lp in s.stages[name].loops)
+    side = min(lanes, 16)
+    if any((s.static_extent(lp.var) or 1) % side for lp in s.stages[name].loops[-2:]):
+        return s
+    s = annotate(annotate(split(split(s, d, side), j, side), f"{d}.1", "unroll"), f"{j}.1", "vectorize")
+    return reorder(s, f"{d}.0", f"{j}.0", f"{d}.1", f"{j}.1")
 
 
 def _epilogue(s: Schedule, first: str) -> str | None:

@@ -234,21 +234,21 @@ def split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
 # ---------------------------------------------------------------- tile choice
 
 
-def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, cut: bool = False, shared: bool = True, issue: float = 0.0) -> tuple[int, int]:
+def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, cut: bool = False, shared: bool = True, issue: float = 0.0, width: int = 0) -> tuple[int, int]:
     """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
 
     Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3), beside them a tenth of a cycle a
     broadcast and a quarter a vector, which may come from the second-level cache (with 32 registers of 512 bits, tiles of 20 to 24 accumulators are 6 to 9 % faster than those of 12); accumulators, the panel's
     vectors and one broadcast share the registers, with one to spare (the code generator spills without it). ``exact``: columns are not padded, so a width that divides them avoids masks
-    in the reduction. ``cut``: the last columns have a narrower tile of their own. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads. ``issue``: see
+    in the reduction. ``cut``: the last columns have a narrower tile of their own. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads. ``width``: the number of vectors where it is given. ``issue``: see
     :class:`Capabilities`; a broadcast is a load and its address, a step has four instructions of its own. Rows that only the run counts
     are made in whole tiles: the mean over usual numbers decides."""
     usual = (m.attr,) if m.op == "const" else ROWS if m.op == "var" else tuple(r * r for r in ROWS)
     nn = n.attr if n.op == "const" else 256
     exact = exact and nn % lanes == 0
     best: tuple[float, int, int] | None = None
-    for nr in range(1, 9):
-        if nr > 1 and (nr - 1) * lanes >= nn:
+    for nr in range(width or 1, (width or 8) + 1):
+        if nr > max(width, 1) and (nr - 1) * lanes >= nn:
             break
         if exact and nn % (nr * lanes):
             continue

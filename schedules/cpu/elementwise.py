@@ -15,6 +15,7 @@ from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rew
 from luthier.passes.loop.flatten import flat_index
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, pull_stage, reorder, split
+from luthier.schedules.cpu.tabulate import tabulate
 
 PIECE = 1024  # elements of a row that a transposition walks before it takes the next rows
 
@@ -23,6 +24,10 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grai
     s = in_runs(s)
     for name, st in list(s.stages.items()):
         if st.at is None and st.fold is None:
+            before = set(s.stages)
+            s = tabulate(s, name)
+            for n in [n for n in s.stages if n not in before]:
+                s = pointwise(s, n, caps, grain)
             s = pointwise(s, name, caps, grain)
     return s
 
