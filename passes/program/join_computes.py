@@ -220,6 +220,8 @@ def _inliner(table: Mapping[str, Pull]) -> Callable[[Expr], Expr]:
         if mask is None:
             return body
         assert other is not None
+        if body.op == "load" and load_parts(body)[2] is None:
+            return load(body.attr[0], load_parts(body)[1], mask, other)
         return select(mask, _masked(body, mask), other)
 
     memo: dict[Expr, Expr] = {}
