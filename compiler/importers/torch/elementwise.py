@@ -264,12 +264,14 @@ def masked_fill(e: Emitter, x: Value, mask: Value, value: Any) -> Value:
 def clamp(e: Emitter, x: Value, min: Any = None, max: Any = None) -> Value:
     given = [v for v in (min, max) if v is not None]
     vals = e.promoted(SAME, x, *given)
+    if vals[0].dtype.is_bool:
+        vals = [e.cast(v, D.u8) for v in vals]
     out, rest = vals[0], vals[1:]
     if min is not None:
         out, rest = e.op("Max", out, rest[0]), rest[1:]
     if max is not None:
         out = e.op("Min", out, rest[0])
-    return out
+    return e.cast(out, e.dtype)
 
 
 def _ignoring_nan(name: str, op: str) -> None:
@@ -299,6 +301,8 @@ def nan_to_num(e: Emitter, x: Value, nan: float | None = None, posinf: float | N
 @aten("heaviside")
 def heaviside(e: Emitter, x: Value, values: Value) -> Value:
     a, v = e.promoted(SAME, x, values)
+    if a.dtype.is_bool:
+        return e.op("Or", a, v)
     zero = e.number(0, a.dtype)
     step = e.cast(e.op("Greater", a, zero), a.dtype)
     return e.op("Where", e.op("Equal", a, zero), v, step)
@@ -317,7 +321,8 @@ def frac(e: Emitter, x: Value) -> Value:
 
 @aten("square")
 def square(e: Emitter, x: Value) -> Value:
-    return e.op("And", x, x) if x.dtype.is_bool else e.op("Mul", e.cast(x, e.dtype), e.cast(x, e.dtype))
+    v = e.cast(x, e.dtype)
+    return e.op("Mul", v, v)
 
 
 @aten("sinc")

@@ -37,8 +37,8 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 VIEWS: set[str] = set()  # operators whose result shares memory with their first operand
 ALIASES: dict[str, str] = {}
-# arguments that say where and how memory lies, which a compiled graph decides itself
-IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "generator", "requires_grad", "copy", "sparse_grad"}
+# arguments that say where and how memory lies, which a compiled graph decides itself, and types, which results tell
+IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "generator", "requires_grad", "copy", "sparse_grad", "dtype"}
 
 
 def aten(*names: str) -> Callable[[Rule], Rule]:

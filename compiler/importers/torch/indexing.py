@@ -16,6 +16,14 @@ from luthier.ir.graph import Value
 _REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", None: "none"}
 
 
+def _least(x: Value) -> Any:
+    return False if x.dtype.is_bool else -np.inf if x.dtype.is_float else -(1 << (x.dtype.bits - 1)) if x.dtype.is_signed else 0
+
+
+def _most(x: Value) -> Any:
+    return True if x.dtype.is_bool else np.inf if x.dtype.is_float else (1 << (x.dtype.bits - x.dtype.is_signed)) - 1
+
+
 @aten("embedding")
 def embedding(e: Emitter, weight: Value, indices: Value, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Value:
     return e.op("Gather", weight, indices, axis=0)
@@ -64,9 +72,26 @@ def scatter(
     if isinstance(src, Value) and any(a is not b for a, b in zip(src.shape, index.shape, strict=True)):
         n = e.vector(index.shape)
         updates = e.op("Slice", src, e.vector([0] * x.rank), n, e.vector(range(x.rank)), e.vector([1] * x.rank))
-    if not include_self or reduce == "mean":
-        raise UnsupportedOperator(f"scatter_reduce with {reduce!r}, include_self={include_self} is not supported")
-    return e.op("ScatterElements", x, index, e.cast(updates, x.dtype), axis=dim % x.rank, reduction=_REDUCTIONS[reduce])
+    if not include_self and reduce is not None:  # places that are written to begin with what changes nothing
+        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": _least(x), "amin": _most(x)}[reduce]
+        x = _scattered(e, x, index, e.expand(e.number(neutral, x.dtype), index.shape), dim % x.rank, "none")
+    if reduce == "mean":
+        total = _scattered(e, x, index, e.cast(updates, x.dtype), dim % x.rank, "add")
+        one = e.number(1, x.dtype)
+        begin = e.expand(one, x.shape)
+        if not include_self:
+            begin = _scattered(e, begin, index, e.expand(e.number(0, x.dtype), index.shape), dim % x.rank, "none")
+        counted = _scattered(e, begin, index, e.expand(one, index.shape), dim % x.rank, "add")
+        return e.op("Div" if x.dtype.is_float else "aten::floor_divide", total, counted)
+    return _scattered(e, x, index, e.cast(updates, x.dtype), dim % x.rank, _REDUCTIONS[reduce])
+
+
+def _scattered(e: Emitter, x: Value, index: Value, updates: Value, axis: int, reduction: str) -> Value:
+    """Truth values are counted: true where any of them is."""
+    if x.dtype.is_bool and reduction != "none":
+        op = {"add": "max", "mul": "min"}.get(reduction, reduction)
+        return e.cast(e.op("ScatterElements", e.cast(x, D.u8), index, e.cast(updates, D.u8), axis=axis, reduction=op), D.boolean)
+    return e.op("ScatterElements", x, index, updates, axis=axis, reduction=reduction)
 
 
 @aten("scatter_add")
@@ -82,7 +107,7 @@ def index_copy(e: Emitter, x: Value, dim: int, index: Value, source: Value) -> V
 @aten("index_add")
 def index_add(e: Emitter, x: Value, dim: int, index: Value, source: Value, alpha: Any = 1) -> Value:
     if alpha != 1:
-        source = e.op("Mul", source, e.number(alpha, source.dtype))
+        source = e.op("And" if source.dtype.is_bool else "Mul", source, e.number(alpha, source.dtype))
     return _along(e, x, dim, index, source, "add")
 
 
@@ -102,7 +127,7 @@ def _along(e: Emitter, x: Value, dim: int, index: Value, source: Value, reductio
     flat = e.reshape(index, [-1])
     shape[d] = flat.shape[0]  # type: ignore[call-overload]
     where = e.expand(e.reshape(flat, shape), source.shape)
-    return e.op("ScatterElements", x, where, e.cast(source, x.dtype), axis=d, reduction=reduction)
+    return _scattered(e, x, where, e.cast(source, x.dtype), d, reduction)
 
 
 @aten("nonzero")
@@ -124,7 +149,8 @@ def masked_select(e: Emitter, x: Value, mask: Value) -> Value:
 @aten("masked_scatter")
 def masked_scatter(e: Emitter, x: Value, mask: Value, source: Value) -> Value:
     """The k-th true element takes the k-th element of the source."""
-    m = e.expand(e.cast(mask, D.boolean), x.shape)
+    m = e.expand(e.cast(mask, D.boolean), e.out.shape)
+    x = e.expand(x, e.out.shape)
     flat = e.reshape(m, [-1])
     order = e.op("Sub", e.op("CumSum", e.cast(flat, i64), e.const("axis", np.array(0, np.int64))), e.number(1, i64))
     values = e.op("Gather", e.reshape(source, [-1]), e.op("Max", order, e.number(0, i64)), axis=0)
@@ -188,7 +214,10 @@ def index_put(e: Emitter, x: Value, indices: Sequence[Value | None], values: Val
         updates = e.transpose(full, [*range(lead, lead + r), *range(lead), *range(lead + r, full.rank)])
     else:
         updates = e.expand(values, [*joined.shape[:-1], *rest])
-    new = e.op("ScatterND", y, joined, updates, reduction="add" if accumulate else "none")
+    if accumulate and x.dtype.is_bool:
+        new = e.cast(e.op("ScatterND", e.cast(y, D.u8), joined, e.cast(updates, D.u8), reduction="max"), D.boolean)
+    else:
+        new = e.op("ScatterND", y, joined, updates, reduction="add" if accumulate else "none")
     order = [*where, *(k for k in range(x.rank) if k not in where)]
     return e.transpose(new, [order.index(k) for k in range(x.rank)])
 

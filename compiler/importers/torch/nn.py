@@ -27,7 +27,13 @@ def product(e: Emitter, a: Value, b: Value) -> Value:
     return e.op("MatMul", a, b)
 
 
-@aten("mm", "bmm", "matmul", "mv", "dot", "vdot", "linalg_vecdot")
+@aten("linalg_vecdot")
+def vecdot(e: Emitter, x: Value, y: Value, dim: int = -1) -> Value:
+    p = e.op("Mul", *e.promoted(Kind.DEFAULT, x, y))
+    return e.reduce("ReduceSum", p, [dim], False)
+
+
+@aten("mm", "bmm", "matmul", "mv", "dot", "vdot")
 def matmul(e: Emitter, x: Value, mat2: Value | None = None, other: Value | None = None, vec: Value | None = None, tensor: Value | None = None) -> Value:
     b = next(v for v in (mat2, other, vec, tensor) if v is not None)
     return product(e, x, b)
@@ -41,7 +47,7 @@ def linear(e: Emitter, x: Value, weight: Value, bias: Value | None = None) -> Va
 
 
 def _scaled(e: Emitter, v: Value, by: Any) -> Value:
-    return v if by == 1 else e.op("Mul", v, e.number(by, v.dtype))
+    return v if by == 1 else e.op("And" if v.dtype.is_bool else "Mul", v, e.number(by, v.dtype))
 
 
 def _added(name: str, first: str, second: str) -> None:
@@ -49,13 +55,17 @@ def _added(name: str, first: str, second: str) -> None:
     def rule(e: Emitter, x: Value, beta: Any = 1, alpha: Any = 1, **of: Any) -> Value:
         a, b = of[first], of[second]
         if name == "addr":
-            p = e.op("Mul", e.reshape(a, [a.shape[0], 1]), b)
+            p = outer(e, a, b)
         else:
             p = product(e, a, b)
         if name == "addbmm":
             p = e.reduce("ReduceSum", p, [0], False)
         p = _scaled(e, p, alpha)
-        return e.expand(p, e.shape) if beta == 0 else e.op("Add", _scaled(e, e.cast(x, p.dtype), beta), p)
+        p = e.cast(p, e.dtype)
+        if beta == 0:
+            return e.expand(p, e.shape)
+        x = e.cast(x, p.dtype)
+        return e.op("Or", x, p) if p.dtype.is_bool else e.op("Add", _scaled(e, x, beta), p)
 
 
 for _n, _a, _b in (("addmm", "mat1", "mat2"), ("addmv", "mat", "vec"), ("addbmm", "batch1", "batch2"), ("baddbmm", "batch1", "batch2"), ("addr", "vec1", "vec2")):
@@ -87,12 +97,18 @@ def einsum(e: Emitter, equation: str, tensors: Sequence[Value], path: Any = None
 
 @aten("tensordot")
 def tensordot(e: Emitter, x: Value, other: Value, dims_self: Sequence[int], dims_other: Sequence[int]) -> Value:
+    """Dimensions of extent 1 stretch to the other operand's: they are summed first."""
+    for da, db in zip(dims_self, dims_other, strict=True):
+        if x.shape[da] is not other.shape[db]:
+            one = as_expr(1)
+            x = e.reduce("ReduceSum", x, [da], True) if other.shape[db] is one else x
+            other = e.reduce("ReduceSum", other, [db], True) if x.shape[da] is one else other
     da, db = [d % x.rank for d in dims_self], [d % other.rank for d in dims_other]
     fa, fb = [k for k in range(x.rank) if k not in da], [k for k in range(other.rank) if k not in db]
     inner_ = math.prod([x.shape[k] for k in da], start=as_expr(1))
     a = e.reshape(e.transpose(x, [*fa, *da]), [math.prod([x.shape[k] for k in fa], start=as_expr(1)), inner_])
     b = e.reshape(e.transpose(other, [*db, *fb]), [inner_, math.prod([other.shape[k] for k in fb], start=as_expr(1))])
-    return e.reshape(product(e, a, b), e.out.shape)
+    return e.reshape(product(e, a, b), [*(x.shape[k] for k in fa), *(other.shape[k] for k in fb)])
 
 
 @aten("kron")
@@ -238,7 +254,14 @@ def local_response_norm(e: Emitter, x: Value, size: int, alpha: float = 1e-4, be
     return e.op("LRN", x, size=size, alpha=alpha, beta=beta, bias=k)
 
 
-@aten("softmax", "_softmax", "_safe_softmax")
+@aten("_safe_softmax")
+def safe_softmax(e: Emitter, x: Value, dim: int, dtype: Any = None) -> Value:
+    """Rows of -inf give zeros."""
+    p = softmax(e, x, dim)
+    return e.op("Where", e.op("IsNaN", p), e.number(0.0, p.dtype), p)
+
+
+@aten("softmax", "_softmax")
 def softmax(e: Emitter, x: Value, dim: int, dtype: Any = None, half_to_float: bool = False) -> Value:
     v = e.cast(x, e.dtype)
     return e.op("Softmax", v, axis=dim % v.rank) if v.rank else e.number(1.0, v.dtype)
@@ -291,12 +314,20 @@ def _avg_pool(n: int) -> None:
         divisor_override: int | None = None,
     ) -> Value:
         y, single = _batched(e, x, n)
-        k = _each(kernel_size, n)
-        attrs = {"kernel_shape": tuple(k), "strides": tuple(_each(stride, n) if stride else k), "pads": tuple(_each(padding, n)) * 2,
-                 "ceil_mode": int(ceil_mode), "count_include_pad": int(count_include_pad or divisor_override is not None)}  # fmt: skip
-        out = e.op("AveragePool", y, **attrs)
-        if divisor_override is not None:
-            out = e.op("Mul", out, e.number(math.prod(k) / divisor_override, out.dtype))
+        k, p = _each(kernel_size, n), _each(padding, n)
+        steps = _each(stride, n) if stride else k
+        kind = y.dtype
+        y = y if kind.is_float else e.cast(y, D.f64)
+        attrs: dict[str, Any] = {"kernel_shape": tuple(k), "strides": tuple(steps)}
+        if divisor_override is not None:  # sums: zeros all around, as far as the last window reaches
+            y = pad_rule(e, y, [v for q, t, s in reversed(list(zip(p, k, steps, strict=True))) for v in (q, q + t + s)])
+            out = e.op("Mul", e.op("AveragePool", y, **attrs), e.number(math.prod(k) / divisor_override, y.dtype))
+            want = e.dims(e.out.shape)[-n:]
+            axes = range(out.rank - n, out.rank)
+            out = e.op("Slice", out, e.vector([0] * n), e.vector(want), e.vector(axes), e.vector([1] * n))
+        else:
+            out = e.op("AveragePool", y, **attrs, pads=tuple(p) * 2, ceil_mode=int(ceil_mode), count_include_pad=int(count_include_pad))
+        out = out if kind.is_float else e.cast(e.op("aten::trunc", out), kind)
         return e.reshape(out, out.shape[1:]) if single else out
 
     @aten(f"adaptive_avg_pool{n}d", f"_adaptive_avg_pool{n}d")
@@ -493,9 +524,10 @@ def cdist(e: Emitter, x1: Value, x2: Value, p: float = 2.0, compute_mode: Any = 
 @aten("cosine_similarity")
 def cosine_similarity(e: Emitter, x1: Value, x2: Value, dim: int = 1, eps: float = 1e-8) -> Value:
     a, b = (e.expand(v, _wide(e, x1, x2)) for v in e.promoted(Kind.DEFAULT, x1, x2))
-    d = [dim % a.rank]
-    na, nb = (e.op("Max", e.reduce("ReduceL2", v, d, True), e.number(eps, v.dtype)) for v in (a, b))
-    return e.reduce("ReduceSum", e.op("Mul", e.op("Div", a, na), e.op("Div", b, nb)), d, False)
+    d = [dim % a.rank] if a.rank else []
+    na, nb = (e.op("Max", e.reduce("ReduceL2", v, d, True) if v.rank else e.op("Abs", v), e.number(eps, v.dtype)) for v in (a, b))
+    p = e.op("Mul", e.op("Div", a, na), e.op("Div", b, nb))
+    return e.reduce("ReduceSum", p, d, False) if p.rank else p
 
 
 def _wide(e: Emitter, a: Value, b: Value) -> Sequence[Any]:

@@ -237,6 +237,8 @@ class _Walk:
         e.out = val
         if written:
             ref = refs[written[0]]
+            if name == "detach":
+                return ref
             if name in VIEWS or len(written) > 1 or not isinstance(ref, Ref):
                 raise UnsupportedOperator(f"{t} changes the shape of a tensor in place", hint="use the form that gives a new tensor")
             before = ref.read()

@@ -51,6 +51,7 @@ def sum_to_size(e: Emitter, x: Value, size: Sequence[Any]) -> Value:
     want = e.dims(size)
     lead = x.rank - len(want)
     axes = [*range(lead), *(lead + k for k, n in enumerate(want) if n is not x.shape[lead + k])]
+    x = e.cast(x, e.dtype)
     return e.reshape(e.reduce("ReduceSum", x, axes, True), size) if axes else x
 
 

@@ -194,8 +194,13 @@ def unbind(e: Emitter, x: Value, dim: int = 0) -> tuple[Value, ...]:
     return tuple(e.op("Gather", x, e.const("index", np.array(k, np.int64)), axis=dim) for k in range(len(e.out)))
 
 
-@view("diagonal", "linalg_diagonal")
-def diagonal(e: Emitter, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1, A: Value | None = None) -> Value:
+@view("linalg_diagonal")
+def linalg_diagonal(e: Emitter, A: Value, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Value:
+    return diagonal(e, A, offset, dim1, dim2)
+
+
+@view("diagonal")
+def diagonal(e: Emitter, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Value:
     a, b = dim1 % x.rank, dim2 % x.rank
     y = e.transpose(x, [k for k in range(x.rank) if k not in (a, b)] + [a, b])
     n = e.shape[-1]
@@ -480,8 +485,8 @@ def eye(e: Emitter, n: Any, m: Any = None) -> Value:
 def meshgrid(e: Emitter, tensors: Sequence[Value], indexing: str = "ij") -> tuple[Value, ...]:
     out = []
     for k, (t, o) in enumerate(zip(tensors, e.out, strict=True)):
-        place = {0: 1, 1: 0}.get(k, k) if indexing == "xy" else k
-        shape: list[Any] = [1] * len(e.out)
+        place = {0: 1, 1: 0}.get(k, k) if indexing == "xy" and len(e.out) > 1 else k
+        shape: list[Any] = [1] * len(o.shape)
         shape[place] = t.shape[0] if t.rank else 1
         out.append(e.expand(e.reshape(t, shape), o.shape))
     return tuple(out)
