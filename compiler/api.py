@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from luthier.at_fork import whole
 from luthier.build_graph import build_graph, compile_graph
@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from luthier.ir.graph import Graph
     from luthier.module import Module
     from luthier.torch_module import TorchModule
+
+
+@overload
+def compile(
+    model: str | os.PathLike[str] | Graph, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ...,
+    debug: str | None = ..., tune: bool = ..., overridable: bool | Sequence[str] | None = ...,
+) -> Module: ...
+
+
+@overload
+def compile(
+    model: Any, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ..., debug: str | None = ...,
+    tune: bool = ..., overridable: bool | Sequence[str] | None = ..., *, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ...,
+    dynamic_shapes: Any = ...,
+) -> Module | TorchModule: ...
 
 
 def compile(

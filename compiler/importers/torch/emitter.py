@@ -17,7 +17,7 @@ from luthier.importers.torch.symbols import Symbols
 from luthier.ir import dtypes as D
 from luthier.ir.dtypes import DType, i64
 from luthier.ir.errors import UnsupportedOperator
-from luthier.ir.expr import Expr, as_expr
+from luthier.ir.expr import Expr
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.passes.graph.fold_constants import fold_node
 
@@ -201,9 +201,9 @@ class Emitter(GraphBuilder):
         return self.symbols.dims(self.out.shape)
 
     def promoted(self, kind: Kind, *args: Any) -> list[Value]:
-        """Operands in the type that torch computes in; numbers become scalars."""
+        """Operands in the type of the result, or that comparisons are made in; numbers become scalars."""
         examples = [self.example(a) if isinstance(a, Value) else 1 if isinstance(a, Expr) else a for a in args]
-        dtype = dtype_of(elementwise_dtypes(*examples, type_promotion_kind=kind)[0])
+        dtype = dtype_of(elementwise_dtypes(*examples, type_promotion_kind=kind)[0 if kind is Kind.ALWAYS_BOOL else 1])
         return [self.number(a, dtype) for a in args]
 
     def example(self, v: Value) -> Any:

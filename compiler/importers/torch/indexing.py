@@ -10,7 +10,6 @@ import numpy as np
 from luthier.importers.torch.emitter import Emitter, aten
 from luthier.ir import dtypes as D
 from luthier.ir.dtypes import i64
-from luthier.ir.errors import UnsupportedOperator
 from luthier.ir.graph import Value
 
 _REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", None: "none"}

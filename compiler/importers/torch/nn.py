@@ -290,7 +290,7 @@ def _max_pool(names: Sequence[str], n: int, indices: bool) -> None:
     def rule(e: Emitter, x: Value, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
         y, single = _batched(e, x, n)
         k = _each(kernel_size, n)
-        attrs = {"kernel_shape": tuple(k), "strides": tuple(_each(stride, n) if stride else k), "pads": tuple(_each(padding, n)) * 2,
+        attrs: dict[str, Any] = {"kernel_shape": tuple(k), "strides": tuple(_each(stride, n) if stride else k), "pads": tuple(_each(padding, n)) * 2,
                  "dilations": tuple(_each(dilation, n)), "ceil_mode": int(ceil_mode)}  # fmt: skip
         outs = e.ops("MaxPool", 2 if indices else 1, y, **attrs)
         if indices:  # ONNX counts through the whole tensor, torch in a channel's plane
@@ -427,7 +427,7 @@ def _repeated(e: Emitter, t: Value, heads: Any) -> Value:
 def flash(
     e: Emitter, query: Value, key: Value, value: Value, dropout_p: float = 0.0, is_causal: bool = False, attn_mask: Value | None = None, scale: float | None = None,
 ) -> Any:
-    return attention(e, query, key, value, attn_mask, dropout_p, is_causal, scale), None
+    return attention(e, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa=True), None
 
 
 @aten("_scaled_dot_product_attention_math")

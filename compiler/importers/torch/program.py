@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +74,10 @@ def missing_operators(graph_module: fx.GraphModule) -> dict[str, str]:
         for n in sub.graph.nodes:
             t = n.target
             if n.op == "call_function" and isinstance(t, torch._ops.OpOverload) and not _known(t):
-                out.setdefault(str(t), source_line(n))
+                parts = parts_of(n)
+                inner = {str(t): ""} if parts is None else missing_operators(parts)
+                for name in inner:
+                    out.setdefault(name if name == str(t) else f"{name} of {t}", source_line(n))
             elif n.op == "call_function" and isinstance(t, torch._ops.HigherOrderOperator) and t.name() not in HIGHER_ORDER:
                 out.setdefault(t.name(), source_line(n))
             elif n.op in ("call_module", "call_method"):
@@ -82,7 +87,7 @@ def missing_operators(graph_module: fx.GraphModule) -> dict[str, str]:
 
 def _known(t: Any) -> bool:
     packet = t.name().partition(".")[0]
-    return packet in ASSERTIONS or packet.startswith("aten::sym_") or t.name() == "aten::_local_scalar_dense" or packet == "aten::item" or find_rule(t)[0] is not None or _decomposition(t) is not None
+    return packet in ASSERTIONS or packet.startswith("aten::sym_") or t.name() == "aten::_local_scalar_dense" or packet == "aten::item" or find_rule(t)[0] is not None
 
 
 def _decomposition(t: Any) -> Callable[..., Any] | None:
@@ -231,7 +236,7 @@ class _Walk:
         e = self.e
         rule, name = find_rule(t)
         if rule is None:
-            return self.decomposed(n, t)
+            return self.decomposed(n)
         written = [a.name for a in t._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         refs = {a.name: r for a, r in zip(t._schema.arguments, self.look(list(args)), strict=False)} | dict(self.look(dict(kwargs)))
         e.out = val
@@ -249,6 +254,7 @@ class _Walk:
         self.check(t, result, val)
         base = next((r for r in refs.values() if isinstance(r, Ref)), None)
         if ALIASES.get(name, name) in VIEWS and base is not None and next(iter(refs.values()), None) is base:
+            assert isinstance(base, Ref)
             return self.views(n, t, name, result, base, val)
         return self.wrap(result, val)
 
@@ -265,7 +271,7 @@ class _Walk:
             return out if k is None else out[k]
 
         if isinstance(result, (tuple, list)):
-            return [Ref(v, base, lambda b, k=k: again(b, k)) for k, v in enumerate(result)]
+            return [Ref(v, base, partial(again, k=k)) for k, v in enumerate(result)]
         given = {("x" if a.name in ("self", "input") else a.name): v for a, v in zip(t._schema.arguments, args, strict=False)} | kwargs
         defaults = {a.name: a.default_value for a in t._schema.arguments if a.has_default_value()}
         again.inverse = shapes.inverse_of(name, e, defaults | given)  # type: ignore[attr-defined]
@@ -319,38 +325,42 @@ class _Walk:
         self.e.symbols.known.setdefault(val.node.expr, known[0])
         return known[0]
 
-    def decomposed(self, n: fx.Node, t: Any) -> Any:
+    def decomposed(self, n: fx.Node) -> Any:
         """An operator without a rule, by torch's own decomposition of it, in place."""
-        fn = _decomposition(t)
-        assert fn is not None
-        flat: list[fx.Node] = list(n.all_input_nodes)
-        examples = [m.meta["val"] for m in flat]
-
-        def traced(*xs: Any) -> Any:
-            at = dict(zip(flat, xs, strict=True))
-            sub = lambda a: fx.node.map_aggregate(a, lambda x: at[x] if isinstance(x, fx.Node) else x)  # noqa: E731
-            return fn(*sub(n.args), **sub(dict(n.kwargs)))
-
-        mode = next((x.fake_mode for x in examples if hasattr(x, "fake_mode")), None)
-        try:
-            if mode is not None:
-                with mode:
-                    gm = make_fx(traced, pre_dispatch=False)(*examples)
-            else:
-                gm = make_fx(traced, tracing_mode="fake")(*examples)
-        except LuthierError:
-            raise
-        except Exception as error:
-            raise UnsupportedOperator(f"{t} has no rule, and its decomposition failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-        still = missing_operators(gm)
-        if still:
-            raise UnsupportedOperator(f"{t} decomposes into operators without a rule: {', '.join(still)}")
-        for p, m in zip([p for p in gm.graph.nodes if p.op == "placeholder"], flat, strict=True):
+        gm = parts_of(n)
+        assert gm is not None
+        for p, m in zip([p for p in gm.graph.nodes if p.op == "placeholder"], n.all_input_nodes, strict=True):
             self.env[p] = self.env[m]
         for p in gm.graph.nodes:
             p.meta.setdefault("stack_trace", n.meta.get("stack_trace"))
         results = list(self.body(gm))
         return results if isinstance(n.meta.get("val"), (tuple, list)) else results[0]
+
+
+def parts_of(n: fx.Node) -> fx.GraphModule | None:
+    """torch's decomposition of a node's operator, traced for its operands once; None where there is none, or it fails."""
+    if "parts" not in n.meta:
+        n.meta["parts"] = None
+        fn, flat = _decomposition(n.target), list(n.all_input_nodes)
+        examples = [m.meta.get("val") for m in flat]
+
+        def traced(*xs: Any) -> Any:
+            at = dict(zip(flat, xs, strict=True))
+            args, kwargs = (fx.node.map_aggregate(a, lambda x: at[x] if isinstance(x, fx.Node) else x) for a in (n.args, dict(n.kwargs)))
+            assert fn is not None
+            return fn(*plain(args), **plain(kwargs))
+
+        mode = next((x.fake_mode for x in examples if hasattr(x, "fake_mode")), None)
+        with suppress(Exception), mode or nullcontext():  # whatever a decomposition raises, the operator has none
+            n.meta["parts"] = make_fx(traced, tracing_mode="real" if mode else "fake")(*examples) if fn is not None else None
+    return n.meta["parts"]  # type: ignore[no-any-return]
+
+
+def plain(a: Any) -> Any:
+    """fx's immutable lists and dictionaries as Python's own."""
+    if isinstance(a, (list, tuple)):
+        return type(a)(map(plain, a)) if type(a) in (list, tuple) else [plain(x) for x in a]
+    return {k: plain(v) for k, v in a.items()} if isinstance(a, dict) else a
 
 
 HIGHER_ORDER: dict[str, Callable[[_Walk, fx.Node], Any]] = {}

@@ -105,7 +105,7 @@ def slice_scatter(e: Emitter, x: Value, src: Value, dim: int = 0, start: Any = N
     src = e.cast(src, x.dtype)
     if step != 1:
         where = e.op("Range", e.number(first, i64), e.number(last, i64), e.number(step, i64))
-        bent = [1] * x.rank
+        bent: list[Any] = [1] * x.rank
         bent[dim] = where.shape[0]
         moved = e.expand(e.reshape(where, bent), src.shape)
         return e.op("ScatterElements", x, moved, src, axis=dim)
@@ -329,7 +329,7 @@ def roll(e: Emitter, x: Value, shifts: Sequence[Any], dims: Sequence[int] = ()) 
         n = x.shape[d]
         if n.op == "const" and n.attr == 0:
             continue
-        cut = (n - as_expr(s)) % n if not isinstance(s, int) else n - s % n if n.op != "const" and 0 <= s else as_expr((n.attr - s) % n.attr) if n.op == "const" else (n - s) % n
+        cut = (n - as_expr(s)) % n
         x = e.op("Concat", e.slice(x, d, cut, LAST), e.slice(x, d, 0, cut), axis=d)
     return x
 
@@ -517,7 +517,7 @@ def cartesian_prod(e: Emitter, tensors: Sequence[Value]) -> Value:
         return tensors[0]
     columns = []
     for k, t in enumerate(tensors):
-        shape = [1] * len(tensors)
+        shape: list[Any] = [1] * len(tensors)
         shape[k] = t.shape[0]
         columns.append(e.reshape(e.expand(e.reshape(t, shape), [u.shape[0] for u in tensors]), [-1, 1]))
     return e.op("Concat", *columns, axis=1)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 
+from luthier.ir.dtypes import f64, index
 from luthier.ir.errors import UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, binary, cast, maximum, minimum, select, unary, var
-from luthier.ir.dtypes import f64, index
 from luthier.ir.ops.common import flag
 
 _DIVISIONS = {"FloorDiv", "CleanDiv", "PythonFloorDiv"}
@@ -87,7 +87,8 @@ class Symbols:
         if isinstance(s, (sympy.Gt, sympy.Ge)):
             return self._of(s.reversed)
         if name in ("TruncToInt", "FloorToInt", "CeilToInt", "RoundToInt") and not args[0].free_symbols:
-            return as_expr({"F": math.floor, "C": math.ceil, "R": round, "T": math.trunc}[name[0]](float(args[0])))
+            whole: dict[str, Callable[[float], int]] = {"F": math.floor, "C": math.ceil, "R": round, "T": math.trunc}
+            return as_expr(whole[name[0]](float(args[0])))
         if name in ("TruncToInt", "FloorToInt", "CeilToInt"):
             op = {"T": "trunc", "F": "floor", "C": "ceil"}[name[0]]
             return cast(unary(op, self._float(args[0])), index)
