@@ -31,7 +31,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks.models import get  # noqa: E402
+from benchmarks.models import ModelCase, get  # noqa: E402
 from benchmarks.peers_driver import PEERS, Peer, PeerError  # noqa: E402
 from benchmarks.roofline_report import below_level, profile  # noqa: E402
 from benchmarks.roofline_report import write as write_report  # noqa: E402
@@ -77,9 +77,9 @@ def difference(ours: list[np.ndarray[Any, Any]], theirs: list[np.ndarray[Any, An
     return worst
 
 
-def measure(model: str, labels: list[str], threads: int, rounds: int, console: Console, realtime: bool = False) -> Row:
+def measure(case: ModelCase, labels: list[str], threads: int, rounds: int, console: Console, realtime: bool = False) -> Row:
     """Times one model on every runtime: {'model', 'threads', 'peers': {label: result or error}}."""
-    case = get(model)
+    model = case.name
     available = sorted(os.sched_getaffinity(0))
     if len(available) < threads:
         raise SystemExit(f"{threads} threads asked for, {len(available)} cores to be had")
@@ -269,7 +269,7 @@ def main() -> int:
     rows: list[Row] = merged(args.merge) if args.merge else []
     for threads in () if args.merge else tuple(int(t) for t in args.threads.split(",")):
         for model in models:
-            row = measure(model, labels, threads, args.rounds, console, args.realtime)
+            row = measure(get(model), labels, threads, args.rounds, console, args.realtime)
             rows.append(row)
             line = "  ".join(
                 f"{label} {result['median_ms']:.3g} ({result['min_ms']:.3g})"

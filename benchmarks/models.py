@@ -62,7 +62,8 @@ class ModelCase:
     `make_inputs(seed, **size)` returns one set of inputs; without a size they have the pinned shapes, and `sizes`
     lists the sizes worth trying with one compiled module. `carry` maps an input to the output that it takes in the
     next step, and `stream(seed, steps)` yields the other inputs of each step. `pin` is false where writing static
-    shapes into the file breaks it (onnxruntime then infers shapes of the branch that is not taken). `static_twin` is
+    shapes into the file breaks it (onnxruntime then infers shapes of the branch that is not taken). `open`: Luthier compiles it
+    without the shapes of the inputs. `static_twin` is
     the package's own file for runtimes that cannot read the model; inputs that it lacks are not fed. `agreement` is
     how far runtimes may part from each other, over the largest output: wide for QDQ models, where they round
     differently at every layer (and without VNNI some saturate). `check` says how `compare_models.py` judges: by f64, by
@@ -80,6 +81,7 @@ class ModelCase:
     stream: Callable[[int, int], Iterator[Inputs]] | None = None
     pin: bool = True
     static_twin: Path | None = None
+    open: bool = False
     agreement: float = 0.02
     check: Literal["f64", "rank", "onnxruntime"] = "f64"
     bar: float = 1e-3

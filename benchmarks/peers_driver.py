@@ -110,7 +110,7 @@ def file_for(label: str, case: ModelCase) -> Path:
 
 def input_sets(case: ModelCase, count: int) -> Path:
     """`count` sets of inputs of the pinned shapes in one file, cached."""
-    stamp = int((Path(__file__).parent / "model_inputs.py").stat().st_mtime)
+    stamp = int(max((Path(__file__).parent / f"{n}.py").stat().st_mtime for n in ("model_inputs", "block_nets")))
     out = model_dir() / ".inputs" / f"{case.name}-{count}-{stamp}.npz"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ class Peer:
                 "name": case.name,
                 "model": str(file_for(label, case)),
                 "original": str(case.path),
-                "shapes": case.shapes,
+                "shapes": {} if case.open else case.shapes,
                 "inputs": str(input_sets(case, sets)),
                 "threads": threads,
                 "cache": str(ROOT / "build" / "peers"),

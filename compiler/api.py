@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from luthier.at_fork import whole
-from luthier.build_graph import build_graph
+from luthier.build_graph import build_graph, compile_graph
 
 if TYPE_CHECKING:
     from luthier.ir.graph import Graph
     from luthier.module import Module
+    from luthier.torch_module import TorchModule
+
+
+@overload
+def compile(
+    model: str | os.PathLike[str] | Graph, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ...,
+    debug: str | None = ..., tune: bool = ..., overridable: bool | Sequence[str] | None = ...,
+) -> Module: ...
+
+
+@overload
+def compile(
+    model: Any, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ..., debug: str | None = ...,
+    tune: bool = ..., overridable: bool | Sequence[str] | None = ..., *, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ...,
+    dynamic_shapes: Any = ...,
+) -> Module | TorchModule: ...
 
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
-    debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None,
-) -> Module:
+    debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None, *, args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None,
+) -> Module | TorchModule:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm.model`; a Graph,
-    such as ``luthier.quantize`` gives) for ``target``.
+    such as ``luthier.quantize`` gives; a ``torch.export.ExportedProgram``, or an ``nn.Module``, which is exported for the example arguments
+    ``args`` and ``kwargs`` with ``dynamic_shapes`` as :func:`torch.export.export` takes them) for ``target``.
+
+    A torch program gives a :class:`luthier.torch_module.TorchModule`, which is called as the module was.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
@@ -49,6 +70,10 @@ def compile(
         from luthier.llm.model import compile_gguf
 
         return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
+    if "torch" in sys.modules and hasattr(model, "state_dict"):
+        from luthier.torch_module import compile_torch
+
+        return compile_torch(model, lambda g: compile_graph(g, target, threads, tune), args, kwargs, dynamic_shapes)
     chosen = parse_target(target)
     make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))

@@ -22,10 +22,12 @@ from luthier.ir.loop import Buffer, For, Func, walk_stmts
 from luthier.passes.gpu.privatize_threads import privatize_threads
 from luthier.passes.loop.expand_math import expand_math
 from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.load_spans import load_spans
 from luthier.passes.loop.place_barriers import place_barriers
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.promote_locals import promote_locals
 from luthier.passes.loop.split_vectors import split_vectors
+from luthier.passes.loop.transpose_blocks import transpose_blocks
 from luthier.passes.loop.unroll import unroll
 from luthier.passes.loop.vectorize import vectorize
 from luthier.schedules.base.capabilities import Capabilities
@@ -37,7 +39,7 @@ from luthier.schedules.base.split_long import split_long, split_single
 from luthier.schedules.base.split_scan import split_scan
 from luthier.schedules.lowbit.rivals import RIVALS, defaults, rivals
 
-TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "contract", "attention", "pool", "rowwise", "scan", "elementwise")
+TEMPLATES = ("sparse_gemv", "two_of_four", "lut_gemv", "quantized_gemv", "winograd_integer", "byte_products", "contract_integer", "contract_half", "winograd", "pool", "contract", "attention", "rowwise", "scan", "elementwise")
 GPU_TEMPLATES = ("gpu_attention", "gpu_contract", "gpu_gemv", "gpu_scan", "gpu_rowwise", "gpu_elementwise")
 
 ROOMS = {"lowbit": ("sparse_gemv", "two_of_four", "lut_gemv", "lut_wide", "quantized_gemv", "byte_products")}  # the others: gpu_* in gpu, cpu
@@ -67,7 +69,8 @@ def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
     group = [privatize_threads, place_barriers] if caps.gpu else []
     narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
-    return [*group, flatten, vectorize, unroll, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
+    blocks = [] if caps.gpu else [transpose_blocks, functools.partial(load_spans, whole=caps.whole_registers)]
+    return [*group, flatten, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:

@@ -7,7 +7,7 @@ from luthier.codegen.llvm.ops import splat, suffix
 from luthier.codegen.llvm.types import item_bytes, mem_scalar, mem_type, reg_type
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, is_const, load_parts, poly_const
+from luthier.ir.expr import Expr, cast, extract, is_const, load, load_parts, poly_const, ramp, rebuild
 from luthier.ir.loop import Buffer, Store
 
 
@@ -135,11 +135,34 @@ class MemoryPrinter(ExprPrinter):
             v = self.ins(f"load {s}, ptr {self.address(b, i.args[0])}, align {self.align(b)}")
             one = self.ins(f"insertelement {mem_type(d)} poison, {s} {v}, i64 0")
             return self.pick(one, "poison", mem_type(d), [0] * n)
+        if i.loading and n >= 8 and (first := lane_of(i, 0)) is not None:
+            return self._perhaps_whole(b, i, d, first)
+        return self._lanes(b, i, d)
+
+    def _lanes(self, b: Buffer, i: Expr, d: DType) -> str:
+        """One lane after another."""
         v = "poison"
         for k, p in enumerate(self.lane_addresses(b, i)):
-            x = self.ins(f"load {s}, ptr {p}, align {self.align(b)}")
-            v = self.ins(f"insertelement {mem_type(d)} {v}, {s} {x}, i32 {k}")
+            x = self.ins(f"load {mem_scalar(d)}, ptr {p}, align {self.align(b)}")
+            v = self.ins(f"insertelement {mem_type(d)} {v}, {mem_scalar(d)} {x}, i32 {k}")
         return v
+
+    def _perhaps_whole(self, b: Buffer, i: Expr, d: DType, first: Expr) -> str:
+        """A load at positions from memory: of one vector where they follow one another (the middle of a padded or rolled row)."""
+        n, t = d.lanes, mem_type(d)
+        fn = self.declare(f"llvm.vector.reduce.and.v{n}i1", f"i1 @(<{n} x i1>)")
+        same = self.ins(f"icmp eq <{n} x i64> {self.value(i)}, {self.value(ramp(first, 1, n))}")
+        whole, parts, join = self.label("whole"), self.label("parts"), self.label("join")
+        self.emit(f"br i1 {self.ins(f'call i1 @{fn}(<{n} x i1> {same})')}, label %{whole}, label %{parts}")
+        ends = []
+        for name, make in ((whole, lambda: self.ins(f"load {t}, ptr {self.address(b, first)}, align {self.align(b)}")), (parts, lambda: self._lanes(b, i, d))):
+            self.start(name)
+            self.push()
+            ends.append((make(), self.block))
+            self.pop()
+            self.emit(f"br label %{join}")
+        self.start(join)
+        return self.ins(f"phi {t} " + ", ".join(f"[ {v}, %{k} ]" for v, k in ends))
 
     def lane_addresses(self, b: Buffer, i: Expr) -> list[str]:
         """One pointer per lane of a vector index."""
@@ -148,6 +171,10 @@ class MemoryPrinter(ExprPrinter):
             return [self.address(b, i.args[0] + k * i.attr[0]) for k in range(n)]
         if i.op == "bcast":
             return [self.address(b, i.args[0])] * n
+        if i.loading:
+            lanes = [lane_of(i, k) for k in range(n)]
+            if None not in lanes:  # an index from memory: no vector of indices to take apart
+                return [self.address(b, x) for x in lanes if x is not None]
         const = 0
         if i.op == "add":  # a constant common to all lanes goes into the displacement
             for x, y in (i.args, reversed(i.args)):
@@ -315,3 +342,22 @@ class MemoryPrinter(ExprPrinter):
 
 
 __all__ = ["MemoryPrinter"]
+
+
+def lane_of(e: Expr, k: int) -> Expr | None:
+    """Lane ``k`` of an index as a scalar expression, where that is made of loads, sums and products."""
+    if e.dtype.lanes == 1:
+        return e
+    if e.op in ("bcast", "ramp"):
+        return extract(e, k)
+    if e.op == "load":
+        b, idx, mask, _ = load_parts(e)
+        at = lane_of(idx[0], k) if len(idx) == 1 and mask is None and b.dtype.lanes == 1 else None
+        return None if at is None else load(b, (at,))
+    if e.op not in ("add", "sub", "mul", "cast"):
+        return None
+    args = [lane_of(a, k) for a in e.args]
+    if any(a is None for a in args):
+        return None
+    known = [a for a in args if a is not None]
+    return cast(known[0], e.dtype.scalar) if e.op == "cast" else rebuild(e, tuple(known))

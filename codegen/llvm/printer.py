@@ -39,8 +39,7 @@ from luthier.ir.loop import (
     walk_stmts,
 )
 from luthier.passes.loop.check_bounds import is_checked
-
-MAX_LOCAL_BYTES = 256 << 10
+from luthier.schedules.base.capabilities import LOCAL_BYTES
 
 
 def quote(name: str) -> str:
@@ -161,9 +160,9 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
         if n is None:
             raise CompilationError(f"{self.f.name}: local buffer {b.name} has no constant size {b.size()!r}", hint="use a global buffer")
         size = n * mem_bytes(b.dtype)
-        if size > MAX_LOCAL_BYTES:
+        if size > LOCAL_BYTES:
             raise CompilationError(
-                f"{self.f.name}: local buffer {b.name} needs {size} bytes of stack, at most {MAX_LOCAL_BYTES} are allowed",
+                f"{self.f.name}: local buffer {b.name} needs {size} bytes of stack, at most {LOCAL_BYTES} are allowed",
                 hint="stage a smaller tile, or use a global buffer with one slice per parallel iteration",
             )
         ptr = self.fresh()
@@ -335,4 +334,4 @@ def module_text(bodies: list[str], declares: dict[str, str], helpers: set[str], 
     return "\n".join([*lines, "@lt.zero = internal constant [512 x i8] zeroinitializer, align 64", "", *extra, *bodies, attrs, ""])
 
 
-__all__ = ["KernelPrinter", "MAX_LOCAL_BYTES", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]
+__all__ = ["KernelPrinter", "is_register", "module_text", "parallel_loop", "print_kernels", "quote"]

@@ -305,7 +305,12 @@ class Resize(Op):
                 w = part if w is None else w * part
             assert w is not None
             return lets, sum_(reds, cast(load(x, idx), t) * cast(w, t))
-        return [], self.nested(x, [a.var for a in axes], moving, t)
+        idx, last = [a.var for a in axes], moving[-1]
+        if len(moving) == 1 or last[0] != x.rank - 1:
+            return [], self.nested(x, idx, moving, t)
+        j = axis("j", last[1].n)  # whole rows first: neighbours along them stand together
+        rows = temp(out, "rows", (*axes[:-1], j), self.nested(x, [*idx[:-1], j.var], moving[:-1], t))
+        return [rows], self.nested(rows.buf, idx, [last], t)
 
     def nested(self, x: Buffer, idx: list[Expr], moving: list[tuple[int, Taps, Any]], t: DType) -> Expr:
         """Interpolation along the first moving dimension of interpolations along the others."""

@@ -8,9 +8,9 @@ The cost rule. Storing a tensor costs a write and a read of its bytes; recomputi
    own shape (one iteration space): the value never leaves registers. A chain that forks and meets again (``x * sigmoid(x)``)
    joins as a whole, when every branch keeps that shape.
 2. **Prologue**: a group that only moves elements (Transpose, Slice, Reshape in front of one) and has one reader dissolves into
-   that reader's indices, unless the reader is a convolution or an operator that is opaque. A group with arithmetic dissolves
-   into an elementwise reader of the same shape, or into a reduction, which reads each element once; never into a
-   contraction, which would repeat it.
+   that reader's indices, unless the reader is a convolution (of more than a few channels) or an operator that is opaque. A group with arithmetic dissolves
+   into an elementwise reader of the same shape, or into a reduction or a permutation, which read each element once; never into
+   a contraction, which would repeat it.
 3. A view (Reshape, Squeeze, Identity ...) alone is no group: it aliases its operand.
 4. Values that decide shapes at run time, outputs of the graph and outputs of multi-output nodes are always stored.
 """
@@ -25,9 +25,11 @@ from luthier.passes.graph.materialize_contents import CONTENT
 
 MAX_NODES = 24
 MAX_REGION = 12
+FEW = 4  # channels of an image
 CONTRACTION, REDUCTION, ELEMENTWISE, INJECTIVE, VIEW, OPAQUE = "contraction", "reduction", "elementwise", "injective", "view", "opaque"
 _POINTWISE = (ELEMENTWISE,)
 ALONE = frozenset({"Concat", "If", "Loop", "Scan", CONTENT, "Pad", "luthier::Require"})
+ONCE = frozenset({"Transpose", "DepthToSpace", "SpaceToDepth"})  # move elements and read each once
 NO_PROLOGUE = frozenset({"Conv", "ConvTranspose", "ConvInteger", "DeformConv", "Resize", "GridSample", "GatherElements", "Tile"})
 
 
@@ -45,6 +47,13 @@ class Group:
         """Names of the operators, for kernels and profiles."""
         ops = [n.op.split("::")[-1].lower() for n in self.nodes if kind_of(n) != VIEW] or ["copy"]
         return "_".join(ops[:4]) + (f"_{len(ops) - 4}" if len(ops) > 4 else "")
+
+
+def _few_channels(n: Node) -> bool:
+    """A channels-last convolution of an image with so few channels that their order does not matter to it: one element of the image
+    at a time meets all output channels. A transposition of such images fills no lanes."""
+    x = n.inputs[0] if n.op == "Conv" and n.attrs.get("layout") == "NHWC" else None
+    return x is not None and x.shape[-1].op == "const" and x.shape[-1].attr <= FEW
 
 
 def kind_of(n: Node) -> str:
@@ -177,9 +186,10 @@ class _Fuser:
 
     def _prologue(self, n: Node, g: Group) -> None:
         kind = kind_of(n)
-        if kind == OPAQUE or n.op in NO_PROLOGUE or n.op in ALONE:
+        few = _few_channels(n)
+        if kind == OPAQUE or n.op in NO_PROLOGUE and not few or n.op in ALONE:
             return
-        for v in n.inputs:
+        for v in n.inputs[:1] if few else n.inputs:
             p = self.producer.get(v) if v is not None else None
             if v is None or p is None or not self._only(v, n) or len(p.outputs) != 1:
                 continue
@@ -191,6 +201,8 @@ class _Fuser:
             moves = all(kind_of(m) in (INJECTIVE, VIEW) and m.op not in NO_PROLOGUE and m.op not in ALONE for m in q.nodes)
             if moves and not all(kind_of(m) == VIEW for m in q.nodes):
                 self._merge(g, q, g.root)
+            elif few:
+                continue
             elif q.kind in (ELEMENTWISE, INJECTIVE) and not moves:
-                if (kind == ELEMENTWISE and v.shape == n.outputs[0].shape) or kind == REDUCTION:
+                if (kind == ELEMENTWISE and v.shape == n.outputs[0].shape) or kind == REDUCTION or n.op in ONCE:
                     self._merge(g, q, g.root)

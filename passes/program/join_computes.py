@@ -203,9 +203,10 @@ def _unit(*groups: Sequence[Axis]) -> set[Expr]:
 
 
 def _size_ratio_one(x: Pull, name: str) -> bool:
-    """A pointwise reader computes the inlined value once per element of its own: fine when it reads all axes or when cheap."""
+    """A pointwise reader computes the inlined value once per element of its own: fine when it reads all axes, in one place."""
     axes = {a.var for a in x.axes} - _unit(x.axes)
-    return all(axes <= {v for i in load_parts(e)[1] for v in free_vars(i)} for e in reads(x)[name])
+    places = {load_parts(e)[1] for e in reads(x)[name]}
+    return len(places) == 1 and all(axes <= {v for i in idx for v in free_vars(i)} for idx in places)
 
 
 def _inliner(table: Mapping[str, Pull]) -> Callable[[Expr], Expr]:
@@ -220,6 +221,8 @@ def _inliner(table: Mapping[str, Pull]) -> Callable[[Expr], Expr]:
         if mask is None:
             return body
         assert other is not None
+        if body.op == "load" and load_parts(body)[2] is None:
+            return load(body.attr[0], load_parts(body)[1], mask, other)
         return select(mask, _masked(body, mask), other)
 
     memo: dict[Expr, Expr] = {}

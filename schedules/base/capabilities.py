@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOCAL_BYTES = 256 << 10  # of one local buffer on a thread's stack
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -13,7 +15,8 @@ class Capabilities:
     error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
     limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. ``whole_registers``: no vector
     may be wider than ``vector_bits`` when a kernel is printed. ``streams``: places of memory that a loop without reuse walks at once (targets
-    without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes. ``merge_siblings``: products that share their left operand are one kernel (a launch costs more than rows further
+    without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes.
+    ``local_bytes``: what one local buffer may hold. ``merge_siblings``: products that share their left operand are one kernel (a launch costs more than rows further
     apart). ``gpu``: grid and group kinds are used instead of threads and lanes."""
 
     vector_bits: int = 256
@@ -23,6 +26,7 @@ class Capabilities:
     l1: int = 32 << 10
     l2: int = 512 << 10
     l3: int = 16 << 20
+    local_bytes: int = LOCAL_BYTES
     gpu: bool = False
     max_threads_per_block: int = 256
     shared_bytes: int = 16 << 10

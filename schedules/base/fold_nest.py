@@ -51,8 +51,13 @@ class FoldNest(Nest):
                 out.append((const(0), a.extent))
         return out
 
-    def walk(self, axes: list[Expr], extents: list[Expr], body: Stmt) -> Stmt:
-        """Loops over a state; the longest one is shared out to the threads of a group where states lie in shared memory."""
+    def walk(self, axes: list[Expr], extents: list[Expr], body: Stmt, shared: bool = False) -> Stmt:
+        """Loops over a state; the longest one is shared out to the threads of a group where states lie in shared memory. ``shared``: the
+        last axis is the Fold's own; where a block of it lies inside the Fold's loop, it runs as that block does."""
+        inner = self.st.loops[-1]
+        if shared and not inner.reduce and inner.kind in ("vectorize", "unroll"):
+            body = For(axes[-1], const(0), extents[-1], inner.kind, body)
+            axes, extents = axes[:-1], extents[:-1]
         far = max(range(len(axes)), key=lambda k: extents[k].attr if extents[k].op == "const" else 0, default=-1)
         for k in reversed(range(len(axes))):
             v, n = axes[k], extents[k]
@@ -86,7 +91,7 @@ class FoldNest(Nest):
             ax = [lo.fresh(f"{q.buf.name}.{a.name}", x) for a, (_, x) in zip(q.axes, r, strict=True)]
             sub = {a.var: minimum(base + v, a.extent - 1) for a, v, (base, _) in zip(q.axes, ax, r, strict=True)}
             s: Stmt = Store(b, tuple(ax), lo.loads_placed(substitute(q.init, sub)))
-            pre.append(self.walk(ax, [x for _, x in r], s))
+            pre.append(self.walk(ax, [x for _, x in r], s, q.axes[-1:] == f.axes[-1:]))
         for q, b in zip(f.state, bufs, strict=True):
             lo.placed[q.buf.name] = (b, [x for x, _ in regions[q.buf.name]])
         ext = lo.resolve(t.var, env)
@@ -99,7 +104,7 @@ class FoldNest(Nest):
                 nb, nbase = lo.placed[q.buf.name + ".next"]
                 ax = [lo.fresh(f"{q.buf.name}.{a.name}", x) for a, (_, x) in zip(q.axes, regions[q.buf.name], strict=True)]
                 s2: Stmt = Store(b, tuple(ax), load(nb, ax))
-                copies.append(self.walk(ax, [x for _, x in regions[q.buf.name]], s2))
+                copies.append(self.walk(ax, [x for _, x in regions[q.buf.name]], s2, q.axes[-1:] == f.axes[-1:]))
             return block(*copies)
 
         e2 = {**env, t.var: tv}
@@ -120,7 +125,7 @@ class FoldNest(Nest):
                     cond = cond & (x < a.extent)
                 if not prove(cond):
                     s = If(cond, s)
-                post.append(self.walk(ax, [x for _, x in r], s))
+                post.append(self.walk(ax, [x for _, x in r], s, q.axes[-1:] == f.axes[-1:]))
         lo.placed = saved
         out = block(*pre, loop, *post)
         for b in reversed(bufs):

@@ -21,7 +21,6 @@ from luthier.schedules.cpu.contract import as_product, factors_of, tile, unroll_
 from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.cpu.rowwise import positions
 
-LOCAL = 1 << 18  # bytes that the copy of a head's keys, or the scores of a tile, may take of a thread's stack
 MANY_ROWS = 256  # for fewer of them a copy of the keys in memory costs more than it saves
 
 
@@ -47,11 +46,11 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
     q_ext, k_ext = o.axes[row].extent.attr, s.stages[first].axes[-1].extent.attr
     lanes = caps.lanes(32)
     nr = 2 if caps.registers <= 16 else 4  # one width for both products: keys' count and head size rarely share a divisor
-    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers)[0]
-    if mu * -(-k_ext // (nr * lanes)) * nr * lanes * s.stages[first].buf.dtype.itemsize > LOCAL:
+    mu = rows or tile(const(q_ext), const(nr * lanes), lanes, caps.registers, width=nr)[0]
+    if mu * -(-k_ext // (nr * lanes)) * nr * lanes * s.stages[first].buf.dtype.itemsize > caps.local_bytes:
         return None
     if q_ext > 1:
-        s2 = _transpose_keys(s, first, q_ext)
+        s2 = _transpose_keys(s, first, q_ext, caps.local_bytes)
         if s2 is None:
             return None
         s = s2
@@ -75,6 +74,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
         if n.endswith(".t"):
             copy = s.stages[n]
             s = stage(s, n, at=heads[0]) if copy.buf.scope == "local" else annotate(s, copy.loops[0].name, "parallel")
+            s = _in_blocks(s, n, lanes)
         elif n == second:
             s = stage(s, n, at=f"{out}.do")
         else:
@@ -96,6 +96,17 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows
                 s = split(s, lp.name, lanes, "cut")
                 s = annotate(s, f"{lp.name}.1", "vectorize")
     return _second_product(s, second, nd, lanes)
+
+
+def _in_blocks(s: Schedule, name: str, lanes: int) -> Schedule:
+    """The copy of transposed keys in square blocks (:mod:`luthier.passes.loop.transpose_blocks`) where both extents are whole
+    blocks."""
+    *_, d, j = (lp.name for lp in s.stages[name].loops)
+    side = min(lanes, 16)
+    if any((s.static_extent(lp.var) or 1) % side for lp in s.stages[name].loops[-2:]):
+        return s
+    s = annotate(annotate(split(split(s, d, side), j, side), f"{d}.1", "unroll"), f"{j}.1", "vectorize")
+    return reorder(s, f"{d}.0", f"{j}.0", f"{d}.1", f"{j}.1")
 
 
 def _epilogue(s: Schedule, first: str) -> str | None:
@@ -149,7 +160,7 @@ def _second_product(s: Schedule, second: str, nd: int, lanes: int) -> Schedule:
     return unroll_lanes(s, dl, nd, lanes)
 
 
-def _transpose_keys(s: Schedule, first: str, rows: int) -> Schedule | None:
+def _transpose_keys(s: Schedule, first: str, rows: int, room: int) -> Schedule | None:
     """``k.t[.., d, j] = K[.., j, d]`` as a stage of its own, read by the first product. None when the keys are no plain load, or
     too many for the stack and read by few rows."""
     st = s.stages[first]
@@ -179,9 +190,9 @@ def _transpose_keys(s: Schedule, first: str, rows: int) -> Schedule | None:
     if da.extent.op != "const":
         return None
     size = buf.dtype.itemsize * da.extent.attr * st.axes[-1].extent.attr
-    if size > LOCAL and rows < MANY_ROWS:
+    if size > room and rows < MANY_ROWS:
         return None
-    scope = "local" if size <= LOCAL else "global"  # keys too many for the stack are transposed by a kernel of their own
+    scope = "local" if size <= room else "global"  # keys too many for the stack are transposed by a kernel of their own
     tb = replace(buf, name=f"{buf.name}.t", shape=tuple(a.extent for a in new), scope=scope, writable=True)
     ext = dict(s.ext)
     tst = pull_stage(Pull(tb, tuple(new), substitute(x, sub)), ext)

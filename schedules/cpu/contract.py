@@ -49,6 +49,7 @@ from luthier.schedules.base.simplify_axes import split_reduced_axes
 from luthier.schedules.cpu.elementwise import flat, pointwise, stride
 from luthier.schedules.cpu.rowwise import positions
 
+ROWS = (7, 10, 14, 20, 28, 40, 56, 80)  # what a number of rows may be that only the run knows: widths of images
 LONG, RUN_OF_TILE = 1 << 14, 2048  # products of a sum from where on it goes in runs, and their length: a register tile is added up seldom
 
 
@@ -76,6 +77,9 @@ def product(
             s = in_runs(s, RUN_OF_TILE)
     lanes = caps.lanes(max(st.buf.dtype.bits, 32))
     v = _vector_axis(s, st, lanes, constants)
+    if v is st.axes[-1].var and not any(is_packable(s, f, v, constants) for f in factors_of(st)):
+        s = merge_lanes(s, [acc, out])
+        v = s.stages[acc].axes[-1].var
     s = pad_input(s, acc, caps)
     st = s.stages[acc]
     p, q = factors_of(st)
@@ -103,7 +107,8 @@ def product(
     us = [a for a in st.axes if a.var is not v and (a.var in {x.var for x in us} or a.name.startswith("_u"))]
     m_ext = us[-1].extent if us else const(1)
     packs = not depthwise and is_packable(s, p, v, constants)
-    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs, shared=not depthwise, issue=caps.issue)
+    alone = n_ext.op == "const" and len(st.axes) == 2 and not depthwise  # panels and a narrower last one, in a loop that is fused with no other
+    mu_, nr = tile(m_ext, n_ext, lanes, caps.registers, exact=not packs and not alone, cut=alone and not packs, shared=not depthwise, issue=caps.issue)
     panel = _stream_panel(m_ext, n_ext, lanes, packs and not (mu or nv), caps)
     mu, nv = mu or mu_, nv or panel * caps.streams or nr * lanes
     packs = packs or (not depthwise and _wastes_lines(s, p, v, m_ext, nv, caps))
@@ -229,34 +234,40 @@ def split_epilogue(s: Schedule, out: str) -> tuple[Schedule, str]:
 # ---------------------------------------------------------------- tile choice
 
 
-def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, shared: bool = True, issue: float = 0.0) -> tuple[int, int]:
+def tile(m: Expr, n: Expr, lanes: int, registers: int, *, exact: bool = False, cut: bool = False, shared: bool = True, issue: float = 0.0, width: int = 0) -> tuple[int, int]:
     """(rows, vectors) of the register tile with the least estimated cycles per reduction step over an m x n output.
 
-    Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3); accumulators, the panel's
+    Two FMAs and 1.4 loads a cycle, at least five cycles a step (FMA latency; both measured on Zen 3), beside them a tenth of a cycle a
+    broadcast and a quarter a vector, which may come from the second-level cache (with 32 registers of 512 bits, tiles of 20 to 24 accumulators are 6 to 9 % faster than those of 12); accumulators, the panel's
     vectors and one broadcast share the registers, with one to spare (the code generator spills without it). ``exact``: columns are not padded, so a width that divides them avoids masks
-    in the reduction. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads. ``issue``: see
-    :class:`Capabilities`; a broadcast is a load and its address, a step has four instructions of its own."""
-    mm = m.attr if m.op == "const" else 96
+    in the reduction. ``cut``: the last columns have a narrower tile of their own. ``shared``: False when every row loads its own vectors (depthwise), so rows save no loads. ``width``: the number of vectors where it is given. ``issue``: see
+    :class:`Capabilities`; a broadcast is a load and its address, a step has four instructions of its own. Rows that only the run counts
+    are made in whole tiles: the mean over usual numbers decides."""
+    usual = (m.attr,) if m.op == "const" else ROWS if m.op == "var" else tuple(r * r for r in ROWS)
     nn = n.attr if n.op == "const" else 256
     exact = exact and nn % lanes == 0
     best: tuple[float, int, int] | None = None
-    for nr in range(1, 9):
-        if nr > 1 and (nr - 1) * lanes >= nn:
+    for nr in range(width or 1, (width or 8) + 1):
+        if nr > max(width, 1) and (nr - 1) * lanes >= nn:
             break
         if exact and nn % (nr * lanes):
             continue
         for mu in range(1, 29):
-            if mu * nr + nr + 1 >= registers or mu > mm:
+            if mu * nr + nr + 1 >= registers or mu > max(usual):
                 break
-            c = 0.0
-            for rows, times in ((mu, mm // mu), (mm % mu, 1)):
-                if rows:
-                    fetched = rows + nr if shared else rows * nr + nr
-                    step = max(rows * nr / 2, fetched / 1.4, 5.0)
-                    if issue:
-                        step = max(step, (rows * nr + fetched + rows + 4) / issue)
-                    c += times * step
-            c *= -(-nn // (nr * lanes))
+
+            def step(rows: int, nr: int) -> float:
+                fetched = rows + nr if shared else rows * nr + nr
+                cycles = max(rows * nr / 2, fetched / 1.4, 5.0) + 0.1 * rows + 0.25 * nr
+                return max(cycles, (rows * nr + fetched + rows + 4) / issue) if issue else cycles
+
+            def strip(nr: int, mu: int = mu) -> float:
+                if m.op == "const":
+                    return m.attr // mu * step(mu, nr) + (step(m.attr % mu, nr) if m.attr % mu else 0.0)
+                return sum(-(-r // mu) * step(mu, nr) / r for r in usual)
+
+            panels, rest = divmod(nn, nr * lanes)
+            c = panels * strip(nr) + (strip(-(-rest // lanes) if cut else nr) if rest else 0.0)
             c *= 1 + 0.01 * (mu == 1)
             if best is None or c < best[0] * 0.999:
                 best = (c, mu, nr)
@@ -332,9 +343,10 @@ def _flat_rows(s: Schedule, name: str) -> Schedule:
     return replace(s, stages={**s.stages, name: pull_stage(Pull(buf, (*lead, f), load(wide, at, inside, other)), ext)}, ext=ext, trace=(*s.trace, ("rows", name)))
 
 
-def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, block: int) -> tuple[Schedule, list[str], str | None]:
+def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], nv: int, lanes: int, caps: Capabilities) -> tuple[Schedule, list[str], str | None]:
     """For a depthwise convolution, whose input is read once: the padded rows of one block of output rows and one panel of
-    channels (bytes: all channels) are made in a local buffer, instead of a padded copy of the whole input in memory.
+    channels (all of them for bytes, and where an output channel reads another input channel than its own) are made in a local buffer,
+    instead of a padded copy of the whole input in memory, unless one row's do not fit.
 
     Returns (schedule, loops between the panel and the tile, name of the padded tensor); the name is None when it stays outside."""
     st = s.stages[acc]
@@ -348,11 +360,13 @@ def _local_padding(s: Schedule, acc: str, out: str, row: str, rest: list[str], n
         return s, rest, None
     rows_in = shape[-3].extent.attr
     itemsize = int(s.stages[name].buf.dtype.itemsize)
-    per_row = shape[-2].extent.attr * (nv * itemsize if itemsize > 1 else shape[-1].extent.attr)
-    size = max(1, min(n, (block // per_row) * n // max(rows_in, 1)))
-    while n % size:
-        size -= 1
-    s = split(s, row, size, into=(f"{out}.ro", f"{out}.ri"))
+    own = itemsize > 1 and any(load_parts(pads[0])[1][-1] is a.var for a in st.axes)
+    per_row = shape[-2].extent.attr * itemsize * (nv if own else shape[-1].extent.attr)
+    size = max(1, min(n, (caps.l2 // 8 // per_row) * n // max(rows_in, 1)))
+    fits = [k for k in range(1, size + 1) if n % k == 0 and (rows_in - (n - k) * (rows_in // n)) * per_row <= caps.local_bytes]
+    if not fits:
+        return s, rest, None
+    s = split(s, row, fits[-1], into=(f"{out}.ro", f"{out}.ri"))
     return s, [f"{out}.ri" if x == row else x for x in rest], name
 
 
@@ -368,24 +382,32 @@ def merge_rows(s: Schedule, names: list[str], allowed: list[Expr]) -> Schedule:
     stages = [s.stages[n] for n in names]
     rank = len(stages[0].axes)
     ok_pos = {i for i, a in enumerate(stages[0].axes) if a.var in allowed}
-    ext = dict(s.ext)
     k = rank - 2
     while k > 0:
         if k in ok_pos and k - 1 in ok_pos and all(_walks_as_one(st, k) for st in stages):
-            stages = [_join_axes(st, k) for st in stages]
+            stages = [_join_axes(st, k) for st in stages]  # the accumulator's buffer lost a dimension: the epilogue loads it so
             ok_pos = {i if i < k else i - 1 for i in ok_pos if i != k}
             s = replace(s, trace=(*s.trace, ("merge", names[0], k)))
         k -= 1
-    if len(stages[0].axes) == rank:
-        return s
-    out = dict(s.stages)
-    # the accumulator's buffer lost a dimension: the epilogue must load it so
-    a_st, o_st = stages
-    for key in [key for key in ext if key.attr[0].rsplit(".", 1)[0] in names]:
-        del ext[key]
-    for st in (a_st, o_st):
-        out[st.name] = pull_stage(Pull(st.buf, st.axes, st.expr), ext)
-    return replace(s, stages=out, ext=ext)
+    return s if len(stages[0].axes) == rank else _with_stages(s, stages)
+
+
+def merge_lanes(s: Schedule, names: list[str]) -> Schedule:
+    """The innermost axes that every access of accumulator and epilogue walks as one become one: the pixels of a channels-first image under
+    a kernel of one element."""
+    stages = [s.stages[n] for n in names]
+    rank = len(stages[0].axes)
+    while len(stages[0].axes) > 1 and all(_walks_as_one(st, len(st.axes) - 1) for st in stages):
+        stages = [_join_axes(st, len(st.axes) - 1) for st in stages]
+    return s if len(stages[0].axes) == rank else replace(_with_stages(s, stages), trace=(*s.trace, ("merge_lanes", names[0])))
+
+
+def _with_stages(s: Schedule, stages: Sequence[Stage]) -> Schedule:
+    """The schedule with stages whose axes were joined, in their default loops."""
+    names = {st.name for st in stages}
+    ext = {k: e for k, e in s.ext.items() if k.attr[0].rsplit(".", 1)[0] not in names}
+    new = {st.name: pull_stage(Pull(st.buf, st.axes, st.expr), ext) for st in stages}
+    return replace(s, stages={**s.stages, **new}, ext=ext)
 
 
 def _walks_as_one(st: Stage, k: int) -> bool:
@@ -551,8 +573,8 @@ def register_tile(
     vpos = next(i for i, a in enumerate(s.stages[acc].axes) if a.var is v_axis)
     v = names[vpos]
     n = s.static_extent(o.loops[vpos].var)
-    s = split(s, v, nv, "guard", into=(f"{out}.vo", f"{out}.vi"))
     outer = [x for i, x in enumerate(names) if i not in upos and i != vpos]
+    s = split(s, v, nv, "cut" if n is not None and not padded and not outer and len(upos) == 1 else "guard", into=(f"{out}.vo", f"{out}.vi"))
     rows = [names[i] for i in upos]
     tail_rows: list[str] = []
     blocks: list[str] = []
@@ -570,7 +592,7 @@ def register_tile(
         tail_rows = [f"{out}.uo", f"{out}.ui"]
     padding: str | None = None
     if depthwise and rows:
-        s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps.l2 // 8)
+        s, rows, padding = _local_padding(s, acc, out, rows[-1], rows, nv, lanes, caps)
     at = f"{out}.uo" if tail_rows else f"{out}.vo"
     whole = padding is not None and s.stages[padding].buf.dtype.bits == 8
     if padding is not None and whole:

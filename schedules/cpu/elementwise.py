@@ -15,12 +15,19 @@ from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rew
 from luthier.passes.loop.flatten import flat_index
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, pull_stage, reorder, split
+from luthier.schedules.cpu.tabulate import tabulate
+
+PIECE = 1024  # elements of a row that a transposition walks before it takes the next rows
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096, unroll: int = 1) -> Schedule | None:
     s = in_runs(s)
     for name, st in list(s.stages.items()):
         if st.at is None and st.fold is None:
+            before = set(s.stages)
+            s = tabulate(s, name)
+            for n in [n for n in s.stages if n not in before]:
+                s = pointwise(s, n, caps, grain)
             s = pointwise(s, name, caps, grain)
     return s
 
@@ -143,8 +150,9 @@ def pointwise(s: Schedule, name: str, caps: Capabilities, grain: int = 4096) -> 
 
 
 def _transposed(s: Schedule, name: str, lanes: int) -> Schedule | None:
-    """Loads that walk another axis contiguously than the store does are made in blocks of both axes, so that each cache line that
-    is fetched is used up. None when there is no such load or an extent is not known."""
+    """Loads that walk another axis contiguously than the store does are made in square blocks of both axes, of a vector's length, so that
+    each cache line that is fetched is used up and :mod:`luthier.passes.loop.transpose_blocks` finds them. None when there is no such load
+    or an axis is short."""
     st = s.stages[name]
     last = st.axes[-1].var
     other = None
@@ -162,15 +170,17 @@ def _transposed(s: Schedule, name: str, lanes: int) -> Schedule | None:
         return None
     u, v = st.loops[other].name, st.loops[-1].name
     nu, nv = s.static_extent(st.loops[other].var), s.static_extent(st.loops[-1].var)
-    if nu is None or nv is None or nu < 4 or nu * nv < 1024:
+    if nu is not None and nu < 4 or nu is not None and nv is not None and nu * nv < 1024:
         return None
-    s = split(s, v, lanes * 8, "min")
-    s = split(s, f"{v}.1", lanes, "cut")
-    s = annotate(s, f"{v}.1.1", "vectorize")
-    s = split(s, u, 16, "min")
+    side = min(lanes, 16)
     rest = [lp.name for k, lp in enumerate(st.loops[:-1]) if k != other]
-    s = reorder(s, *rest, f"{u}.0", f"{v}.0", f"{v}.1.0", f"{u}.1", f"{v}.1.1")  # the lines of one vector are used up at once
-    first = next((n for n in rest if (s.static_extent(_loop_var(s, name, n)) or 2) > 1), f"{u}.0")
+    far, near = (u, v) if nv is not None and (nu is None or nu >= nv) else (v, u)  # rows far apart are walked along the longer axis, a line at a time
+    s = split(s, far, PIECE, "min", into=(f"{far}.p", f"{far}.q"))
+    s = split(split(s, f"{far}.q", side, "cut"), near, max(side, 16), "min", into=(f"{near}.p", f"{near}.q"))
+    s = split(s, f"{near}.q", side, "cut")
+    s = annotate(annotate(s, f"{v}.q.1", "vectorize"), f"{u}.q.1", "unroll")
+    s = reorder(s, *rest, f"{far}.p", f"{near}.p", f"{far}.q.0", f"{near}.q.0", f"{u}.q.1", f"{v}.q.1")
+    first = next((n for n in rest if (s.static_extent(_loop_var(s, name, n)) or 1) > 1), f"{far}.p")
     return annotate(s, first, "parallel")
 
 

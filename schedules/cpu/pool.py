@@ -1,6 +1,8 @@
-"""Template for windows along the innermost axis: pooling of channels-first images, one-dimensional pooling, moving reductions.
+"""Template for windows along the innermost axis: pooling and depthwise convolution of channels-first images, one-dimensional ones, moving
+reductions.
 
-``out[.., i, j] = f(reduce[a, b](x[.., s i + a - p, t j + b - q] inside x else e))`` with t = 1 or 2. Lanes go along j: the padded input of
+``out[.., i, j] = f(reduce[a, b](x[.., s i + a - p, t j + b - q] inside x else e))`` with t = 1 or 2, the value of x perhaps multiplied by
+others that are the same for all j (``w[.., a, b]``). Lanes go along j: the padded input of
 one plane (or of the rows that one row of the output reads) is copied into a local buffer whose border holds e, so that
 no access of the windows is masked; a step of 2 takes two vectors and a shuffle.
 """
@@ -16,6 +18,8 @@ from luthier.schedules.base.schedule import Schedule, annotate, fuse, in_runs, i
 from luthier.schedules.cpu.contract import pad_input, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
 from luthier.schedules.cpu.rowwise import positions
+
+UNROLLED = 112  # terms of straight code
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16, **_: Any) -> Schedule | None:
@@ -42,35 +46,56 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
     s = pad_input(s, acc, caps)
     if any(load_parts(x)[2] is not None for x in loads(s.stages[acc].expr)):
         return None
-    loops = [lp.name for lp in s.stages[out].loops]
-    last = loops[-1]
+    *outer, last = (lp.name for lp in s.stages[out].loops)
     s = split(s, last, lanes, "cut")
     s = annotate(s, f"{last}.1", "vectorize")
-    s, rows = _place_padding(s, out, loops[:-1], lanes, local_bytes)
+    block = _rows_together(s, acc)
+    if block > 1:
+        row = outer[-1]
+        s = annotate(split(s, row, block), f"{row}.1", "unroll")
+        s = reorder(s, f"{row}.0", f"{last}.0", f"{row}.1", f"{last}.1")
+        outer[-1] = f"{row}.0"
+    s, rows = _place_padding(s, out, outer, lanes, local_bytes)
     s = stage(s, acc, at=f"{last}.0")
     st = s.stages[acc]
-    mine, reds = st.loops[len(st.axes) - 1].name, [lp for lp in st.loops if lp.reduce]
-    s = annotate(reorder(s, *(lp.name for lp in reds), mine), mine, "vectorize")
-    size = 1
+    mine, reds = [lp.name for lp in st.loops[: len(st.axes)]], [lp for lp in st.loops if lp.reduce]
+    inner = mine[-2:] if block > 1 else mine[-1:]
+    s = annotate(reorder(s, *(lp.name for lp in reds), *inner), inner[-1], "vectorize")
+    if block > 1:
+        s = annotate(s, inner[0], "unroll")
+    size = block
     for lp in reversed(reds):
         e = s.static_extent(lp.var)
-        if e is None or size * e > 25:
+        if e is None or size * e > UNROLLED:
             break
         size *= e
         s = annotate(s, lp.name, "unroll")
     return annotate(s, rows, "parallel") if rows else s
 
 
+def _rows_together(s: Schedule, acc: str) -> int:
+    """Rows of the output that are summed side by side: sums do not wait for each other, and rows share factors and elements of x."""
+    st = s.stages[acc]
+    if len(st.axes) < 2:
+        return 1
+    n = st.axes[-2].extent.attr
+    return next((k for k in (4, 5, 3, 7, 2) if n % k == 0), 1)
+
+
 def _window(s: Schedule) -> str | None:
-    """The one reduction, when it reads one tensor whose last index is ``t * j + window - q`` (t = 1 or 2) of the last output axis."""
+    """The one reduction, when it reads one tensor whose last index is ``t * j + window - q`` (t = 1 or 2) of the last output axis, and what
+    else it reads depends on axes of that tensor only and not on j (a contraction reuses elements of x and is none)."""
     found = [st for st in s.stages.values() if st.reduction is not None]
     if len(found) != 1 or not found[0].axes:
         return None
     st = found[0]
     red = st.reduction
     assert red is not None
-    xs = loads(*red.args)
+    mine = {a.var for a in st.axes}
+    xs = [x for x in loads(*red.args) if st.axes[-1].var in free_vars(x)]
     if red.attr[2] != 1 or len(red.args) != 1 or len(xs) != 1 or xs[0].attr[0].scope != "param" or red.args[0].op == "reduce":
+        return None
+    if any(x.attr[0].scope != "param" or free_vars(x) & mine - free_vars(xs[0]) for x in loads(*red.args)):
         return None
     buf, idx, _, other = load_parts(xs[0])
     j, window = st.axes[-1].var, {a.var for a in red.attr[1]}

@@ -18,7 +18,10 @@ from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_
 from luthier.schedules.cpu.elementwise import widest_bits
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int = 1 << 15) -> Schedule | None:
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int | None = None) -> Schedule | None:
+    """``row_bytes``: of an intermediate row that is kept; a longer one is computed again where it is read. A quarter of the second-level
+    cache, as far as a stack holds it."""
+    row_bytes = min(caps.l2 // 4, 1 << 17) if row_bytes is None else row_bytes
     if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
         return None
     out = s.stages[s.compute.outs[0]]
@@ -30,9 +33,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     pos = positions(s, out.name)
     if pos is None or contractions(s) > 1:
         return None
-    if caps.issue:
-        s = _divide_once(s, out)
-        out = s.stages[out.name]
+    s = _divide_once(s, out)
+    out = s.stages[out.name]
     depth = max((p + 1 for m in pos.values() for p in m if p is not None), default=0)
     for n, m in pos.items():  # a reduction over fewer axes than its reader's rows would be done again for each of them
         own = max((p + 1 for p in m if p is not None), default=0)

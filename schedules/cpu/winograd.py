@@ -41,6 +41,7 @@ from luthier.schedules.cpu.contract import as_product, is_box, pack_panel, regis
 from luthier.schedules.cpu.contract import tile as tile_of
 
 Array = np.ndarray[Any, Any]
+TYPICAL = 2560  # the height of an image whose extents only the run knows, times its channels
 POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
 
 
@@ -109,8 +110,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
         return None
     lanes = caps.lanes(32)
     n = conv.batch.extent.attr if conv.batch is not None and conv.batch.extent.op == "const" else 1
-    h, w = conv.h.extent.attr, conv.wd.extent.attr
     k = conv.k.extent.attr
+    h, w = (a.extent.attr if a.extent.op == "const" else min(max(TYPICAL // max(conv.c, k), 8), 160) for a in (conv.h, conv.wd))
     if lanes < 4 or conv.c % lanes or k % lanes:
         return None
     forms = [(m, b) for m in ((2, 4) if tile is None else (tile,)) for b in (blocks(m, n, h, w, conv.c, k, caps) if block is None else (block,))]
@@ -122,7 +123,7 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile
 
 def blocks(m: int, n: int, h: int, w: int, c: int, k: int, caps: Capabilities) -> tuple[int, ...]:
     """Tiles of a block that are worth a try: what half the second-level cache and a stack hold, if that leaves work for threads."""
-    b = caps.l2 * 7 // 16 // (4 * (m + 2) ** 2 * max(c, k)) // 6 * 6
+    b = min(caps.l2 * 7 // 16, caps.local_bytes) // (4 * (m + 2) ** 2 * max(c, k)) // 6 * 6
     return (0, min(b, 48)) if b >= 12 and n * -(-h // m) * -(-w // m) >= 8 * b else (0,)
 
 
@@ -169,11 +170,11 @@ def find(c: Compute, constants: Mapping[str, Any]) -> Conv | None:
     *lead, h, wd, k = acc.axes
     if any(i not in red for i in wi[:3]) or len(set(wi[:3])) != 3 or wi[3] is not k.var or xi[3] is not wi[2]:
         return None
-    if any(not is_const(s, 3) for s in w.shape[:2]) or any(s.op != "const" for s in (*w.shape, *x.shape[1:])):
+    if any(not is_const(s, 3) for s in w.shape[:2]) or any(s.op != "const" for s in (*w.shape, x.shape[3])):
         return None
     if any(not is_const(red[i].extent, s.attr) for i, s in zip(wi[:3], w.shape[:3], strict=True)):
         return None
-    if any(a.extent.op != "const" for a in (h, wd, k)):
+    if k.extent.op != "const":
         return None
     batch = lead[0] if lead else None
     if not (xi[0] is batch.var if batch is not None else xi[0].op == "const" and is_const(x.shape[0], 1)):
@@ -205,7 +206,7 @@ def _rewrite(c: Compute, conv: Conv, m: int) -> Compute:
     """The Compute with the sum replaced by transforms and products; tiles are numbered r = (n * ny + y) * nx + x."""
     n = m + 2
     a_mat, _, b_mat = matrices(m)
-    ny, nx = -(-conv.h.extent.attr // m), -(-conv.wd.extent.attr // m)
+    ny, nx = ((a.extent + (m - 1)) // m for a in (conv.h, conv.wd))
     tiles = (const(1) if conv.batch is None else conv.batch.extent) * (ny * nx)
     a, b, j, i, f = axis("a", n), axis("b", n), axis("j", n), axis("i", m), axis("f", n * n)
     r, ch, k = axis("r", tiles), axis("c", conv.c), axis("k", conv.k.extent)

@@ -1,0 +1,78 @@
+"""``torch.export.ExportedProgram`` to a graph, and what a call of it takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from luthier.importers.torch.program import Program, import_graph
+from luthier.ir.errors import InvalidModel
+
+
+@dataclass
+class Exported:
+    """``program``; ``names``: of the tensors that a call brings, in the order of its flat arguments (None: a constant that is not passed
+    on); ``state``: {input of the graph: its first value} that calls change and keep; ``results``: which results are the user's."""
+
+    program: Program
+    names: list[str | None]
+    state: dict[str, torch.Tensor]
+    results: list[int]
+    in_spec: Any
+    out_spec: Any
+
+
+def import_exported(ep: torch.export.ExportedProgram, name: str = "main") -> Exported:
+    """Raises UnsupportedOperator, ShapeError, TypeMismatch, InvalidModel."""
+    tensors: dict[str, Any] = {}
+    names: list[str | None] = []
+    for s in ep.graph_signature.input_specs:
+        if s.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            assert s.target is not None
+            tensors[s.arg.name] = ep.state_dict[s.target] if s.target in ep.state_dict else ep.constants[s.target]
+        elif s.kind == InputKind.CONSTANT_TENSOR:
+            assert s.target is not None
+            tensors[s.arg.name] = ep.constants[s.target]
+        elif s.kind == InputKind.USER_INPUT:
+            constant = type(s.arg).__name__ == "ConstantArgument"
+            names.append(None if constant else s.arg.name)
+            if constant:
+                tensors[s.arg.name] = s.arg.value  # type: ignore[union-attr]
+        else:
+            raise InvalidModel(f"the exported program has an input of kind {s.kind.name}, which is not supported")
+    written = set(ep.graph_signature.buffers_to_mutate.values())
+    states = {s.arg.name for s in ep.graph_signature.input_specs if s.target in written}
+    program = import_graph(ep.graph_module, name, tensors, dict(ep.range_constraints), states)
+    state = {n: tensors[n] for n in program.updates if n in tensors}
+    results, targets = [], {s.target: s.arg.name for s in ep.graph_signature.input_specs if s.target is not None}
+    for k, s in enumerate(ep.graph_signature.output_specs):
+        if s.kind == OutputKind.USER_OUTPUT:
+            results.append(k)
+        elif s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            _alias(program, k, targets.get(s.target, s.target), tensors, state)
+        else:
+            raise InvalidModel(f"the exported program has an output of kind {s.kind.name}, which is not supported")
+    spec = ep.call_spec
+    return Exported(program, names, state, results, spec.in_spec, spec.out_spec)
+
+
+def _alias(program: Program, k: int, name: str | None, tensors: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    """Result ``k`` is what input ``name`` becomes."""
+    assert name is not None
+    program.updates[name] = program.graph.output_names[program.results[k]]
+    if name in tensors:
+        state[name] = tensors[name]
+
+
+def flatten(spec: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The leaves of a call's arguments in the order of the export. Raises InvalidModel when they are nested otherwise."""
+    ordered = {k: kwargs[k] for k in spec.children_specs[1].context if k in kwargs} if kwargs else kwargs
+    leaves, found = pytree.tree_flatten((tuple(args), ordered))
+    if found != spec:
+        raise InvalidModel("the arguments are nested otherwise than those of the export", hint=f"exported with {spec}, called with {found}")
+    return leaves
