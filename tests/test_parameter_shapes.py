@@ -200,3 +200,66 @@ def test_an_axis_that_is_an_operand(op: str, shape: tuple[int, ...], known: str)
     with pytest.raises(LuthierError, match=op):
         m = luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 26)], ir_version=11), threads=1)
         m.run(feeds)
+
+
+def float_input(name: str, *shape: Any) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def compiled(nodes: list[Any], inputs: list[Any], constants: dict[str, Any] | None = None, opset: int = 20) -> Any:
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    kept = [numpy_helper.from_array(np.asarray(v), k) for k, v in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "g", inputs, [result], kept)
+    m = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    return luthier.compile(m, threads=1)
+
+
+@pytest.mark.parametrize("op", ["AveragePool", "MaxPool", "LpPool"])
+@pytest.mark.parametrize("pads", [{"auto_pad": "SAME_UPPER"}, {"pads": [1, 1, 1, 1]}, {}], ids=["same", "pads", "none"])
+def test_a_window_without_elements(op: str, pads: dict[str, Any]) -> None:
+    with pytest.raises(LuthierError, match=f"kernel.*{op}"):
+        compiled([node(op, ["x"], ["y"], kernel_shape=[3, 0], **pads)], [float_input("x", 1, 1, 5, 5)])
+
+
+@pytest.mark.parametrize("attribute", ["scan_input_axes", "scan_output_axes"])
+@pytest.mark.parametrize("axis", [2, 1 << 40, -3])
+def test_axes_of_a_scan(attribute: str, axis: int) -> None:
+    body = helper.make_graph([node("Exp", ["a"], ["b"])], "body", [float_input("a", 3)], [float_input("b", 3)])
+    with pytest.raises(LuthierError, match=f"{attribute}.*Scan"):
+        compiled([node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1, **{attribute: [axis]})], [float_input("x", 3, 3)])
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 3), (1, 4, 0), (2, 8, 8)], ids=str)
+def test_complex_numbers_have_two_parts(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LuthierError, match="real and imaginary.*DFT"):
+        compiled([node("DFT", ["x"], ["y"])], [float_input("x", *shape)])
+    m = compiled([node("DFT", ["x"], ["y"])], [float_input("x", *shape[:-1], "parts")])
+    with pytest.raises(LuthierError, match="DFT"):
+        m.run({"x": np.ones(shape, np.float32)})
+
+
+def test_two_inputs_of_one_name() -> None:
+    with pytest.raises(LuthierError, match="one name.*'x'"):
+        compiled([node("Exp", ["x"], ["y"])], [float_input("x", 3), float_input("x", 3)])
+
+
+def test_a_slice_whose_start_is_a_scalar_behind_a_transpose() -> None:
+    nodes = [node("Transpose", ["x"], ["t"], perm=[1, 0]), node("Slice", ["t", "from", "to"], ["y"])]
+    m = compiled(nodes, [float_input("x", 2, 3)], {"from": np.int64(1), "to": np.array([3])})
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(m.run({"x": x})["y"], x.T[1:3])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1, 1)], ids=str)
+def test_a_scale_of_ones_in_every_dimension(shape: tuple[int, ...]) -> None:
+    """One element, however many dimensions it has."""
+    parts = {"za": u(3).reshape(shape), "zb": u(9).reshape(shape)}
+    graph = helper.make_graph(
+        [node("MatMulInteger", ["a", "b", "za", "zb"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info(k, TensorProto.UINT8, v.shape) for k, v in {"a": A, "b": B, **parts}.items()],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, None)],
+    )
+    m = luthier.compile(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), threads=1)
+    got = m.run({"a": A, "b": B, **parts})["y"]
+    np.testing.assert_array_equal(got, (A.astype(np.int32) - 3) @ (B.astype(np.int32) - 9))

@@ -10,7 +10,7 @@ from luthier.ir.errors import InvalidModel, ShapeError, TypeMismatch
 from luthier.ir.expr import Expr, as_expr, cast, free_vars, is_const, maximum, var
 from luthier.ir.graph import Graph, Node, TensorType, Value, content_or_symbols, new_dim, node_reads, type_symbols
 from luthier.ir.op import Op, op
-from luthier.ir.ops.common import need
+from luthier.ir.ops.common import check_axis, need
 
 
 def _merge(node: Node, k: int, a: TensorType, b: TensorType) -> TensorType:
@@ -149,7 +149,8 @@ class Scan(Op):
         if first is None:
             raise ShapeError("the first scan input is missing", node=node.name, op=node.op)
         axes = node.attrs.get("scan_input_axes", (0,) * (len(node.inputs) - n))
-        length = first.shape[axes[0]]
+        at = [check_axis(node, a, need(node, n + k).rank, "scan_input_axes:") for k, a in enumerate(axes)]
+        length = first.shape[at[0]]
         out = []
         for k in range(n):
             v = node.inputs[k]
@@ -158,7 +159,7 @@ class Scan(Op):
             out.append(invariant(node, k, v.type, body.outputs[k].type))
         out_axes = node.attrs.get("scan_output_axes", (0,) * (len(body.outputs) - n))
         for s, a in zip(body.outputs[n:], out_axes, strict=True):
-            a = a + s.type.rank + 1 if a < 0 else a
+            a = check_axis(node, a, s.type.rank + 1, "scan_output_axes:")
             out.append(TensorType(s.dtype, (*s.shape[:a], length, *s.shape[a:])))
         return out
 

@@ -109,6 +109,8 @@ def windows(node: Node, spatial: Sequence[Expr], kernel: Sequence[Extent], ceil_
         raise shape_error(node, f"unknown auto_pad {auto!r}")
     if any(s < 1 for s in strides) or any(d < 1 for d in dil):
         raise shape_error(node, "strides and dilations must be positive")
+    if any(isinstance(k, int) and k < 1 for k in kernel):
+        raise shape_error(node, f"a kernel of {list(kernel)} elements is empty")
     if any(isinstance(k, int) and k * d > LONGEST for k, d in zip(kernel, dil, strict=True)):
         raise shape_error(node, f"a kernel of {list(kernel)} elements with dilations {list(dil)} is longer than {LONGEST}")
     out = []

@@ -26,6 +26,7 @@ from luthier.ir.ops.common import (
     differ,
     expect_shape,
     get,
+    is_one,
     make,
     must,
     need,
@@ -104,7 +105,7 @@ def _zero(node: Node, ins: Sequence[Buffer | None], i: int, line: Axis | None, f
 
 def parameter_index(b: Buffer, line: Axis | None, full: Sequence[Expr]) -> list[Expr]:
     """Index of a scale or zero point: scalars, vectors along ``line``, or tensors that broadcast against the operand."""
-    if b.rank == 0 or b.rank == 1 and b.shape[0].op == "const" and b.shape[0].attr == 1:
+    if all(is_one(d) for d in b.shape):
         return [ZERO] * b.rank
     if b.rank == 1:
         return [line.var if line else ZERO]

@@ -10,7 +10,7 @@ import numpy as np
 
 from luthier.ir.compute import Compute, Pull, axis, pull, sum_
 from luthier.ir.dtypes import DType, f32, f64, i32
-from luthier.ir.expr import Expr, as_expr, binary, cast, const, land, load, minimum, select, unary
+from luthier.ir.expr import Expr, as_expr, binary, cast, const, land, load, minimum, prove, select, unary
 from luthier.ir.graph import Node, TensorType, content_or_symbols
 from luthier.ir.loop import Buffer
 from luthier.ir.op import Op, op
@@ -29,6 +29,7 @@ from luthier.ir.ops.common import (
     shape_error,
     wide,
 )
+from luthier.ir.requirements import assume_at_least, assume_at_most
 
 
 def twiddles(name: str, n: Expr, d: DType, inverse: bool) -> Pull:
@@ -58,6 +59,10 @@ class DFT(Op):
         x = need(node, 0)
         if x.rank < 2:
             raise shape_error(node, "DFT takes [..., length, 1 or 2]")
+        if prove(x.shape[-1] > 2) or prove(x.shape[-1] < 1):
+            raise shape_error(node, f"the last extent of x is {x.shape[-1]!r}, it should be 1 or 2: real and imaginary parts")
+        assume_at_most(x.shape[-1], const(2), "the last extent of x and that of complex numbers")
+        assume_at_least(x.shape[-1], const(1), "the last extent of x and that of real numbers")
         a = as_expr(content_or_symbols(node, 2)[0]) if node.input(2) is not None else const(-2)
         a = dimension(node, a, x.rank, x.rank - 1)  # the last dimension holds real and imaginary parts
         inv, one = bool(int(node.attrs.get("inverse", 0))), bool(int(node.attrs.get("onesided", 0)))

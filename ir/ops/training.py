@@ -31,6 +31,7 @@ class Optimizer(Op):
         expect_one(node, 0, 1)
         for i in range(n):
             for k in range(1, self.kinds):
+                need(node, 2 + k * n + i)
                 expect_shape(node, 2 + k * n + i, need(node, 2 + i).shape)
         return [need(node, 2 + k * n + i).type for k in (0, *range(2, self.kinds)) for i in range(n)]
 

@@ -159,15 +159,16 @@ def _reduce(n: Node, ctx: Context) -> Value | None:
 
 def _slice(n: Node, ctx: Context) -> Value | None:
     got = _before(n.inputs[0], ctx)
-    if got is None or n.input(1) is None:
+    if got is None:
         return None
     x, perm = got
     v = n.input(3)
     if v is not None and v.data is None:
         return None
-    count = n.inputs[1].shape[0]  # type: ignore[union-attr]
-    if count.op != "const":
+    starts = n.inputs[1]
+    if starts is None or starts.rank != 1 or starts.shape[0].op != "const":
         return None
+    count = starts.shape[0]
     axes = [int(a) for a in v.data.reshape(-1)] if v is not None and v.data is not None else list(range(count.attr))
     new = ctx.const("axes", np.array([perm[a + len(perm) if a < 0 else a] for a in axes], np.int64))
     return _after(n, ctx, [x, n.inputs[1], n.inputs[2], new, *n.inputs[4:]], n.attrs, perm)

@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
@@ -177,6 +178,9 @@ class _Importer:
             raise InvalidModel(f"functions that call functions expand to {total} nodes, {MAX_NODES} at most are compiled", hint="export the model without nested functions")
         scope = _Scope(None, opsets, "")
         constants = self._initializers(g, scope)
+        twice = sorted(n for n, count in Counter(i.name for i in g.input).items() if count > 1)
+        if twice:
+            raise InvalidModel(f"inputs of one name: {twice}")
         unknown = set(self.shapes) - {i.name for i in g.input}
         if unknown:
             raise ShapeError(f"shapes names no input of the model: {sorted(unknown)}; inputs are {[i.name for i in g.input if i.name not in constants]}")
@@ -749,6 +753,8 @@ def _body_types(op: str, inputs: Sequence[Value | None], attrs: dict[str, Any]) 
             if v is None:
                 out.append(None)
                 continue
+            if not -v.rank <= a < v.rank:
+                raise InvalidModel(f"scan_input_axes: {a} is out of range for {v.name} of rank {v.rank}")
             a = a + v.rank if a < 0 else a
             out.append(TensorType(v.dtype, v.shape[:a] + v.shape[a + 1 :]))
         return out

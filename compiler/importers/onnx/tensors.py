@@ -117,7 +117,7 @@ def _number(t: TensorProto, info: dict[str, str], key: str, default: int) -> int
     text = info.get(key)
     if text is None:
         return default
-    if not re.fullmatch(r"[0-9]{1,18}", text):
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9]{1,18}", text):  # bytes: no UTF-8
         raise InvalidModel(f"constant {t.name!r}: the {key} of its external data is {text[:40]!r}, it should be a number of bytes")
     return int(text)
 
