@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from benchmarks.fuzz_models import WEIGHTS_FILE, weights_file
 from benchmarks.fuzz_mutate import apply, graphs, mutant
@@ -54,7 +54,13 @@ def _nodes(m: ModelProto) -> Iterator[NodeProto]:
 
 
 def _odd_flag(m: ModelProto, _: str) -> bool:
-    return any(a.name in FLAGS and a.i not in (0, 1) for n in _nodes(m) for a in n.attribute)
+    found = ((i for i in (*a.ints, a.i)) for n in _nodes(m) for a in n.attribute if a.name in FLAGS)
+    return any(i not in (0, 1) for values in found for i in values)
+
+
+def _has(m: ModelProto, op: str, attribute: str, odd: Callable[[AttributeProto], bool]) -> bool:
+    """Whether a node of this operator has such an attribute."""
+    return any(n.op_type == op and a.name == attribute and odd(a) for n in _nodes(m) for a in n.attribute)
 
 
 def _not_finite(m: ModelProto, op: tuple[str, ...], limit: float = float("inf")) -> bool:
@@ -66,7 +72,7 @@ def _not_finite(m: ModelProto, op: tuple[str, ...], limit: float = float("inf"))
 
 FLAGS = frozenset(
     "ceil_mode count_include_pad exclusive inverse is_causal keepdims largest noop_with_empty_axes onesided reverse saturate "
-    "select_last_index sorted training_mode".split()
+    "select_last_index sorted training_mode scan_input_directions scan_output_directions".split()
 )
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Dropout")
 RECURRENT = ("RNN", "GRU", "LSTM")
@@ -81,6 +87,25 @@ ARGUED = (
         "recurrent weights that are not finite: NaN here, as arithmetic says; onnxruntime leaves out the product with a state of "
         "zeros, and its sigmoid and tanh are clamped so that NaN becomes a number",
         lambda m, _: _not_finite(m, RECURRENT),
+    ),
+    Argued(
+        "sequences of length 0: the last state is the first one here, zeros in onnxruntime; ONNX says nothing",
+        lambda m, text: "against 0.0" in text and any(n.op_type in RECURRENT and len(n.input) > 4 and n.input[4] for n in _nodes(m)),
+    ),
+    Argued(
+        "quantization scales that are not finite: 0 * inf is NaN",
+        lambda m, _: _not_finite(m, ("QuantizeLinear", "DequantizeLinear", "QLinearMatMul")),
+    ),
+    Argued(
+        "Attention whose `softcap` is NaN (none in onnxruntime, NaN here), or whose `scale` lets scores overflow",
+        lambda m, _: _has(m, "Attention", "softcap", lambda a: a.f != a.f) or _has(m, "Attention", "scale", lambda a: abs(a.f) > 1e30),
+    ),
+    Argued("Celu with `alpha` 0, a division by zero: torch refuses it", lambda m, _: _has(m, "Celu", "alpha", lambda a: a.f == 0)),
+    Argued("TopK with `sorted` 0, whose order is anyone's", lambda m, _: _has(m, "TopK", "sorted", lambda a: a.i == 0)),
+    Argued(
+        "Clip with an infinite bound and no other: no bound is none here, as in onnx's evaluator and torch, the largest number of the "
+        "type in onnxruntime",
+        lambda m, _: _not_finite(m, ("Clip",)),
     ),
     Argued(
         "`clip` 0 of recurrent operators: no clipping here, all zeros in onnxruntime",

@@ -73,6 +73,12 @@ ODD = {
     "recurrent": (helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=1), {"w": [1.0, np.nan], "r": [1.0]}),
     "`clip`": (helper.make_node("GRU", ["x", "w", "r"], ["y"], hidden_size=1, clip=0.0), {"w": [1.0], "r": [1.0]}),
     "GridSample": (helper.make_node("GridSample", ["x", "g"], ["y"]), {"g": [0.5, 1e38]}),
+    "sequences of length 0": (helper.make_node("GRU", ["x", "w", "r", "", "lens"], ["y"], hidden_size=1), {"w": [1.0]}),
+    "quantization": (helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), {"s": [np.inf]}),
+    "Attention whose": (helper.make_node("Attention", ["x", "k", "v"], ["y"], softcap=float("nan")), {}),
+    "Celu": (helper.make_node("Celu", ["x"], ["y"], alpha=0.0), {}),
+    "TopK": (helper.make_node("TopK", ["x", "k"], ["y", "z"], sorted=0), {}),
+    "Clip": (helper.make_node("Clip", ["x", "low"], ["y"]), {"low": [np.inf]}),
     "scores": (helper.make_node("Attention", ["x", "k", "v"], ["y"]), {}),
 }
 PLAIN = (
@@ -88,11 +94,13 @@ def with_constants(node: onnx.NodeProto, constants: dict[str, list[float]]) -> o
 
 def test_answers_that_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each model is of its own kind of argued differences and of no other; models without anything odd are of none."""
-    detail = "y: -inf against -3.4028234663852886e+38, 1 of 2"
+    details = {"scores": "y: -inf against -3.4028234663852886e+38, 1 of 2"}
     models = {name: with_constants(*made) for name, made in ODD.items()}
     models |= {f"plain {n.op_type}": with_constants(n, {"w": [0.5, 2.0], "r": [1.0]}) for n in PLAIN}
     monkeypatch.setattr("benchmarks.fuzz.apply", lambda base, kind, edits: (models[base].SerializeToString(), []))
-    rows = [{"base": name, "kind": "structure", "chosen": [], "peer": "differs", "peer_detail": detail} for name in models]
-    for text, found in argued(rows).items():
-        for r in found:
-            assert text == UNARGUED if r["base"].startswith("plain") else text.startswith(r["base"])
+    row = {"kind": "structure", "chosen": [], "peer": "differs"}
+    rows = [{**row, "base": name, "peer_detail": details.get(name, "y: 1.0 against 0.0, 1 of 2")} for name in models]
+    by = {r["base"]: text for text, found in argued(rows).items() for r in found}
+    assert len(by) == len(models)
+    for name, text in by.items():
+        assert text == UNARGUED if name.startswith("plain") else text.startswith(name), name
