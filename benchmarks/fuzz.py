@@ -7,7 +7,7 @@ dies or takes too long is replaced. Every result is a line of ``RESULTS``: start
 
 Every fourth is compiled with bounds checks, and an access outside of a buffer counts as an internal error. Crashes, hangs and internal errors
 are faults, and so are answers that differ from onnxruntime's for no reason of :data:`ARGUED`. A refusal is an error of
-:mod:`luthier.errors` that is meant for users. """
+:mod:`luthier.errors` that is meant for users."""
 
 from __future__ import annotations
 
