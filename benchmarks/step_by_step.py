@@ -9,7 +9,7 @@ between two quantizations makes out of equal inputs is compared, the model's own
 STFT, too: vocoders (kokoro) feed on the phases of its bins, and where a bin is zero but for rounding, or real, the sign of a
 rounding error decides between -pi and pi; and behind each DynamicQuantizeLSTM, which quantizes its state at every step where
 nobody sees it: its outputs may be as far from the reference as the reference's own are for inputs a few units in the last place
-apart. """
+apart."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 Without files the sentences of `SPOKEN` are spoken by Debian's espeak-ng. Each runtime keeps its own caches from step to step.
 Exit code 1 where tokens differ. Times are of the loop as it stands here, one run each: `benchmarks/cpu.py` compares the three
-models fairly. """
+models fairly."""
 
 from __future__ import annotations
 
