@@ -101,7 +101,8 @@ class _Transposer:
 
     def network(self, rows: Sequence[Expr], columns: Sequence[Expr], env: dict[Expr, Expr]) -> list[Stmt]:
         """Definitions of the columns: four rows at a time within 128 bits, then whole parts of 128 bits change places."""
-        n, out = len(rows), []
+        n = len(rows)
+        out: list[Stmt] = []
         rows = [self.let(r, out) for r in rows]
 
         def pick(a: Expr, b: Expr, lanes: Sequence[int]) -> Expr:
