@@ -51,7 +51,7 @@ class _Transposer:
         if not isinstance(s, Block):
             return map_children(s, self.stmt)
         out: list[Stmt] = []
-        run: list[Stmt] = []
+        run: list[Store | Let] = []
         for c in (*s.stmts, None):
             if isinstance(c, (Store, Let)):
                 run.append(c)
@@ -62,10 +62,10 @@ class _Transposer:
                 out.append(self.stmt(c))
         return block(*out)
 
-    def straight(self, run: list[Stmt]) -> list[Stmt]:
+    def straight(self, run: list[Store | Let]) -> list[Stmt]:
         """A run of stores and definitions, with what their blocks need before it."""
         if len(run) < SIDES[0]:
-            return run
+            return list(run)
         written = {s.buf.name for s in run if isinstance(s, Store)}
         bound = {s.var for s in run if isinstance(s, Let)}
         groups: dict[tuple[Buffer, int, Expr, Expr], dict[int, Expr]] = {}
@@ -89,7 +89,7 @@ class _Transposer:
                     rows = [load(buf, (ramp(base + c + step * k, 1, n),)) for k in range(n)]
                     before += self.network(rows, [x for x in columns if x is not None], env)
         if not env:
-            return run
+            return list(run)
         memo: dict[Expr, Expr] = {}
         return [*before, *(map_own_exprs(s, lambda e: rewrite_loads(e, env.get, memo)) for s in run)]
 
