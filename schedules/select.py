@@ -69,7 +69,7 @@ def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
     group = [privatize_threads, place_barriers] if caps.gpu else []
     narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
-    blocks: list[Callable[[Func], Func]] = [] if caps.gpu or caps.whole_registers else [transpose_blocks, load_spans]
+    blocks: list[Callable[[Func], Func]] = [transpose_blocks, load_spans] if caps.shuffles else []
     return [*group, flatten, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 

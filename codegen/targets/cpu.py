@@ -91,7 +91,7 @@ def _x86(name: str, cpu: str, flags: frozenset[str]) -> Target:
     if not wide:
         facts.discard("bf16dot")
     l1, l2, l3 = _caches() if name == "cpu" else (32 << 10, (1 << 20) if wide else (512 << 10), 16 << 20)
-    caps = Capabilities(vector_bits=bits, registers=32 if wide else 16, features=frozenset(facts), l1=l1, l2=l2, l3=l3)
+    caps = Capabilities(vector_bits=bits, registers=32 if wide else 16, features=frozenset(facts), l1=l1, l2=l2, l3=l3, shuffles=True)
     words = [f"+{f}" for f in sorted(flags)]
     if cpu != "x86-64":
         words += [f"-{f}" for f in sorted(_ALL - flags)]
@@ -102,7 +102,7 @@ def _x86(name: str, cpu: str, flags: frozenset[str]) -> Target:
 
 def _aarch64(name: str, flags: frozenset[str]) -> Target:
     facts = {"fma", "f16", "bytes_shuffle"} | ({"dot"} if "dotprod" in flags else set()) | ({"i8mm"} if "i8mm" in flags else set())
-    caps = Capabilities(vector_bits=128, registers=32, features=frozenset(facts), l1=64 << 10, l2=512 << 10, l3=4 << 20)
+    caps = Capabilities(vector_bits=128, registers=32, features=frozenset(facts), l1=64 << 10, l2=512 << 10, l3=4 << 20, shuffles=True)
     return Target(name, "aarch64-unknown-linux-gnu", "generic", ",".join(f"+{f}" for f in sorted(flags)), caps, flags)
 
 

@@ -14,7 +14,8 @@ class Capabilities:
     ``relaxed_simd``, ``dp4a``, ``subgroups``, ``f16`` ...). ``native``: transcendental operators the target has (with its ULP
     error), all others are expanded. ``issue``: instructions a cycle where loads do not fold into arithmetic, so that they can be the
     limit of a loop; 0 where they are not. ``printer``: whose spelling of an instruction is asked for. ``whole_registers``: no vector
-    may be wider than ``vector_bits`` when a kernel is printed. ``streams``: places of memory that a loop without reuse walks at once (targets
+    may be wider than ``vector_bits`` when a kernel is printed. ``shuffles``: lanes of several
+    vectors of any length can be rearranged at once. ``streams``: places of memory that a loop without reuse walks at once (targets
     without prefetch leave it to the hardware, which fetches further ahead when there are several). Cache sizes in bytes.
     ``local_bytes``: what one local buffer may hold. ``merge_siblings``: products that share their left operand are one kernel (a launch costs more than rows further
     apart). ``gpu``: grid and group kinds are used instead of threads and lanes."""
@@ -35,6 +36,7 @@ class Capabilities:
     printer: str = "llvm"
     whole_registers: bool = False
     streams: int = 1
+    shuffles: bool = False
     merge_siblings: bool = False
 
     def lanes(self, bits: int) -> int:
