@@ -67,8 +67,7 @@ class ModelCase:
     the package's own file for runtimes that cannot read the model; inputs that it lacks are not fed. `agreement` is
     how far runtimes may part from each other, over the largest output: wide for QDQ models, where they round
     differently at every layer (and without VNNI some saturate). `check` says how `compare_models.py` judges: by f64, by
-    the five classes ranked first, or step by step against onnxruntime's exact modes (quantized models). `bar` is the error
-    against f64 that is always let pass.
+    the five classes ranked first, or step by step against onnxruntime's exact modes (quantized models).
     """
 
     name: str
@@ -84,7 +83,6 @@ class ModelCase:
     open: bool = False
     agreement: float = 0.02
     check: Literal["f64", "rank", "onnxruntime"] = "f64"
-    bar: float = 1e-3
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
@@ -509,8 +507,8 @@ REGISTRY: dict[str, Spec] = {
         lambda name: joined(name, [npm_file("openwakeword", "models/embedding_model.onnx")]), wake_word_inputs, "openWakeWord's embedding", True,
         {"sizes": BATCHES},
     ),
-    # The standard rounds the result of each node to f16 (2.5e-3 with sums in f32); onnxruntime on a CPU keeps f32 between them.
-    "imgly-f16": Spec(lambda name: imgly(name, "/models/medium"), matting_inputs, "ISNet, f16", True, {"bar": 16 * 2**-11}),
+    # Fails its 1e-3 (5.2e-3): each node's result is rounded to f16 here, as the standard says (2.5e-3 with sums in f32); onnxruntime keeps f32.
+    "imgly-f16": Spec(lambda name: imgly(name, "/models/medium"), matting_inputs, "ISNet, f16", True),
     "imgly-u8": Spec(lambda name: imgly(name, "/models/small"), matting_inputs, "ISNet, dynamic int8", True, INT8),
     "mobilenetv2-ts": Spec(_torch("mobilenetv2", "torchscript"), image_inputs, "old exporter", False, {"sizes": BATCHES}),
     "minilm-ts": Spec(_torch("minilm", "torchscript"), minilm_inputs, "old exporter", False, {"sizes": LENGTHS}),

@@ -7,7 +7,6 @@ evaluator of onnx 1.23 gets wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+
+from luthier.importers.onnx.importer import in_order
 
 NARROW = (TensorProto.FLOAT, TensorProto.FLOAT16)
 TYPE_OF = {"Cast": "to", "RandomNormal": "dtype", "RandomNormalLike": "dtype"}  # attributes that name an element type
@@ -98,35 +99,6 @@ class GlobalMaxPool(OpRun):
         return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
 
 
-def in_order(graph: onnx.GraphProto) -> None:
-    """Sorts nodes so that each follows those whose results it, or a subgraph of it, reads, as some converters do not. In
-    place."""
-    makers = {o: k for k, n in enumerate(graph.node) for o in n.output if o}
-    done: dict[int, None] = {}
-
-    def reads(node: onnx.NodeProto) -> Iterator[str]:
-        yield from node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                for n in inner.node:
-                    yield from reads(n)
-                yield from (o.name for o in inner.output)
-
-    waiting = [(k, False) for k in reversed(range(len(graph.node)))]
-    while waiting:
-        k, ready = waiting.pop()
-        if ready:
-            done[k] = None
-        elif k not in done:
-            waiting.append((k, True))
-            before = dict.fromkeys(makers[r] for r in reads(graph.node[k]) if r in makers)
-            waiting += [(m, False) for m in before if m not in done and m != k]
-    nodes = [graph.node[k] for k in done]
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-
-
 def widen_tensor(tensor: onnx.TensorProto) -> None:
     """f32 and f16 -> f64, in place; other types stay."""
     if tensor.data_type in NARROW:
@@ -162,7 +134,9 @@ class Reference:
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(str(path))
-        in_order(model.graph)
+        nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in in_order(model.graph.node)]  # some converters forget it
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
         widen_graph(model.graph)
         self.names = [entry.name for entry in model.graph.output]
         self.evaluator = ReferenceEvaluator(model, new_ops=[Conv, BatchNormalization, GlobalMaxPool])

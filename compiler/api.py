@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from luthier.at_fork import whole
-from luthier.build_graph import build_graph, compile_graph
+from luthier.build_graph import build_graph
 
 if TYPE_CHECKING:
     from luthier.ir.graph import Graph
@@ -56,7 +56,7 @@ def compile(
     with whole:
         from luthier import settings
         from luthier.codegen.targets.target import parse_target
-        from luthier.errors import TargetError
+        from luthier.errors import InputError, TargetError
         from luthier.importers.onnx.importer import import_onnx
         from luthier.ir.op import lookup
         from luthier.targets import builder
@@ -70,10 +70,16 @@ def compile(
         from luthier.llm.model import compile_gguf
 
         return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
+    exported = None
     if "torch" in sys.modules and hasattr(model, "state_dict"):
-        from luthier.torch_module import compile_torch
+        from luthier.importers.torch.exported import export
 
-        return compile_torch(model, lambda g: compile_graph(g, target, threads, tune), args, kwargs, dynamic_shapes)
+        if shapes is not None or overridable is not None:
+            raise InputError("shapes and overridable are for models in ONNX", hint="a torch program's shapes are those of its export: dynamic_shapes")
+        exported = export(model, args, kwargs, dynamic_shapes)
+        model = exported.program.graph
+    elif args is not None or kwargs is not None or dynamic_shapes is not None:
+        raise InputError("args, kwargs and dynamic_shapes are for torch programs", hint="pin dimensions of other models with shapes")
     chosen = parse_target(target)
     make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
@@ -90,10 +96,15 @@ def compile(
         return build_graph(imported, chosen, threads, checked, tune)
 
     try:
-        return build()
+        module = build()
     except Exception as error:
         from luthier.debug.repro import USER_ERRORS, record
 
         if not isinstance(error, USER_ERRORS):  # a defect of this package
             record(error, model, {"target": target, "shapes": shapes, "threads": threads, "debug": debug}, build)
         raise
+    if exported is None:
+        return module
+    from luthier.torch_module import TorchModule
+
+    return TorchModule(module, exported)

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
@@ -19,14 +18,13 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 from luthier.build_graph import compile_graph
 from luthier.errors import InputError, LuthierError
-from luthier.importers.torch.emitter import array
 from luthier.importers.torch.program import import_graph, missing_operators
-from luthier.torch_module import to_tensor
+from luthier.torch_module import to_array, to_tensor
 
 OPTIONS = {"threads", "tune"}
 
 
-def luthier(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+def luthier(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     """The backend. ``options``: ``threads`` of a call, ``tune`` as :func:`luthier.compile` takes it. Raises InputError for others."""
     chosen = dict(options or {})
     unknown = sorted(set(chosen) - OPTIONS)
@@ -71,6 +69,7 @@ class _Lazy:
         return self.call(*args)
 
     def build(self, args: Sequence[Any]) -> Callable[..., Any]:
+        self.versions = []
         given = {self.places[k].name: args[k] for k in self.static}
         try:
             program = import_graph(self.gm, "torch", given)
@@ -86,16 +85,12 @@ class _Lazy:
         results = list(zip(program.results, program.is_output, [_kind(n) for n in _outputs(self.gm)], strict=True))
 
         def call(*args: Any) -> Any:
-            outs = module(*[_array(args[k]) for k in order])
+            outs = module(*[to_array(args[k]) for k in order])
             for k, o in updates:
-                args[k].copy_(to_tensor(torch, outs[o]))
+                args[k].copy_(to_tensor(outs[o]))
             return [kind(outs[r]) if is_output else r for r, is_output, kind in results]
 
         return call
-
-
-def _array(v: Any) -> Any:
-    return array(v) if isinstance(v, torch.Tensor) else np.asarray(v)
 
 
 def _outputs(gm: fx.GraphModule) -> list[Any]:
@@ -106,4 +101,4 @@ def _outputs(gm: fx.GraphModule) -> list[Any]:
 def _kind(n: Any) -> Callable[[Any], Any]:
     """How an output array is given back: as a tensor, or as the number that torch keeps for a size."""
     val = n.meta.get("val") if isinstance(n, fx.Node) else None
-    return (lambda a: a.item()) if isinstance(val, (torch.SymInt, torch.SymFloat, int, float)) else (lambda a: to_tensor(torch, a))
+    return (lambda a: a.item()) if isinstance(val, (torch.SymInt, torch.SymFloat, int, float)) else to_tensor

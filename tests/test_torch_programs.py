@@ -156,6 +156,24 @@ def test_a_module_needs_arguments_and_calls_need_the_same_structure() -> None:
         c(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
+def test_arguments_that_do_not_belong_are_refused() -> None:
+    x = torch.zeros(1, 2)
+    with pytest.raises(luthier.LuthierError, match="are for models in ONNX"):
+        luthier.compile(nn.Linear(2, 2), args=(x,), shapes={"x": (1, 2)})
+    with pytest.raises(luthier.LuthierError, match="are for torch programs"):
+        luthier.compile("model.onnx", args=(x,))
+    program = torch.export.export(nn.Linear(2, 2), (x,))
+    with pytest.raises(luthier.LuthierError, match="has its arguments"):
+        luthier.compile(program, args=(x,))
+
+
+def test_the_module_stays_in_its_mode_and_training_is_refused() -> None:
+    m = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    with pytest.raises(luthier.LuthierError, match="eval"):
+        luthier.compile(m, args=(torch.zeros(1, 2),))
+    assert m.training
+
+
 # ---------------------------------------------------------------- torch.compile
 
 

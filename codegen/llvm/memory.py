@@ -341,9 +341,6 @@ class MemoryPrinter(ExprPrinter):
             self.emit(f"store {mem_scalar(d)} {x}, ptr {p}, align {self.align(b)}")
 
 
-__all__ = ["MemoryPrinter"]
-
-
 def lane_of(e: Expr, k: int) -> Expr | None:
     """Lane ``k`` of an index as a scalar expression, where that is made of loads, sums and products."""
     if e.dtype.lanes == 1:
@@ -361,3 +358,6 @@ def lane_of(e: Expr, k: int) -> Expr | None:
         return None
     known = [a for a in args if a is not None]
     return cast(known[0], e.dtype.scalar) if e.op == "cast" else rebuild(e, tuple(known))
+
+
+__all__ = ["MemoryPrinter"]

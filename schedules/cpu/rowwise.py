@@ -21,7 +21,7 @@ from luthier.schedules.cpu.elementwise import widest_bits
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int | None = None) -> Schedule | None:
     """``row_bytes``: of an intermediate row that is kept; a longer one is computed again where it is read. A quarter of the second-level
     cache, as far as a stack holds it."""
-    row_bytes = min(caps.l2 // 4, 1 << 17) if row_bytes is None else row_bytes
+    row_bytes = min(caps.l2 // 4, caps.local_bytes // 2) if row_bytes is None else row_bytes
     if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
         return None
     out = s.stages[s.compute.outs[0]]

@@ -51,7 +51,7 @@ def _rounding(name: str, op: str) -> None:
         return e.op(op, x) if x.dtype.is_float else x
 
 
-def _binary(name: str, op: str, kind: Kind, logic: str | None = None) -> None:
+def _binary(name: str, op: str, kind: Kind) -> None:
     @aten(name)
     def rule(e: Emitter, x: Any, other: Any) -> Value:
         a, b = e.promoted(kind, x, other)
@@ -175,13 +175,9 @@ def sign(e: Emitter, x: Value) -> Value:
     return x if x.dtype.is_bool else e.op("Sign", x)
 
 
-@aten("positive", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "lift", "alias_copy", "resolve_conj", "resolve_neg")
+@aten("positive", "clone", "contiguous", "lift_fresh_copy", "lift_fresh", "lift", "alias_copy", "resolve_conj", "resolve_neg", "conj", "_conj",
+      "conj_physical", "real")  # fmt: skip
 def same(e: Emitter, x: Value) -> Value:
-    return x
-
-
-@aten("conj", "_conj", "conj_physical", "real")
-def conj(e: Emitter, x: Value) -> Value:
     return x
 
 
@@ -532,18 +528,9 @@ def dropout(e: Emitter, x: Value, p: float = 0.5, train: bool | None = False) ->
 # ---------------------------------------------------------------- types
 
 
-@aten("_to_copy", "to", "type_as", "to_copy")
+@aten("_to_copy", "to", "type_as")
 def to(e: Emitter, x: Value, **_: Any) -> Value:
-    return _cast(e, x, dtype_of(e.out.dtype))
-
-
-@aten("_cast_Float", "float", "double", "half")
-def cast_float(e: Emitter, x: Value) -> Value:
-    return _cast(e, x, dtype_of(e.out.dtype))
-
-
-def _cast(e: Emitter, x: Value, dtype: Any) -> Value:
-    return e.cast(x, dtype)
+    return e.cast(x, e.dtype)
 
 
 @aten("view.dtype")

@@ -29,6 +29,7 @@ DTYPES: dict[torch.dtype, DType] = {
     torch.bool: D.boolean, torch.float8_e4m3fn: D.f8e4m3fn, torch.float8_e4m3fnuz: D.f8e4m3fnuz, torch.float8_e5m2: D.f8e5m2,
     torch.float8_e5m2fnuz: D.f8e5m2fnuz,
 }  # fmt: skip
+TORCH_TYPES = {d: t for t, d in DTYPES.items()}
 _BITS = {torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16), torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
          torch.float8_e4m3fnuz: (torch.uint8, ml_dtypes.float8_e4m3fnuz), torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
          torch.float8_e5m2fnuz: (torch.uint8, ml_dtypes.float8_e5m2fnuz)}  # fmt: skip
@@ -208,8 +209,7 @@ class Emitter(GraphBuilder):
 
     def example(self, v: Value) -> Any:
         """What torch's rules of promotion read of a value: its type and rank."""
-        back = {d: t for t, d in DTYPES.items()}
-        return torch.empty((1,) * v.rank, dtype=back[v.dtype], device="meta")
+        return torch.empty((1,) * v.rank, dtype=TORCH_TYPES[v.dtype], device="meta")
 
     # ------------------------------------------------------------ views
 
@@ -225,8 +225,7 @@ class Emitter(GraphBuilder):
 
 
 def _numpy(dtype: DType) -> Any:
-    back = {d: t for t, d in DTYPES.items()}
-    t = back[dtype]
+    t = TORCH_TYPES[dtype]
     return _BITS[t][1] if t in _BITS else torch.empty((), dtype=t).numpy().dtype
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from luthier.errors import InputError
 from luthier.importers.torch.program import Program, import_graph
 from luthier.ir.errors import InvalidModel
 
@@ -25,6 +26,20 @@ class Exported:
     results: list[int]
     in_spec: Any
     out_spec: Any
+
+
+def export(model: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> Exported:
+    """``model``: an ``ExportedProgram``, or an ``nn.Module`` that is exported for these arguments first, in the mode that it is in.
+
+    Raises InputError without arguments or with needless ones, and the errors of :func:`import_exported`."""
+    if isinstance(model, torch.nn.Module):
+        if args is None and kwargs is None:
+            raise InputError("an nn.Module is compiled for example arguments", hint="luthier.compile(model, args=(x,))")
+        with torch.no_grad():
+            model = torch.export.export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    elif args is not None or kwargs is not None or dynamic_shapes is not None:
+        raise InputError("an exported program has its arguments and shapes already")
+    return import_exported(model)
 
 
 def import_exported(ep: torch.export.ExportedProgram, name: str = "main") -> Exported:

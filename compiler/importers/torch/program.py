@@ -78,7 +78,7 @@ def missing_operators(graph_module: fx.GraphModule) -> dict[str, str]:
                 inner = {str(t): ""} if parts is None else missing_operators(parts)
                 for name in inner:
                     out.setdefault(name if name == str(t) else f"{name} of {t}", source_line(n))
-            elif n.op == "call_function" and isinstance(t, torch._ops.HigherOrderOperator) and t.name() not in HIGHER_ORDER:
+            elif n.op == "call_function" and isinstance(t, torch._ops.HigherOrderOperator):
                 out.setdefault(t.name(), source_line(n))
             elif n.op in ("call_module", "call_method"):
                 out.setdefault(f"{n.op} {t}", source_line(n))
@@ -219,8 +219,6 @@ class _Walk:
         e.where, e.label = source_line(n), n.name
         if t is operator.getitem:
             return self.look(n.args[0])[n.args[1]]
-        if isinstance(t, torch._ops.HigherOrderOperator):
-            return HIGHER_ORDER[t.name()](self, n)
         if not isinstance(t, torch._ops.OpOverload):
             return self.scalar(n, val)
         packet = t.name().partition(".")[0]
@@ -361,6 +359,3 @@ def plain(a: Any) -> Any:
     if isinstance(a, (list, tuple)):
         return type(a)(map(plain, a)) if type(a) in (list, tuple) else [plain(x) for x in a]
     return {k: plain(v) for k, v in a.items()} if isinstance(a, dict) else a
-
-
-HIGHER_ORDER: dict[str, Callable[[_Walk, fx.Node], Any]] = {}
