@@ -7,8 +7,9 @@ from luthier.codegen.llvm.ops import splat, suffix
 from luthier.codegen.llvm.types import item_bytes, mem_scalar, mem_type, reg_type
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import Expr, cast, extract, is_const, load, load_parts, poly_const, ramp, rebuild
+from luthier.ir.expr import Expr, is_const, load_parts, poly_const, ramp
 from luthier.ir.loop import Buffer, Store
+from luthier.passes.loop.load_spans import lane_at
 
 
 class MemoryPrinter(ExprPrinter):
@@ -135,7 +136,7 @@ class MemoryPrinter(ExprPrinter):
             v = self.ins(f"load {s}, ptr {self.address(b, i.args[0])}, align {self.align(b)}")
             one = self.ins(f"insertelement {mem_type(d)} poison, {s} {v}, i64 0")
             return self.pick(one, "poison", mem_type(d), [0] * n)
-        if i.loading and n >= 8 and (first := lane_of(i, 0)) is not None:
+        if i.loading and n >= 8 and (first := lane_at(i, 0)) is not None:
             return self._perhaps_whole(b, i, d, first)
         return self._lanes(b, i, d)
 
@@ -172,7 +173,7 @@ class MemoryPrinter(ExprPrinter):
         if i.op == "bcast":
             return [self.address(b, i.args[0])] * n
         if i.loading:
-            lanes = [lane_of(i, k) for k in range(n)]
+            lanes = [lane_at(i, k) for k in range(n)]
             if None not in lanes:  # an index from memory: no vector of indices to take apart
                 return [self.address(b, x) for x in lanes if x is not None]
         const = 0
@@ -339,25 +340,6 @@ class MemoryPrinter(ExprPrinter):
         for k, p in enumerate(self.lane_addresses(b, i)):
             x = self.ins(f"extractelement {t} {v}, i32 {k}")
             self.emit(f"store {mem_scalar(d)} {x}, ptr {p}, align {self.align(b)}")
-
-
-def lane_of(e: Expr, k: int) -> Expr | None:
-    """Lane ``k`` of an index as a scalar expression, where that is made of loads, sums and products."""
-    if e.dtype.lanes == 1:
-        return e
-    if e.op in ("bcast", "ramp"):
-        return extract(e, k)
-    if e.op == "load":
-        b, idx, mask, _ = load_parts(e)
-        at = lane_of(idx[0], k) if len(idx) == 1 and mask is None and b.dtype.lanes == 1 else None
-        return None if at is None else load(b, (at,))
-    if e.op not in ("add", "sub", "mul", "cast"):
-        return None
-    args = [lane_of(a, k) for a in e.args]
-    if any(a is None for a in args):
-        return None
-    known = [a for a in args if a is not None]
-    return cast(known[0], e.dtype.scalar) if e.op == "cast" else rebuild(e, tuple(known))
 
 
 __all__ = ["MemoryPrinter"]

@@ -8,19 +8,19 @@ Nothing before the first or behind the last of the elements is read. Steps of 1,
 
 from __future__ import annotations
 
-from luthier.ir.expr import Expr, bcast, extract, load, load_parts, ramp, rebuild, rewrite_loads, shuffle
+from luthier.ir.expr import Expr, bcast, cast, extract, load, load_parts, ramp, rebuild, rewrite_loads, shuffle
 from luthier.ir.loop import Func, map_exprs
 
 PARTS = 4  # loads of one shuffle
 
 
-def load_spans(f: Func, whole: bool = False) -> Func:
-    """``whole``: vectors of other lengths than the loop's have no registers."""
+def load_spans(f: Func) -> Func:
+    """For targets that rearrange lanes of several vectors of any length at once (``Capabilities.shuffles``)."""
     memo: dict[Expr, Expr] = {}
-    return f.with_body(map_exprs(f.body, lambda e: rewrite_loads(e, lambda x: _rule(x, whole), memo)))
+    return f.with_body(map_exprs(f.body, lambda e: rewrite_loads(e, _rule, memo)))
 
 
-def _rule(x: Expr, whole: bool) -> Expr | None:
+def _rule(x: Expr) -> Expr | None:
     buf, idx, mask, _ = load_parts(x)
     n = x.dtype.lanes
     if n < 4 or mask is not None or len(idx) != 1 or buf.dtype.lanes > 1 or x.dtype.is_bool or x.dtype.bits < 8:
@@ -28,12 +28,12 @@ def _rule(x: Expr, whole: bool) -> Expr | None:
     i = idx[0]
     if i.op == "bcast" or i.op == "ramp" and i.attr[0] in (1, -1, 2) or i.loading:
         return None
-    first = lane(i, 0)
+    first = lane_at(i, 0)
     if first is None:
         return None
     at: list[int] = []
     for k in range(n):
-        here = lane(i, k)
+        here = lane_at(i, k)
         step = None if here is None else here - first
         if step is None or step.op != "const":
             return None
@@ -45,7 +45,7 @@ def _rule(x: Expr, whole: bool) -> Expr | None:
         return bcast(load(buf, (first,)), n)
     part = min(n, 1 << (span.bit_length() - 1))
     count = -(-span // part)
-    if count > PARTS or whole and part != n or part < 2:
+    if count > PARTS or part < 2:
         return None
     starts = [min(k * part, span - part) for k in range(count)]
     loads = [load(buf, (ramp(first + b, 1, part),)) for b in starts]
@@ -53,14 +53,20 @@ def _rule(x: Expr, whole: bool) -> Expr | None:
     return shuffle(loads, [k * part + a - starts[k] for k, a in zip(which, at, strict=True)])
 
 
-def lane(e: Expr, k: int) -> Expr | None:
-    """Lane ``k`` of an index without loads, simplified."""
+def lane_at(e: Expr, k: int) -> Expr | None:
+    """Lane ``k`` of an index as a scalar, simplified, where it is made of loads, sums, products and quotients."""
     if e.dtype.lanes == 1:
         return e
     if e.op in ("bcast", "ramp"):
         return extract(e, k)
-    if e.op not in ("add", "sub", "mul", "floordiv", "mod"):
+    if e.op == "load":
+        b, idx, mask, _ = load_parts(e)
+        at = lane_at(idx[0], k) if len(idx) == 1 and mask is None and b.dtype.lanes == 1 else None
+        return None if at is None else load(b, (at,))
+    if e.op not in ("add", "sub", "mul", "floordiv", "mod", "cast"):
         return None
-    args = [lane(a, k) for a in e.args]
+    args = [lane_at(a, k) for a in e.args]
     known = [a for a in args if a is not None]
-    return rebuild(e, tuple(known)) if len(known) == len(args) else None
+    if len(known) != len(args):
+        return None
+    return cast(known[0], e.dtype.scalar) if e.op == "cast" else rebuild(e, tuple(known))

@@ -34,11 +34,3 @@ def test_values(name: str) -> None:
     run_func(f, [data, want])
     run_func(g, [data, got])
     np.testing.assert_array_equal(got, want)
-
-
-def test_registers_of_one_length() -> None:
-    """Where half a vector is no register, only whole ones are loaded."""
-    x, y = Buffer("x", f32, (const(64),), "param", False), Buffer("y", f32, (const(8),), "param")
-    j = var("j", lo=0, hi=N - 1)
-    f = vectorize(Func("f", (x, y), For(j, const(0), const(N), "vectorize", Store(y, (j,), load(x, (j // 2,))))))
-    assert load_spans(f, whole=True).body == f.body
