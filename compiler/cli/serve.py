@@ -42,7 +42,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         ".bin": "application/octet-stream", ".onnx": "application/octet-stream", ".wgsl": "text/plain",
     }  # fmt: skip
 
-    def __init__(self, *args: Any, headers: dict[str, str], quiet: bool, links: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, headers: dict[str, str], quiet: bool, links: bool = False, **kwargs: Any) -> None:
         self.extra, self.quiet, self.links = headers, quiet, links
         super().__init__(*args, **kwargs)
 
