@@ -29,8 +29,8 @@ def inverse_factor(hessian: Array, damping: float = 0.01) -> Array:
     h[np.diag_indices_from(h)] = np.where(d > 0, d, mean)
     for factor in (damping, 10 * damping, 100 * damping):  # rank-deficient statistics of few rows need more
         try:
-            inverse = np.linalg.inv(h + factor * mean * np.eye(len(h)))
-            return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+            lower = np.linalg.cholesky((h + factor * mean * np.eye(len(h)))[::-1, ::-1])  # of the last column first: H = R R.T, R upper
+            return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
     raise QuantizationError("the activation statistics of this layer are not positive definite", hint="calibrate with more data")
