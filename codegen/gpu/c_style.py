@@ -2,8 +2,9 @@
 
 Vectors must have been taken apart (``scalarize``); whole ones are only loaded, stored, put together and taken apart
 (``combine_accesses``). A subclass says how types, constants, conversions, buffers and the few
-operators that differ are written; what an operator means is kept exactly (:mod:`luthier.ir.expr`): NaN in ``min`` and ``max``, saturating
-conversions, wrapping narrow integers. Zero divisors and shifts of the width or more are gone (``legalize_arithmetic``).
+operators that differ are written; what an operator means is kept exactly (:mod:`luthier.ir.expr`): NaN in ``min`` and ``max``,
+saturating conversions, wrapping narrow integers. Zero divisors and shifts of the
+width or more are gone (``legalize_arithmetic``).
 
 GPU loops: all ``block.*`` loops together are the grid and all ``thread.*`` loops of one dimension share the group's size (the
 largest extent); a shorter one is guarded.

@@ -208,7 +208,8 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    return place_lets(legalize_arithmetic(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES)), index_bits=64))
+    f = combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES))
+    return place_lets(legalize_arithmetic(f, index_bits=64))
 
 
 def print_cuda(f: Func) -> CudaKernel:

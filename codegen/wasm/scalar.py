@@ -312,7 +312,7 @@ class Emitter:
             raise self.fail(e, f"{op} must be expanded first")
 
     def divide(self, e: Expr) -> None:
-        """Integer divisions that :mod:`luthier.passes.loop.legalize_arithmetic` left; engines need not know that one by a power of two is a shift."""
+        """Integer divisions that ``legalize_arithmetic`` left; engines need not know that one by a power of two is a shift."""
         (a, b), d, c = e.args, e.dtype, self.c
         t, quot = valtype(d), e.op in ("div", "floordiv")
         plain = e.op in ("floordiv", "mod")

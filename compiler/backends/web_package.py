@@ -178,7 +178,8 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
     def described(p: Mapping[str, Any]) -> dict[str, Any]:
         dtype = DTYPES[p["code"]][0]
         return {
-            "name": json.dumps(p["name"]), "about": f"{dtype}[{', '.join(map(str, p['shape']))}]".replace("*/", "* /"), "array": _array(p["code"]),
+            "name": json.dumps(p["name"]), "about": f"{dtype}[{', '.join(map(str, p['shape']))}]".replace("*/", "* /"),
+            "array": _array(p["code"]),
             "shape": "[" + ", ".join(str(e) if isinstance(e, int) else "number" for e in p["shape"]) + "]", "dtype": dtype,
             "bare": _bare(p["shape"]), "optional": "default" in p, "numbers": not dtype.startswith(("bfloat16", "float8")),
         }  # fmt: skip
@@ -186,6 +187,7 @@ def _index_d_ts(manifest: Mapping[str, Any]) -> str:
     env = Environment(loader=PackageLoader("luthier", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     state = manifest.get("language", {}).get("state", ())
     return env.get_template("index.d.ts.j2").render(
-        name=re.sub(r"[^ -~]", "?", manifest["name"]), language="language" in manifest, outputs=[described(p) for p in manifest["outputs"]],
+        name=re.sub(r"[^ -~]", "?", manifest["name"]), language="language" in manifest,
+        outputs=[described(p) for p in manifest["outputs"]],
         inputs=[described(p) for p in manifest["inputs"] if p["name"] not in state],
     )

@@ -1,7 +1,8 @@
 """legalize_arithmetic: integer divisions, shifts and narrow conversions become what machines do directly.
 
-:mod:`luthier.ir.expr` defines them for every operand; instructions trap on a zero divisor and on the lowest value by -1, take a shift's amount
-modulo the width, and convert floats to integers of 32 or 64 bits. What is left after this pass is safe in any language:
+:mod:`luthier.ir.expr` defines them for every operand; instructions trap on a zero divisor and on the lowest value by -1, take a
+shift's amount modulo the width, and convert floats to integers of 32 or 64 bits.
+What is left after this pass is safe in any language:
 
 * ``div`` and ``rem``: the divisor is not zero, and not -1 where the dividend may be the lowest value.
 * ``floordiv`` and ``mod``: neither operand is negative, the divisor is positive, so that an unsigned division does.
@@ -79,13 +80,15 @@ def _division(e: Expr, bits: int) -> Expr | None:
         plain = "floordiv" if quotient else "mod"
         if positive:
             return None if op == plain else make_node(plain, d, e.args)
-    if op in (("div", "rem") if d.is_signed else ("floordiv", "mod")) and b is _divisor(a, b.args[2] if b.op == "select" else b, bits):
+    guarded = b is _divisor(a, b.args[2] if b.op == "select" else b, bits)  # by this pass, or in no need of it
+    if guarded and op in (("div", "rem") if d.is_signed else ("floordiv", "mod")):
         return None
     if lo == hi and lo is not None:
         if lo == 0:
             return zero
         if lo > 0 and lo & (lo - 1) == 0 and floors:
-            return make_node("shr", d, (a, const(lo.bit_length() - 1, d))) if quotient else make_node("and", d, (a, const(lo - 1, d)))
+            op, k = ("shr", lo.bit_length() - 1) if quotient else ("and", lo - 1)
+            return make_node(op, d, (a, const(k, d)))
     s = _divisor(a, b, bits)
     r = make_node("rem" if d.is_signed else "mod", d, (a, s))
     if not quotient:
@@ -137,7 +140,7 @@ def _narrow(e: Expr) -> Expr:
 
 
 def legal(e: Expr, narrow: bool = False, index_bits: int = 64) -> Expr | None:
-    """What stands for one operator, or None where it is one that machines have. ``narrow``: conversions too; ``index_bits``: of an index."""
+    """What stands for one operator, or None where machines have it. ``narrow``: conversions too; ``index_bits``: of an index."""
     bits = index_bits if e.dtype.is_index else e.dtype.bits
     if e.op in _DIVISIONS:
         return None if e.dtype.is_float else _division(e, bits)

@@ -80,7 +80,9 @@ def fit_kept(aim: Array, stats: ColumnMoments, select: Callable[[Array, float], 
     return near / stats.size, keep
 
 
-def round_columns(fitted: Array, aim: Array, keep: Array, scales: Array, stats: ColumnMoments, codes: Callable[[Array, Array], Array]) -> Array:
+def round_columns(
+    fitted: Array, aim: Array, keep: Array, scales: Array, stats: ColumnMoments, codes: Callable[[Array, Array], Array],
+) -> Array:  # fmt: skip
     """Codes f32 [N, K]; 0 where ``keep`` is False. ``fitted``: weights to begin with; ``aim``: of ``stats``; ``scales`` [N, K] of every weight;
     ``codes(x, scales)``: the nearest ones, elementwise."""
     wide = scales.astype(np.float32)

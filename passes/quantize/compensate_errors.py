@@ -37,7 +37,8 @@ def inverse_factor(hessian: Array, damping: float = 0.01) -> Array:
     h[np.diag_indices_from(h)] = moments
     for factor in (damping, 10 * damping, 100 * damping):  # rank-deficient statistics of few rows need more
         try:
-            lower = np.linalg.cholesky((h + factor * mean * np.eye(len(h)))[::-1, ::-1])  # of the last column first: H = R R.T, R upper
+            # of the last column first: H = R R.T with an upper R, whose inverse it is
+            lower = np.linalg.cholesky((h + factor * mean * np.eye(len(h)))[::-1, ::-1])
             return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
