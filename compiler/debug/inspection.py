@@ -43,16 +43,16 @@ def knob_table(model: Path, target: str, shapes: Mapping[str, Any]) -> list[str]
     record = Record(everything=True)
     compile_program(import_onnx(str(model), dict(shapes) or None), caps, record=record)
     made: dict[str, list[Any]] = {}
-    for compute, _, kernels in record.made:
+    for compute, constants, kernels in record.made:
         if "+" not in kernels.template:
-            made.setdefault(kernels.template, []).append(compute)
+            made.setdefault(kernels.template, []).append((compute, constants))
     lines = []
     for template, computes in sorted(made.items()):
-        points = {len(lite(template, c, caps)) for c in computes}
+        points = {len(lite(template, c, caps, constants)) for c, constants in computes}
         count = str(min(points)) if len(points) == 1 else f"{min(points)} to {max(points)}"
-        lines.append(f"{template}: {len(computes)} kernels ({', '.join(dict.fromkeys(c.name for c in computes))}), {count} points")
+        lines.append(f"{template}: {len(computes)} kernels ({', '.join(dict.fromkeys(c.name for c, _ in computes))}), {count} points")
         for k in template_module(template).KNOBS:
-            default, *values = k.worth(caps, computes[0])
+            default, *values = k.worth(caps, computes[0][0])
             lines.append(f"  {k.name} = {default if default is not None else 'its own choice'}; {', '.join(map(str, values)) or 'nothing else is tried'}: {k.about}")
     return lines
 
