@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "check_indices", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "check_indices", "color", "cuda_orders", "cxx", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -157,6 +157,10 @@ webgpu_features = _declare(
     "Optional WebGPU features that modules run in Python may use, with commas (none: not any); default: all that the adapter has",
 )  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
+cxx = _declare("LUTHIER_CXX", str, None, "C++ compiler that compiles CUDA kernels for cuda:emulate; default: the first of c++, g++, clang++")
+cuda_orders = _declare(
+    "LUTHIER_CUDA_ORDERS", _positive, 2, "cuda:emulate runs every launch twice, threads forwards and backwards, and compares; 1: forwards only"
+)  # fmt: skip
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")
 winograd = _declare(
     "LUTHIER_WINOGRAD", _count, 4, "Largest tile of Winograd's 3x3 convolutions: 4, 2 (smaller error), 0 for direct sums only"

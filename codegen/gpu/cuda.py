@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,12 +14,12 @@ from luthier.codegen.gpu.c_style import CStyle
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, const
-from luthier.ir.loop import Alloc, Buffer, For, Func, walk_stmts
+from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
 from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
 from luthier.passes.loop.combine_accesses import combine_accesses
 from luthier.passes.loop.flatten import flatten
-from luthier.passes.loop.legalize_dtype import DEFAULT_RULES, legalize_dtype
+from luthier.passes.loop.legalize_dtype import CUDA_RULES, legalize_dtype
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.scalarize import scalarize
 
@@ -35,16 +36,55 @@ _INTS = {8: "char", 16: "short", 32: "int", 64: "long long"}
 
 @dataclass(frozen=True, slots=True)
 class CudaKernel:
-    """``source``: C++ with ``symbol``. Arguments: one pointer a buffer, then the scalars (index as 64 bits). ``grid``: blocks in x,
-    y, z over the scalars; ``group``: threads of a block."""
+    """A kernel as C++. ``params``: (type of an element or scalar, name); one pointer a buffer, then the scalars (index as 64 bits). ``before``:
+    constants and functions; ``body``: lines. ``grid``: blocks in x, y, z over the scalars; ``group``: threads of a block. ``exclusive``: no two
+    buffers share memory that is written."""
 
     name: str
     symbol: str
-    source: str
+    before: tuple[str, ...]
+    params: tuple[tuple[str, str], ...]
+    body: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     scalars: tuple[Expr, ...]
     grid: tuple[Expr, Expr, Expr]
     group: tuple[int, int, int]
+    exclusive: bool = True
+
+    def pointers(self) -> list[str]:
+        """The types that buffers point to."""
+        return [f"{'' if b.writable else 'const '}{t}" for b, (t, _) in zip(self.buffers, self.params, strict=False)]
+
+    def text(self, ps: Sequence[str]) -> str:
+        """The kernel with these parameters for its buffers."""
+        ps = [*ps, *(f"{t} {n}" for t, n in self.params[len(self.buffers) :])]
+        head = f'extern "C" __global__ void __launch_bounds__({math.prod(self.group)}) {self.symbol}({", ".join(ps)}) {{'
+        return "\n".join([*self.before, head, *self.body, "}", ""])
+
+    @property
+    def source(self) -> str:
+        """For a GPU."""
+        restrict = " __restrict__" if self.exclusive else ""
+        return self.text([f"{t}*{restrict} {n}" for t, (_, n) in zip(self.pointers(), self.params, strict=False)])
+
+    @property
+    def emulated(self) -> str:
+        """For a host compiler, behind ``cuda_builtins.h``: buffers that know their extent, and ``call_SYMBOL`` with the arguments in an array."""
+        types = self.pointers()
+        text = self.text([f"lt_span<{t}> {n}" for t, (_, n) in zip(types, self.params, strict=False)])
+        args = [f'{{({t}*)a[{k}].p, a[{k}].n, "{b.name}"}}' for k, (t, b) in enumerate(zip(types, self.buffers, strict=True))]
+        args += [f"lt_value<{t}>(a[{k}])" for k, (t, _) in enumerate(self.params) if k >= len(args)]
+        return f'{text}extern "C" void call_{self.symbol}(const lt_arg* a) {{ {self.symbol}({", ".join(args)}); }}\n'
+
+    @property
+    def waits(self) -> bool:
+        """Whether threads wait for each other."""
+        return any("__sync" in x or "__shfl" in x for x in (*self.before, *self.body))
+
+    def renamed(self) -> CudaKernel:
+        """Named by what it is, so that equal kernels have one symbol."""
+        anonymous = replace(self, symbol="k")
+        return replace(self, symbol=f"{self.symbol[:40]}_{hashlib.sha256(anonymous.source.encode()).hexdigest()[:12]}")
 
 
 class _Cuda(CStyle):
@@ -53,8 +93,8 @@ class _Cuda(CStyle):
 
     def __init__(self, f: Func) -> None:
         super().__init__(f)
-        self.arrays: list[str] = []
         self.helpers: dict[str, str] = {}
+        self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
 
     def type(self, d: DType) -> str:
         if d.lanes > 1:
@@ -166,6 +206,13 @@ class _Cuda(CStyle):
     def position(self, kind: str) -> str:
         return f"(long long){'blockIdx' if kind.startswith('block') else 'threadIdx'}.{kind[-1]}"
 
+    def effect(self, s: Call) -> str:
+        if s.callee != "atomic_store_bits":
+            return super().effect(s)
+        b, at, mask, bits = s.args
+        p, v = f"&{self.name(b.name)}[{self.expr(at)}]", self.name(f"bits~{len(self.used)}")  # bits: before the word changes, it may be read from it
+        return f"const unsigned {v} = {self.expr(bits)}; atomicAnd({p}, ~{self.expr(mask)}); atomicOr({p}, {v});"
+
     def share(self, s: For, acc: Buffer, op: str) -> bool:
         """Warps are whole (``legalize_cuda``): 32 lanes, whose sums cross in five steps."""
         v, a, t = self.name(s.var), self.name(acc.name), self.type(acc.dtype)
@@ -182,24 +229,25 @@ class _Cuda(CStyle):
         self.helpers[f"{op} {t}"] = f"__device__ __forceinline__ {t} lane_{op}({t} x) {{ for (int k = 16; k; k >>= 1) {{ {step} }} return x; }}"
         return True
 
-    def kernel(self) -> CudaKernel:
+    def kernel(self, exclusive: bool) -> CudaKernel:
         f = self.f
-        ps = [f"{'' if b.writable else 'const '}{self.type(b.dtype)}* __restrict__ {self.name(b.name)}" for b in f.buffers]
-        ps += [f"{self.type(v.dtype)} {self.name(v)}" for v in f.scalars]
-        head = []
+        stored = {s.buf.name for s in walk_stmts(f.body) if isinstance(s, Store)} | self.atomic
+        buffers = tuple(replace(b, writable=b.name in stored) for b in f.buffers)
+        params = [(self.type(b.dtype), self.name(b.name)) for b in buffers] + [(self.type(v.dtype), self.name(v)) for v in f.scalars]
+        before = []
         for name, a in f.data.items():
             d = next((s.buf.dtype for s in walk_stmts(f.body) if isinstance(s, Alloc) and s.buf.name == name), i32)
             vals = ", ".join(self.literal(v, d) for v in np.asarray(a).reshape(-1).tolist())
-            head.append(f"__device__ const {self.type(d)} {self.name(name)}[{np.asarray(a).size}] = {{{vals}}};")
+            before.append(f"__device__ const {self.type(d)} {self.name(name)}[{np.asarray(a).size}] = {{{vals}}};")
         symbol = self.name(("kernel_" + f.name).replace(".", "_"))
         self.stmt(f.body)
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
-        n = group[0] * group[1] * group[2]
         if self.helpers:
             self.lines.insert(0, "  const long long lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
-        src = "\n".join([*head, *self.helpers.values(), f'extern "C" __global__ void __launch_bounds__({n}) {symbol}({", ".join(ps)}) {{', *self.lines, "}", ""])
         grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
-        return CudaKernel(f.name, symbol, src, f.buffers, f.scalars, grid, group)  # type: ignore[arg-type]
+        return CudaKernel(
+            f.name, symbol, (*before, *self.helpers.values()), tuple(params), tuple(self.lines), buffers, f.scalars, grid, group, exclusive,  # type: ignore[arg-type]
+        )
 
 
 def legalize_cuda(f: Func) -> Func:
@@ -210,9 +258,10 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES)))
+    return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), CUDA_RULES)))
 
 
-def print_cuda(f: Func) -> CudaKernel:
-    """Raises CompilationError for what a CUDA kernel cannot express (run-time sized local memory, global scratch)."""
-    return _Cuda(f).kernel()
+def print_cuda(f: Func, exclusive: bool = True) -> CudaKernel:
+    """``exclusive``: no two arguments share memory that the kernel writes. Raises CompilationError for what a CUDA kernel cannot express
+    (run-time sized local memory, global scratch)."""
+    return _Cuda(f).kernel(exclusive)

@@ -1,0 +1,109 @@
+/* CUDA's built-ins for a host compiler: the text of kernels (codegen/gpu/cuda.py) is compiled as it stands, behind this header, and
+   cuda_emulate.cpp runs its threads as fibers. A parameter is a span, which knows how many elements it has; arrays of a kernel's own are
+   checked by -fsanitize=bounds, whose report __ubsan_handle_out_of_bounds is here. */
+#pragma once
+
+struct lt_dim { unsigned x, y, z; };
+struct lt_arg { void* p; long long n; };
+struct lt_block {
+    lt_dim thread, block, group, grid;
+    void (*barrier)(int line);
+    const void* (*exchange)(const void* mine, int bytes, int line);
+    void (*fault)(const char* buffer, long long index, long long extent, int line);
+};
+
+static lt_block* lt_now;
+extern "C" void lt_bind(lt_block* b) { lt_now = b; }
+
+#define threadIdx (lt_now->thread)
+#define blockIdx (lt_now->block)
+#define blockDim (lt_now->group)
+#define gridDim (lt_now->grid)
+#define __global__
+#define __device__ static
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(n)
+#define __syncthreads() lt_now->barrier(__LINE__)
+
+template <class T> struct lt_span {
+    T* p;
+    long long n;
+    const char* name;
+    T& operator[](long long i) const {
+        if (__builtin_expect((unsigned long long)i >= (unsigned long long)n, 0)) lt_now->fault(name, i, n, 0);
+        return p[i];
+    }
+};
+template <class T> static inline T lt_value(const lt_arg& a) { T v; __builtin_memcpy(&v, &a.p, sizeof v); return v; }
+
+/* what -fsanitize=bounds calls: where, and the array's type */
+struct lt_place { const char* file; unsigned line, column; };
+struct lt_type { unsigned short kind, info; char name[1]; };
+struct lt_bound { lt_place at; lt_type *array, *index; };
+extern "C" __attribute__((visibility("hidden"))) void __ubsan_handle_out_of_bounds(lt_bound* b, unsigned long i) {
+    lt_now->fault(b->array->name, (long)i, -1, (int)b->at.line);
+}
+
+#define LT_VECTORS(T, N) \
+    struct alignas(2 * sizeof(T)) N##2 { T x, y; }; \
+    struct alignas(4 * sizeof(T)) N##4 { T x, y, z, w; }; \
+    static inline N##2 make_##N##2(T x, T y) { return {x, y}; } \
+    static inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+LT_VECTORS(float, float)
+LT_VECTORS(int, int)
+LT_VECTORS(unsigned, uint)
+LT_VECTORS(short, short)
+LT_VECTORS(unsigned short, ushort)
+LT_VECTORS(signed char, char)
+LT_VECTORS(unsigned char, uchar)
+
+#define LT_MATH(T, S, B) \
+    static inline T fabs##S(T x) { return __builtin_fabs##B(x); } \
+    static inline T floor##S(T x) { return __builtin_floor##B(x); } \
+    static inline T ceil##S(T x) { return __builtin_ceil##B(x); } \
+    static inline T rint##S(T x) { return __builtin_rint##B(x); } \
+    static inline T trunc##S(T x) { return __builtin_trunc##B(x); } \
+    static inline T sqrt##S(T x) { return __builtin_sqrt##B(x); } \
+    static inline T rsqrt##S(T x) { return 1 / __builtin_sqrt##B(x); } \
+    static inline T fmod##S(T x, T y) { return __builtin_fmod##B(x, y); }
+LT_MATH(float, f, f)
+LT_MATH(double, , )
+template <class T> static inline T min(T a, T b) { return b < a ? b : a; }
+template <class T> static inline T max(T a, T b) { return a < b ? b : a; }
+
+template <class R, class T> static inline R lt_bits(T x) { static_assert(sizeof(R) == sizeof(T), ""); R r; __builtin_memcpy(&r, &x, sizeof r); return r; }
+static inline float __int_as_float(int x) { return lt_bits<float>(x); }
+static inline int __float_as_int(float x) { return lt_bits<int>(x); }
+static inline double __longlong_as_double(long long x) { return lt_bits<double>(x); }
+static inline long long __double_as_longlong(double x) { return lt_bits<long long>(x); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+
+/* conversions stop at the ends of the range, NaN is 0 (of 64 bits: the printer asks for it) */
+#define LT_CONVERT(T, F, I, N, LO, HI, END) \
+    static inline I __##F##2##N##_rz(T x) { return x != x ? 0 : x <= (T)LO ? (I)LO : x >= (T)END ? (I)HI : (I)x; }
+LT_CONVERT(float, float, int, int, (-2147483647 - 1), 2147483647, 2147483648.0)
+LT_CONVERT(float, float, unsigned, uint, 0, 4294967295u, 4294967296.0)
+LT_CONVERT(float, float, long long, ll, (-9223372036854775807ll - 1), 9223372036854775807ll, 9223372036854775808.0)
+LT_CONVERT(float, float, unsigned long long, ull, 0, 18446744073709551615ull, 18446744073709551616.0)
+LT_CONVERT(double, double, int, int, (-2147483647 - 1), 2147483647, 2147483648.0)
+LT_CONVERT(double, double, unsigned, uint, 0, 4294967295u, 4294967296.0)
+LT_CONVERT(double, double, long long, ll, (-9223372036854775807ll - 1), 9223372036854775807ll, 9223372036854775808.0)
+LT_CONVERT(double, double, unsigned long long, ull, 0, 18446744073709551615ull, 18446744073709551616.0)
+
+/* threads run one at a time, and change only where they wait */
+static inline unsigned atomicAnd(unsigned* p, unsigned v) { unsigned old = *p; *p = old & v; return old; }
+static inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p = old | v; return old; }
+
+/* lanes of a warp: every lane gives its value, and all have arrived before one takes another's */
+template <class T> static inline T lt_lane(T x, int lane, int line) {
+    const char* all = (const char*)lt_now->exchange(&x, sizeof x, line);
+    T r;
+    __builtin_memcpy(&r, all + 16 * (lane & 31), sizeof r);
+    return r;
+}
+static inline int lt_own() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) & 31; }
+#define __shfl_xor_sync(mask, x, k) lt_lane(x, lt_own() ^ (k), __LINE__)
+#define __shfl_sync(mask, x, k) lt_lane(x, k, __LINE__)
+#define __syncwarp() (void)lt_lane(0, 0, __LINE__)
