@@ -15,6 +15,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, const
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
+from luthier.passes.gpu.clamp_loads import clamp_loads
 from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
 from luthier.passes.loop.combine_accesses import combine_accesses
@@ -59,7 +60,8 @@ class CudaKernel:
         """The kernel with these parameters for its buffers."""
         ps = [*ps, *(f"{t} {n}" for t, n in self.params[len(self.buffers) :])]
         head = f'extern "C" __global__ void __launch_bounds__({math.prod(self.group)}) {self.symbol}({", ".join(ps)}) {{'
-        return "\n".join([*self.before, head, *self.body, "}", ""])
+        text = "\n".join([*self.before, head, *self.body, "}", ""])
+        return f"namespace in_{self.symbol} {{\n{text}}}\n" if self.before else text  # names that other kernels of a source may have too
 
     @property
     def source(self) -> str:
@@ -74,7 +76,8 @@ class CudaKernel:
         text = self.text([f"lt_span<{t}> {n}" for t, (_, n) in zip(types, self.params, strict=False)])
         args = [f'{{({t}*)a[{k}].p, a[{k}].n, "{b.name}"}}' for k, (t, b) in enumerate(zip(types, self.buffers, strict=True))]
         args += [f"lt_value<{t}>(a[{k}])" for k, (t, _) in enumerate(self.params) if k >= len(args)]
-        return f'{text}extern "C" void call_{self.symbol}(const lt_arg* a) {{ {self.symbol}({", ".join(args)}); }}\n'
+        name = f"in_{self.symbol}::{self.symbol}" if self.before else self.symbol
+        return f'{text}extern "C" void call_{self.symbol}(const lt_arg* a) {{ {name}({", ".join(args)}); }}\n'
 
     @property
     def waits(self) -> bool:
@@ -258,7 +261,7 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), CUDA_RULES)))
+    return place_lets(clamp_loads(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), CUDA_RULES))))
 
 
 def print_cuda(f: Func, exclusive: bool = True) -> CudaKernel:
