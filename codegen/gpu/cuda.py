@@ -114,6 +114,8 @@ class _Cuda(CStyle):
         raise CompilationError(f"CUDA kernels compute without {d}", op=self.f.name, hint="run legalize_dtype first")
 
     def literal(self, v: Any, d: DType) -> str:
+        if d.lanes > 1:
+            return self.vector([self.literal(v, d.scalar)] * d.lanes, d)
         if d.is_bool:
             return "true" if v else "false"
         if d.is_float:

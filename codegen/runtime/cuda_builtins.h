@@ -10,10 +10,14 @@ struct lt_block {
     void (*barrier)(int line);
     const void* (*exchange)(const void* mine, int bytes, int line);
     void (*fault)(const char* buffer, long long index, long long extent, int line);
+    void (*access)(void* p, int bytes, int writes);
+    char *shared, *shared_end; /* the memory of __shared__ arrays */
 };
 
+#define LT_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 static lt_block* lt_now;
-extern "C" void lt_bind(lt_block* b) { lt_now = b; }
+extern "C" __attribute__((weak, visibility("hidden"))) char __start_lt_shared[], __stop_lt_shared[];
+extern "C" LT_UNSEEN void lt_bind(lt_block* b) { lt_now = b; b->shared = __start_lt_shared; b->shared_end = __stop_lt_shared; }
 
 #define threadIdx (lt_now->thread)
 #define blockIdx (lt_now->block)
@@ -22,7 +26,7 @@ extern "C" void lt_bind(lt_block* b) { lt_now = b; }
 #define __global__
 #define __device__ static
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static __attribute__((section("lt_shared")))
 #define __launch_bounds__(n)
 #define __syncthreads() lt_now->barrier(__LINE__)
 
@@ -92,9 +96,28 @@ LT_CONVERT(double, double, unsigned, uint, 0, 4294967295u, 4294967296.0)
 LT_CONVERT(double, double, long long, ll, (-9223372036854775807ll - 1), 9223372036854775807ll, 9223372036854775808.0)
 LT_CONVERT(double, double, unsigned long long, ull, 0, 18446744073709551615ull, 18446744073709551616.0)
 
+#ifdef __SANITIZE_THREAD__
+/* what -fsanitize=thread calls before every access: cuda_emulate.cpp looks for two of different threads with no barrier between them */
+#define LT_ACCESS(N) \
+    extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_read##N(void* p) { lt_now->access(p, N, 0); } \
+    extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_write##N(void* p) { lt_now->access(p, N, 1); } \
+    extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_unaligned_read##N(void* p) { lt_now->access(p, N, 0); } \
+    extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_unaligned_write##N(void* p) { lt_now->access(p, N, 1); }
+LT_ACCESS(1)
+LT_ACCESS(2)
+LT_ACCESS(4)
+LT_ACCESS(8)
+LT_ACCESS(16)
+extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_read_range(void* p, long n) { lt_now->access(p, (int)n, 0); }
+extern "C" LT_UNSEEN __attribute__((visibility("hidden"))) void __tsan_write_range(void* p, long n) { lt_now->access(p, (int)n, 1); }
+extern "C" __attribute__((visibility("hidden"))) void __tsan_init() {}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_func_entry(void*) {}
+extern "C" __attribute__((visibility("hidden"))) void __tsan_func_exit() {}
+#endif
+
 /* threads run one at a time, and change only where they wait */
-static inline unsigned atomicAnd(unsigned* p, unsigned v) { unsigned old = *p; *p = old & v; return old; }
-static inline unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p = old | v; return old; }
+LT_UNSEEN static unsigned atomicAnd(unsigned* p, unsigned v) { unsigned old = *p; *p = old & v; return old; }
+LT_UNSEEN static unsigned atomicOr(unsigned* p, unsigned v) { unsigned old = *p; *p = old | v; return old; }
 
 /* lanes of a warp: every lane gives its value, and all have arrived before one takes another's */
 template <class T> static inline T lt_lane(T x, int lane, int line) {

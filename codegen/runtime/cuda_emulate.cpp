@@ -1,10 +1,20 @@
 /* Runs a CUDA kernel (cuda_builtins.h) on one processor: the threads of a block are fibers, which change only where they wait, in the
    order of their numbers or backwards. What depends on the order of threads between two barriers, or of blocks, is a race. */
-#include <setjmp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include "cuda_builtins.h"
+
+/* The last accesses of an element: its writer and its reader, when (a barrier ends an interval, and no two blocks have one in common), and what
+   was there when a second thread wrote in the same interval, which is harmless where both write the same. */
+struct Cell {
+    char* at;
+    unsigned long long value, written, read;
+    int writer, reader, size;
+    unsigned long long written_block, read_block;
+    bool again;
+};
 
 enum State { READY, BARRIER, WARP, DONE };
 typedef void (*Kernel)(const lt_arg*);
@@ -53,6 +63,10 @@ static struct {
     const lt_arg* args;
     char* message;
     bool failed;
+    char* stacks;
+    Cell* cells;
+    size_t room, used;
+    unsigned long long interval, block;
 } g;
 
 static void number(int t) {
@@ -82,6 +96,69 @@ static void fault(const char* buffer, long long index, long long extent, int lin
         snprintf(what, sizeof what, "index %lld is outside of %s, which has %lld elements", index, buffer, extent);
     report(what);
     leave();  /* never to come back */
+}
+
+static Cell* find(char* at) {
+    size_t k = ((size_t)at * 0x9e3779b97f4a7c15ull >> 20) & (g.room - 1);
+    while (g.cells[k].at && g.cells[k].at != at) k = (k + 1) & (g.room - 1);
+    return &g.cells[k];
+}
+
+static void grow() {
+    Cell* old = g.cells;
+    size_t n = g.room;
+    g.room = n ? 2 * n : 1 << 14;
+    g.cells = (Cell*)calloc(g.room, sizeof(Cell));
+    for (size_t k = 0; k < n; k++)
+        if (old[k].at) *find(old[k].at) = old[k];
+    free(old);
+}
+
+static unsigned long long value_at(const char* p, int bytes) {
+    unsigned long long v = 0;
+    memcpy(&v, p, bytes);
+    return v;
+}
+
+static bool same_value(Cell* c) { return !c->again || c->value == value_at(c->at, c->size); }
+
+static void race(Cell* c, const char* how, int first) {
+    char what[300];
+    const char* where = c->at >= g.now.shared && c->at < g.now.shared_end ? "shared" : "global";
+    snprintf(what, sizeof what, "race: threads %d and %d %s an element of %s memory with no barrier between them", first, g.current, how, where);
+    report(what);
+    leave();
+}
+
+static void access(void* p, int bytes, int writes) {
+    char* at = (char*)p;
+    if (at >= g.stacks && at < g.stacks + STACK * MOST) return;
+    if (at >= (char*)&g && at < (char*)(&g + 1)) return;
+    bool shared = at >= g.now.shared && at < g.now.shared_end;
+    for (int step = bytes < 8 ? bytes : 4; bytes > 0; bytes -= step, at += step) {
+        if (2 * g.used >= g.room) grow();
+        Cell* c = find(at);
+        if (!c->at) {
+            c->at = at;
+            c->size = step;
+            g.used++;
+        }
+        bool met = c->written && (c->written == g.interval ? c->writer != g.current : !shared && c->written_block != g.block);
+        if (writes) {
+            if (c->read && (c->read == g.interval ? c->reader != g.current : !shared && c->read_block != g.block)) race(c, "read and write", c->reader);
+            if (met && !same_value(c)) race(c, "write different values to", c->writer);
+            if (met) c->value = value_at(at, step);
+            c->again = met;
+            c->writer = g.current;
+            c->written = g.interval;
+            c->written_block = g.block;
+        } else {
+            if (met) race(c, "write and read", c->writer);
+            c->reader = c->read == g.interval && c->reader != g.current ? -1 : g.current;
+            c->read = g.interval;
+            c->read_block = g.block;
+        }
+    }
 }
 
 static void barrier(int line) {
@@ -138,6 +215,7 @@ static bool release() {
     }
     if (waiting == n && same) {
         for (int t = 0; t < n; t++) g.state[t] = READY;
+        g.interval++;
         return true;
     }
     char what[300];
@@ -183,13 +261,14 @@ static bool run_block(char* stacks, bool back) {
 /* Every block of a launch. ``dims``: grid and group, x y z each. ``waits``: whether the kernel has barriers or exchanges. ``back``: blocks and
    threads from the last to the first. Returns 0, or 1 with a ``message`` of up to 512 bytes. */
 extern "C" int lt_launch(Kernel kernel, void (*bind)(lt_block*), const lt_arg* args, const unsigned* dims, int waits, int back, char* message) {
-    static char* stacks;
+    char*& stacks = g.stacks;
     memset(&g.now, 0, sizeof g.now);
     g.now.grid = {dims[0], dims[1], dims[2]};
     g.now.group = {dims[3], dims[4], dims[5]};
     g.now.barrier = barrier;
     g.now.exchange = exchange;
     g.now.fault = fault;
+    g.now.access = access;
     g.count = dims[3] * dims[4] * dims[5];
     g.together = !waits;
     g.kernel = kernel;
@@ -209,7 +288,17 @@ extern "C" int lt_launch(Kernel kernel, void (*bind)(lt_block*), const lt_arg* a
     for (unsigned long long k = 0; k < total; k++) {
         unsigned long long b = back ? total - 1 - k : k;
         g.now.block = {(unsigned)(b % dims[0]), (unsigned)(b / dims[0] % dims[1]), (unsigned)(b / dims[0] / dims[1])};
-        if (!run_block(stacks, back)) return 1;
+        g.block = k;
+        g.interval++;
+        if (!run_block(stacks, back)) break;
     }
-    return 0;
+    for (size_t c = 0; c < g.room && !g.failed; c++)
+        if (g.cells[c].at && !same_value(&g.cells[c])) {
+            report("race: threads write different values to an element with no barrier between them");
+            break;
+        }
+    free(g.cells);
+    g.cells = 0;
+    g.room = g.used = 0;
+    return g.failed;
 }

@@ -1,5 +1,6 @@
 """CUDA kernels on this machine's processor: their text is compiled as it stands behind ``cuda_builtins.h``, and ``cuda_emulate.cpp`` runs threads
-as fibers. Every launch runs twice, threads and blocks forwards and backwards: outputs that differ are a race. Needs neither ``onnx`` nor ``luthier.ir``."""
+as fibers. Every launch runs twice, threads and blocks forwards and backwards: outputs that differ are a race (``LUTHIER_CUDA_CHECKS=orders``, the
+default); ``races`` looks at every access instead, and finds what makes no difference by chance. Needs neither ``onnx`` nor ``luthier.ir``."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from luthier.errors import CompilationError, KernelError, OutOfMemoryError, Targ
 
 Array = np.ndarray[Any, Any]
 
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off", "-w")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fwrapv", "-fno-strict-aliasing", "-fno-math-errno", "-ffp-contract=off", "-w")
 CHECKS = ("-fsanitize=bounds", "-fno-exceptions", "-fno-rtti")
+RACES = ("-fsanitize=thread",)  # calls before every access, which the runtime answers: no library is linked for it
 COMPILERS = ("c++", "g++", "clang++")
 _lock = threading.Lock()  # kernels of one process run one at a time: their state is the runtime's
 
@@ -49,10 +51,10 @@ def _runtime(name: str) -> str:
     return importlib.resources.files("luthier.codegen.runtime").joinpath(name).read_text(encoding="utf-8")
 
 
-def build(source: str, checks: bool = True) -> bytes:
+def build(source: str, checks: Sequence[str] = CHECKS) -> bytes:
     """A shared library of C++ ``source`` behind the header, from the cache where it is there. Raises CompilationError with the compiler's words."""
     header = _runtime("cuda_builtins.h")
-    flags = (*FLAGS, *(CHECKS if checks else ()))
+    flags = (*FLAGS, *checks)
     key = hashlib.sha256("\0".join([compiler(), os.uname().machine, *flags, header, source]).encode()).hexdigest()
     cache = ObjectCache()
     hit = cache.get(key)
@@ -61,10 +63,10 @@ def build(source: str, checks: bool = True) -> bytes:
     with tempfile.TemporaryDirectory(prefix="luthier-") as folder:
         (Path(folder) / "cuda_builtins.h").write_text(header, encoding="utf-8")
         (Path(folder) / "kernels.cpp").write_text(source, encoding="utf-8")
-        command = [compiler(), *flags, "kernels.cpp", "-o", "kernels.so"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise CompilationError(f"{compiler()} refuses the kernels: {done.stderr.strip()[:2000]}")
+        for command in ((*flags, "-c", "kernels.cpp", "-o", "kernels.o"), ("-shared", "kernels.o", "-o", "kernels.so")):
+            done = subprocess.run([compiler(), *command], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise CompilationError(f"{compiler()} refuses the kernels: {done.stderr.strip()[:2000]}")
         data = (Path(folder) / "kernels.so").read_bytes()
     cache.put(key, data)
     return data
@@ -85,17 +87,19 @@ def _load(data: bytes) -> ctypes.CDLL:
 
 @functools.lru_cache(maxsize=1)
 def _launcher() -> Any:
-    return _load(build(_runtime("cuda_emulate.cpp"), checks=False)).lt_launch
+    return _load(build(_runtime("cuda_emulate.cpp"), ())).lt_launch
 
 
 class Emulator:
     """A device for :class:`luthier.backends.cuda_device.Runner`. ``source``: what the kernels were printed as, for messages."""
 
-    def __init__(self, library: bytes, source: str, orders: int | None = None) -> None:
+    def __init__(self, library: bytes, source: str) -> None:
         self.launcher = _launcher()
+        self.checks = settings.cuda_checks.get()
+        if "races" in self.checks and library:
+            library = build(source, (*CHECKS, *RACES))
         self.library = _load(library) if library else None
         self.lines = source.split("\n")
-        self.orders = orders
 
     def allocate(self, size: int) -> Array:
         """``size`` bytes from a multiple of 64. Raises OutOfMemoryError."""
@@ -126,10 +130,10 @@ class Emulator:
                 written.append((name, memory[at : at + count * width], width))
         for k, word in enumerate(scalars, len(bound)):
             args[k].p = int.from_bytes(word, "little")
-        orders = self.orders or settings.cuda_orders.get()
-        before = [m.copy() for _, m, _ in written] if orders > 1 else []
+        twice = "orders" in self.checks
+        before = [m.copy() for _, m, _ in written] if twice else []
         self.run(p, args, grid, False)
-        if orders < 2:
+        if not twice:
             return
         first = [m.copy() for _, m, _ in written]
         for (_, m, _), old in zip(written, before, strict=True):

@@ -9,15 +9,15 @@ scalar code, before values that several stores share are named, which takes them
 from __future__ import annotations
 
 from luthier.ir.expr import Expr, bounds, const, free_vars, load, load_parts, maximum, minimum, prove, rewrite_loads
-from luthier.ir.loop import Block, Func, Let, Stmt, Store, block, exprs_of, map_children, map_own_exprs, walk_stmts
+from luthier.ir.loop import Block, Func, If, Let, Stmt, Store, block, exprs_of, map_children, map_own_exprs, walk_stmts
 
 
 def clamp_loads(f: Func) -> Func:
     needed = variables_needed(f)
-    memos: dict[bool, dict[Expr, Expr]] = {False: {}, True: {}}
+    memos: dict[frozenset[str], dict[Expr, Expr]] = {}
 
-    def fix(e: Expr, masked: bool) -> Expr | None:
-        if e.op != "load" or not e.attr[0].rank or (e.attr[0].scope == "param" and not masked):
+    def fix(e: Expr, scopes: frozenset[str]) -> Expr | None:
+        if e.op != "load" or not e.attr[0].rank or e.attr[0].scope not in scopes:
             return None
         b, (i,), mask, other = load_parts(e)
         lo, hi = bounds(i)
@@ -28,14 +28,16 @@ def clamp_loads(f: Func) -> Func:
         inside = const(0) if n.op == "const" and n.attr == 1 else minimum(i, n - 1)
         return load(b, (inside if low or inside.op == "const" else maximum(const(0), inside),), mask, other)
 
-    def st(s: Stmt) -> Stmt:
+    def st(s: Stmt, inside: bool) -> Stmt:
+        """``inside``: of an If, which may be what keeps an index in range."""
         if isinstance(s, Block):
-            return block(*map(st, s.stmts))
+            return block(*(st(x, inside) for x in s.stmts))
         masked = s.mask is not None if isinstance(s, Store) else isinstance(s, Let) and s.var not in needed
-        s = map_own_exprs(s, lambda e: rewrite_loads(e, lambda x: fix(x, masked), memos[masked]))
-        return s if isinstance(s, (Store, Let)) else map_children(s, st)
+        scopes = frozenset({"local", "shared", "param"} if masked else {"local"} if inside else {"local", "shared"})
+        s = map_own_exprs(s, lambda e: rewrite_loads(e, lambda x: fix(x, scopes), memos.setdefault(scopes, {})))
+        return s if isinstance(s, (Store, Let)) else map_children(s, lambda x: st(x, inside or isinstance(s, If)))
 
-    return f.with_body(st(f.body))
+    return f.with_body(st(f.body, False))
 
 
 def variables_needed(f: Func) -> set[Expr]:
