@@ -73,10 +73,12 @@ class CudaBuilder(HostBuilder):
 
     def pipeline(self, k: CudaKernel, nodes: list[str]) -> int:
         """Its number; of equal kernels the first one's nodes stay."""
-        g = self.g
-        g.kernels[k.symbol] = k
-        buffers = [[b.name, int(b.dtype.bits * b.dtype.lanes // 8), b.writable] for b in k.buffers]
-        g.pipelines.append({
-            "symbol": k.symbol, "group": list(k.group), "buffers": buffers, "scalars": [v.dtype.name for v in k.scalars], "waits": k.waits, "nodes": nodes,
-        })  # fmt: skip
-        return len(g.pipelines) - 1
+        self.g.kernels[k.symbol] = k
+        self.g.pipelines.append(pipeline_of(k, nodes))
+        return len(self.g.pipelines) - 1
+
+
+def pipeline_of(k: CudaKernel, nodes: list[str]) -> dict[str, Any]:
+    """What a device must know to launch a kernel."""
+    buffers = [[b.name, b.dtype.bits * b.dtype.lanes // 8, b.writable] for b in k.buffers]
+    return {"symbol": k.symbol, "group": list(k.group), "buffers": buffers, "scalars": [v.dtype.name for v in k.scalars], "waits": k.waits, "nodes": nodes}
