@@ -31,6 +31,9 @@ class Device(Protocol):
     def launch(self, p: Mapping[str, Any], bound: Sequence[tuple[Any, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]) -> None:
         """Pipeline ``p`` on ``bound``: (memory, byte, elements) of each buffer. Raises KernelError."""
 
+    def wait(self) -> None:
+        """Until all launches are over."""
+
 
 class Runner:
     """One host program on a device; buffers are kept between runs and grown when they must."""
@@ -118,6 +121,7 @@ class _Run(HostRun):
         start = time.perf_counter()
         self.r.device.launch(entry, places, words, grid)
         if self.r.times is not None:
+            self.r.device.wait()
             self.r.times[call] = self.r.times.get(call, 0.0) + (time.perf_counter() - start) * 1e3
         self.counters.dispatches += 1
         self.counters.bytes_bound += sum(n * width for (_, _, n), (_, width, _) in zip(places, entry["buffers"], strict=True))

@@ -148,6 +148,9 @@ class Emulator:
                     op=p["symbol"], node=", ".join(p["nodes"]) or None, hint="a barrier is missing",
                 )
 
+    def wait(self) -> None:
+        """A launch is over when it returns."""
+
     def run(self, p: Mapping[str, Any], args: Any, grid: tuple[int, int, int], back: bool) -> None:
         dims = (ctypes.c_uint * 6)(*grid, *p["group"])
         message = ctypes.create_string_buffer(512)

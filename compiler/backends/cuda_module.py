@@ -10,9 +10,10 @@ import numpy as np
 
 from luthier.artifact import check_files
 from luthier.backends.cuda_device import Device, Runner
+from luthier.backends.cuda_driver import Gpu
 from luthier.backends.cuda_emulate import Emulator
 from luthier.backends.host_module import HostModule
-from luthier.errors import ArtifactError, TargetError
+from luthier.errors import ArtifactError
 from luthier.module import Array, Module
 
 __all__ = ["CudaModule", "load_module"]
@@ -21,8 +22,8 @@ FILES = ("host.json", "kernels.cu", "kernels.bin", "weights.bin")
 
 
 class CudaModule(HostModule):
-    """``source``: the text of all kernels; ``code``: what was made of it, a shared library for the emulator, else a cubin; ``blob``: all
-    constants."""
+    """``source``: the text of all kernels; ``code``: what was made of it, for the emulator a shared library, else what ``host["images"]`` tells
+    apart; ``blob``: all constants."""
 
     def __init__(self, manifest: dict[str, Any], host: dict[str, Any], source: str, code: bytes, blob: Array, threads: int | None = None) -> None:
         super().__init__(manifest, host, blob, threads)
@@ -38,10 +39,14 @@ class CudaModule(HostModule):
 
     def device(self) -> Device:
         """What runs the kernels. Raises TargetError where there is none."""
-        target = self.manifest["target"]
-        if target["cpu"] != "emulate":
-            raise TargetError(f"code for {target['name']} needs a GPU", hint="compile for cuda:emulate to run it here")
-        return Emulator(self.code, self.source)
+        arch = self.manifest["target"]["cpu"]
+        if arch == "emulate":
+            return Emulator(self.code, self.source)
+        return Gpu(self.images("cubin"), self.images("ptx"), arch)
+
+    def images(self, kind: str) -> dict[str, bytes]:
+        """{symbol: code}; ``kind``: ``cubin`` or ``ptx``."""
+        return {symbol: self.code[at[kind][0] : at[kind][0] + at[kind][1]] for symbol, at in self.host["images"].items()}
 
     def write_files(self, folder: Path, shard_mb: float | None = None) -> tuple[str, ...]:
         """``host.json``: main as data; ``kernels.cu``: texts; ``kernels.bin``: code; ``weights.bin``: constants."""

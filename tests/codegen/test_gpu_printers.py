@@ -129,16 +129,16 @@ def test_dawn_accepts() -> None:
 
 
 def test_nvrtc_accepts() -> None:
-    from luthier.codegen.gpu.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_kernel, library
 
     try:
         library()
     except TargetError as e:
         pytest.skip(str(e))
     for f in ALL:
-        assert compile_cubin(print_cuda(legalize_cuda(f)).source, name=f.name)[:4] == b"\x7fELF"
+        assert compile_kernel(print_cuda(legalize_cuda(f)).source, name=f.name).cubin[:4] == b"\x7fELF"
     with pytest.raises(CompilationError, match="undefined"):
-        compile_cubin("__global__ void k() { nothing_of_this_name(); }")
+        compile_kernel("__global__ void k() { nothing_of_this_name(); }")
 
 
 def test_launch_shape() -> None:

@@ -265,7 +265,7 @@ def test_cuda(name: str) -> None:
 
 
 def test_cuda_compiles_every_operator() -> None:
-    from luthier.codegen.gpu.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_kernel, library
 
     try:
         library()
@@ -274,4 +274,4 @@ def test_cuda_compiles_every_operator() -> None:
     parts = []
     for k, (ins, group) in enumerate(BY_OPERANDS.values()):
         parts.append(print_cuda(legalize_cuda(build_kernel(kernel(ins, group, 1, f"op{k}"), SCALAR))).source)
-    assert compile_cubin("\n".join(parts))[:4] == b"\x7fELF"
+    assert compile_kernel("\n".join(parts)).cubin[:4] == b"\x7fELF"

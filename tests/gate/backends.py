@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.gpu.cuda import CudaKernel, legalize_cuda, print_cuda
-from luthier.codegen.gpu.nvrtc import compile_cubin
+from luthier.codegen.gpu.nvrtc import compile_kernel
 from luthier.codegen.gpu.wgsl import Shader, legalize_wgsl, print_wgsl
 from luthier.codegen.wasm.printer import legalize_wasm
 from luthier.codegen.wasm.run import run_wasm
@@ -76,7 +76,7 @@ def cuda(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None
 
 
 def cubin(f: Func) -> bytes:
-    return compile_cubin(cuda_kernel(f).source, name=f"{f.name}.cu")
+    return compile_kernel(cuda_kernel(f).source, name=f"{f.name}.cu").cubin
 
 
 # ---------------------------------------------------------------- LLVM
