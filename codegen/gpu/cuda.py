@@ -13,7 +13,7 @@ import numpy as np
 from luthier.codegen.gpu.c_style import CStyle
 from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, const
+from luthier.ir.expr import Expr, bounds, const
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
 from luthier.passes.gpu.clamp_loads import clamp_loads
 from luthier.passes.gpu.map_parallel import map_parallel
@@ -32,6 +32,7 @@ KEYWORDS = frozenset(
     virtual void volatile wchar_t while xor xor_eq half threadIdx blockIdx blockDim gridDim warpSize sqrtf floorf ceilf rintf truncf
     fabsf lane lane_add lane_mul lane_min lane_max sqrt floor ceil rint trunc fabs min max log exp erf y0 y1 yn j0 j1 jn gamma""".split()
 )
+LIMIT = 1 << 31
 _INTS = {8: "char", 16: "short", 32: "int", 64: "long long"}
 
 
@@ -125,7 +126,7 @@ class _Cuda(CStyle):
                 return f"({t})" if v < 0 or math.copysign(1, v) < 0 else t
             bits = (0x7FC00000 if math.isnan(v) else int(np.float32(v).view(np.uint32))) if f else (0x7FF8 << 48 if math.isnan(v) else int(np.float64(v).view(np.uint64)))
             return f"__int_as_float((int){bits:#x}u)" if f else f"__longlong_as_double((long long){bits:#x}ull)"
-        if d.is_int and d.bits <= 32 and d.is_signed:
+        if (d.is_int and d.bits <= 32 and d.is_signed) or (d.is_index and -LIMIT < v < LIMIT):
             return "(-2147483647 - 1)" if v == -(1 << 31) else f"({v})" if v < 0 else str(v)
         if d.is_signed:
             return "(-9223372036854775807ll - 1)" if v == -(1 << 63) else f"({v}ll)" if v < 0 else f"{v}ll"
@@ -202,14 +203,30 @@ class _Cuda(CStyle):
             raise CompilationError(f"CUDA kernels cannot allocate global memory ({b.name})", op=self.f.name)
         return f"{'__shared__ ' if b.scope == 'shared' else ''}{self.type(b.dtype)} {self.name(b.name)}[{max(n, 1)}];"
 
-    def for_head(self, v: str, lo: str, hi: str) -> str:
-        return f"for (long long {v} = {lo}; {v} < {hi}; ++{v})"
+    def let(self, v: Expr, value: str) -> str:
+        return f"const {self.index_type(v)} {self.name(v)} = {value};" if v.dtype.is_index else super().let(v, value)
+
+    def for_head(self, v: Expr, lo: str, hi: str) -> str:
+        n = self.name(v)
+        return f"for ({self.index_type(v)} {n} = {lo}; {n} < {hi}; ++{n})"
+
+    @staticmethod
+    def index_type(e: Expr) -> str:
+        """Indices that are known to fit take 32 bits: half the registers."""
+        lo, hi = bounds(e)
+        fits = isinstance(lo, int) and isinstance(hi, int) and -LIMIT <= lo and hi < LIMIT
+        return "int" if fits and e.dtype.lanes == 1 else "long long"
+
+    def binary(self, e: Expr, a: str, b: str) -> str:
+        if e.dtype.is_index and e.op in ("add", "sub", "mul", "shl") and self.index_type(e) != "int" and all(self.index_type(x) == "int" for x in e.args):
+            a = f"(long long){a}"
+        return super().binary(e, a, b)
 
     def barrier(self, scope: str) -> str:
         return "__syncthreads();"
 
     def position(self, kind: str) -> str:
-        return f"(long long){'blockIdx' if kind.startswith('block') else 'threadIdx'}.{kind[-1]}"
+        return f"(int){'blockIdx' if kind.startswith('block') else 'threadIdx'}.{kind[-1]}"
 
     def effect(self, s: Call) -> str:
         if s.callee != "atomic_store_bits":
@@ -221,7 +238,7 @@ class _Cuda(CStyle):
     def share(self, s: For, acc: Buffer, op: str) -> bool:
         """Warps are whole (``legalize_cuda``): 32 lanes, whose sums cross in five steps."""
         v, a, t = self.name(s.var), self.name(acc.name), self.type(acc.dtype)
-        self.put(f"for (long long {v} = lane; {v} < {self.expr(s.hi)}; {v} += 32) {{")
+        self.put(f"for (int {v} = lane; {v} < {self.expr(s.hi)}; {v} += 32) {{")
         self.body(s.body)
         self.put("}")
         self.put(f"{a} = lane_{op}({a});")
@@ -248,7 +265,7 @@ class _Cuda(CStyle):
         self.stmt(f.body)
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
         if self.helpers:
-            self.lines.insert(0, "  const long long lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
+            self.lines.insert(0, "  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
         grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
         return CudaKernel(
             f.name, symbol, (*before, *self.helpers.values()), tuple(params), tuple(self.lines), buffers, f.scalars, grid, group, exclusive,  # type: ignore[arg-type]
