@@ -18,7 +18,7 @@ import numpy as np
 from luthier.at_fork import whole
 from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_exprs, map_let
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
-from luthier.ir.loop import Buffer, For, Func, walk_stmts
+from luthier.ir.loop import Buffer, Func
 from luthier.passes.gpu.privatize_threads import privatize_threads
 from luthier.passes.loop.expand_math import expand_math
 from luthier.passes.loop.flatten import flatten
@@ -257,11 +257,3 @@ def finish(s: Schedule, caps: Capabilities, consts: Mapping[str, np.ndarray[Any,
     outs = set(s.compute.outs)
     temps += [replace(b, scope="global") for n, b in written.items() if n not in outs]
     return Kernels((*pre, *funcs), tuple(temps), packed, template, s.trace, packings)
-
-
-def parallel_extent(f: Func) -> Any:
-    """The outermost parallel loop of a kernel, or None."""
-    for s in walk_stmts(f.body):
-        if isinstance(s, For) and s.kind == "parallel":
-            return s
-    return None

@@ -55,7 +55,8 @@ class Runner:
 
     def timed(self, arrays: Sequence[Array], raw: Sequence[Array]) -> dict[int, float]:
         """A run whose dispatches are timed one by one: {call number: ms}."""
-        self.times = times = {}
+        times: dict[int, float] = {}
+        self.times = times
         try:
             self.run(arrays, raw)
         finally:
