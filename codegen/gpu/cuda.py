@@ -21,7 +21,7 @@ from luthier.passes.gpu.spread_subgroups import spread_subgroups
 from luthier.passes.loop.combine_accesses import combine_accesses
 from luthier.passes.loop.flatten import flatten
 from luthier.passes.loop.legalize_arithmetic import legalize_arithmetic
-from luthier.passes.loop.legalize_dtype import CUDA_RULES, legalize_dtype
+from luthier.passes.loop.legalize_dtype import CODES, CUDA_RULES, legalize_dtype
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.scalarize import scalarize
 
@@ -34,17 +34,25 @@ KEYWORDS = frozenset(
     fabsf lane lane_add lane_mul lane_min lane_max sqrt floor ceil rint trunc fabs min max log exp erf y0 y1 yn j0 j1 jn gamma""".split()
 )
 LIMIT = 1 << 31
+
+# What CUDA C++ has no words for without headers, by name: for a GPU as here, for the emulator as in cuda_builtins.h.
+DEVICE = {
+    "lt_half_to_float": 'float lt_half_to_float(unsigned x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((unsigned short)x)); return r; }',
+    "lt_float_to_half": 'unsigned lt_float_to_half(float x) { unsigned short r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x)); return r; }',
+}
+_HALF = {"decode.f16": "lt_half_to_float", "encode.f16": "lt_float_to_half"}
 _INTS = {8: "char", 16: "short", 32: "int", 64: "long long"}
 
 
 @dataclass(frozen=True, slots=True)
 class CudaKernel:
-    """A kernel as C++. ``params``: (type of an element or scalar, name); one pointer a buffer, then the scalars (index as 64 bits). ``before``:
+    """A kernel as C++. ``device``: names of ``DEVICE`` that it uses; ``params``: (type of an element or scalar, name); one pointer a buffer, then the scalars (index as 64 bits). ``before``:
     constants and functions; ``body``: lines. ``grid``: blocks in x, y, z over the scalars; ``group``: threads of a block. ``exclusive``: no two
     buffers share memory that is written."""
 
     name: str
     symbol: str
+    device: tuple[str, ...]
     before: tuple[str, ...]
     params: tuple[tuple[str, str], ...]
     body: tuple[str, ...]
@@ -58,18 +66,19 @@ class CudaKernel:
         """The types that buffers point to."""
         return [f"{'' if b.writable else 'const '}{t}" for b, (t, _) in zip(self.buffers, self.params, strict=False)]
 
-    def text(self, ps: Sequence[str]) -> str:
-        """The kernel with these parameters for its buffers."""
+    def text(self, ps: Sequence[str], before: Sequence[str] = ()) -> str:
+        """The kernel with these parameters for its buffers. ``before``: functions for a GPU alone."""
+        before = [*before, *self.before]
         ps = [*ps, *(f"{t} {n}" for t, n in self.params[len(self.buffers) :])]
         head = f'extern "C" __global__ void __launch_bounds__({math.prod(self.group)}) {self.symbol}({", ".join(ps)}) {{'
-        text = "\n".join([*self.before, head, *self.body, "}", ""])
-        return f"namespace in_{self.symbol} {{\n{text}}}\n" if self.before else text  # names that other kernels of a source may have too
+        text = "\n".join([*before, head, *self.body, "}", ""])
+        return f"namespace in_{self.symbol} {{\n{text}}}\n" if before else text  # names that other kernels of a source may have too
 
     @property
     def source(self) -> str:
         """For a GPU."""
         restrict = " __restrict__" if self.exclusive else ""
-        return self.text([f"{t}*{restrict} {n}" for t, (_, n) in zip(self.pointers(), self.params, strict=False)])
+        return self.text([f"{t}*{restrict} {n}" for t, (_, n) in zip(self.pointers(), self.params, strict=False)], [f"__device__ __forceinline__ {DEVICE[n]}" for n in self.device])
 
     @property
     def emulated(self) -> str:
@@ -99,6 +108,9 @@ class _Cuda(CStyle):
     def __init__(self, f: Func) -> None:
         super().__init__(f)
         self.helpers: dict[str, str] = {}
+        self.device: set[str] = set()
+        self.shares = False  # lanes of a warp share a loop
+        self.functions: dict[str, str] = {}  # intrinsic -> the function that computes it
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
 
     def type(self, d: DType) -> str:
@@ -226,6 +238,27 @@ class _Cuda(CStyle):
     def position(self, kind: str) -> str:
         return f"(int){'blockIdx' if kind.startswith('block') else 'threadIdx'}.{kind[-1]}"
 
+    def instruction(self, e: Expr) -> str:
+        name = e.attr[0]
+        args = ", ".join(self.expr(a) for a in e.args)
+        if name in _HALF:
+            self.device.add(_HALF[name])
+            return f"{_HALF[name]}({args})"
+        return f"{self.function(name)}({args})" if name in CODES else super().instruction(e)
+
+    def function(self, intrinsic: str) -> str:
+        """The name of a function that computes one of ``CODES``, printed when it is first needed."""
+        name = self.functions.get(intrinsic)
+        if name is None:
+            v, value = CODES[intrinsic]
+            name = self.functions[intrinsic] = self.name(f"{intrinsic}()")
+            r = Buffer("r", value.dtype, (), "local")
+            p = _Cuda(place_lets(Func(intrinsic, (v,), Alloc(r, Store(r, (), value)))))
+            p.stmt(p.f.body)
+            head = f"__device__ __forceinline__ {self.type(value.dtype)} {name}({self.type(v.dtype)} {p.name(v)}) {{"
+            self.helpers[intrinsic] = "\n".join([head, *p.lines, f"  return {p.name(r.name)};", "}"])
+        return name
+
     def effect(self, s: Call) -> str:
         if s.callee != "atomic_store_bits":
             return super().effect(s)
@@ -235,6 +268,7 @@ class _Cuda(CStyle):
 
     def share(self, s: For, acc: Buffer, op: str) -> bool:
         """Warps are whole (``legalize_cuda``): 32 lanes, whose sums cross in five steps."""
+        self.shares = True
         v, a, t = self.name(s.var), self.name(acc.name), self.type(acc.dtype)
         self.put(f"for (int {v} = lane; {v} < {self.expr(s.hi)}; {v} += 32) {{")
         self.body(s.body)
@@ -262,11 +296,11 @@ class _Cuda(CStyle):
         symbol = self.name(("kernel_" + f.name).replace(".", "_"))
         self.stmt(f.body)
         group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
-        if self.helpers:
+        if self.shares:
             self.lines.insert(0, "  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
         grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
         return CudaKernel(
-            f.name, symbol, (*before, *self.helpers.values()), tuple(params), tuple(self.lines), buffers, f.scalars, grid, group, exclusive,  # type: ignore[arg-type]
+            f.name, symbol, tuple(sorted(self.device)), (*before, *self.helpers.values()), tuple(params), tuple(self.lines), buffers, f.scalars, grid, group, exclusive,  # type: ignore[arg-type]
         )
 
 

@@ -130,3 +130,17 @@ static inline int lt_own() { return (threadIdx.x + blockDim.x * (threadIdx.y + b
 #define __shfl_xor_sync(mask, x, k) lt_lane(x, lt_own() ^ (k), __LINE__)
 #define __shfl_sync(mask, x, k) lt_lane(x, k, __LINE__)
 #define __syncwarp() (void)lt_lane(0, 0, __LINE__)
+
+/* what the printer writes as PTX for a GPU */
+static inline float lt_half_to_float(unsigned h) {
+    unsigned sign = (h & 0x8000) << 16, x = (h & 0x7fff) << 13;
+    float v = (h & 0x7c00) == 0 ? (float)(h & 0x3ff) * 0x1p-24f : __int_as_float((h & 0x7c00) == 0x7c00 ? x | 0x7f800000 : x + 0x38000000);
+    return __int_as_float(__float_as_int(v) | sign);
+}
+static inline unsigned lt_float_to_half(float v) {
+    unsigned b = __float_as_int(v), a = b & 0x7fffffff, r;
+    if (a >= 0x47800000) r = a > 0x7f800000 ? 0x7e00 : 0x7c00;
+    else if (a < 0x38800000) r = (unsigned)rintf(__int_as_float(a) * 0x1p24f);
+    else r = (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13;
+    return r | (b >> 16 & 0x8000);
+}

@@ -76,7 +76,7 @@ class Rules:
 
 WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, word_memory=32, codes=True, dots=False)
 DEFAULT_RULES = Rules()
-CUDA_RULES = Rules(word_memory=8)
+CUDA_RULES = Rules(word_memory=8, codes=True)
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
 
