@@ -15,6 +15,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, const
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
+from luthier.ir.matrix import MMA
 from luthier.passes.gpu.clamp_loads import clamp_loads
 from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
@@ -39,7 +40,39 @@ LIMIT = 1 << 31
 DEVICE = {
     "lt_half_to_float": 'float lt_half_to_float(unsigned x) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"((unsigned short)x)); return r; }',
     "lt_float_to_half": 'unsigned lt_float_to_half(float x) { unsigned short r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x)); return r; }',
-}
+    "lt_ldmatrix": (
+        "void lt_ldmatrix(unsigned* r, const unsigned short* p) {\n"
+        '  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"\n'
+        '    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((unsigned)__cvta_generic_to_shared(p)) : "memory");\n}'
+    ),
+} | {
+    f"lt_mma_{kind}": (
+        f"void lt_mma_{kind}(float* c, int pitch, const unsigned* a, const unsigned* b) {{\n"
+        f'  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9}}, {{%0, %1, %2, %3}};"\n'
+        '    : "+f"(c[0]), "+f"(c[1]), "+f"(c[pitch]), "+f"(c[pitch + 1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));\n}'
+    )
+    for kind in ("f16", "bf16")
+}  # fmt: skip
+
+# ldmatrix takes eight rows of 16 bytes from addresses that eight lanes give, four times: of A the halves of k for rows and rows + am, of B the
+# halves of k for two tiles of columns. A lane then holds what mma wants of it (PTX ISA, fragments of m16n8k16).
+MATRIX = """template <int MI, int NI> __device__ __forceinline__ void matrix_{kind}(float* c, const unsigned short* a, int am, int ak, const unsigned short* b, int bk) {{
+  const int l = (threadIdx.x + blockDim.x * threadIdx.y) & 31;
+  a += (l >> 4) * 8 * ak + (l & 7) * ak + ((l >> 3) & 1) * am - (l >> 2);
+  b += (l & 15) * bk + (l >> 4) * 8 - (l & 3) * 2;
+  unsigned fa[MI][4], fb[4];
+#pragma unroll
+  for (int i = 0; i < MI; ++i) lt_ldmatrix(fa[i], a + 2 * i * am);
+#pragma unroll
+  for (int j = 0; j < NI; j += 2) {{
+    lt_ldmatrix(fb, b + 8 * j);
+#pragma unroll
+    for (int i = 0; i < MI; ++i) {{
+      lt_mma_{kind}(c + 4 * i * NI + 2 * j, 2 * NI, fa[i], fb);
+      if (j + 1 < NI) lt_mma_{kind}(c + 4 * i * NI + 2 * j + 2, 2 * NI, fa[i], fb + 2);
+    }}
+  }}
+}}"""
 _HALF = {"decode.f16": "lt_half_to_float", "encode.f16": "lt_float_to_half"}
 _INTS = {8: "char", 16: "short", 32: "int", 64: "long long"}
 
@@ -93,7 +126,7 @@ class CudaKernel:
     @property
     def waits(self) -> bool:
         """Whether threads wait for each other."""
-        return any("__sync" in x or "__shfl" in x for x in (*self.before, *self.body))
+        return any("__sync" in x or "__shfl" in x or "lt_mma" in x for x in (*self.before, *self.body))
 
     def renamed(self) -> CudaKernel:
         """Named by what it is, so that equal kernels have one symbol."""
@@ -109,6 +142,7 @@ class _Cuda(CStyle):
         super().__init__(f)
         self.helpers: dict[str, str] = {}
         self.device: set[str] = set()
+        self.tiles = {x.name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee in MMA.values() for x in s.args if isinstance(x, Buffer)}
         self.shares = False  # lanes of a warp share a loop
         self.functions: dict[str, str] = {}  # intrinsic -> the function that computes it
         self.atomic = {s.args[0].name for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee == "atomic_store_bits"}
@@ -209,9 +243,10 @@ class _Cuda(CStyle):
         return f"{self.type(b.dtype)} {self.name(b.name)};"
 
     def declare_array(self, b: Buffer, n: int) -> str:
+        align = "__align__(16) " if b.scope == "shared" and b.dtype.bits * b.dtype.lanes < 128 else ""
         if b.scope == "global":
             raise CompilationError(f"CUDA kernels cannot allocate global memory ({b.name})", op=self.f.name)
-        return f"{'__shared__ ' if b.scope == 'shared' else ''}{self.type(b.dtype)} {self.name(b.name)}[{max(n, 1)}];"
+        return f"{'__shared__ ' if b.scope == 'shared' else ''}{align if b.name in self.tiles else ''}{self.type(b.dtype)} {self.name(b.name)}[{max(n, 1)}];"
 
     def let(self, v: Expr, value: str) -> str:
         return f"const {self.index_type(v)} {self.name(v)} = {value};" if v.dtype.is_index else super().let(v, value)
@@ -260,11 +295,23 @@ class _Cuda(CStyle):
         return name
 
     def effect(self, s: Call) -> str:
+        kind = next((d.name for d, name in MMA.items() if name == s.callee), None)
+        if kind is not None:
+            return self.matrix(s, kind)
         if s.callee != "atomic_store_bits":
             return super().effect(s)
         b, at, mask, bits = s.args
         p, v = f"&{self.name(b.name)}[{self.expr(at)}]", self.name(f"bits~{len(self.used)}")  # bits: before the word changes, it may be read from it
         return f"const unsigned {v} = {self.expr(bits)}; atomicAnd({p}, ~{self.expr(mask)}); atomicOr({p}, {v});"
+
+    def matrix(self, s: Call, kind: str) -> str:
+        """Products of matrices by a warp (:mod:`luthier.ir.matrix`)."""
+        acc, a, at, am, ak, b, bt, bk = s.args
+        n = dict(s.attrs)
+        self.device |= {"lt_ldmatrix", f"lt_mma_{kind}"}
+        self.helpers[s.callee] = MATRIX.format(kind=kind)
+        places = [f"{self.name(x.name)} + {self.expr(i)}, {', '.join(self.expr(p) for p in pitches)}" for x, i, pitches in ((a, at, (am, ak)), (b, bt, (bk,)))]
+        return f"matrix_{kind}<{n['mi']}, {n['ni']}>({self.name(acc.name)}, {', '.join(places)});"
 
     def share(self, s: For, acc: Buffer, op: str) -> bool:
         """Warps are whole (``legalize_cuda``): 32 lanes, whose sums cross in five steps."""

@@ -28,6 +28,7 @@ extern "C" LT_UNSEEN void lt_bind(lt_block* b) { lt_now = b; b->shared = __start
 #define __forceinline__ inline
 #define __shared__ static __attribute__((section("lt_shared")))
 #define __launch_bounds__(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __syncthreads() lt_now->barrier(__LINE__)
 
 template <class T> struct lt_span {
@@ -144,3 +145,44 @@ static inline unsigned lt_float_to_half(float v) {
     else r = (a + 0xfff + (a >> 13 & 1) - 0x38000000) >> 13;
     return r | (b >> 16 & 0x8000);
 }
+
+/* Four matrices of eight rows of eight 16-bit elements, whose rows lanes give the addresses of; transposed. Lane l gets elements 2 (l % 4) and the next
+   of column l / 4 of each. */
+static inline void lt_ldmatrix(unsigned* r, const unsigned short* p) {
+    const char* all = (const char*)lt_now->exchange(&p, sizeof p, __LINE__);
+    int l = lt_own();
+    for (int q = 0; q < 4; q++) {
+        unsigned v[2];
+        for (int e = 0; e < 2; e++) {
+            const unsigned short* row;
+            __builtin_memcpy(&row, all + 16 * (8 * q + 2 * (l & 3) + e), sizeof row);
+            if ((unsigned long)row & 15) lt_now->fault("ldmatrix", (long)row, 16, 0);
+            v[e] = row[l >> 2];
+        }
+        r[q] = v[0] | v[1] << 16;
+    }
+}
+/* m16n8k16: row g = l / 4 and columns t = 2 (l % 4), t + 1 are a lane's of the result, the same of rows g + 8. */
+template <class F> static inline void lt_mma(float* c, int pitch, const unsigned* a, const unsigned* b, F to_float) {
+    int l = lt_own();
+    float x[2][16];
+    const char* all = (const char*)lt_now->exchange(a, 16, __LINE__);
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < 16; k++) {
+            unsigned w;
+            __builtin_memcpy(&w, all + 16 * ((l & 28) + (k & 7) / 2) + 4 * (i + (k >= 8 ? 2 : 0)), 4);
+            x[i][k] = to_float(w >> (k & 1) * 16 & 0xffff);
+        }
+    all = (const char*)lt_now->exchange(b, 8, __LINE__);
+    for (int j = 0; j < 2; j++)
+        for (int k = 0; k < 16; k++) {
+            unsigned w;
+            __builtin_memcpy(&w, all + 16 * (4 * ((l & 3) * 2 + j) + (k & 7) / 2) + (k >= 8 ? 4 : 0), 4);
+            float y = to_float(w >> (k & 1) * 16 & 0xffff);
+            c[j] += x[0][k] * y;
+            c[pitch + j] += x[1][k] * y;
+        }
+}
+static inline float lt_bfloat_to_float(unsigned x) { return __int_as_float(x << 16); }
+static inline void lt_mma_f16(float* c, int pitch, const unsigned* a, const unsigned* b) { lt_mma(c, pitch, a, b, lt_half_to_float); }
+static inline void lt_mma_bf16(float* c, int pitch, const unsigned* a, const unsigned* b) { lt_mma(c, pitch, a, b, lt_bfloat_to_float); }

@@ -293,6 +293,8 @@ class _Legalizer:
             return e if c is d else self.vars.setdefault(e, var(e.attr[0], c, e.attr[1], e.attr[2]))
         if op == "load":
             return self.load(e)
+        if op == "bitcast" and self.bits_in_memory(e):
+            return self.load_bits(e)
         args = tuple(self.expr(a) for a in e.args)
         if wide or any(a.dtype is PAIR for a in args):
             return self.wide_expr(e, args, wide)
@@ -423,6 +425,15 @@ class _Legalizer:
         bits = [binary("shr", parts[k // w], k % w * (32 // w)) & ((1 << (32 // w)) - 1) for k in range(d.lanes)]
         vs = [self.decode(x, d.scalar) for x in bits]
         return shuffle(vs if one is None or other is None else [select(one, v, extract(other, k)) for k, v in enumerate(vs)], range(d.lanes))
+
+    def bits_in_memory(self, e: Expr) -> bool:
+        """Whether a bitcast takes what memory holds of a short float."""
+        x = e.args[0]
+        return x.op == "load" and self.soft(x.dtype) and x.attr[0].scope == "param" and self.words(x.attr[0].dtype) == 1 and load_parts(x)[3] is None
+
+    def load_bits(self, e: Expr) -> Expr:
+        b, idx, mask, _ = load_parts(e.args[0])
+        return bitcast(load(self.buffer(b), tuple(self.expr(i) for i in idx), None if mask is None else self.expr(mask)), e.dtype)
 
     # statements --------------------------------------------------
 
