@@ -1,10 +1,12 @@
 """CUDA kernels: what a compiler makes of them, and, where there is a GPU, how fast they are.
 
-    python benchmarks/cuda.py kernels [--tools FOLDER]   # no GPU: registers, spills, shared memory, occupancy, instructions; cuda_kernels.md
-    python benchmarks/cuda.py run                        # a GPU: every kernel against numpy and against torch's; cuda_run.md; without one, what it would do
+    python benchmarks/cuda.py kernels [--tools FOLDER]   # no GPU: registers, spills, shared memory, occupancy, instructions;
+    cuda_kernels.md python benchmarks/cuda.py run                        # a GPU: every kernel against numpy and against torch's;
+    cuda_run.md; without one, what it would do
 
-``--tools``: where ``cuobjdump`` and ``nvdisasm`` are (packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm), if not on the path; instructions
-are counted only with them. Nothing is fetched. Times are medians of 20 calls after 3, inputs and outputs on the host left out of torch's only.
+``--tools``: where ``cuobjdump`` and ``nvdisasm`` are (packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm), if not on the
+path; instructions are counted only with them. Nothing is fetched. Times are medians of 20 calls after 3, inputs and outputs on
+the host left out of torch's only.
 """
 
 from __future__ import annotations
@@ -36,12 +38,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 # of one multiprocessor: threads, registers, bytes of shared memory, blocks
-PROCESSORS = {"sm_80": (2048, 65536, 164 << 10, 32), "sm_90": (2048, 65536, 228 << 10, 32), "sm_100": (2048, 65536, 228 << 10, 32)}
+PROCESSORS = {
+    "sm_80": (2048, 65536, 164 << 10, 32),
+    "sm_90": (2048, 65536, 228 << 10, 32),
+    "sm_100": (2048, 65536, 228 << 10, 32),
+}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Nodes, their inputs and constants; ``want``: numpy's result; ``torch``: the same for torch's tensors in the order of both."""
+    """Nodes, their inputs and constants; ``want``: numpy's result; ``torch``: the same for torch's tensors in the order of
+    both."""
 
     name: str
     nodes: list[Any]
@@ -95,7 +102,8 @@ def kernels(n: int = 1024) -> list[Kernel]:
 
 
 def occupancy(arch: str, threads: int, registers: int, shared: int) -> float:
-    """The share of a multiprocessor's threads that blocks of one kernel can fill. Registers are given out in units of 256 a warp."""
+    """The share of a multiprocessor's threads that blocks of one kernel can fill. Registers are given out in units of 256 a
+    warp."""
     most, file, memory, blocks = PROCESSORS[arch]
     warps = -(-threads // 32)
     fits = min(blocks, most // (32 * warps), file // (-(-registers * 32 // 256) * 256 * warps), memory // (shared + 1024))
@@ -122,7 +130,10 @@ def notable(found: Counter[str] | None) -> str:
     """Counts of what decides a kernel's speed, and of what should not be there (LDL, STL: memory of a thread)."""
     if found is None:
         return ""
-    rows = {k: sum(n for name, n in found.items() if name.split(".")[0] == k) for k in ("HMMA", "IMMA", "LDSM", "LDGSTS", "FFMA", "LDL", "STL")}
+    rows = {
+        k: sum(n for name, n in found.items() if name.split(".")[0] == k)
+        for k in ("HMMA", "IMMA", "LDSM", "LDGSTS", "FFMA", "LDL", "STL")
+    }
     rows["LDG.128"] = sum(n for name, n in found.items() if name.startswith("LDG") and "128" in name)
     rows["LDS.128"] = sum(n for name, n in found.items() if name.startswith("LDS.") and "128" in name)
     return ", ".join(f"{k} {n}" for k, n in rows.items() if n) + f"; {sum(found.values())} in all"
@@ -144,7 +155,9 @@ def table(folder: Path | None) -> list[str]:
                 r, threads = m.manifest["resources"][p["symbol"]], int(np.prod(p["group"]))
                 share = occupancy(arch, threads, r["registers"], r["shared"])
                 name = p["symbol"].removeprefix("kernel_").rsplit("_", 1)[0]
-                lines.append(f"| {k.name} | {name} | {arch} | {threads} | {r['registers']} | {r['spills']} | {r['shared']} | {share:.0%} | {notable(instructions(cubins[p['symbol']], folder))} |")
+                lines.append(
+                    f"| {k.name} | {name} | {arch} | {threads} | {r['registers']} | {r['spills']} | {r['shared']} | {share:.0%} | {notable(instructions(cubins[p['symbol']], folder))} |"
+                )
     return lines
 
 

@@ -27,6 +27,7 @@ def need_compiler() -> None:
 
 def run_cuda(k: CudaKernel, arrays: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
     """One launch on arrays (by buffer name, with the bytes of the buffer before legalisation), changed in place."""
+
     def value(e: Expr) -> int:
         return int(evaluate_expr(e, {v: scalars[v.attr[0]] for v in free_vars(e)}))
 

@@ -1,5 +1,5 @@
-"""The target ``cuda:sm_NN``: cubins of every family, and the driver API, spoken to a library that answers as the driver does and runs kernels on the
-emulator. On a machine with a GPU the same modules run there."""
+"""The target ``cuda:sm_NN``: cubins of every family, and the driver API, spoken to a library that answers as the driver does and
+runs kernels on the emulator. On a machine with a GPU the same modules run there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder with the driver's double."""
     need_compiler()
     folder = tmp_path_factory.mktemp("driver")
-    subprocess.run([compiler(), *FLAGS, "-shared", str(HERE / "fake_cuda_driver.cpp"), "-o", str(folder / "libcuda.so"), "-ldl"], check=True)
+    subprocess.run(
+        [compiler(), *FLAGS, "-shared", str(HERE / "fake_cuda_driver.cpp"), "-o", str(folder / "libcuda.so"), "-ldl"], check=True
+    )
     header = HERE.parent / "codegen" / "runtime"
     (folder / "runtime.so").write_bytes(build((header / "cuda_emulate.cpp").read_text(), ()))
     yield folder
@@ -67,9 +69,16 @@ def test_arguments_arrive(name: str, on_fake: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "error", "text"),
-    [("none", TargetError, "finds no GPU"), ("memory", OutOfMemoryError, "out of memory"), ("old", ArtifactError, "is for sm_80, this GPU is sm_120"), ("launch", KernelError, "context is lost")],
+    [
+        ("none", TargetError, "finds no GPU"),
+        ("memory", OutOfMemoryError, "out of memory"),
+        ("old", ArtifactError, "is for sm_80, this GPU is sm_120"),
+        ("launch", KernelError, "context is lost"),
+    ],
 )
-def test_faults(fault: str, error: type[Exception], text: str, on_fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults(
+    fault: str, error: type[Exception], text: str, on_fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, feeds, _, _ = FAMILIES["product"]
     m = for_gpu(make(), tmp_path)
     monkeypatch.setenv("FAKE_CUDA", fault)
@@ -102,7 +111,9 @@ def test_compiles_without_a_spill(name: str, arch: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(luthier, "compile", lambda m, target: compile_(m, target=f"cuda:{arch}"))
     make, feeds, _, _ = FAMILIES[name]
     m = make()
-    assert m.manifest["resources"] and all(r["registers"] > 0 and not r["spills"] and not r["stack"] for r in m.manifest["resources"].values())
+    assert m.manifest["resources"] and all(
+        r["registers"] > 0 and not r["spills"] and not r["stack"] for r in m.manifest["resources"].values()
+    )
     assert all(c[:4] == b"\x7fELF" for c in m.images("cubin").values()) and all(b".entry" in c for c in m.images("ptx").values())
     m.save(tmp_path / "m")
     loaded: Any = luthier.load(tmp_path / "m")

@@ -1,5 +1,5 @@
-"""``cuda:emulate``: the printed text of every family of kernels runs on the host in two orders; races, divergent barriers and indices out of
-bounds are found; what has no GPU is said."""
+"""``cuda:emulate``: the printed text of every family of kernels runs on the host in two orders; races, divergent barriers and
+indices out of bounds are found; what has no GPU is said."""
 
 from __future__ import annotations
 
@@ -36,9 +36,17 @@ def softmax(x: Array) -> Array:
     return e / e.sum(-1, keepdims=True)
 
 
-def compiled(nodes: list[Any], inputs: dict[str, tuple[Any, ...]], weights: dict[str, Array] | None = None, out: int = T.FLOAT) -> CudaModule:
+def compiled(
+    nodes: list[Any], inputs: dict[str, tuple[Any, ...]], weights: dict[str, Array] | None = None, out: int = T.FLOAT
+) -> CudaModule:
     ins = [h.make_tensor_value_info(n, T.FLOAT, list(s)) for n, s in inputs.items()]
-    g = h.make_graph(nodes, "g", ins, [h.make_tensor_value_info("y", out, None)], [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()])
+    g = h.make_graph(
+        nodes,
+        "g",
+        ins,
+        [h.make_tensor_value_info("y", out, None)],
+        [numpy_helper.from_array(a, n) for n, a in (weights or {}).items()],
+    )
     m = luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), target="cuda:emulate")
     assert isinstance(m, CudaModule)
     return m
@@ -107,8 +115,8 @@ def test_no_races(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [n for n, f in FAMILIES.items() if f[3]])
 def test_a_missing_barrier_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each barrier of the family's kernels is taken out in turn. Some stand between accesses of one thread to places of its own, or another one
-    does their work: whatever makes a difference is a race that looking at every access finds too."""
+    """Each barrier of the family's kernels is taken out in turn. Some stand between accesses of one thread to places of its own,
+    or another one does their work: whatever makes a difference is a race that looking at every access finds too."""
     make, feeds, _, _ = FAMILIES[name]
     m = make()
     found: dict[str, set[int]] = {"orders": set(), "races": set()}
@@ -132,10 +140,20 @@ def launch(text: str, threads: int, *arrays: Array, waits: bool = True, blocks: 
     names = "abc"[: len(arrays)]
     types = {"f": "float", "i": "int", "l": "long long"}
     params = ", ".join(f"lt_span<{types[a.dtype.char]}> {n}" for n, a in zip(names, arrays, strict=True))
-    args = ", ".join(f'{{({types[x.dtype.char]}*)q[{j}].p, q[{j}].n, "{n}"}}' for j, (n, x) in enumerate(zip(names, arrays, strict=True)))
-    source = translation_unit([f'extern "C" __global__ void k({params}) {{\n{text}\n}}\nextern "C" void call_k(const lt_arg* q) {{ k({args}); }}'])
+    args = ", ".join(
+        f'{{({types[x.dtype.char]}*)q[{j}].p, q[{j}].n, "{n}"}}' for j, (n, x) in enumerate(zip(names, arrays, strict=True))
+    )
+    source = translation_unit(
+        [f'extern "C" __global__ void k({params}) {{\n{text}\n}}\nextern "C" void call_k(const lt_arg* q) {{ k({args}); }}']
+    )
     device = Emulator(build(source), source)
-    entry = {"symbol": "k", "group": [threads, 1, 1], "buffers": [[n, a.itemsize, True] for n, a in zip(names, arrays, strict=True)], "waits": waits, "nodes": ["n1"]}
+    entry = {
+        "symbol": "k",
+        "group": [threads, 1, 1],
+        "buffers": [[n, a.itemsize, True] for n, a in zip(names, arrays, strict=True)],
+        "waits": waits,
+        "nodes": ["n1"],
+    }
     memory = [device.allocate(a.nbytes) for a in arrays]
     for m, a in zip(memory, arrays, strict=True):
         device.upload(m, 0, a)
@@ -150,7 +168,9 @@ def test_race_between_blocks() -> None:
 
 
 def test_divergent_barriers() -> None:
-    with pytest.raises(KernelError, match=r"divergent barrier: 5 of 8 threads wait at it, 3 have ended: if \(threadIdx.x < 5\) __syncthreads"):
+    with pytest.raises(
+        KernelError, match=r"divergent barrier: 5 of 8 threads wait at it, 3 have ended: if \(threadIdx.x < 5\) __syncthreads"
+    ):
         launch("if (threadIdx.x < 5) __syncthreads();", 8, np.zeros(1, np.int32))
     with pytest.raises(KernelError, match="divergent barrier: 8 of 8 threads wait at several"):
         launch("if (threadIdx.x < 5) __syncthreads();\nelse __syncthreads();", 8, np.zeros(1, np.int32))
@@ -163,7 +183,10 @@ def test_divergent_barriers() -> None:
     [
         ("a[threadIdx.x * 2] = 1;", r"index 8 is outside of a, which has 8 elements \(block 0,0,0 thread 4,0,0\)"),
         ("a[(int)threadIdx.x - 3] = 1;", "index -3 is outside of a"),
-        ("__shared__ int s[4]; s[threadIdx.x] = 1; a[0] = s[0];", r"index 4 is outside of an array of type 'int ?\[4\]': __shared__ int s"),
+        (
+            "__shared__ int s[4]; s[threadIdx.x] = 1; a[0] = s[0];",
+            r"index 4 is outside of an array of type 'int ?\[4\]': __shared__ int s",
+        ),
         ("int v[3]; v[threadIdx.x] = 1; a[0] = v[0];", r"index 3 is outside of an array of type 'int ?\[3\]'"),
     ],
 )
@@ -175,7 +198,9 @@ def test_outside_of_a_buffer(text: str, message: str) -> None:
 def test_warps() -> None:
     """Two exchanges in a row, threads in both orders, two warps and a half that is none: values never overtake each other."""
     a = np.arange(64, dtype=np.int32)
-    launch("int x = a[threadIdx.x]; for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(0xffffffffu, x, k); a[threadIdx.x] = x;", 64, a)
+    launch(
+        "int x = a[threadIdx.x]; for (int k = 16; k; k >>= 1) x += __shfl_xor_sync(0xffffffffu, x, k); a[threadIdx.x] = x;", 64, a
+    )
     np.testing.assert_array_equal(a, np.repeat([np.arange(32).sum(), np.arange(32, 64).sum()], 32))
 
 

@@ -1,4 +1,5 @@
-"""Matrix instructions (``mma.sync``, ``ldmatrix``): products of 16-bit floats on the emulator, which has PTX's fragments; what the compiler makes of them."""
+"""Matrix instructions (``mma.sync``, ``ldmatrix``): products of 16-bit floats on the emulator, which has PTX's fragments; what
+the compiler makes of them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ Array = np.ndarray[Any, Any]
 KINDS = {"f16": (np.dtype(np.float16), T.FLOAT16), "bf16": (np.dtype(ml_dtypes.bfloat16), T.BFLOAT16)}
 
 
-def product(kind: str, m: int, k: int, n: int, batch: int = 0, transposed: bool = False, constant: bool = True, rows: int | str = "m") -> tuple[Any, dict[str, Array], Array]:
+def product(
+    kind: str, m: int, k: int, n: int, batch: int = 0, transposed: bool = False, constant: bool = True, rows: int | str = "m"
+) -> tuple[Any, dict[str, Array], Array]:
     """A model ``y = x @ w``, feeds, and the sums in f32."""
     d, t = KINDS[kind]
     rng = np.random.default_rng(m + k + n)
@@ -33,10 +36,18 @@ def product(kind: str, m: int, k: int, n: int, batch: int = 0, transposed: bool 
     x, w = rng.standard_normal((*lead, m, k)).astype(d), rng.standard_normal((n, k) if transposed else (k, n)).astype(d)
     nodes = [h.make_node("Transpose", ["w"], ["wt"], perm=[1, 0])] if transposed else []
     nodes.append(h.make_node("MatMul", ["x", "wt" if transposed else "w"], ["y"]))
-    ins = [h.make_tensor_value_info("x", t, [*lead, rows, k])] + ([] if constant else [h.make_tensor_value_info("w", t, list(w.shape))])
-    g = h.make_graph(nodes, "g", ins, [h.make_tensor_value_info("y", t, None)], [numpy_helper.from_array(w, "w")] if constant else [])
+    ins = [h.make_tensor_value_info("x", t, [*lead, rows, k])] + (
+        [] if constant else [h.make_tensor_value_info("w", t, list(w.shape))]
+    )
+    g = h.make_graph(
+        nodes, "g", ins, [h.make_tensor_value_info("y", t, None)], [numpy_helper.from_array(w, "w")] if constant else []
+    )
     feeds = {"x": x} if constant else {"x": x, "w": w}
-    return h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), feeds, x.astype(np.float32) @ (w.T if transposed else w).astype(np.float32)
+    return (
+        h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10),
+        feeds,
+        x.astype(np.float32) @ (w.T if transposed else w).astype(np.float32),
+    )
 
 
 CASES = {
@@ -77,9 +88,16 @@ def test_convolution() -> None:
         [h.make_tensor_value_info("y", T.FLOAT16, None)], [numpy_helper.from_array(w, "w")],
     )  # fmt: skip
     m = luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), target="cuda:emulate")
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x.astype(np.float32), ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), axis=(2, 3))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(x.astype(np.float32), ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), axis=(2, 3)
+    )
     assert isinstance(m, CudaModule) and "matrix_f16<" in m.source
-    np.testing.assert_allclose(m.run({"x": x})["y"].astype(np.float32), np.einsum("nchwij,ocij->nohw", windows, w.astype(np.float32)), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        m.run({"x": x})["y"].astype(np.float32),
+        np.einsum("nchwij,ocij->nohw", windows, w.astype(np.float32)),
+        rtol=2e-3,
+        atol=2e-3,
+    )
 
 
 def test_rows_of_a_tile_lie_in_different_banks() -> None:
@@ -95,7 +113,7 @@ def test_rows_of_a_tile_lie_in_different_banks() -> None:
 
 def _pitches(f: Any) -> list[Any]:
     from luthier.ir.loop import Call, walk_stmts
-    from luthier.ir.matrix import MMA
+    from luthier.passes.gpu.use_matrix import MMA
 
     return [e for s in walk_stmts(f.body) if isinstance(s, Call) and s.callee in MMA.values() for e in (s.args[4], s.args[7])]
 

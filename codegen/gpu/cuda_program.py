@@ -1,7 +1,7 @@
 """A Program for CUDA: C++ for its kernels, and its main as plain data (:mod:`luthier.codegen.gpu.host_program`).
 
-An argument whose place in its buffer is not a multiple of 16 bytes is given as its memory, and its kernel gets the offset as a scalar, so that
-whole vectors stay aligned. The size of what a dispatch is given counts elements of the kernel's parameter.
+An argument whose place in its buffer is not a multiple of 16 bytes is given as its memory, and its kernel gets the offset as a
+scalar, so that whole vectors stay aligned. The size of what a dispatch is given counts elements of the kernel's parameter.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from luthier.passes.gpu.offset_buffers import offset_buffers, offset_scalars
 
 @dataclass(slots=True)
 class CudaProgram(HostProgram):
-    """``kernels``: by symbol. A pipeline is ``symbol``, ``group`` (threads in x, y, z), ``buffers`` (name, bytes of an element and whether it is written), ``scalars``
-    (types), ``waits`` (whether its threads wait for each other), ``nodes``."""
+    """``kernels``: by symbol. A pipeline is ``symbol``, ``group`` (threads in x, y, z), ``buffers`` (name, bytes of an element
+    and whether it is written), ``scalars`` (types), ``waits`` (whether its threads wait for each other), ``nodes``."""
 
     kernels: dict[str, CudaKernel] = field(default_factory=dict)
 
@@ -44,7 +44,9 @@ class CudaBuilder(HostBuilder):
 
     def dispatch(self, s: Call, number: int, out: list[Any]) -> None:
         f = self.p.kernels[s.callee]
-        env: dict[Expr, Expr] = {q: a for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Expr) and isinstance(a, Expr)}
+        env: dict[Expr, Expr] = {
+            q: a for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Expr) and isinstance(a, Expr)
+        }
         args = {q.name: self.argument(q, a, f, env) for q, a in zip(f.params, s.args, strict=True) if isinstance(q, Buffer)}
         places = {n: start_of(x, x.offset + x.base) for n, x in args.items() if not multiple(x.offset + x.base, ALIGN)}
         names, units = tuple(places), {n: u for n, (_, u) in places.items()}
@@ -81,4 +83,11 @@ class CudaBuilder(HostBuilder):
 def pipeline_of(k: CudaKernel, nodes: list[str]) -> dict[str, Any]:
     """What a device must know to launch a kernel."""
     buffers = [[b.name, b.dtype.bits * b.dtype.lanes // 8, b.writable] for b in k.buffers]
-    return {"symbol": k.symbol, "group": list(k.group), "buffers": buffers, "scalars": [v.dtype.name for v in k.scalars], "waits": k.waits, "nodes": nodes}
+    return {
+        "symbol": k.symbol,
+        "group": list(k.group),
+        "buffers": buffers,
+        "scalars": [v.dtype.name for v in k.scalars],
+        "waits": k.waits,
+        "nodes": nodes,
+    }

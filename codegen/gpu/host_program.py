@@ -1,12 +1,13 @@
 """A Program's main as plain data for a host to run, and what it needs to know of kernels: what all GPU targets share.
 
-Every slot of the memory plan is a buffer of its own; constants share one or a few large ones. Buffers that main itself reads are mirrored on
-the host as far as only main writes them; any other read of a buffer is a crossing.
+Every slot of the memory plan is a buffer of its own; constants share one or a few large ones. Buffers that main itself reads are
+mirrored on the host as far as only main writes them; any other read of a buffer is a crossing.
 
-Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipeline [[memory, offset, size]..] [scalar..] x y z call``;
-``write memory offset dtype [value..]``; ``mirror k index value``; ``copy memory offset memory offset bytes``; ``check got want what``;
-``rounds n what``, before a dispatch whose threads may go through more rounds of loops than some devices run;
-``if cond then else``; ``while cond body``; ``output j memory offset [extent..]``. A memory is ``["in", j]``, ``["w", k]`` or ``["b", k]``.
+Host statements (lists): ``let name expr``; ``buffer k bytes``; ``dispatch pipeline [[memory, offset, size]..] [scalar..] x y z
+call``; ``write memory offset dtype [value..]``; ``mirror k index value``; ``copy memory offset memory offset bytes``; ``check got
+want what``; ``rounds n what``, before a dispatch whose threads may go through more rounds of loops than some devices run;
+``if cond then else``; ``while cond body``; ``output j memory offset [extent..]``. A memory is ``["in", j]``, ``["w", k]`` or
+``["b", k]``.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ SMALL = 64 << 10  # bytes up to which a constant counts as small
 
 @dataclass(slots=True)
 class HostProgram:
-    """``pipelines``: what a dispatch launches, as the target's builder says; ``weights``: [offset, bytes] of the blob for each buffer of
-    constants; ``narrow``: inputs of 64-bit integers that must fit 32; ``within``: [input, low, high, what] of inputs whose elements are
-    indices; ``fixed``: the same launches for the same shapes; ``body``: host statements; ``blob``: all constants, flat ``uint8``; ``calls``: the
-    kernel of each dispatch in the program; ``mirrors``: how many buffers are mirrored on the host; ``crossings``: what main reads back."""
+    """``pipelines``: what a dispatch launches, as the target's builder says; ``weights``: [offset, bytes] of the blob for each
+    buffer of constants; ``narrow``: inputs of 64-bit integers that must fit 32; ``within``: [input, low, high, what] of inputs
+    whose elements are indices; ``fixed``: the same launches for the same shapes; ``body``: host statements; ``blob``: all
+    constants, flat ``uint8``; ``calls``: the kernel of each dispatch in the program; ``mirrors``: how many buffers are mirrored
+    on the host; ``crossings``: what main reads back."""
 
     pipelines: list[dict[str, Any]] = field(default_factory=list)
     weights: list[list[int]] = field(default_factory=list)
@@ -64,8 +66,8 @@ class Argument:
 
 
 class HostBuilder:
-    """``align``: bytes from a multiple of which an argument may start without its kernel being told; ``binding``: the most bytes of a buffer
-    of constants. A subclass says how a call becomes a ``dispatch``."""
+    """``align``: bytes from a multiple of which an argument may start without its kernel being told; ``binding``: the most bytes
+    of a buffer of constants. A subclass says how a call becomes a ``dispatch``."""
 
     align: ClassVar[int]
     binding: ClassVar[int]
@@ -153,7 +155,9 @@ class HostBuilder:
         dtypes = {self.root(b)[0]: b.dtype for s in walk_stmts(self.p.body) for b in touched(s)}
         parts: list[np.ndarray[Any, Any]] = []
         at = 0
-        order = sorted(self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL)  # small ones side by side: one binding may hold several
+        order = sorted(
+            self.p.constants.items(), key=lambda c: c[1].nbytes > SMALL
+        )  # small ones side by side: one binding may hold several
         for name, a in order:
             d = dtypes.get(name)
             if d is None:
@@ -293,8 +297,12 @@ class HostBuilder:
             bodies: list[list[Any]] = [[] for _ in children(s)]
             for body, c in zip(bodies, children(s), strict=True):
                 self.stmt(c, body)
-            out += [["buffer", k, 0] for k, _ in waiting if not any(k == j for j, _ in self.pending)]  # no round, no branch: they are empty
-            out.append(["while", cond, *bodies] if isinstance(s, While) else ["if", cond, *bodies, *([[]] if s.orelse is None else [])])
+            out += [
+                ["buffer", k, 0] for k, _ in waiting if not any(k == j for j, _ in self.pending)
+            ]  # no round, no branch: they are empty
+            out.append(
+                ["while", cond, *bodies] if isinstance(s, While) else ["if", cond, *bodies, *([[]] if s.orelse is None else [])]
+            )
         elif isinstance(s, Call):
             if s.callee == "lt.check":
                 out.append(["check", self.expr(s.args[0]), self.expr(s.args[1]), str(dict(s.attrs).get("what", "an extent"))])
@@ -307,7 +315,8 @@ class HostBuilder:
         return 1
 
     def stores(self, stmts: Sequence[Stmt], k: int, out: list[Any]) -> int:
-        """Scalars that main writes: neighbours in one buffer become one copy to the device. Returns how many statements it took."""
+        """Scalars that main writes: neighbours in one buffer become one copy to the device. Returns how many statements it
+        took."""
         first = stmts[k]
         if not isinstance(first, Store):
             return 0
@@ -345,7 +354,8 @@ class HostBuilder:
             return True
         return any(
             self.root(a if isinstance(a, Buffer) else a[0])[0] == root
-            for s in walk_stmts(self.p.body) if isinstance(s, Call) and s.callee in self.p.kernels for a in s.args if not isinstance(a, Expr)
+            for s in walk_stmts(self.p.body) if isinstance(s, Call) and s.callee in self.p.kernels
+            for a in s.args if not isinstance(a, Expr)
         )  # fmt: skip
 
     # ------------------------------------------------------------ kernels
@@ -358,6 +368,7 @@ class HostBuilder:
             self.dispatch(s, number, out)
         except LuthierError as e:
             raise e.at(node=", ".join(self.p.nodes.get(number, ())) or None) from None
+
     def dispatch(self, s: Call, number: int, out: list[Any]) -> None:
         raise NotImplementedError
 
@@ -371,7 +382,8 @@ class HostBuilder:
 
 
 def start_of(x: Argument, start: Expr) -> tuple[Expr, int]:
-    """The place ``start`` (bytes) of an argument in what is bound: (how many units, elements of a unit), so that an aligned start is known to be one."""
+    """The place ``start`` (bytes) of an argument in what is bound: (how many units, elements of a unit), so that an aligned start
+    is known to be one."""
     bits = x.param.dtype.bits
     unit = 128 // bits if multiple(start, 16) else 1
     return floordiv(start * 8, const(bits * unit)), unit

@@ -30,8 +30,8 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """``cubin``: machine code (ELF); ``ptx``: the same for architectures to come; ``registers``: of a thread; ``stack``, ``spills``: bytes of a thread in
-    memory, and of them those stored because registers ran out; ``shared``: bytes of a block."""
+    """``cubin``: machine code (ELF); ``ptx``: the same for architectures to come; ``registers``: of a thread; ``stack``,
+    ``spills``: bytes of a thread in memory, and of them those stored because registers ran out; ``shared``: bytes of a block."""
 
     cubin: bytes
     ptx: bytes
@@ -82,8 +82,12 @@ def compile_kernel(source: str, arch: str = "sm_90", name: str = "kernel.cu", op
             return sum(map(int, re.findall(pattern, log)))
 
         return Compiled(
-            _take(lib, prog, "CUBIN"), _take(lib, prog, "PTX").rstrip(b"\0"), number(r"Used (\d+) registers"), number(r"(\d+) bytes stack frame"),
-            number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes smem"),
+            _take(lib, prog, "CUBIN"),
+            _take(lib, prog, "PTX").rstrip(b"\0"),
+            number(r"Used (\d+) registers"),
+            number(r"(\d+) bytes stack frame"),
+            number(r"(\d+) bytes spill stores"),
+            number(r"(\d+) bytes smem"),
         )
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(prog))
@@ -98,8 +102,14 @@ def compile_kernels(sources: Sequence[str], arch: str, cache: Cache) -> list[Com
         hit = cache.get(key)
         if hit is None:
             c = compile_kernel(source, arch)
-            if c.spills:  # the assembler aims at several blocks a processor: it need not where a thread's values have no room then
-                c = min(c, compile_kernel(re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", source), arch), key=lambda c: c.spills)
+            if (
+                c.spills
+            ):  # the assembler aims at several blocks a processor: it need not where a thread's values have no room then
+                c = min(
+                    c,
+                    compile_kernel(re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", source), arch),
+                    key=lambda c: c.spills,
+                )
             numbers = json.dumps([len(c.cubin), c.registers, c.stack, c.spills, c.shared]).encode()
             cache.put(key, numbers + b"\n" + c.cubin + c.ptx)
             return c

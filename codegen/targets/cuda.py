@@ -1,4 +1,5 @@
-"""CUDA: kernels in C++, compiled by NVRTC for an architecture, or by a host compiler that runs them thread by thread (``cuda:emulate``)."""
+"""CUDA: kernels in C++, compiled by NVRTC for an architecture, or by a host compiler that runs them thread by thread
+(``cuda:emulate``)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ ALIGN = 16  # bytes of the widest access: an argument that starts elsewhere is g
 
 # 48 KB of shared memory a block are what a kernel has without asking for more
 CAPS = Capabilities(
-    vector_bits=32, registers=128, features=frozenset({"fma", "mma"}), l1=128 << 10, l2=4 << 20, l3=40 << 20, gpu=True, max_threads_per_block=256,
+    vector_bits=32, registers=128, features=frozenset({"fma", "mma"}), l1=128 << 10, l2=4 << 20, l3=40 << 20, gpu=True,
+    max_threads_per_block=256,
     shared_bytes=48 << 10, index_bits=64, merge_siblings=True, printer="cuda",
 )  # fmt: skip
 

@@ -27,7 +27,8 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
     info = manifest(program, target, g.calls, int(g.blob.size), g.defaults)
     kernels = list(g.kernels.values())
     host = {
-        "pipelines": g.pipelines, "weights": g.weights, "narrow": g.narrow, "within": g.within, "mirrors": g.mirrors, "body": g.body,
+        "pipelines": g.pipelines, "weights": g.weights, "narrow": g.narrow, "within": g.within, "mirrors": g.mirrors,
+        "body": g.body,
         "output_bits": [DTYPES[o["code"]][1] for o in info["outputs"]],
     }  # fmt: skip
     if target.cpu == EMULATE:
@@ -38,7 +39,8 @@ def build_module(program: Program, target: Target, threads: int | None = None) -
         made = compile_kernels([k.source for k in kernels], target.cpu, ObjectCache())
         code, host["images"] = pack({k.symbol: c for k, c in zip(kernels, made, strict=True)})
         info["resources"] = {
-            k.symbol: {"registers": c.registers, "stack": c.stack, "spills": c.spills, "shared": c.shared} for k, c in zip(kernels, made, strict=True)
+            k.symbol: {"registers": c.registers, "stack": c.stack, "spills": c.spills, "shared": c.shared}
+            for k, c in zip(kernels, made, strict=True)
         }  # fmt: skip
     if settings.dump.get() is not None:
         for k in kernels:

@@ -28,7 +28,9 @@ class Device(Protocol):
 
     def download(self, src: Any, offset: int, n: int) -> bytes: ...
 
-    def launch(self, p: Mapping[str, Any], bound: Sequence[tuple[Any, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]) -> None:
+    def launch(
+        self, p: Mapping[str, Any], bound: Sequence[tuple[Any, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]
+    ) -> None:
         """Pipeline ``p`` on ``bound``: (memory, byte, elements) of each buffer. Raises KernelError."""
 
     def wait(self) -> None:
@@ -64,8 +66,8 @@ class Runner:
         return times
 
     def run(self, arrays: Sequence[Array], raw: Sequence[Array]) -> list[tuple[tuple[int, ...], bytes]]:
-        """``arrays``: the inputs with their shapes; ``raw``: their bytes. Returns (shape, bytes) of every output. Raises OutOfMemoryError,
-        InputError, KernelError."""
+        """``arrays``: the inputs with their shapes; ``raw``: their bytes. Returns (shape, bytes) of every output. Raises
+        OutOfMemoryError, InputError, KernelError."""
         for k, (start, size) in enumerate(self.host["weights"]):
             if ("w", k) not in self.memory:
                 self.device.upload(self.buffer(("w", k), size), 0, np.ascontiguousarray(self.blob[start : start + size]))
@@ -117,7 +119,10 @@ class _Run(HostRun):
         places = [(self.memory(m), int(self.value(o)), int(self.value(n))) for m, o, n in bound]
         for ((kind, k), _, _), (_, at, count), (name, width, _) in zip(bound, places, entry["buffers"], strict=True):
             if at + count * width > self.r.memory[kind, k][1]:
-                raise KernelError(f"dispatch {call} is given bytes {at} to {at + count * width} for {name}, of a buffer of {self.r.memory[kind, k][1]}")
+                raise KernelError(
+                    f"dispatch {call} is given bytes {at} to {at + count * width} for {name}, "
+                    f"of a buffer of {self.r.memory[kind, k][1]}"
+                )
         words = [element(self.value(v), {"index": "i64"}.get(d, d)) for v, d in zip(scalars, entry["scalars"], strict=True)]
         start = time.perf_counter()
         self.r.device.launch(entry, places, words, grid)

@@ -1,4 +1,5 @@
-"""A GPU through CUDA's driver API, by ctypes: memory, kernels, launches. Needs neither ``onnx`` nor ``luthier.ir``, nor any package of NVIDIA's."""
+"""A GPU through CUDA's driver API, by ctypes: memory, kernels, launches. Needs neither ``onnx`` nor ``luthier.ir``, nor any
+package of NVIDIA's."""
 
 from __future__ import annotations
 
@@ -28,14 +29,18 @@ def driver() -> Any:
         except OSError:
             continue
     else:
-        raise TargetError("running CUDA modules needs NVIDIA's driver", hint="install it, or compile for cuda:emulate, which needs no GPU")
+        raise TargetError(
+            "running CUDA modules needs NVIDIA's driver", hint="install it, or compile for cuda:emulate, which needs no GPU"
+        )
     rc = lib.cuInit(0)
     count = ctypes.c_int()
     if rc == 0:
         rc = lib.cuDeviceGetCount(ctypes.byref(count))
     if rc or not count.value:
         why = message(lib, rc) if rc else "it finds no GPU"
-        raise TargetError(f"NVIDIA's driver is there, but cannot be used: {why}", hint="compile for cuda:emulate, which needs no GPU")
+        raise TargetError(
+            f"NVIDIA's driver is there, but cannot be used: {why}", hint="compile for cuda:emulate, which needs no GPU"
+        )
     return lib
 
 
@@ -63,8 +68,8 @@ class Memory:
 
 
 class Gpu:
-    """The first device, for :class:`luthier.backends.cuda_device.Runner`. ``images``: {symbol: cubin}; ``ptx``: {symbol: text} for architectures that
-    no cubin is for; ``arch``: what the cubins are for. Raises TargetError, ArtifactError."""
+    """The first device, for :class:`luthier.backends.cuda_device.Runner`. ``images``: {symbol: cubin}; ``ptx``: {symbol: text}
+    for architectures that no cubin is for; ``arch``: what the cubins are for. Raises TargetError, ArtifactError."""
 
     def __init__(self, images: Mapping[str, bytes], ptx: Mapping[str, bytes], arch: str) -> None:
         self.lib = lib = driver()
@@ -91,7 +96,12 @@ class Gpu:
             raise OutOfMemoryError(f"the GPU has no memory for {what}: {text}", op=op, node=node, hint="use smaller inputs")
         if rc in DEAD:
             self.dead = text
-            raise KernelError(f"{what}: {text}; the GPU's context is lost", op=op, node=node, hint="start the process again; cuda:emulate says which access it was")
+            raise KernelError(
+                f"{what}: {text}; the GPU's context is lost",
+                op=op,
+                node=node,
+                hint="start the process again; cuda:emulate says which access it was",
+            )
         raise KernelError(f"{what}: {text}", op=op, node=node)
 
     def function(self, symbol: str) -> Any:
@@ -105,7 +115,8 @@ class Gpu:
             rc = self.lib.cuModuleLoadData(ctypes.byref(module), self.ptx[symbol] + b"\0")
         if rc in (NO_BINARY, BAD_IMAGE, BAD_PTX, NEW_PTX):
             raise ArtifactError(
-                f"kernel {symbol} is for {self.arch}, this GPU is sm_{self.capability[0]}{self.capability[1]}: {message(self.lib, rc)}",
+                f"kernel {symbol} is for {self.arch}, this GPU is sm_{self.capability[0]}{self.capability[1]}: "
+                f"{message(self.lib, rc)}",
                 hint="compile for this architecture, or update NVIDIA's driver",
             )
         self.check(rc, f"loading kernel {symbol}")
@@ -127,7 +138,10 @@ class Gpu:
         raw = np.frombuffer(data, np.uint8)
         if raw.size:
             self.current()
-            self.check(self.lib.cuMemcpyHtoD_v2(to.at(offset), ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.size)), "a copy to the GPU")
+            self.check(
+                self.lib.cuMemcpyHtoD_v2(to.at(offset), ctypes.c_void_p(raw.ctypes.data), ctypes.c_size_t(raw.size)),
+                "a copy to the GPU",
+            )
 
     def copy(self, src: Memory, so: int, dst: Memory, do: int, n: int) -> None:
         if n:
@@ -141,7 +155,9 @@ class Gpu:
             self.check(self.lib.cuMemcpyDtoH_v2(out, src.at(offset), ctypes.c_size_t(n)), "a copy from the GPU")
         return out.raw[:n]
 
-    def launch(self, p: Mapping[str, Any], bound: Sequence[tuple[Memory, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]) -> None:
+    def launch(
+        self, p: Mapping[str, Any], bound: Sequence[tuple[Memory, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]
+    ) -> None:
         """As the emulator's; errors of the kernel itself show in what is called next."""
         values = [m.at(at) for m, at, _ in bound] + [ctypes.create_string_buffer(s, 8) for s in scalars]
         params = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(v) for v in values))
@@ -150,7 +166,9 @@ class Gpu:
             f = self.function(p["symbol"])
         except LuthierError as e:
             raise e.at(node=node) from None
-        self.check(self.lib.cuLaunchKernel(f, *grid, *p["group"], 0, None, params, None), f"launching {p['symbol']}", p["symbol"], node)
+        self.check(
+            self.lib.cuLaunchKernel(f, *grid, *p["group"], 0, None, params, None), f"launching {p['symbol']}", p["symbol"], node
+        )
 
     def wait(self) -> None:
         """Until all launches are over."""

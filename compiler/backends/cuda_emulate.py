@@ -1,6 +1,7 @@
-"""CUDA kernels on this machine's processor: their text is compiled as it stands behind ``cuda_builtins.h``, and ``cuda_emulate.cpp`` runs threads
-as fibers. Every launch runs twice, threads and blocks forwards and backwards: outputs that differ are a race (``LUTHIER_CUDA_CHECKS=orders``, the
-default); ``races`` looks at every access instead, and finds what makes no difference by chance. Needs neither ``onnx`` nor ``luthier.ir``."""
+"""CUDA kernels on this machine's processor: their text is compiled as it stands behind ``cuda_builtins.h``, and
+``cuda_emulate.cpp`` runs threads as fibers. Every launch runs twice, threads and blocks forwards and backwards: outputs that
+differ are a race (``LUTHIER_CUDA_CHECKS=orders``, the default); ``races`` looks at every access instead, and finds what makes no
+difference by chance. Needs neither ``onnx`` nor ``luthier.ir``."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def _runtime(name: str) -> str:
 
 
 def build(source: str, checks: Sequence[str] = CHECKS) -> bytes:
-    """A shared library of C++ ``source`` behind the header, from the cache where it is there. Raises CompilationError with the compiler's words."""
+    """A shared library of C++ ``source`` behind the header, from the cache where it is there. Raises CompilationError with the
+    compiler's words."""
     header = _runtime("cuda_builtins.h")
     flags = (*FLAGS, *checks)
     key = hashlib.sha256("\0".join([compiler(), os.uname().machine, *flags, header, source]).encode()).hexdigest()
@@ -120,8 +122,11 @@ class Emulator:
     def download(self, src: Array, offset: int, n: int) -> bytes:
         return src[offset : offset + n].tobytes()
 
-    def launch(self, p: Mapping[str, Any], bound: Sequence[tuple[Array, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]) -> None:
-        """``bound``: (memory, byte, elements) of each buffer. Raises KernelError for a race, a divergent barrier, an index out of bounds."""
+    def launch(
+        self, p: Mapping[str, Any], bound: Sequence[tuple[Array, int, int]], scalars: Sequence[bytes], grid: tuple[int, int, int]
+    ) -> None:
+        """``bound``: (memory, byte, elements) of each buffer. Raises KernelError for a race, a divergent barrier, an index out of
+        bounds."""
         args = (_Argument * (len(bound) + len(scalars)))()
         written = []
         for k, ((memory, at, count), (name, width, writes)) in enumerate(zip(bound, p["buffers"], strict=True)):
@@ -144,8 +149,11 @@ class Emulator:
             if len(differ):
                 many = len(np.unique(differ // width))
                 raise KernelError(
-                    f"race: {many} of {m.size // width} elements of {name} depend on the order of threads, the first is {differ[0] // width}",
-                    op=p["symbol"], node=", ".join(p["nodes"]) or None, hint="a barrier is missing",
+                    f"race: {many} of {m.size // width} elements of {name} depend on the order of threads, "
+                    f"the first is {differ[0] // width}",
+                    op=p["symbol"],
+                    node=", ".join(p["nodes"]) or None,
+                    hint="a barrier is missing",
                 )
 
     def wait(self) -> None:
@@ -156,7 +164,15 @@ class Emulator:
         message = ctypes.create_string_buffer(512)
         assert self.library is not None
         with _lock:
-            failed = self.launcher(getattr(self.library, f"call_{p['symbol']}"), self.library.lt_bind, args, dims, int(p["waits"]), int(back), message)
+            failed = self.launcher(
+                getattr(self.library, f"call_{p['symbol']}"),
+                self.library.lt_bind,
+                args,
+                dims,
+                int(p["waits"]),
+                int(back),
+                message,
+            )
         if failed:
             text, _, line = message.value.decode(errors="replace").partition("\tline ")
             number, _, where = line.partition(" ")

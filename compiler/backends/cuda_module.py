@@ -22,10 +22,12 @@ FILES = ("host.json", "kernels.cu", "kernels.bin", "weights.bin")
 
 
 class CudaModule(HostModule):
-    """``source``: the text of all kernels; ``code``: what was made of it, for the emulator a shared library, else what ``host["images"]`` tells
-    apart; ``blob``: all constants."""
+    """``source``: the text of all kernels; ``code``: what was made of it, for the emulator a shared library, else what
+    ``host["images"]`` tells apart; ``blob``: all constants."""
 
-    def __init__(self, manifest: dict[str, Any], host: dict[str, Any], source: str, code: bytes, blob: Array, threads: int | None = None) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], host: dict[str, Any], source: str, code: bytes, blob: Array, threads: int | None = None
+    ) -> None:
         super().__init__(manifest, host, blob, threads)
         self.source, self.code = source, code
         self._runner: Runner | None = None
@@ -51,7 +53,9 @@ class CudaModule(HostModule):
     def write_files(self, folder: Path, shard_mb: float | None = None) -> tuple[str, ...]:
         """``host.json``: main as data; ``kernels.cu``: texts; ``kernels.bin``: code; ``weights.bin``: constants."""
         if shard_mb is not None:
-            raise ArtifactError(f"an artifact for {self.manifest['target']['name']} has no shards", hint="leave the shard size out")
+            raise ArtifactError(
+                f"an artifact for {self.manifest['target']['name']} has no shards", hint="leave the shard size out"
+            )
         (folder / "host.json").write_text(json.dumps(self.host), encoding="utf-8")
         (folder / "kernels.cu").write_text(self.source, encoding="utf-8")
         (folder / "kernels.bin").write_bytes(self.code)
@@ -64,4 +68,6 @@ def load_module(path: Path, manifest: dict[str, Any], threads: int | None) -> Mo
     check_files(path, manifest, FILES)
     host = json.loads((path / "host.json").read_text(encoding="utf-8"))
     weights = np.fromfile(path / "weights.bin", np.uint8)
-    return CudaModule(manifest, host, (path / "kernels.cu").read_text(encoding="utf-8"), (path / "kernels.bin").read_bytes(), weights, threads)
+    return CudaModule(
+        manifest, host, (path / "kernels.cu").read_text(encoding="utf-8"), (path / "kernels.bin").read_bytes(), weights, threads
+    )

@@ -1,4 +1,5 @@
-"""A Module whose main a host runs (:mod:`luthier.backends.host_run`): what all devices share. Imports neither ``onnx`` nor ``luthier.ir``."""
+"""A Module whose main a host runs (:mod:`luthier.backends.host_run`): what all devices share. Imports neither ``onnx`` nor
+``luthier.ir``."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Runner(Protocol):
     counters: Counters
 
     def run(self, arrays: Sequence[Array], raw: Sequence[Array]) -> list[tuple[tuple[int, ...], bytes]]:
-        """``arrays``: the inputs with their shapes; ``raw``: their bytes as the device wants them. Returns (shape, bytes) of every output."""
+        """``arrays``: the inputs with their shapes; ``raw``: their bytes as the device wants them. Returns (shape, bytes) of
+        every output."""
 
     def timed(self, arrays: Sequence[Array], raw: Sequence[Array]) -> dict[int, float]:
         """A run whose dispatches are timed one by one: {call number: ms}."""
@@ -70,11 +72,15 @@ class HostModule(Module):
             if type(a) is not np.ndarray or a.dtype != p.dtype or not a.flags.c_contiguous:
                 a = convert(a, p)
             if a.ndim != p.rank:
-                raise InputError(f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape})
+                raise InputError(
+                    f"input {p.name} has rank {a.ndim}, expected {p.rank}", shapes={"given": a.shape, "expected": p.shape}
+                )
             if j in self.host["narrow"] and a.size:
                 lo, hi = (-(1 << 31), (1 << 31) - 1) if a.dtype.kind == "i" else (0, (1 << 32) - 1)
                 if int(a.min()) < lo or int(a.max()) > hi:
-                    raise InputError(f"input {p.name} has integers that 32 bits cannot hold; the kernels that read it take 32-bit integers")
+                    raise InputError(
+                        f"input {p.name} has integers that 32 bits cannot hold; the kernels that read it take 32-bit integers"
+                    )
             ins.append(a)
             raw.append(pack_bits(a, p.bits) if p.bits < 8 else a.reshape(-1).view(np.uint8))
         for j, lo, hi, what in within(self.host, ins):

@@ -1,5 +1,5 @@
-"""A host program (:mod:`luthier.codegen.gpu.host_program`) run in Python: its statements and values, whatever the device is. Needs neither
-``onnx`` nor ``luthier.ir``."""
+"""A host program (:mod:`luthier.codegen.gpu.host_program`) run in Python: its statements and values, whatever the device is.
+Needs neither ``onnx`` nor ``luthier.ir``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from luthier.errors import InputError, KernelError
 
 MAX_ROUNDS = 1_000_000
 FORMATS = {
-    "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q", "f16": "e", "f32": "f", "f64": "d",
+    "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q",
+    "f16": "e", "f32": "f", "f64": "d",
 }  # fmt: skip
 
 
@@ -30,8 +31,8 @@ class Counters:
 
 
 class HostRun:
-    """One run of ``host`` for ``arrays``. A subclass has the statements that touch a device: ``do_buffer``, ``do_write``, ``do_copy``,
-    ``do_rounds``, ``do_output``, ``do_dispatch``, and ``memory`` and ``read``."""
+    """One run of ``host`` for ``arrays``. A subclass has the statements that touch a device: ``do_buffer``, ``do_write``,
+    ``do_copy``, ``do_rounds``, ``do_output``, ``do_dispatch``, and ``memory`` and ``read``."""
 
     def __init__(self, host: Mapping[str, Any], arrays: Sequence[np.ndarray[Any, Any]]) -> None:
         self.host, self.arrays = host, arrays
@@ -106,12 +107,14 @@ class HostRun:
 
 
 def within(host: Mapping[str, Any], arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, list[int], list[int], str]]:
-    """(number of an input, least, greatest elements that it may hold, what they are) for these inputs; one pair, or one for each place
-    along the last axis."""
+    """(number of an input, least, greatest elements that it may hold, what they are) for these inputs; one pair, or one for each
+    place along the last axis."""
     if not host.get("within"):
         return []
     one = HostRun(host, arrays)
-    return [(j, [int(one.value(e)) for e in low], [int(one.value(e)) for e in high], what) for j, low, high, what in host["within"]]
+    return [
+        (j, [int(one.value(e)) for e in low], [int(one.value(e)) for e in high], what) for j, low, high, what in host["within"]
+    ]
 
 
 def element(v: Any, dtype: str) -> bytes:
@@ -151,7 +154,8 @@ def _fdiv(a: Any, b: Any) -> Any:
 
 
 OPS: dict[str, Any] = {
-    "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "//": _div, "%": _mod, "trunc/": _tdiv, "trunc%": _trem,
+    "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "//": _div, "%": _mod,
+    "trunc/": _tdiv, "trunc%": _trem,
     "/": _fdiv, "min": lambda a, b: a if a < b else b, "max": lambda a, b: a if a > b else b, "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b, "not": lambda a: not a, "neg": lambda a: -a,
     "abs": abs, "floor": math.floor, "ceil": math.ceil, "int": int, "bool": bool,

@@ -1,9 +1,10 @@
 """clamp_loads: threads behind the last row read nothing outside of a buffer.
 
-Such threads compute with the last row's data and store nothing. What they hold of a staged tensor stands at their own place, which the clamped
-row's index misses; and what only masked stores need has no clamp. Before: ``alloc m: f32[1] local: .. let v = m[min(t, 2) - t]; Y[t] = v + b[t] if t < n``.
-After: ``let v = m[0]; Y[t] = v + b[min(t, n - 1)] if t < n``. Indices that are known to be inside, and stores, are left alone. Runs on flat
-scalar code, before values that several stores share are named, which takes them from under the mask.
+Such threads compute with the last row's data and store nothing. What they hold of a staged tensor stands at their own place,
+which the clamped row's index misses; and what only masked stores need has no clamp. Before: ``alloc m: f32[1] local: .. let v =
+m[min(t, 2) - t]; Y[t] = v + b[t] if t < n``. After: ``let v = m[0]; Y[t] = v + b[min(t, n - 1)] if t < n``. Indices that are
+known to be inside, and stores, are left alone. Runs on flat scalar code, before values that several stores share are named, which
+takes them from under the mask.
 """
 
 from __future__ import annotations

@@ -3,24 +3,39 @@
 Before (flat; 128 threads: ``mt`` of 32, ``nt`` of 4)::
 
     for ki in 0..32 matrix: for mr in 0..4 unroll: for nr in 0..8 unroll: for nv in 0..2 vectorize:
-      acc[mr * 16 + nr * 2 + nv] += f32(bitcast.f16(A[ki * 128 + mr * 32 + mt])) * f32(bitcast.f16(B[ki * 64 + nr * 8 + nt * 2 + nv]))
+      acc[mr * 16 + nr * 2 + nv] += f32(bitcast.f16(A[ki * 128 + mr * 32 + mt])) * f32(bitcast.f16(B[ki * 64 + nr * 8 + nt * 2 +
+      nv]))
 
 After::
 
     for ki in 0..2 unroll: call mma.m16n8k16.f16(acc, A, ki * 2048 + mt, 32, 128, B, ki * 1024 + nt * 2, 64) mi=2 ni=8
 
-A loop that has not this form becomes serial. :func:`pad_tiles`, before ``flatten``: rows of such tiles are made as long as it takes that eight rows,
-which one instruction loads, lie in different banks of shared memory.
+Products of small matrices that the 32 threads of a warp compute together (CUDA ``mma.sync``) are effects, ``MMA``: {element:
+intrinsic}. What a thread gets is what it would have computed alone::
+
+    for i < 2 mi: for j < 2 ni: for k < 16: acc[i * 2 ni + j] += A[a + i * am + k * ak] * B[b + (j // 2) * 8 + j % 2 + k * bk]
+
+with ``A`` and ``B`` the bits of 16-bit floats, sums in f32, as ``call(acc, A, a, am, ak, B, b, bk)`` with the attributes ``mi``
+and ``ni``. The threads must be so numbered that ``a`` is a warp's own plus ``thread // 4 % 8``, and ``b`` its own plus ``thread %
+4 * 2``.
+
+A loop that has not this form becomes serial. :func:`pad_tiles`, before ``flatten``: rows of such tiles are made as long as it
+takes that eight rows, which one instruction loads, lie in different banks of shared memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
+
+from luthier.ir.dtypes import DType, bf16, f16
 from luthier.ir.expr import Expr, bounds, const, linear, load, load_parts, loads, rewrite_loads, substitute
+from luthier.ir.intrin import register
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, map_children, map_exprs, stmts_of, walk_stmts
-from luthier.ir.matrix import MMA
 
+MMA = {f16: "mma.m16n8k16.f16", bf16: "mma.m16n8k16.bf16"}
 BANKS = 8  # elements that a row of an instruction's operand takes: 16 bytes, of 128 that all banks give at once
 
 
@@ -63,7 +78,11 @@ def _call(s: For) -> Stmt | None:
     loops: list[For] = [s]
     while isinstance(inner := _only(loops[-1].body), For):
         loops.append(inner)
-    if not isinstance(inner, Store) or inner.mask is not None or any(lp.extent.op != "const" or lp.lo is not const(0) for lp in loops):
+    if (
+        not isinstance(inner, Store)
+        or inner.mask is not None
+        or any(lp.extent.op != "const" or lp.lo is not const(0) for lp in loops)
+    ):
         return None
     v, acc = inner.value, inner.buf
     terms = [x for x in v.args if x.op == "mul"] if v.op == "add" else []
@@ -72,7 +91,9 @@ def _call(s: For) -> Stmt | None:
     operands = [_bits(x) for x in terms[0].args]
     if any(o is None for o in operands):
         return None
-    k, rows, cols = s.var, [], []
+    k = s.var
+    rows: list[For] = []
+    cols: list[For] = []
     (a, kind), (b, other) = operands  # type: ignore[misc]
     steps = {lp.var: tuple(_stride(i, lp.var) for i in (inner.idx[0], load_parts(a)[1][0], load_parts(b)[1][0])) for lp in loops}
     if steps[loops[-1].var][2] != 1:  # the innermost loop walks B
@@ -81,20 +102,36 @@ def _call(s: For) -> Stmt | None:
     for lp in loops[1:]:
         (cols if steps[lp.var][1] == 0 else rows).append(lp)
     wide = [lp for lp in rows if lp.extent.attr > 1]
-    if kind is not other or len(wide) != 1 or len(cols) != 2 or s.extent.attr % 16 or wide[0].extent.attr % 2 or cols[1].extent.attr != 2:
+    if (
+        kind is not other
+        or len(wide) != 1
+        or len(cols) != 2
+        or s.extent.attr % 16
+        or wide[0].extent.attr % 2
+        or cols[1].extent.attr != 2
+    ):
         return None
     mr, (nr, nv) = wide[0], cols
     mi, ni = mr.extent.attr // 2, nr.extent.attr
     size = acc.size()
-    if steps[mr.var][0] != 2 * ni or steps[nr.var] != (2, 0, 8) or steps[nv.var] != (1, 0, 1) or steps[mr.var][2] or size is not const(4 * mi * ni):
+    if (
+        steps[mr.var][0] != 2 * ni
+        or steps[nr.var] != (2, 0, 8)
+        or steps[nv.var] != (1, 0, 1)
+        or steps[mr.var][2]
+        or size is not const(4 * mi * ni)
+    ):
         return None
     zero = {lp.var: const(0) for lp in loops[1:]}
     round_ = replace(s, hi=const(s.extent.attr // 16), kind="unroll")
     args: list[object] = [acc]
-    for x, extra in ((a, [steps[mr.var][1]]), (b, [])):
+    pitches: list[list[int | None]] = [[steps[mr.var][1]], []]
+    for x, extra in zip((a, b), pitches, strict=True):
         buf, idx, _, _ = load_parts(x)
-        pitch = steps[k][1 if x is a else 2]
-        args += [buf, substitute(idx[0], {**zero, k: k * 16}), *(const(e) for e in extra), const(pitch)]
+        extra.append(steps[k][1 if x is a else 2])
+        if None in extra:
+            return None
+        args += [buf, substitute(idx[0], {**zero, k: k * 16}), *(const(e) for e in extra if e is not None)]
     return replace(round_, body=Call(MMA[kind], tuple(args), (("mi", mi), ("ni", ni))))
 
 
@@ -103,7 +140,7 @@ def _only(s: Stmt) -> Stmt:
     return stmts[0] if len(stmts) == 1 else s
 
 
-def _bits(x: Expr) -> tuple[Expr, object] | None:
+def _bits(x: Expr) -> tuple[Expr, DType] | None:
     """(the load of an operand's bits, the type that they are)."""
     if x.op == "cast" and x.args[0].op == "bitcast" and x.args[0].dtype in MMA and x.args[0].args[0].op == "load":
         e = x.args[0].args[0]
@@ -116,3 +153,17 @@ def _stride(i: Expr, v: Expr) -> int | None:
     poly = linear(i)
     mine = {m: c for m, c in poly.items() if v in m}
     return None if any(m != (v,) for m in mine) else sum(mine.values())
+
+
+def _product(kind: DType) -> Any:
+    def run(acc: Any, a: Any, at: Any, am: Any, ak: Any, b: Any, bt: Any, bk: Any, mi: int, ni: int) -> None:
+        k, i, j = np.arange(16), np.arange(2 * mi)[:, None], np.arange(2 * ni)[:, None]
+        x = a.reshape(-1)[int(at) + i * int(am) + k * int(ak)].view(kind.numpy).astype(np.float32)
+        y = b.reshape(-1)[int(bt) + j // 2 * 8 + j % 2 + k * int(bk)].view(kind.numpy).astype(np.float32)
+        acc.reshape(-1)[...] += (x @ y.T).reshape(-1)
+
+    return run
+
+
+for _d, _name in MMA.items():
+    register(_name, _product(_d), f"sums of 16 products of {_d} in f32", effect=True)

@@ -33,7 +33,7 @@ from luthier.ir.expr import (
     walk,
 )
 from luthier.ir.loop import Buffer
-from luthier.ir.matrix import MMA
+from luthier.passes.gpu.use_matrix import MMA
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, inline, pull_stage, reorder, split, stage
 from luthier.schedules.cpu.contract import accumulator_of, split_epilogue
@@ -269,7 +269,7 @@ def _merge(st: Stage, i: int) -> Stage:
 
 
 def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, step: int, caps: Capabilities, warps: int = 0) -> Schedule:
-    """``warps``: of a group, whose threads and register tiles are as matrix instructions want them (:data:`luthier.ir.matrix.MMA`)."""
+    """``warps``: of a group, whose threads and register tiles are as matrix instructions want them (:data:`luthier.passes.gpu.use_matrix.MMA`)."""
     group = (8 * warps, 4) if warps else (ROWS, ROWS)
     names = [lp.name for lp in s.stages[out].loops]
     fill = [LANES if t % LANES == 0 else 1 for t in (tm, tn)]
