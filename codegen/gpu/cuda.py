@@ -65,8 +65,8 @@ DEVICE = {
 
 # ldmatrix takes eight rows of 16 bytes from addresses that eight lanes give, four times: of A the halves of k for rows and rows + am,
 # of B the halves of k for two tiles of columns. A lane then holds what mma wants of it (PTX ISA, fragments of m16n8k16).
-MATRIX = """template <int MI, int NI> __device__ __forceinline__ void matrix_{kind}(float* c, const unsigned short* a, int am, int
-ak, const unsigned short* b, int bk) {{
+MATRIX = """template <int MI, int NI> __device__ __forceinline__
+void matrix_{kind}(float* c, const unsigned short* a, int am, int ak, const unsigned short* b, int bk) {{
   const int l = (threadIdx.x + blockDim.x * threadIdx.y) & 31;
   a += (l >> 4) * 8 * ak + (l & 7) * ak + ((l >> 3) & 1) * am - (l >> 2);
   b += (l & 15) * bk + (l >> 4) * 8 - (l & 3) * 2;
