@@ -58,12 +58,11 @@ def knob_table(model: Path, target: str, shapes: Mapping[str, Any]) -> list[str]
 
 
 def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets` and ``cuda``, which prints
-    kernels but builds no module.
+    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets`.
 
     A cell is what was measured: ``12/12`` are tests of the ONNX backend suite for this operator alone that pass and that there are,
     from the saved artifact in a fresh process (``benchmarks/conformance.py``, kept in ``conformance.json``); ``untested``: the
-    target builds modules, and no such test was run; ``no``: it builds none. With ``missing``, the ONNX operators of the default
+    target builds modules, and no such test was run. With ``missing``, the ONNX operators of the default
     domain that have no entry follow: ``by its definition`` where the standard defines them by others (the importer expands
     those), or ``no``."""
     from luthier.ir.op import REGISTRY, load_all
@@ -71,11 +70,9 @@ def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
 
     load_all()
     measured = conformance()["targets"]
-    targets = [*BUILDERS, *(t for t in ("cuda",) if t not in BUILDERS)]
+    targets = [*BUILDERS]
 
     def cell(op: str, target: str) -> str:
-        if target not in BUILDERS:
-            return "no"
         counts = measured.get(target, {}).get(op)
         return "untested" if counts is None else f"{counts[0]}/{counts[1]}"
 
