@@ -141,11 +141,11 @@ def test_types_stay(dtype: torch.dtype) -> None:
 
 
 def test_all_missing_operators_are_named_with_the_users_lines() -> None:
-    m = Fn(lambda s, x: (torch.linalg.eigh(x @ x.T)[0], torch.linalg.qr(x)[0]))
+    m = Fn(lambda s, x: (torch.linalg.ldl_factor(x)[0], torch.hash_tensor(x).to(torch.float32)))
     with pytest.raises(luthier.LuthierError) as error:
         luthier.compile(m, args=(torch.randn(3, 3),))
     text = str(error.value)
-    assert "eigh" in text and "qr" in text and "test_torch_programs.py" in text
+    assert "ldl_factor" in text and "hash_tensor" in text and "test_torch_programs.py" in text
 
 
 def test_a_module_needs_arguments_and_calls_need_the_same_structure() -> None:
@@ -204,14 +204,14 @@ def test_backend_gradients() -> None:
 
 def test_backend_falls_back_with_one_warning_that_names_the_operators() -> None:
     torch._dynamo.reset()
-    c = torch.compile(lambda x: torch.linalg.eigh(x @ x.T)[0], backend=backend)
+    c = torch.compile(lambda x: torch.linalg.ldl_factor(x @ x.T)[0], backend=backend)
     x = torch.randn(3, 3)
     with warnings.catch_warnings(record=True) as seen, torch.no_grad():
         warnings.simplefilter("always")
-        agree(c(x), torch.linalg.eigh(x @ x.T)[0])
+        agree(c(x), torch.linalg.ldl_factor(x @ x.T)[0])
         c(x)
     ours = [str(w.message) for w in seen if "luthier" in str(w.message)]
-    assert len(ours) == 1 and "eigh" in ours[0]
+    assert len(ours) == 1 and "ldl_factor" in ours[0]
 
 
 def test_backend_changes_inputs_in_place_and_refuses_unknown_options() -> None:
@@ -242,4 +242,5 @@ def test_a_sample_of_torchs_operators_equals_eager() -> None:
     chosen = random.Random(SEED).sample(list(op_db), COUNT)
     rows = [check(op, torch.float32, 2) for op in chosen if torch.float32 in op.dtypes]
     assert not [r for r in rows if r["status"] in ("wrong", "crash")], [name_of(op) for op in chosen]
-    assert sum(r["status"] == "pass" for r in rows) >= 25
+    counted = [r for r in rows if r["status"] in ("pass", "refused")]
+    assert sum(r["status"] == "pass" for r in counted) >= 0.9 * len(counted) and len(counted) >= 30

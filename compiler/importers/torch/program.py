@@ -14,8 +14,19 @@ from torch import fx
 from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from luthier.importers.torch import elementwise, indexing, nn, reductions, shapes
-from luthier.importers.torch.emitter import ALIASES, VIEWS, Emitter, Ref, array, call_rule, dtype_of, find_rule
+from luthier.importers.torch import composed, elementwise, indexing, linalg, nn, reductions, shapes, special
+from luthier.importers.torch.emitter import (
+    ALIASES,
+    DECOMPOSITIONS,
+    VIEWS,
+    WRITERS,
+    Emitter,
+    Ref,
+    array,
+    call_rule,
+    dtype_of,
+    find_rule,
+)
 from luthier.importers.torch.symbols import Symbols
 from luthier.ir.dtypes import f64, i64
 from luthier.ir.errors import InvalidModel, LuthierError, UnsupportedOperator
@@ -24,11 +35,12 @@ from luthier.ir.graph import Graph, Node, Value, content_or_symbols
 
 __all__ = ["Program", "import_graph", "missing_operators", "RULE_FILES"]
 
-RULE_FILES = (elementwise, indexing, nn, reductions, shapes)
-# statements about sizes that torch proved or that the index expressions carry themselves
+RULE_FILES = (composed, elementwise, indexing, linalg, nn, reductions, shapes, special)
+# statements about sizes that torch proved or that the index expressions carry themselves; singular matrices give inf and NaN, not an error
 ASSERTIONS = {
     "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size", "aten::_assert_tensor_metadata",
     "aten::_functional_assert_async", "aten::_functional_sym_constrain_range", "aten::_functional_sym_constrain_range_for_size",
+    "aten::_linalg_check_errors",
 }  # fmt: skip
 _FLOATS = {operator.truediv: "Div", operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub", operator.pow: "Pow"}
 
@@ -91,6 +103,9 @@ def _known(t: Any) -> bool:
 
 
 def _decomposition(t: Any) -> Callable[..., Any] | None:
+    own = DECOMPOSITIONS.get(find_rule(t)[1])
+    if own is not None:
+        return own
     if t in decomposition_table:
         return decomposition_table[t]  # type: ignore[no-any-return]
     if t._can_decompose():
@@ -233,17 +248,30 @@ class _Walk:
     def operator(self, n: fx.Node, t: Any, args: Any, kwargs: Any, val: Any) -> Any:
         e = self.e
         rule, name = find_rule(t)
-        if rule is None:
-            return self.decomposed(n)
         written = [a.name for a in t._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         refs = {a.name: r for a, r in zip(t._schema.arguments, self.look(list(args)), strict=False)} | dict(self.look(dict(kwargs)))
-        e.out = val
+        if rule is None:
+            result = self.decomposed(n)
+            for r, v in zip(*(list(x) if isinstance(x, (tuple, list)) else [x] for x in (result, val)), strict=False):
+                if isinstance(r, Ref) and isinstance(v, torch.Tensor):
+                    e.symbols.bind(v.shape, r.read().shape)
+            if written and name in DECOMPOSITIONS:
+                refs[written[0]].write(e, result.read())
+                return refs[written[0]]
+            return result
+        e.out, e.refs = val, refs
         if written:
             ref = refs[written[0]]
             if name == "detach":
                 return ref
-            if name in VIEWS or len(written) > 1 or not isinstance(ref, Ref):
-                raise UnsupportedOperator(f"{t} changes the shape of a tensor in place", hint="use the form that gives a new tensor")
+            if name in VIEWS and isinstance(ref, Ref):
+                view = self.views(n, t, name, call_rule(e, t, self.read(args), dict(self.read(dict(kwargs)))), ref.behind(), val)
+                ref.become(view)
+                return ref
+            if rule in WRITERS:
+                return self.wrap(call_rule(e, t, self.read(args), dict(self.read(dict(kwargs)))), val)
+            if len(written) > 1 or not isinstance(ref, Ref):
+                raise UnsupportedOperator(f"{t} changes several tensors", hint="use the form that gives new ones")
             before = ref.read()
             new = call_rule(e, t, self.read(args), dict(self.read(dict(kwargs))))
             ref.write(e, e.expand(e.cast(new, before.dtype), before.shape))
