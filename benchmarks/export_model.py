@@ -142,6 +142,13 @@ def quantize(source: Path, out: Path, rows: Iterator[dict[str, NDArray[Any]]]) -
     ready.unlink()
 
 
+def quantize_dynamically(source: Path, out: Path) -> None:
+    """onnxruntime's dynamic quantizer with its defaults: DynamicQuantizeLinear, MatMulInteger, s8 weights of one scale a tensor."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(str(source), str(out), weight_type=QuantType.QInt8)
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,8 +158,11 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--float", type=Path, help="the f32 model to quantize")
     parser.add_argument("--vocab", type=Path, help="the words of a model of texts; others take images")
+    parser.add_argument("--dynamic", action="store_true", help="quantize activations when the model runs")
     args = parser.parse_args()
-    if args.float is not None and args.vocab is not None:
+    if args.dynamic:
+        quantize_dynamically(args.float, args.out)
+    elif args.float is not None and args.vocab is not None:
         quantize(args.float, args.out, (dict(model_inputs.tokens(args.vocab, 11 + i, 1, 128)) for i in range(16)))
     elif args.float is not None:
         quantize(args.float, args.out, ({"image": x[None]} for x in model_inputs.images(11, 16, 224, 224)))

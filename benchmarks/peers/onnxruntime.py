@@ -42,6 +42,11 @@ def load(job: Job) -> Bind:
                 binding.bind_ortvalue_output(result.name, value)
             latest.append(binding)
             calls.append(lambda binding=binding: session.run_with_iobinding(binding))
+        try:
+            for call in calls * 2:
+                call()
+        except RuntimeError:  # lengths that are drawn: a binding keeps its outputs' shapes
+            calls = [lambda inputs=inputs: session.run(None, inputs) for inputs in sets]
         return Loaded(ort.__version__, calls, lambda: [v.numpy() for v in latest[0].get_outputs()])
 
     return bind
