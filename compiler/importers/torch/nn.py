@@ -72,6 +72,24 @@ for _n, _a, _b in (("addmm", "mat1", "mat2"), ("addmv", "mat", "vec"), ("addbmm"
     _added(_n, _a, _b)
 
 
+@aten("transformers::grouped_mm_fallback", "_grouped_mm")
+def grouped_mm(
+    e: Emitter, x: Value, weight: Value | None = None, mat2: Value | None = None, offs: Value | None = None, bias: Value | None = None,
+    out_dtype: Any = None,
+) -> Value:
+    """Row t of ``x`` [S, K] times the matrix [K, N] of the group that it lies in; group g ends before row offs[g], later rows give zeros."""
+    w = weight if weight is not None else mat2
+    assert w is not None
+    if x.rank != 2 or w.rank != 3 or offs is None or bias is not None:
+        raise UnsupportedOperator("grouped products are supported of rows by matrices [groups, K, N], without bias")
+    rows = e.op("Range", e.number(0, i64), e.number(x.shape[0], i64), e.number(1, i64))
+    past = e.op("LessOrEqual", e.cast(offs, i64), e.reshape(rows, [x.shape[0], 1]))
+    group = e.reduce("ReduceSum", e.cast(past, i64), [1], True)
+    y = e.op("luthier::ExpertProduct", x, group, e.transpose(w, [0, 2, 1]))
+    y = e.reshape(y, [x.shape[0], w.shape[2]])
+    return e.op("Where", e.op("Less", group, e.number(w.shape[0], i64)), y, e.number(0, y.dtype))
+
+
 @aten("outer")
 def outer(e: Emitter, x: Value, vec2: Value) -> Value:
     a, b = e.promoted(Kind.DEFAULT, x, vec2)
@@ -207,6 +225,15 @@ def rms_norm(e: Emitter, x: Value, normalized_shape: Sequence[Any], weight: Valu
     return (y, None) if isinstance(e.out, (tuple, list)) else y
 
 
+def _moved(e: Emitter, running_mean: Value | None, running_var: Value | None, mean: Value, var: Value, n: Value, momentum: float) -> None:
+    """Running statistics go towards those of ``n`` elements each, the variance without bias, in place."""
+    unbiased = e.op("Mul", var, e.op("Div", n, e.op("Sub", n, e.number(1, var.dtype))))
+    for name, old, new in (("running_mean", running_mean, mean), ("running_var", running_var, unbiased)):
+        if old is not None:
+            kept = e.op("Mul", old, e.number(1 - momentum, old.dtype))
+            e.refs[name].write(e, e.op("Add", kept, e.cast(e.op("Mul", new, e.number(momentum, new.dtype)), old.dtype)))
+
+
 @writer("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_impl_index")
 def batch_norm(
     e: Emitter, x: Value, weight: Value | None = None, bias: Value | None = None, running_mean: Value | None = None, running_var: Value | None = None,
@@ -224,12 +251,8 @@ def batch_norm(
         d = e.op("Sub", x, center)
         spread = e.reduce("ReduceMean", e.op("Mul", d, d), axes, True)
         mean, var = e.reshape(center, c), e.reshape(spread, c)
-        n = count(e, x, axes, var.dtype)
-        unbiased = e.op("Mul", var, e.op("Div", n, e.op("Sub", n, e.number(1, var.dtype))))
-        for name, old, new in (("running_mean", running_mean, mean), ("running_var", running_var, unbiased)):
-            if old is not None and training:
-                kept = e.op("Mul", old, e.number(1 - momentum, old.dtype))
-                e.refs[name].write(e, e.op("Add", kept, e.cast(e.op("Mul", new, e.number(momentum, new.dtype)), old.dtype)))
+        if training:
+            _moved(e, running_mean, running_var, mean, var, count(e, x, axes, var.dtype), momentum)
     assert mean is not None and var is not None
     scale = weight if weight is not None else _ones(e, c, mean.dtype, 1.0)
     shift = bias if bias is not None else _ones(e, c, mean.dtype, 0.0)
@@ -241,7 +264,7 @@ def batch_norm(
     return y, mean, e.op("aten::rsqrt", e.op("Add", var, e.number(eps, var.dtype)))
 
 
-@aten("instance_norm")
+@writer("instance_norm")
 def instance_norm(
     e: Emitter, x: Value, weight: Value | None = None, bias: Value | None = None, running_mean: Value | None = None, running_var: Value | None = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, cudnn_enabled: bool = True,
@@ -249,6 +272,12 @@ def instance_norm(
     if not use_input_stats:
         return batch_norm(e, x, weight, bias, running_mean, running_var, False, momentum, eps)  # type: ignore[no-any-return]
     c = [x.shape[1]]
+    if running_mean is not None or running_var is not None:
+        axes = list(range(2, x.rank))
+        d = e.op("Sub", x, e.reduce("ReduceMean", x, axes, True))
+        mean = e.reduce("ReduceMean", x, [0, *axes], False)
+        var = e.reduce("ReduceMean", e.op("Mul", d, d), [0, *axes], False)
+        _moved(e, running_mean, running_var, mean, var, count(e, x, axes, var.dtype), momentum)
     scale, shift = weight or _ones(e, c, x.dtype, 1.0), bias or _ones(e, c, x.dtype, 0.0)
     return e.op("InstanceNormalization", x, scale, shift, epsilon=float(eps))
 
