@@ -268,11 +268,6 @@ def magika_inputs(seed: int, batch: int = 1) -> Inputs:
     return {"bytes": np.concatenate([made.magika_tokens(samples[(seed + i) % len(samples)]) for i in range(batch)])}
 
 
-def magika_labels() -> list[str]:
-    """The content type that each of magika's outputs stands for."""
-    return list(json.loads(package_file("magika", "config.min.json").read_text())["target_labels_space"])
-
-
 def nudenet_inputs(seed: int, batch: int = 1, height: int = 320, width: int = 320) -> Inputs:
     """Scenes in [0,1], f32[batch,3,height,width]."""
     zero_one = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

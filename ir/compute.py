@@ -66,7 +66,6 @@ class Monoid:
     init: Callable[[tuple[DType, ...]], tuple[Expr, ...]]
     combine: Callable[[tuple[Expr, ...], tuple[Expr, ...]], tuple[Expr, ...]]
     vector: str | None = None  # the lane-wise operator of vreduce where there is one
-    commutative: bool = True
 
 
 def _lowest(d: DType) -> Expr:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.errors import QuantizationError
-from luthier.passes.quantize.alternate_directions import Statistics, fit_kept, round_columns
+from luthier.passes.quantize.alternate_directions import ColumnMoments, fit_kept, round_columns
 from luthier.passes.quantize.prune_groups import prune_groups, select_groups
 from luthier.passes.quantize.prune_two_of_four import prune_two_of_four
 from luthier.passes.quantize.quantize_weights import output_error
@@ -32,7 +32,7 @@ def halves(scores: Array, share: float) -> Array:
 def test_kept_weights_are_the_least_squares_solution() -> None:
     w, x = layer(6, 48, 0)
     damping = 1e-2
-    stats = Statistics(x.T @ x, damping=damping)
+    stats = ColumnMoments(x.T @ x, damping=damping)
     fitted, keep = fit_kept(stats.aim(w), stats, halves)
     assert (keep.sum(1) == 24).all() and not fitted[~keep].any()
     size = np.sqrt(np.square(x).sum(0) * damping)  # the damping as rows of their own
@@ -56,7 +56,7 @@ def test_rounding_leaves_no_better_move_of_one_weight() -> None:
 
     start = np.where(keep, codes(w, scales) * scales, 0)
     found = start
-    stats = Statistics(h, damping=1e-9)
+    stats = ColumnMoments(h, damping=1e-9)
     for _ in range(20):
         found = round_columns(found, stats.aim(w), keep, scales, stats, codes) * scales
 

@@ -2,8 +2,9 @@
 
 Vectors must have been taken apart (``scalarize``); whole ones are only loaded, stored, put together and taken apart
 (``combine_accesses``). A subclass says how types, constants, conversions, buffers and the few
-operators that differ are written; what an operator means is kept exactly (:mod:`luthier.ir.expr`): zero divisors, shifts of the
-width or more, NaN in ``min`` and ``max``, saturating conversions, wrapping narrow integers.
+operators that differ are written; what an operator means is kept exactly (:mod:`luthier.ir.expr`): NaN in ``min`` and ``max``,
+saturating conversions, wrapping narrow integers. Zero divisors and shifts of the
+width or more are gone (``legalize_arithmetic``).
 
 GPU loops: all ``block.*`` loops together are the grid and all ``thread.*`` loops of one dimension share the group's size (the
 largest extent); a shorter one is guarded.
@@ -15,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from luthier.codegen.program.ranges import most_elements, value_range
+from luthier.codegen.program.ranges import most_elements
 from luthier.ir.dtypes import DType
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import COMPARE, Expr, bounds, const, free_vars, load_parts, prove, substitute
@@ -241,9 +242,10 @@ class CStyle:
         if op == "div" and d.is_float:
             return f"({a} / {b})"
         if op in ("shl", "shr"):
-            return self.shift(e, a, b)
+            r = f"({a} {'<<' if op == 'shl' else '>>'} {self.shift_amount(b)})"
+            return self.wrap(r, d) if op == "shl" else r
         if op in ("div", "rem", "floordiv", "mod") and not d.is_float:
-            return self.divide(e, a, b)
+            return f"({a} {'/' if op in ('div', 'floordiv') else '%'} {b})"
         if op == "rem":
             return self.remainder(a, b, d)
         raise CompilationError(f"{self.target}: {op} must be expanded first: {e!r}", op=self.f.name)
@@ -251,60 +253,6 @@ class CStyle:
     def remainder(self, a: str, b: str, d: DType) -> str:
         """C's ``fmod`` of floats, which is exact."""
         raise NotImplementedError
-
-    def shift(self, e: Expr, a: str, b: str) -> str:
-        d, by = e.dtype, e.args[1]
-        bits = 32 if d.is_index else d.bits
-        sym = "<<" if e.op == "shl" else ">>"
-        last = self.shift_amount(self.literal(bits - 1, d))
-        if by.op == "const":
-            if 0 <= by.attr < bits:
-                return self.wrap(f"({a} {sym} {self.shift_amount(b)})", d) if e.op == "shl" else f"({a} {sym} {self.shift_amount(b)})"
-            return f"({a} >> {last})" if e.op == "shr" and d.is_signed else self.zero(d)
-        lo, hi = value_range(by)
-        top = self.literal(bits, d)
-        inside = f"({b} >= {self.zero(d)} && {b} < {top})" if d.is_signed else f"({b} < {top})"
-        if lo is not None and lo >= 0 and hi is not None and hi < bits:
-            return self.wrap(f"({a} {sym} {self.shift_amount(b)})", d) if e.op == "shl" else f"({a} {sym} {self.shift_amount(b)})"
-        amount = self.shift_amount(self.choose(inside, b, self.zero(d) if e.op == "shl" or not d.is_signed else self.literal(bits - 1, d)))
-        r = f"({a} {sym} {amount})"
-        if e.op == "shl":
-            r = self.wrap(r, d)
-        return r if e.op == "shr" and d.is_signed else self.choose(inside, r, self.zero(d))
-
-    def divide(self, e: Expr, a: str, b: str) -> str:
-        """``div``, ``rem`` truncate; ``floordiv``, ``mod`` floor; a divisor of zero gives zero."""
-        op, d = e.op, e.dtype
-        x, y = e.args
-        lo, blo = bounds(x)[0], bounds(y)[0]
-        nonneg = not d.is_signed or (lo is not None and lo >= 0)
-        positive = blo is not None and blo > 0
-        quot = op in ("div", "floordiv")
-        sym = "/" if quot else "%"
-        z = self.zero(d)
-        if positive and nonneg:
-            return f"({a} {sym} {b})"
-        if not d.is_signed:
-            safe = self.choose(f"({b} == {z})", self.literal(1, d), b)
-            return self.choose(f"({b} == {z})", z, f"({a} {sym} {safe})")
-        if y.op == "const" and y.attr > 0:
-            if op in ("div", "rem"):
-                return f"({a} {sym} {b})"
-            neg = f"({a} % {b} < {z})"
-            one = self.literal(1, d)
-            return f"({a} / {b} - {self.choose(neg, one, z)})" if quot else f"({a} % {b} + {self.choose(neg, b, z)})"
-        # 0 and -1 (whose quotient of the lowest value overflows) are taken out
-        one = self.literal(1, d)
-        special = f"({b} == {z} || {b} == {self.literal(-1, d)})"
-        safe = self.choose(special, one, b)
-        q, r = f"({a} / {safe})", f"({a} % {safe})"
-        if op in ("floordiv", "mod"):
-            off = f"({r} != {z} && (({r} < {z}) != ({safe} < {z})))"
-            q, r = f"({q} - {self.choose(off, one, z)})", f"({r} + {self.choose(off, safe, z)})"
-        if not quot:
-            return self.choose(f"({b} == {z})", z, r)
-        minus = self.wrap(self.arithmetic("sub", z, a, d), d)
-        return self.choose(f"({b} == {z})", z, self.choose(f"({b} == {self.literal(-1, d)})", minus, q))
 
     # ------------------------------------------------------------ statements
 

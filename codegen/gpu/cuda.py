@@ -18,6 +18,7 @@ from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
 from luthier.passes.loop.combine_accesses import combine_accesses
 from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.legalize_arithmetic import legalize_arithmetic
 from luthier.passes.loop.legalize_dtype import DEFAULT_RULES, legalize_dtype
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.scalarize import scalarize
@@ -102,9 +103,6 @@ class _Cuda(CStyle):
             r = f"__{self.type(s)}2{n if d.is_signed else 'u' + n}_rz({x})"
             if d.bits == 64:
                 r = f"(({x}) != ({x}) ? ({t})0 : {r})"
-            if d.bits < 32:
-                lo, hi = d.limits()
-                r = f"({t})min(max({r}, {lo}{'' if d.is_signed else 'u'}), {hi}{'' if d.is_signed else 'u'})"
             return r
         return self.wrap(f"({t})({x})", d)
 
@@ -210,7 +208,8 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    return place_lets(combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES)))
+    f = combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), DEFAULT_RULES))
+    return place_lets(legalize_arithmetic(f, index_bits=64))
 
 
 def print_cuda(f: Func) -> CudaKernel:

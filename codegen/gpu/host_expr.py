@@ -52,6 +52,8 @@ def host_expr(e: Expr, name: Callable[[Expr], Any], load: Callable[[Expr], Any])
                 return ["+", a[0], 0] if s.is_bool else a[0]
             v = ["int", a[0]] if s.is_float or s.is_bool else a[0]
             return ["wrap", v, d.bits, d.is_signed] if d.is_int and d.bits < 64 and not s.is_bool else v
+        if op in ("shr", "and") and d.is_index:  # by a power of two, as legalize_arithmetic writes divisions
+            return ["//", a[0], 1 << a[1]] if op == "shr" else ["%", a[0], a[1] + 1]
         if op in ("and", "or", "not") and d.is_bool:
             return [op, *a]
         if op == "div":

@@ -44,7 +44,6 @@ class Dialect:
 
     names: Mapping[str, str] = field(default_factory=dict)
     silent: frozenset[str] = frozenset()
-    lists_language: bool = True
 
     def write(self, source: str, features: Iterable[str]) -> str:
         """``source`` behind the directives for ``features``."""
@@ -63,7 +62,7 @@ class Dialect:
 
 
 STANDARD = Dialect()
-NATIVE = Dialect(names={SUBGROUPS: "subgroup"}, silent=frozenset({SUBGROUPS}), lists_language=False)
+NATIVE = Dialect(names={SUBGROUPS: "subgroup"}, silent=frozenset({SUBGROUPS}))
 
 
 def subsets(wanted: Iterable[str]) -> list[tuple[str, ...]]:

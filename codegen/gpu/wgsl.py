@@ -30,6 +30,7 @@ from luthier.passes.gpu.spread_subgroups import spread_subgroups
 from luthier.passes.gpu.wide_words import PREFIX
 from luthier.passes.loop.combine_accesses import combine_accesses
 from luthier.passes.loop.flatten import flatten
+from luthier.passes.loop.legalize_arithmetic import legalize_arithmetic
 from luthier.passes.loop.legalize_dtype import CODES, WGSL_RULES, legalize_dtype
 from luthier.passes.loop.place_lets import place_lets
 from luthier.passes.loop.round_by_operator import round_by_operator
@@ -150,13 +151,8 @@ class _Wgsl(CStyle):
         if s.is_float and not d.is_float:  # t(x) stops at the largest float below the limit; NaN is whatever
             x = f"f32({x})" if s.bits == 16 else x  # f16 has no limits of integers
             r = self.choose(f"({x} == {x})", f"{t}({x})", f"{t}(0)")
-            if d.bits >= 32:
-                top = ("4294967295u", "4294967296.0") if t == "u32" else ("2147483647i", "2147483648.0")
-                r = self.choose(f"({x} >= {top[1]})", top[0], r)
-            else:
-                lo, hi = d.limits()
-                r = f"clamp({r}, {self.literal(lo, d)}, {self.literal(hi, d)})"
-            return r
+            top = ("4294967295u", "4294967296.0") if t == "u32" else ("2147483647i", "2147483648.0")
+            return self.choose(f"({x} >= {top[1]})", top[0], r)
         r = f"{t}({x})" if self.type(s) != t else x
         if not d.is_float and not s.is_bool and (d.bits < s.bits or d.is_signed != s.is_signed):
             return self.wrap(r, d)
@@ -365,7 +361,8 @@ def legalize_wgsl(f: Func, groups: Sequence[Sequence[str]] = (), features: Colle
     rules = replace(WGSL_RULES, half=F16 in features and not shared, dots=PACKED_DOT in features)
     f = scalarize(split_grid(map_parallel(flatten(f))))
     f = legalize_dtype(combine_accesses(f, fits=lambda b: b.scope == "param" and b.dtype.bits < 32), rules, narrow)  # whole words of narrow elements
-    return place_lets(combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16))
+    f = combine_accesses(round_by_operator(merge_bindings(f, groups)), fits=lambda b: b.dtype.bits == 32 or b.dtype is f16)
+    return place_lets(legalize_arithmetic(f))
 
 
 def print_wgsl(f: Func) -> Shader:

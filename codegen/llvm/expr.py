@@ -14,7 +14,8 @@ from luthier.codegen.llvm.types import const_text, float_text, reg_type, scalar_
 from luthier.codegen.targets.target import Target
 from luthier.errors import CompilationError
 from luthier.ir.dtypes import DType
-from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, bounds, free_vars, is_const
+from luthier.ir.expr import BINARY, COMPARE, UNARY, Expr, free_vars, is_const
+from luthier.passes.loop.legalize_arithmetic import legal
 
 
 class ExprPrinter:
@@ -139,12 +140,10 @@ class ExprPrinter:
         if op in COMPARE:
             return compare_value(self, op, self.value(e.args[0]), self.value(e.args[1]), e.args[0].dtype)
         if op in BINARY:
-            x, y = e.args
-            nonneg = False
-            if d.is_index and d.lanes == 1 and op in ("floordiv", "mod", "div", "rem"):
-                lo, dlo = bounds(x)[0], bounds(y)[0]
-                nonneg = lo is not None and lo >= 0 and dlo is not None and dlo > 0
-            return binary_value(self, op, self.value(x), self.value(y), d, nonneg)
+            lowered = legal(e)
+            if lowered is not None:
+                return self.value(lowered)
+            return binary_value(self, op, self.value(e.args[0]), self.value(e.args[1]), d)
         if op in UNARY:
             return unary_value(self, op, self.value(e.args[0]), e.args[0].dtype)
         if op == "select":

@@ -197,8 +197,11 @@ _INT = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor
 _ROUND = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "round": "roundeven", "sqrt": "sqrt", "abs": "fabs"}
 
 
-def binary_value(p: Emitter, op: str, a: str, b: str, d: DType, nonneg: bool = False) -> str:
-    """``nonneg``: both operands of an index division are known not to be negative, the divisor to be positive."""
+_DIVISION = {"div": "sdiv", "rem": "srem", "floordiv": "udiv", "mod": "urem"}
+
+
+def binary_value(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
+    """Of integers what :mod:`luthier.passes.loop.legalize_arithmetic` leaves."""
     if is_half(d):
         w = f32.vec(d.lanes)
         return narrow_half(p, binary_value(p, op, widen_half(p, a, d), widen_half(p, b, d), w), d)
@@ -221,63 +224,10 @@ def binary_value(p: Emitter, op: str, a: str, b: str, d: DType, nonneg: bool = F
     if op in ("min", "max"):
         return intrinsic(p, f"{'s' if d.is_signed else 'u'}{op}", t, a, b)
     if op in ("shl", "shr"):
-        return _shift(p, op, a, b, d)
-    if op in ("div", "rem", "floordiv", "mod"):
-        if nonneg:
-            return p.ins(f"{'udiv' if op in ('div', 'floordiv') else 'urem'} {t} {a}, {b}")
-        return _int_div(p, op, a, b, d)
+        return p.ins(f"{'shl' if op == 'shl' else 'ashr' if d.is_signed else 'lshr'} {t} {a}, {b}")
+    if op in _DIVISION:
+        return p.ins(f"{_DIVISION[op]} {t} {a}, {b}")
     raise CompilationError(f"no LLVM form of {op} on {d}")
-
-
-def _shift(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
-    t, c, e = reg_type(d), "i1" if d.lanes == 1 else f"<{d.lanes} x i1>", f"i{d.bits}"
-    ins = "shl" if op == "shl" else "ashr" if d.is_signed else "lshr"
-    if b.isdigit() and int(b) < d.bits:
-        return p.ins(f"{ins} {t} {a}, {b}")
-    if b.startswith(f"splat ({e} ") and 0 <= int(b[len(e) + 8 : -1]) < d.bits:
-        return p.ins(f"{ins} {t} {a}, {b}")
-    big = p.ins(f"icmp uge {t} {b}, {splat(str(d.bits), d, e)}")
-    if ins == "ashr":
-        safe = p.ins(f"select {c} {big}, {t} {splat(str(d.bits - 1), d, e)}, {t} {b}")
-        return p.ins(f"ashr {t} {a}, {safe}")
-    safe = p.ins(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {b}")
-    r = p.ins(f"{ins} {t} {a}, {safe}")
-    return p.ins(f"select {c} {big}, {t} {splat('0', d, e)}, {t} {r}")
-
-
-def _int_div(p: Emitter, op: str, a: str, b: str, d: DType) -> str:
-    """Divisions with the meaning of :mod:`luthier.ir.expr`: a zero divisor gives 0, the lowest value by -1 wraps."""
-    t, c, e = reg_type(d), "i1" if d.lanes == 1 else f"<{d.lanes} x i1>", f"i{d.bits}"
-    zero, one = splat("0", d, e), splat("1", d, e)
-    known = b.lstrip("-").isdigit() or b.startswith("splat (")
-    value = int(b.rsplit(" ", 1)[-1].rstrip(")")) if known else 0
-    z = ""
-    safe = b
-    if not known or value == 0:
-        z = p.ins(f"icmp eq {t} {b}, {zero}")
-        safe = p.ins(f"select {c} {z}, {t} {one}, {t} {b}")
-    if not d.is_signed:
-        if op in ("div", "floordiv"):
-            q = p.ins(f"udiv {t} {a}, {safe}")
-            return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
-        return p.ins(f"urem {t} {a}, {safe}")
-    if not known or value == -1:
-        low = p.ins(f"icmp eq {t} {a}, {splat(str(-(1 << (d.bits - 1))), d, e)}")
-        m1 = p.ins(f"icmp eq {t} {safe}, {splat('-1', d, e)}")
-        safe = p.ins(f"select {c} {p.ins(f'and {c} {low}, {m1}')}, {t} {one}, {t} {safe}")
-    q = p.ins(f"sdiv {t} {a}, {safe}")
-    if op == "div":
-        return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
-    r = p.ins(f"sub {t} {a}, {p.ins(f'mul {t} {q}, {safe}')}")
-    if op == "rem":
-        return r
-    inexact = p.ins(f"icmp ne {t} {r}, {zero}")
-    apart = p.ins(f"icmp slt {t} {p.ins(f'xor {t} {r}, {safe}')}, {zero}")
-    fix = p.ins(f"and {c} {inexact}, {apart}")
-    if op == "mod":
-        return p.ins(f"select {c} {fix}, {t} {p.ins(f'add {t} {r}, {safe}')}, {t} {r}")
-    q = p.ins(f"select {c} {fix}, {t} {p.ins(f'sub {t} {q}, {one}')}, {t} {q}")
-    return p.ins(f"select {c} {z}, {t} {zero}, {t} {q}") if z else q
 
 
 def _float_mod(p: Emitter, op: str, a: str, b: str, d: DType) -> str:

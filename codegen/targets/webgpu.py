@@ -16,7 +16,6 @@ KNOWN = ("webgpu",)
 STORAGE_BUFFERS = 8
 BINDING_BYTES = 128 << 20
 OFFSET_ALIGN = 256
-GRID_LIMIT = 65535
 LOOP_LIMIT = 65535  # rounds of all its loops after which a thread may end: not by the standard, but llvmpipe does so
 
 CAPS = Capabilities(

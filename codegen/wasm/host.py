@@ -14,6 +14,7 @@ from luthier.codegen.wasm.text import GLOBALS
 from luthier.ir.dtypes import i64
 from luthier.ir.expr import Expr, binary, bounds, cast, const, free_vars, is_const, minimum
 from luthier.ir.loop import EMPTY, Buffer, Func
+from luthier.passes.loop.legalize_arithmetic import legal
 from luthier.passes.program.plan_memory import ALIGN, byte_size
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ class HostPrinter(KernelPrinter):
 
     def function(self, results: Sequence[str] = ()) -> Function:
         return Function(self.f.name, self.params, results, self.types, bytes(self.c.b))
+
+    def binary(self, e: Expr) -> None:
+        lowered = legal(e, index_bits=32)
+        if lowered is None:
+            super().binary(e)
+        else:
+            self.emit(lowered)
 
     def call_to(self, name: str) -> None:
         self.c.op("call", self.m.index[name])

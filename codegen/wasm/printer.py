@@ -39,6 +39,7 @@ from luthier.ir.loop import (
     While,
     walk_stmts,
 )
+from luthier.passes.loop.legalize_arithmetic import legalize_arithmetic
 from luthier.passes.loop.legalize_dtype import legalize_dtype
 from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.passes.loop.place_lets import place_lets
@@ -308,8 +309,9 @@ def const_data(funcs: Sequence[Func]) -> tuple[dict[str, int], list[tuple[int, b
 
 
 def legalize_wasm(f: Func) -> Func:
-    """A kernel with the loop passes done, made printable: whole bytes, no 16-bit floats, vectors that fit, shared parts named again."""
-    g = split_vectors(legalize_dtype(lower_subbyte(f)))
+    """A kernel with the loop passes done, made printable: whole bytes, no 16-bit floats, vectors that fit, arithmetic that traps
+    nowhere, shared parts named again."""
+    g = legalize_arithmetic(split_vectors(legalize_dtype(lower_subbyte(f))))
     return f if g is f else place_lets(g)
 
 

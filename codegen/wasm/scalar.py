@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-from luthier.codegen.program.ranges import value_range
 from luthier.codegen.wasm.encoder import OPCODE, Code
-from luthier.ir.dtypes import DType, f32, f64, i32, index, u32
+from luthier.ir.dtypes import DType, f32, f64, index
 from luthier.ir.errors import CompilationError
-from luthier.ir.expr import Expr, bounds, is_const
+from luthier.ir.expr import Expr, is_const
 
 _UNARY_F = {"neg": "neg", "abs": "abs", "floor": "floor", "ceil": "ceil", "round": "nearest", "trunc": "trunc", "sqrt": "sqrt"}
 _ARITH = {"add", "sub", "mul"}
@@ -295,7 +294,10 @@ class Emitter:
             self.emit(b)
             c.op(f"{t}.{op}")
         elif op in ("shl", "shr"):
-            self.shift(e)
+            self.emit(a)
+            self.emit(b)
+            c.op(f"{t}.{'shl' if op == 'shl' else 'shr_s' if signed(d) else 'shr_u'}")
+            self.normalize(d)
         elif op in ("div", "rem", "floordiv", "mod") and not d.is_float:
             self.divide(e)
         elif op == "rem":
@@ -309,163 +311,18 @@ class Emitter:
         else:
             raise self.fail(e, f"{op} must be expanded first")
 
-    def shift(self, e: Expr) -> None:
-        (a, b), d, c = e.args, e.dtype, self.c
-        t = valtype(d)
-        bits = 64 if t == "i64" else 32 if d.is_index else d.bits
-        ins = f"{t}.shl" if e.op == "shl" else f"{t}.shr_s" if signed(d) else f"{t}.shr_u"
-        fill = e.op == "shr" and signed(d)
-        if b.op == "const":
-            n = b.attr
-            if 0 <= n < bits or fill:
-                self.emit(a)
-                c.const(t, n if 0 <= n < bits else bits - 1)
-                c.op(ins)
-                self.normalize(d)
-            else:
-                c.const(t, 0)
-            return
-
-        lo, hi = value_range(b)
-        if lo is not None and lo >= 0 and hi is not None and hi < bits:
-            self.emit(a)
-            self.emit(b)
-            c.op(ins)
-            self.normalize(d)
-            return
-
-        def go(y: Callable[[], None]) -> None:
-            def guard() -> None:
-                y()
-                c.const(t, bits)
-                c.op(f"{t}.lt_u")
-
-            if fill:
-                self.emit(a)
-                y()
-                c.const(t, bits - 1)
-                guard()
-                c.op("select")
-                c.op(ins)
-            else:
-                self.emit(a)
-                y()
-                c.op(ins)
-                c.const(t, 0)
-                guard()
-                c.op("select")
-            self.normalize(d)
-
-        self.twice(b, go)
-
     def divide(self, e: Expr) -> None:
-        """Integer ``div``, ``rem`` (truncating) and ``floordiv``, ``mod`` (flooring); a zero divisor gives 0."""
-        (a, b), d, c, op = e.args, e.dtype, self.c, e.op
-        t = valtype(d)
-        lo = bounds(a)[0]
-        floor = op in ("floordiv", "mod")
-        nonneg = not signed(d) or (lo is not None and lo >= 0)
-        quot = op in ("div", "floordiv")
-        if b.op == "const" and b.attr > 0:
-            k = b.attr
-            if k & (k - 1) == 0 and (floor or nonneg):
-                self.emit(a)
-                c.const(t, k.bit_length() - 1 if quot else k - 1)
-                c.op(f"{t}.and" if not quot else f"{t}.shr_s" if signed(d) else f"{t}.shr_u")
-                return
-            if nonneg or not floor:
-                self.emit(a)
-                c.const(t, k)
-                s = "u" if nonneg else "s"
-                c.op(f"{t}.{'div' if quot else 'rem'}_{s}")
-                return
-        blo = bounds(b)[0]
-        if nonneg and blo is not None and blo > 0:
-            self.emit(a)
+        """Integer divisions that ``legalize_arithmetic`` left; engines need not know that one by a power of two is a shift."""
+        (a, b), d, c = e.args, e.dtype, self.c
+        t, quot = valtype(d), e.op in ("div", "floordiv")
+        plain = e.op in ("floordiv", "mod")
+        self.emit(a)
+        if plain and b.op == "const" and b.attr & (b.attr - 1) == 0:
+            c.const(t, b.attr.bit_length() - 1 if quot else b.attr - 1)
+            c.op(f"{t}.shr_{'s' if signed(d) else 'u'}" if quot else f"{t}.and")
+        else:
             self.emit(b)
-            c.op(f"{t}.{'div' if quot else 'rem'}_u")
-            return
-        if not signed(d):
-
-            def unsigned(x: Callable[[], None], y: Callable[[], None]) -> None:
-                x()
-                y()
-                c.const(t, 1)
-                y()
-                c.const(t, 0)
-                c.op(f"{t}.ne")
-                c.op("select")
-                c.op(f"{t}.{'div' if quot else 'rem'}_u")
-                c.const(t, 0)
-                y()
-                c.const(t, 0)
-                c.op(f"{t}.ne")
-                c.op("select")
-
-            self.twice(a, lambda x: self.twice(b, lambda y: unsigned(x, y)))
-            return
-
-        def go(x: Callable[[], None], y: Callable[[], None]) -> None:
-            q, r, s = self.local(t), self.local(t), self.local(t)
-            # divisors 0 and -1 are taken out: the former is defined as 0, the latter would trap on the lowest value
-            y()
-            c.const(t, 1)
-            y()
-            c.const(t, 1)
-            c.op(f"{t}.add")
-            c.const(t, 2)
-            c.op(f"{t}.ge_u")
-            c.op("select")
-            c.set(s)
-            x()
-            c.get(s)
-            c.op(f"{t}.div_s")
-            c.set(q)
-            x()
-            c.get(s)
-            c.op(f"{t}.rem_s")
-            c.set(r)
-            if floor:  # q - (r != 0 and (r < 0) != (b < 0)); r += b then
-                c.get(r)
-                c.get(s)
-                c.op(f"{t}.xor")
-                c.const(t, 0)
-                c.op(f"{t}.lt_s")
-                c.get(r)
-                c.const(t, 0)
-                c.op(f"{t}.ne")
-                c.op("i32.and")
-                c.start("if")
-                c.get(q)
-                c.const(t, 1)
-                c.op(f"{t}.sub")
-                c.set(q)
-                c.get(r)
-                c.get(s)
-                c.op(f"{t}.add")
-                c.set(r)
-                c.op("end")
-            if quot:
-                c.const(t, 0)
-                x()
-                c.op(f"{t}.sub")
-                c.get(q)
-                y()
-                c.const(t, -1)
-                c.op(f"{t}.eq")
-                c.op("select")
-            else:
-                c.get(r)
-            c.const(t, 0)
-            y()
-            c.const(t, 0)
-            c.op(f"{t}.ne")
-            c.op("select")
-            self.normalize(d)
-            for n in (q, r, s):
-                self.release(t, n)
-
-        self.twice(a, lambda x: self.twice(b, lambda y: go(x, y)))
+            c.op(f"{t}.{'div' if quot else 'rem'}_{'u' if plain else 's'}")
 
     # conversions -------------------------------------------------
 
@@ -485,20 +342,6 @@ class Emitter:
                 c.op(f"{dt}.convert_{st}_{'s' if signed(s) or (st == 'i32' and s.bits < 32) else 'u'}")
         elif s.is_float:
             c.op(f"{dt}.trunc_sat_{st}_{'s' if signed(d) else 'u'}")
-            if dt == "i32" and d.bits < 32:
-                lo, hi = d.limits()
-                t = i32 if signed(d) else u32
-                for rel, lim in (("lt", hi), ("gt", lo)):
-                    if rel == "gt" and not signed(d):
-                        continue
-                    n = self.local("i32")
-                    c.op("local.tee", n)
-                    c.const("i32", lim)
-                    c.get(n)
-                    c.const("i32", lim)
-                    c.op(f"i32.{rel}_{'s' if t is i32 else 'u'}")
-                    c.op("select")
-                    self.release("i32", n)
         else:
             if st == "i32" and dt == "i64":
                 c.op("i64.extend_i32_s" if signed(s) else "i64.extend_i32_u")

@@ -445,17 +445,10 @@ class Vector(Emitter):
                 return True
             return False
         if s.is_float:
-            if w != 32:
+            if w != 32 or bits_of(d) != 32:
                 return False
             self.emit(a)
-            wide = bits_of(d) == 32
-            c.op(f"i32x4.trunc_sat_f32x4_{'u' if wide and not signed(d) else 's'}")
-            if not wide:
-                lo, hi = d.limits()
-                self.pattern(d, [hi] * d.lanes)
-                c.op("i32x4.min_s")
-                self.pattern(d, [lo] * d.lanes)
-                c.op("i32x4.max_s")
+            c.op(f"i32x4.trunc_sat_f32x4_{'s' if signed(d) else 'u'}")
             return True
         self.emit(a)
         if bits_of(d) < bits_of(s) or (signed(s) and not signed(d)) or (signed(d) and not signed(s) and bits_of(d) == bits_of(s)):

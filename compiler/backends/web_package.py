@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 
 from luthier.backends.native import DTYPES
 from luthier.errors import ArtifactError
@@ -164,83 +165,6 @@ def _package_json(manifest: Mapping[str, Any]) -> str:
     ) + "\n"  # fmt: skip
 
 
-_MODEL_D_TS = """export class Model {
-  readonly name: string;
-  readonly inputs: readonly TensorSpec[];
-  readonly outputs: readonly TensorSpec[];
-  readonly info: Info;
-  /** `into`: arrays that take the data of outputs, in place of new ones. */
-  run(inputs: Inputs, options?: { into?: Arrays }): Promise<Outputs>;
-  run<Name extends keyof Outputs>(inputs: Inputs, options: { outputs: Name[]; into?: Arrays }): Promise<Pick<Outputs, Name>>;
-  /** wasm without a worker: arrays over the model's own memory, which run() does not copy. `shapes`: of inputs with open extents. */
-  views(shapes?: { [Name in keyof Inputs]?: number[] }): Promise<Views>;
-  close(): Promise<void>;
-}
-
-export type Arrays = { [Name in keyof Outputs]?: Outputs[Name]["data"] };
-export type Views = { [Name in keyof Inputs]: Extract<Inputs[Name], { data: unknown }>["data"] };
-
-/** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions): Promise<Model>;
-"""
-
-_LANGUAGE_D_TS = """export interface Tokenizer {
-  /** `first`: the text begins a sequence. */
-  encode(text: string, first?: boolean): number[];
-  decode(tokens: number[]): string;
-}
-
-export interface SamplingOptions {
-  /** 0 (default): the most likely token. */
-  temperature?: number;
-  /** Only the k most likely tokens (default 40; 0: all). */
-  topK?: number;
-  /** Only the most likely tokens that have this probability together (default 0.95). */
-  topP?: number;
-  seed?: number;
-  /** Default 128. */
-  maxTokens?: number;
-  /** Tokens that end the text beside the model's own. */
-  stop?: number[];
-  signal?: AbortSignal;
-}
-
-export interface Message {
-  role: string;
-  content: string;
-}
-
-/** One sequence over a cache of `capacity` tokens. */
-export class LanguageModel {
-  readonly name: string;
-  readonly capacity: number;
-  readonly vocabulary: number;
-  /** Tokens of a prompt that one call takes. */
-  readonly chunk: number;
-  readonly endTokens: readonly number[];
-  readonly info: Info;
-  readonly hasTokenizer: boolean;
-  /** The sequence in the cache. */
-  readonly tokens: number[];
-  readonly length: number;
-  /** The last token that was decided, where it is not in the cache yet; the next call begins with it. */
-  readonly waiting: number[];
-  encode(text: string): number[];
-  decode(tokens: Iterable<number>): string;
-  reset(length?: number): void;
-  /** Logits after the last token. */
-  feed(tokens: Iterable<number>, options?: { signal?: AbortSignal }): Promise<Float32Array>;
-  generateTokens(prompt: Iterable<number>, options?: SamplingOptions): AsyncGenerator<number, void>;
-  /** `prompt`: a text that continues the sequence, or a whole conversation, which the model's own template writes. */
-  generate(prompt: string | Message[], options?: SamplingOptions): AsyncGenerator<string, void>;
-  close(): Promise<void>;
-}
-
-/** Loads the model from the folder `url` (default: the one of this file). */
-export function load(url?: string | URL, options?: LoadOptions & { tokenizer?: Tokenizer | (new (file: object, config: object) => object) | null; Template?: new (template: string) => { render(values: object): string } }): Promise<LanguageModel>;
-"""
-
-
 def _array(code: int) -> str:
     return _ARRAYS.get(DTYPES[code][0], "Uint8Array")
 
@@ -251,110 +175,19 @@ def _bare(shape: list[int | str]) -> bool:
 
 
 def _index_d_ts(manifest: Mapping[str, Any]) -> str:
-    def shape(p: Mapping[str, Any]) -> str:
-        return "[" + ", ".join(str(e) if isinstance(e, int) else "number" for e in p["shape"]) + "]"
+    def described(p: Mapping[str, Any]) -> dict[str, Any]:
+        dtype = DTYPES[p["code"]][0]
+        return {
+            "name": json.dumps(p["name"]), "about": f"{dtype}[{', '.join(map(str, p['shape']))}]".replace("*/", "* /"),
+            "array": _array(p["code"]),
+            "shape": "[" + ", ".join(str(e) if isinstance(e, int) else "number" for e in p["shape"]) + "]", "dtype": dtype,
+            "bare": _bare(p["shape"]), "optional": "default" in p, "numbers": not dtype.startswith(("bfloat16", "float8")),
+        }  # fmt: skip
 
-    def about(p: Mapping[str, Any]) -> str:
-        text = f"{DTYPES[p['code']][0]}[{', '.join(map(str, p['shape']))}]"
-        return f"  /** {text.replace('*/', '* /')} */"
-
-    inputs, outputs = [], []
+    env = Environment(loader=PackageLoader("luthier", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     state = manifest.get("language", {}).get("state", ())
-    for p in (p for p in manifest["inputs"] if p["name"] not in state):
-        array = _array(p["code"])
-        numbers = "" if DTYPES[p["code"]][0].startswith(("bfloat16", "float8")) else " | Numbers"
-        bare = f"{array} | " if _bare(p["shape"]) else ""
-        mark = "?" if "default" in p else ""
-        inputs += [about(p), f"  {json.dumps(p['name'])}{mark}: {bare}TensorLike<{array}, {shape(p)}>{numbers};"]
-    for p in manifest["outputs"]:
-        outputs += [about(p), f'  {json.dumps(p["name"])}: Tensor<{_array(p["code"])}, {shape(p)}, "{DTYPES[p["code"]][0]}">;']
-    lines = "\n".join
-    return f"""// Generated for the model {re.sub(r"[^ -~]", "?", manifest["name"])}.
-
-/** A number, or numbers in (nested) arrays. */
-export type Numbers = number | bigint | boolean | readonly Numbers[];
-
-/** Where there is no Float16Array, a Uint16Array of the bits. */
-export type Half = (typeof globalThis extends {{ Float16Array: {{ prototype: infer T }} }} ? T : never) | Uint16Array;
-
-export interface TensorLike<Data, Shape extends number[]> {{
-  data: Data;
-  shape: Shape;
-}}
-
-export interface Tensor<Data, Shape extends number[], DType extends string> extends TensorLike<Data, Shape> {{
-  dtype: DType;
-}}
-
-export interface Inputs {{
-{lines(inputs)}
-}}
-
-export interface Outputs {{
-{lines(outputs)}
-}}
-
-export interface TensorSpec {{
-  readonly name: string;
-  readonly dtype: string;
-  /** Numbers, or names of extents that a call decides. */
-  readonly shape: readonly (number | string)[];
-  /** Of an input: a call may leave it out. */
-  readonly optional?: true;
-}}
-
-export interface Info {{
-  backend: "wasm" | "webgpu";
-  /** Why the model does not run in a better way. */
-  warnings: string[];
-  /** wasm: which code was loaded. */
-  variant?: "simd" | "relaxed" | "simd-threads" | "relaxed-threads";
-  threads?: number;
-  crossOriginIsolated?: boolean;
-  /** webgpu */
-  adapter?: string;
-  /** Optional features of WebGPU that are in use. */
-  features?: string[];
-  pipelines?: number;
-  /** How many times the GPU device was lost and the model reloaded. */
-  restarts?: number;
-  dispatches?: number;
-}}
-
-export interface LoadOptions {{
-  /** Bytes that have arrived. */
-  onProgress?: (progress: {{ loaded: number; total: number }}) => void;
-  /** wasm: at most this many threads (default: the processors, at most 8). One where memory cannot be shared. */
-  threads?: number;
-  /** wasm: fail with IsolationError instead of using one thread. */
-  requireThreads?: boolean;
-  /** wasm: load this code. */
-  variant?: Info["variant"];
-  /** webgpu: default "high-performance". */
-  powerPreference?: "low-power" | "high-performance";
-  /** webgpu: use no optional features ("shader-f16", "subgroups", "packed_4x8_integer_dot_product") but these (default: all there are). */
-  features?: string[];
-  /** Milliseconds without a byte after which a download fails (default 60000). */
-  stall?: number;
-  signal?: AbortSignal;
-  /** Whether inference lives in a worker (default: in a page yes, else no). */
-  worker?: boolean;
-}}
-
-{_LANGUAGE_D_TS if 'language' in manifest else _MODEL_D_TS}
-export class LuthierError extends Error {{
-  /** Stable, such as "WRONG_SHAPE". */
-  readonly code: string;
-  /** What to do. */
-  readonly hint: string;
-  readonly details: Record<string, unknown>;
-}}
-export class InputError extends LuthierError {{}}
-export class PackageError extends LuthierError {{}}
-export class UnsupportedError extends LuthierError {{}}
-export class IsolationError extends LuthierError {{}}
-export class DeviceLostError extends LuthierError {{}}
-export class OutOfMemoryError extends LuthierError {{}}
-export class KernelError extends LuthierError {{}}
-export class ClosedError extends LuthierError {{}}
-"""
+    return env.get_template("index.d.ts.j2").render(
+        name=re.sub(r"[^ -~]", "?", manifest["name"]), language="language" in manifest,
+        outputs=[described(p) for p in manifest["outputs"]],
+        inputs=[described(p) for p in manifest["inputs"] if p["name"] not in state],
+    )

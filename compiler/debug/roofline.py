@@ -54,10 +54,6 @@ class KernelRow:
         """Of the ceiling; 1 is perfect."""
         return self.ideal_ms / self.ms if self.ms else 0.0
 
-    @property
-    def lost_ms(self) -> float:
-        return self.ms - self.ideal_ms
-
 
 @dataclass
 class Roofline:

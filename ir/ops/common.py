@@ -136,19 +136,6 @@ def window_size(node: Node, name: str, square: bool = False) -> int:
     return n
 
 
-def known_ints(node: Node, i: int, what: str) -> tuple[int, ...] | None:
-    """The values of integer input ``i`` when it is given; they must be known at compile time. Raises UnsupportedOperator."""
-    v = node.input(i)
-    if v is None:
-        return None
-    if v.data is not None:
-        return tuple(int(x) for x in v.data.reshape(-1))
-    c = v.content
-    if c is not None and all(e.op == "const" for e in c):
-        return tuple(e.attr for e in c)
-    raise unsupported(node, f"{what} must be known at compile time", hint="fold or pin the computation that produces it")
-
-
 def const_value(v: Value | None) -> Any:
     """The Python value of a one-element constant, else None."""
     if v is None or v.data is None or v.data.size != 1:

@@ -13,28 +13,26 @@ from collections.abc import Callable
 import numpy as np
 
 from luthier.errors import QuantizationError
+from luthier.passes.quantize.compensate_errors import column_moments
 from luthier.passes.quantize.weight_grid import Array
 
-__all__ = ["Statistics", "fit_kept", "round_columns"]
+__all__ = ["ColumnMoments", "fit_kept", "round_columns"]
 
 ROUNDS, STEPS, SWEEPS = 30, 25, 2
 PENALTY = 0.1  # on the distance from allowed weights, of columns scaled to unit moments
 BATCH = 128  # columns whose moves reach the others together
 
 
-class Statistics:
+class ColumnMoments:
     """``hessian``: ``X.T X`` [K, K] or any multiple of it; ``cross``: ``X.T Y`` [K, N] of the wanted outputs, the same multiple (None: those of the
     given weights); ``rows``: samples behind them. Columns are scaled to unit second moments, so ``damping`` means the same for large and small
     activations. Columns that were never active count as average. What the wanted outputs ask for beyond the given weights is fitted with a ridge of
     K / rows, the share of noise that K coefficients take up. Raises QuantizationError for statistics that are no numbers."""
 
     def __init__(self, hessian: Array, cross: Array | None = None, rows: int | None = None, damping: float = 0.01) -> None:
-        h = np.array(hessian, np.float64)
-        moments = np.diagonal(h)
-        if not np.isfinite(h).all() or (moments < 0).any() or (cross is not None and not np.isfinite(cross).all()):
-            raise QuantizationError("the activation statistics hold NaN, infinite or negative squares", hint="check the calibration data")
-        average = float(moments[moments > 0].mean()) if (moments > 0).any() else 1.0
-        self.moments = np.where(moments > 0, moments, average)
+        h, self.moments, _ = column_moments(hessian)
+        if cross is not None and not np.isfinite(cross).all():
+            raise QuantizationError("the activation statistics hold NaN or infinite values", hint="check the calibration data")
         self.size = np.sqrt(self.moments).astype(np.float32)
         h /= np.sqrt(np.outer(self.moments, self.moments))
         h[np.diag_indices_from(h)] = 1 + damping
@@ -53,7 +51,7 @@ class Statistics:
         return np.asarray(scaled + np.linalg.solve(ridge, gap.T).T, np.float32)
 
 
-def fit_kept(aim: Array, stats: Statistics, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
+def fit_kept(aim: Array, stats: ColumnMoments, select: Callable[[Array, float], Array]) -> tuple[Array, Array]:
     """(weights f32 [N, K], kept bool [N, K]). ``aim``: of ``stats``; ``select(scores, share)``: what stays where a share (0..1] of all that must go has to."""
     k = aim.shape[1]
     near = best = aim
@@ -82,7 +80,9 @@ def fit_kept(aim: Array, stats: Statistics, select: Callable[[Array, float], Arr
     return near / stats.size, keep
 
 
-def round_columns(fitted: Array, aim: Array, keep: Array, scales: Array, stats: Statistics, codes: Callable[[Array, Array], Array]) -> Array:
+def round_columns(
+    fitted: Array, aim: Array, keep: Array, scales: Array, stats: ColumnMoments, codes: Callable[[Array, Array], Array],
+) -> Array:  # fmt: skip
     """Codes f32 [N, K]; 0 where ``keep`` is False. ``fitted``: weights to begin with; ``aim``: of ``stats``; ``scales`` [N, K] of every weight;
     ``codes(x, scales)``: the nearest ones, elementwise."""
     wide = scales.astype(np.float32)

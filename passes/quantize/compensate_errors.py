@@ -14,23 +14,32 @@ from luthier.errors import QuantizationError
 from luthier.passes.quantize.clip_weights import clip_weights
 from luthier.passes.quantize.weight_grid import Array, Grid
 
-__all__ = ["compensate_errors", "inverse_factor", "shrink_correlations"]
+__all__ = ["column_moments", "compensate_errors", "inverse_factor", "shrink_correlations"]
+
+
+def column_moments(hessian: Array) -> tuple[Array, Array, float]:
+    """(a copy of ``hessian`` [K, K] in f64, its diagonal where columns that were never active count as average, that average).
+
+    Raises QuantizationError for statistics that are no numbers."""
+    h = np.array(hessian, np.float64)
+    d = np.diagonal(h)
+    if not np.isfinite(h).all() or (d < 0).any():
+        raise QuantizationError("the activation statistics hold NaN, infinite or negative squares", hint="check the calibration data")
+    mean = float(d[d > 0].mean()) if (d > 0).any() else 1.0
+    return h, np.where(d > 0, d, mean), mean
 
 
 def inverse_factor(hessian: Array, damping: float = 0.01) -> Array:
     """Upper triangular U with ``U.T U = inv(H + damping * mean(diag H) * I)``, f64 [K, K]. Columns never active count as average.
 
     Raises QuantizationError for a Hessian that is no number or not positive."""
-    h = np.array(hessian, np.float64)
-    if not np.isfinite(h).all() or (np.diagonal(h) < 0).any():
-        raise QuantizationError("the activation statistics hold NaN, infinite or negative squares", hint="check the calibration data")
-    d = np.diagonal(h).copy()
-    mean = float(d[d > 0].mean()) if (d > 0).any() else 1.0
-    h[np.diag_indices_from(h)] = np.where(d > 0, d, mean)
+    h, moments, mean = column_moments(hessian)
+    h[np.diag_indices_from(h)] = moments
     for factor in (damping, 10 * damping, 100 * damping):  # rank-deficient statistics of few rows need more
         try:
-            inverse = np.linalg.inv(h + factor * mean * np.eye(len(h)))
-            return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+            # of the last column first: H = R R.T with an upper R, whose inverse it is
+            lower = np.linalg.cholesky((h + factor * mean * np.eye(len(h)))[::-1, ::-1])
+            return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1])
         except np.linalg.LinAlgError:
             continue
     raise QuantizationError("the activation statistics of this layer are not positive definite", hint="calibrate with more data")

@@ -19,7 +19,7 @@ from luthier.ir.builder import Names, infer_node
 from luthier.ir.graph import Graph, Node, TensorType, Value
 from luthier.ir.ops.sparse_matmul import BLOCKS, LEVELS, BlockSparse
 from luthier.ir.ops.two_of_four import TwoOfFour
-from luthier.passes.quantize.alternate_directions import Statistics, fit_kept, round_columns
+from luthier.passes.quantize.alternate_directions import ColumnMoments, fit_kept, round_columns
 from luthier.passes.quantize.weight_grid import Array
 
 __all__ = ["SCOPES", "prune_groups", "saliency", "select_groups", "sparsify_products"]
@@ -86,7 +86,7 @@ def prune_groups(
         scales, codes = _nearest(w, keep, block, bits, seen)
     else:
         assert hessian is not None
-        keep, scales, codes = _compensated(w, sparsity, block, bits, scope, Statistics(hessian, cross, rows))
+        keep, scales, codes = _compensated(w, sparsity, block, bits, scope, ColumnMoments(hessian, cross, rows))
     ptr = np.concatenate([[0], np.cumsum(keep.sum(1))]).astype(np.int32)
     half = 1 << (bits - 1)
     return BlockSparse(n, k, block, bits, ptr, np.nonzero(keep)[1].astype(np.int32), (codes[keep] + half).astype(np.uint8), scales[keep], None, half)
@@ -124,7 +124,7 @@ def _nearest(w: Array, keep: Array, block: int, bits: int, moments: Array | None
     return scales.reshape(keep.shape), _codes(cut, scales, bits).reshape(*keep.shape, block)
 
 
-def _compensated(w: Array, sparsity: float, block: int, bits: int, scope: str, stats: Statistics) -> tuple[Array, Array, Array]:
+def _compensated(w: Array, sparsity: float, block: int, bits: int, scope: str, stats: ColumnMoments) -> tuple[Array, Array, Array]:
     """(blocks that are kept [N, blocks], scales [N, blocks], codes [N, blocks, block])."""
     n, k = w.shape
     found: list[Array] = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from luthier.errors import QuantizationError
 from luthier.ir.ops.two_of_four import TwoOfFour
-from luthier.passes.quantize.alternate_directions import Statistics, fit_kept, round_columns
+from luthier.passes.quantize.alternate_directions import ColumnMoments, fit_kept, round_columns
 from luthier.passes.quantize.weight_grid import Array
 
 __all__ = ["prune_two_of_four"]
@@ -43,7 +43,7 @@ def prune_two_of_four(
     group = gcd(group, k)
     if method == "compensate":
         assert hessian is not None
-        return _compensated(w, bits, group, Statistics(hessian, cross, rows))
+        return _compensated(w, bits, group, ColumnMoments(hessian, cross, rows))
     seen = np.ones(k) if hessian is None and moments is None else np.diagonal(hessian) if hessian is not None else moments
     importance = np.asarray(seen, np.float32)
     kept = np.where(_keep(np.square(w) * importance), w, 0)
@@ -76,7 +76,7 @@ def _scale(cut: Array, bits: int, importance: Array) -> Array:
     return out
 
 
-def _compensated(w: Array, bits: int, group: int, stats: Statistics) -> TwoOfFour:
+def _compensated(w: Array, bits: int, group: int, stats: ColumnMoments) -> TwoOfFour:
     n, k = w.shape
     aim = stats.aim(w)
     fitted, keep = fit_kept(aim, stats, lambda scores, share: _keep(scores) if share == 1 else np.ones(scores.shape, bool))

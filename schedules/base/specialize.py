@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from luthier.ir.compute import Axis
 from luthier.ir.expr import Expr, as_expr, floordiv, free_vars, land, substitute, var
-from luthier.ir.loop import Alloc, Block, For, Func, If, Let, Stmt, block
+from luthier.ir.loop import Alloc, Block, For, If, Let, Stmt, block
 from luthier.schedules.base.schedule import Schedule, ScheduleError, Stage
 
 
@@ -106,13 +106,3 @@ def _parallel(s: Stmt) -> tuple[For | None, list[Stmt]]:
             s = s.stmts[-1]
         else:
             return None, pre
-
-
-def has_versions(f: Func) -> bool:
-    """Whether the kernel holds a choice between versions (for tests and inspection)."""
-    s = f.body
-    loop, _ = _parallel(s)
-    body = loop.body if loop is not None else s
-    return isinstance(body, If) and body.orelse is not None
-
-

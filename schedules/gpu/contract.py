@@ -18,6 +18,7 @@ from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import UNARY, Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute, walk
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, inline, pull_stage, reorder, split, stage
 from luthier.schedules.cpu.contract import accumulator_of, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride
@@ -29,6 +30,13 @@ ROWS = 8  # threads of a group in each direction
 FEW_ROWS = 4  # up to so many rows of output the product is one of a matrix and a vector
 STEP = 16  # tile of the reduction
 SHORT = 24  # nodes of an epilogue that is written out for every element of the register tile
+
+
+KNOBS = (
+    Knob("tm", "rows of a thread's register tile", (4, 8), group="tile"),
+    Knob("tn", "columns of a thread's register tile", (4, 8), group="tile"),
+    Knob("step", "of the reduction that is staged in shared memory at once", (8, 16, 32)),
+)
 
 
 def apply(

@@ -10,6 +10,6 @@ fn main(@builtin(workgroup_id) wg: vec3<u32>, @builtin(local_invocation_id) lid:
   if (((i_t + t1) < 37i)) {
     let t3 = (t2 + (i_t / 4i));
     let t4 = u32(((i_t % 4i) * 8i));
-    let bits_158 = select(0u, ((u32((extractBits(i32((select(0u, (X[t3] >> u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u)) & 255u)), 0u, 8u) < 3i)) & 255u) << u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u)); atomicAnd(&Y[t3], ~select(0u, (255u << u32(select(0u, t4, (t4 < 32u)))), (t4 < 32u))); atomicOr(&Y[t3], bits_158);
+    let bits_158 = ((u32((extractBits(i32(((X[t3] >> u32(t4)) & 255u)), 0u, 8u) < 3i)) & 255u) << u32(t4)); atomicAnd(&Y[t3], ~(255u << u32(t4))); atomicOr(&Y[t3], bits_158);
   }
 }
