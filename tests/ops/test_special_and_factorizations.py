@@ -99,3 +99,11 @@ def test_singular_values(shape):
     np.testing.assert_allclose(s, np.linalg.svd(a, compute_uv=False), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(u * s[..., None, :] @ v.swapaxes(-1, -2), a, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(u.swapaxes(-1, -2) @ u, np.broadcast_to(np.eye(shape[-1]), v.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_rows_copied_to_positions(axis):
+    x, where = fl(5, 6, 11), np.array([4, 1, 4, 9], np.int64)
+    shape = [5, 6, 11]
+    shape[axis] = len(where)
+    check_op("luthier::IndexCopy", [x, where, fl(*shape)], {"axis": axis}, oracle="")

@@ -104,7 +104,9 @@ def scatter_add(e: Emitter, x: Value, dim: int, index: Value, src: Value) -> Val
 
 @aten("index_copy")
 def index_copy(e: Emitter, x: Value, dim: int, index: Value, source: Value) -> Value:
-    return _along(e, x, dim, index, source, "none")
+    if x.rank == 0 or x.dtype.bits < 8 or x.dtype.is_bool:
+        return _along(e, x, dim, index, source, "none")
+    return e.op("luthier::IndexCopy", x, e.cast(e.reshape(index, [-1]), i64), e.cast(source, x.dtype), axis=dim % x.rank)
 
 
 @aten("index_add")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,18 +48,26 @@ _FLOATS = {operator.truediv: "Div", operator.mul: "Mul", operator.add: "Add", op
 @dataclass
 class Program:
     """``graph``; for each result of the FX graph the number of the graph's output, or a constant; ``updates``: {input that calls change: the
-    output that it becomes}."""
+    output that it becomes}; ``in_place``: inputs whose own memory a call changes."""
 
     graph: Graph
     results: list[int | Any] = field(default_factory=list)
     is_output: list[bool] = field(default_factory=list)
     updates: dict[str, str] = field(default_factory=dict)
+    in_place: set[str] = field(default_factory=set)
+
+    @property
+    def changed(self) -> set[str]:
+        """All inputs that a call changes."""
+        return self.in_place | self.updates.keys()
 
 
 def import_graph(
     graph_module: fx.GraphModule, name: str, given: dict[str, Any], ranges: dict[Any, Any] | None = None, states: Iterable[str] = (),
+    becomes: Mapping[int, str] | None = None,
 ) -> Program:
-    """``given``: {placeholder: its tensor} of constants; ``states``: those of them that are inputs all the same, since calls write to them.
+    """``given``: {placeholder: its tensor} of constants; ``states``: those of them that are inputs all the same, since calls write to them;
+    ``becomes``: {number of a result: the placeholder that has it as its new value}, which are no results of the program.
 
     Raises UnsupportedOperator naming all operators that have no rule, ShapeError, TypeMismatch."""
     missing = missing_operators(graph_module)
@@ -69,7 +77,7 @@ def import_graph(
     kept = set(states)
     for _ in range(2):
         walk = _Walk(graph_module, name, given, Symbols(ranges), kept)
-        program = walk.run()
+        program = walk.run(becomes or {})
         late = walk.constants_written()
         if not late:
             return program
@@ -131,13 +139,18 @@ class _Walk:
         self.constants: dict[str, Ref] = {}
         self.attributes: dict[str, Ref] = {}
 
-    def run(self) -> Program:
+    def run(self, becomes: Mapping[int, str]) -> Program:
         for n in self.gm.graph.nodes:
             if n.op == "placeholder":
                 self.placeholder(n)
         results = self.body(self.gm)
         e, program = self.e, Program(None)  # type: ignore[arg-type]
+        for k, name in becomes.items():
+            if results[k] is not self.inputs[name]:
+                self.inputs[name].write(e, results[k].read())
         for k, r in enumerate(results):
+            if k in becomes:
+                continue
             if isinstance(r, Ref):
                 r = r.read()
             elif isinstance(r, Expr) and r.op != "const":
@@ -146,12 +159,37 @@ class _Walk:
             program.results.append(len(e.outputs) if isinstance(r, Value) else r.attr if isinstance(r, Expr) else r)
             if isinstance(r, Value):
                 e.output(f"output_{k}", r)
-        for name, ref in self.inputs.items():
-            if ref.version:
+        changed = {name: e.expand(ref.read(), ref.example.shape) for name, ref in self.inputs.items() if ref.version}
+        for name, new in changed.items():
+            if self.written_here(name, new, changed):
+                program.in_place.add(name)
+            else:
                 program.updates[name] = f"{name}.next"
-                e.output(f"{name}.next", e.expand(ref.read(), ref.example.shape), alias=name)
+                e.output(f"{name}.next", new, alias=name)
         program.graph = e.graph()
         return program
+
+    def written_here(self, name: str, new: Value, changed: Mapping[str, Value]) -> bool:
+        """Whether rows are written into the input's own memory: where its old value is used for nothing but that, and the new one by what
+        the results need."""
+        old = next(v for v in self.e.inputs if v.name == name)
+        makers = {v: n for n in self.e.nodes for v in n.outputs}
+        writer = makers.get(new)
+        users = [n for n in self.e.nodes for v in n.inputs if v is old]
+        if writer is None or writer.op != "luthier::IndexCopy" or writer.inputs[0] is not old or users != [writer]:
+            return False
+        if any(v is old for _, v in self.e.outputs):
+            return False
+        needed, seen = [v for _, v in self.e.outputs] + [v for k, v in changed.items() if k != name], set()
+        while needed:
+            n = makers.get(needed.pop())
+            if n is not None and id(n) not in seen:
+                seen.add(id(n))
+                needed += [v for v in n.inputs if v is not None]
+        if not any(id(n) in seen and new in n.inputs for n in self.e.nodes):
+            return False
+        writer.attrs["in_place"] = 1
+        return True
 
     def constants_written(self) -> set[str]:
         return {n for n, r in self.constants.items() if r.version}
