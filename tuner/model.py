@@ -60,8 +60,8 @@ class Ranker:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Ranker:
-        kinds = {"roots": np.int64, "feature": np.int64, "threshold": np.float32, "left": np.int64, "right": np.int64, "value": np.float32}
-        return cls(*(np.asarray(data[c], d) for c, d in kinds.items()), tuple(data["names"]))
+        whole = {c: np.asarray(data[c], np.int64) for c in ("roots", "feature", "left", "right")}
+        return cls(**whole, **{c: np.asarray(data[c], np.float32) for c in ("threshold", "value")}, names=tuple(data["names"]))
 
 
 def describe(candidate: Sequence[float], default: Sequence[float]) -> list[float]:
