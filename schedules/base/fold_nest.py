@@ -19,6 +19,7 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block, map_children, substitute_stmt
 from luthier.schedules.base.nest import Env, Nest, Region, box_of
 
+LANES = 8  # of a copied state
 FOLD_THREADS = 128  # threads of a group that keeps the states of a Fold in shared memory
 
 
@@ -61,7 +62,10 @@ class FoldNest(Nest):
         far = max(range(len(axes)), key=lambda k: extents[k].attr if extents[k].op == "const" else 0, default=-1)
         for k in reversed(range(len(axes))):
             v, n = axes[k], extents[k]
-            if self.st.scope != "shared" or k != far:
+            if self.st.scope != "shared" and k == len(axes) - 1 and n.op == "const" and n.attr % LANES == 0 and n.attr > LANES:
+                o, t = self.lo.fresh(f"{v.attr[0]}.o", n // LANES), self.lo.fresh(f"{v.attr[0]}.t", const(LANES))
+                body = For(o, const(0), n // LANES, "serial", For(t, const(0), const(LANES), "vectorize", substitute_stmt(body, {v: o * LANES + t})))
+            elif self.st.scope != "shared" or k != far:
                 body = For(v, const(0), n, "serial", body)
             elif n.op == "const" and n.attr <= FOLD_THREADS:
                 body = For(v, const(0), n, "thread.x", body)

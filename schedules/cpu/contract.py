@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.ir.compute import Axis, Pull, axis, reduce_
+from luthier.ir.compute import Axis, Pull, axis
 from luthier.ir.expr import (
     Expr,
     bounds,
@@ -33,6 +33,7 @@ from luthier.ir.expr import (
 )
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
+from luthier.schedules.base.reduction import merge_reduced
 from luthier.schedules.base.schedule import (
     Schedule,
     Stage,
@@ -46,7 +47,6 @@ from luthier.schedules.base.schedule import (
     split,
     stage,
 )
-from luthier.schedules.base.simplify_axes import split_reduced_axes
 from luthier.schedules.cpu.elementwise import flat, pointwise, stride
 from luthier.schedules.cpu.rowwise import positions
 
@@ -134,7 +134,7 @@ def product(
     padded = False
     if packs:
         s, padded = pack_panel(s, acc, p, v, panel or nv)
-    s = _merge_reduce(s, acc)
+    s = merge_reduced(s, acc)
     s = register_tile(s, acc, out, v, us, mu, nv, lanes, ku, caps, padded, depthwise, mblock, order, panel)
     for n, x in s.stages.items():
         if n.endswith(".pad") and x.at is None:
@@ -477,45 +477,6 @@ def _rewrite_loads(e: Expr, own: Any, view: Any) -> Expr:
         return view(x) if r is None else r
 
     return rewrite(e, f)
-
-
-def _merge_reduce(s: Schedule, acc: str) -> Schedule:
-    """Adjacent reduction axes that both factors walk as one become one (kw and ic of an unpadded row, for instance)."""
-    st = s.stages[acc]
-    red = st.reduction
-    assert red is not None
-    new_axes, e = split_reduced_axes(red.attr[1], red.args[0])
-    axes = list(new_axes)
-    k = len(axes) - 1
-    apart = vars_outside_loads(e)
-    while k > 0:
-        a, b = axes[k - 1], axes[k]
-        good = apart.isdisjoint((a.var, b.var))
-        for x in loads(e):
-            buf, idx, m, _ = load_parts(x)
-            f = flat(buf, idx)
-            da, db = stride(f, a.var), stride(f, b.var)
-            good = good and m is None and da is not None and db is not None and (da is db * b.extent or is_const(b.extent, 1))
-        if good:
-            j = axis(f"{a.name}{b.name}", a.extent * b.extent)
-            env = {a.var: j.var, b.var: const(0)} if is_const(b.extent, 1) else {a.var: const(0), b.var: j.var}
-
-            def view(x: Expr, env: Any = env) -> Expr | None:
-                if x.op != "load":
-                    return None
-                lb, idx, m, o = load_parts(x)
-                if not any(free_vars(i) & env.keys() for i in idx):
-                    return None
-                return load(replace(lb, shape=(lb.size(),)), (substitute(flat(lb, idx), env),), m, o)
-
-            e = rewrite(e, view)
-            axes[k - 1 : k + 1] = [j]
-        k -= 1
-    if e is red.args[0]:
-        return s
-    ext = {k2: v2 for k2, v2 in s.ext.items() if k2.attr[0].rsplit(".", 1)[0] != acc}
-    st2 = pull_stage(Pull(st.buf, st.axes, reduce_("sum", axes, e)), ext)
-    return replace(s, stages={**s.stages, acc: st2}, ext=ext, trace=(*s.trace, ("merge_reduce", acc)))
 
 
 # ---------------------------------------------------------------- packing and tiling

@@ -15,6 +15,7 @@ from typing import Any
 from luthier.ir.expr import bounds, free_vars, is_const, load_parts, loads
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
+from luthier.schedules.base.reduction import fitting
 from luthier.schedules.base.schedule import Schedule, annotate, fuse, in_runs, inline, reorder, split, stage
 from luthier.schedules.cpu.contract import pad_input, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
@@ -37,7 +38,8 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, loca
     s = in_runs(s)
     lanes = min(caps.lanes(widest_bits(st)) for st in s.stages.values())
     n = s.static_extent(s.stages[acc].loops[len(s.stages[acc].axes) - 1].var)
-    if lanes < 2 or n is None or n < lanes:
+    lanes = fitting(n, lanes)
+    if lanes < 2 or n is None:
         return None
     for name in [name for name in s.stages if name not in (out, acc)]:
         s = inline(s, name)

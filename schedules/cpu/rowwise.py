@@ -14,7 +14,7 @@ from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, free_vars, is_const, load_parts, loads, rewrite
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
-from luthier.schedules.base.reduction import contiguity, use_lanes
+from luthier.schedules.base.reduction import contiguity, fitting, merge_reduced, use_lanes
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, inline, reorder, split, stage
 from luthier.schedules.cpu.elementwise import widest_bits
 
@@ -30,6 +30,9 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     out = s.stages[s.compute.outs[0]]
     if list(s.stages)[-1] != out.name or not any(st.reduction is not None for st in s.stages.values()):
         return None
+    for n in [n for n in s.stages if s.stages[n].reduction is not None]:
+        s = merge_reduced(s, n)
+    out = s.stages[out.name]
     s = in_runs(s)
     if out.reduction is not None:
         return _root_reduction(s, caps) if len(s.stages) == 1 else None
@@ -83,9 +86,9 @@ def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_
     o = s.stages[out.name]
     if len(o.loops) > 1:
         last = o.loops[-1]
-        lanes = caps.lanes(widest_bits(o))
         k = s.static_extent(last.var)
-        if lanes > 1 and (k is None or k >= lanes):
+        lanes = fitting(k, caps.lanes(widest_bits(o)))
+        if lanes > 1:
             s = split(s, last.name, lanes * _registers(k, lanes, caps), "cut")
             s = annotate(s, f"{last.name}.1", "vectorize")
     return annotate(s, names[0], "parallel")
@@ -193,9 +196,9 @@ def _lanes_of_row(s: Schedule, name: str, caps: Capabilities, pos: list[int | No
     if not free:
         return s
     lp = st.loops[free[-1]]
-    lanes = caps.lanes(widest_bits(st))
     n = s.static_extent(lp.var)
-    if lanes > 1 and n is not None and n >= lanes:
+    lanes = fitting(n, caps.lanes(widest_bits(st)))
+    if lanes > 1 and n is not None:
         s = split(s, lp.name, lanes * _registers(n, lanes, caps), "cut")
         s = annotate(s, f"{lp.name}.1", "vectorize")
     return s
