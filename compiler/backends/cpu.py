@@ -25,10 +25,7 @@ from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
 from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.passes.program.plan_memory import roots
 
-__all__ = ["CHECKS_BOUNDS", "MEASURES", "build_module"]
-
-MEASURES = True  # kernels run in the isolated measurer
-CHECKS_BOUNDS = True  # kernels report an index out of range
+__all__ = ["build_module"]
 
 
 class Ahead:
