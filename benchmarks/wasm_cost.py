@@ -71,14 +71,12 @@ def llvm(f: Any, linker: str | None, clang: str | None, work: Path) -> dict[str,
     """CPU ms of the same kernel through LLVM's wasm32, by way (`WAYS`). Raises CompilationError where the CPU printer asks for more
     than wasm has, CalledProcessError when a tool refuses what another made."""
     from luthier.codegen.llvm.backend import compile_text
-    from luthier.codegen.llvm.printer import print_kernels
-    from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-    from luthier.passes.loop.lower_subbyte import lower_subbyte
+    from luthier.codegen.llvm.printer import legalize_llvm, print_kernels
 
     target, out = wasm32(), {}
 
     def text() -> str:
-        return print_kernels([("k", legalize_dtype(lower_subbyte(f), LLVM_RULES))], target)
+        return print_kernels([("k", legalize_llvm(f))], target)
 
     out["library"] = min(best([lambda: compile_text(text(), target)], 2))
     if not linker:

@@ -60,10 +60,9 @@ def compile(
         from luthier.errors import InputError, TargetError
         from luthier.importers.onnx.importer import import_onnx
         from luthier.ir.op import lookup
-        from luthier.targets import builder
 
         lookup("")  # imports every operator
-        builder(parse_target(target).kind)
+        importlib.import_module(parse_target(target).backend.builder.partition(":")[0])
         for name in ("luthier.pipeline", "luthier.schedules.select", "luthier.passes.graph.copy_graph", "numpy.random"):  # what would be imported on the way
             importlib.import_module(name)
 
@@ -82,9 +81,8 @@ def compile(
     elif args is not None or kwargs is not None or dynamic_shapes is not None:
         raise InputError("args, kwargs and dynamic_shapes are for torch programs", hint="pin dimensions of other models with shapes")
     chosen = parse_target(target)
-    make = builder(chosen.kind)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
-    if checked and not getattr(make, "CHECKS_BOUNDS", False):
+    if checked and not chosen.backend.checks_bounds:
         raise TargetError(f"modules for {target} have no bounds checks", hint="compile for cpu with debug='bounds'")
 
     def imported() -> Graph:

@@ -22,11 +22,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.codegen.targets.backend import loader_of
 from luthier.errors import ArtifactError
 from luthier.files import open_regular
 from luthier.manifest import FORMAT, NAME, read_manifest
 from luthier.replace_folder import replacing
-from luthier.targets import loader
 
 if TYPE_CHECKING:
     from luthier.module import Module
@@ -110,7 +110,7 @@ def load(path: Path, threads: int | None = None) -> Module:
     manifest = read_manifest(path)
     while True:
         try:
-            module: Module = loader(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
+            module: Module = loader_of(manifest["target"].get("kind", "cpu")).load_module(path, manifest, threads)
             extra = manifest.get("extra", ())
             check_files(path, manifest, extra)
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,13 +21,12 @@ def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None 
     such as ``"30s"``, True, or a :class:`luthier.tuner.tune.Tuning`)."""
     from luthier.pipeline import compile_program
     from luthier.schedules.select import Record
-    from luthier.targets import builder
 
-    make = builder(target.kind)
+    make = target.backend
     module: Module
     with ExitStack() as stack:
         choose = None
-        if tune and (not getattr(make, "MEASURES", False) or target.missing_here()):
+        if tune and (not make.measures or target.missing_here()):
             warnings.warn(f"kernels for {target.name} cannot be measured on this machine: templates are taken in their default order", stacklevel=3)
         elif tune:
             from luthier.tuner.choose import Chooser
@@ -37,14 +37,14 @@ def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None 
 
                 return build_tuned(graph, target, threads, choose, tune)
         stack.enter_context(collection_paused())
-        record = Record(choose) if choose is not None or getattr(make, "RETILES", False) else None
-        if hasattr(make, "Ahead") and not checked:
-            with make.Ahead(target) as ahead:
-                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel, record), target, threads, ahead)
+        record = Record(choose) if choose is not None or make.retiles else None
+        if make.ahead and not checked:
+            with pkgutil.resolve_name(make.ahead)(target) as ahead:
+                module = make.build_module(compile_program(graph(), target.caps, ahead.kernel, record), target, threads, ahead=ahead)
             return module
         program = compile_program(graph(), target.caps, record=record)
         program.checked = checked
-        module = make.build_module(program, target, threads, **({"record": record} if getattr(make, "RETILES", False) else {}))
+        module = make.build_module(program, target, threads, **({"record": record} if make.retiles else {}))
     return module
 
 

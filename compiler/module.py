@@ -103,10 +103,9 @@ class Module:
     def from_program(program: Program, target: Target | str = "cpu", threads: int | None = None) -> Module:
         """Code for ``program``. Raises CompilationError, TargetError."""
         from luthier.codegen.targets.target import parse_target
-        from luthier.targets import builder
 
         chosen = parse_target(target) if isinstance(target, str) else target
-        module: Module = builder(chosen.kind).build_module(program, chosen, threads)
+        module: Module = chosen.backend.build_module(program, chosen, threads)
         return module
 
     # ------------------------------------------------------------ calls

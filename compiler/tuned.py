@@ -14,7 +14,6 @@ from luthier.feeds import random_inputs
 from luthier.ir.graph import Graph
 from luthier.module import Module
 from luthier.pipeline import compile_program
-from luthier.targets import builder
 from luthier.tuner.choose import Chooser
 from luthier.tuner.tune import Tuner, Tuning
 
@@ -25,7 +24,7 @@ ROUNDS, LEAST = 9, 0.01  # seconds of a turn
 def build_tuned(graph: Callable[[], Graph], target: Target, threads: int | None, choose: Chooser, tune: object) -> Module:
     """The module with the points that were found for its kernels, or the default where the whole model is not faster with them."""
     tuning = Tuning.of(tune)
-    make = builder(target.kind)
+    make = target.backend
 
     def program(record: Any) -> Any:
         with collection_paused():

@@ -17,13 +17,12 @@ import pytest
 import luthier.pipeline as pipeline
 import luthier.schedules.select as select
 from luthier.codegen.llvm.backend import compile_text, kernel_text
+from luthier.codegen.llvm.printer import legalize_llvm
 from luthier.codegen.program.sharing import parallel_loop
 from luthier.codegen.targets.target import Target
 from luthier.ir.graph import Graph
 from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Buffer
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.select import Kernels
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +70,7 @@ def run_emulated(k: Kernels, memory: dict[str, Array], target: Target, folder: P
     objects, calls, declared = [], [], []
     names = list(memory)
     for n, f in enumerate(k.funcs):
-        symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
+        symbol, text = kernel_text(legalize_llvm(f), target)
         (folder / f"k{n}.o").write_bytes(compile_text(text.replace("define hidden", "define"), target))
         objects.append(str(folder / f"k{n}.o"))
         args = [f"b[{names.index(p.name)}]" for p in f.params if isinstance(p, Buffer)]

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from luthier.codegen.llvm.backend import assembly, kernel_text
+from luthier.codegen.llvm.printer import legalize_llvm
 from luthier.codegen.targets.target import parse_target
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from tests.emulated import arrays, kernels_of, missing, run_emulated
 from tests.schedules import cases
 from tests.test_lowbit import EXACT, ROUNDED, nmse, product
@@ -50,7 +49,7 @@ def test_instructions(target: str, bits: int, template: str, instruction: str, m
     t = parse_target(target)
     compute, k = kernels_of(graph, t, monkeypatch)
     assert k.template == template
-    text = assembly(kernel_text(legalize_dtype(lower_subbyte(k.funcs[-1]), LLVM_RULES), t)[1], t)
+    text = assembly(kernel_text(legalize_llvm(k.funcs[-1]), t)[1], t)
     assert instruction in text
     x = rng.standard_normal((2, 128)).astype(np.float32)
     out = compute.outs[0]

@@ -14,6 +14,7 @@ import pytest
 import luthier
 from luthier.cli.commands import entry
 from luthier.cli.commands import luthier as command
+from luthier.codegen.targets.backend import all_backends
 from luthier.errors import InputError, KernelError, SettingError, TargetError
 from luthier.ir.dtypes import f32, i64, index
 from luthier.ir.expr import Expr, bcast, cast, const, load, ramp, var, vreduce
@@ -245,11 +246,10 @@ def test_the_setting_and_the_argument(monkeypatch: pytest.MonkeyPatch) -> None:
         luthier.compile(parsed(MLP), debug="limits")
 
 
-def test_a_target_without_checks_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.backends import cpu as build
-    monkeypatch.delattr(build, "CHECKS_BOUNDS")
+@pytest.mark.parametrize("kind", [k for k, b in all_backends().items() if not b.checks_bounds])
+def test_a_target_without_checks_refuses(kind: str) -> None:
     with pytest.raises(TargetError, match="bounds"):
-        luthier.compile(parsed(MLP), debug="bounds")
+        luthier.compile(parsed(MLP), target=kind, debug="bounds")
 
 
 def test_the_artifact_checks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

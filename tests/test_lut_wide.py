@@ -10,11 +10,10 @@ import pytest
 
 import luthier.pipeline as pipeline
 from luthier.codegen.llvm.backend import assembly, kernel_text
+from luthier.codegen.llvm.printer import legalize_llvm
 from luthier.codegen.targets.target import parse_target
 from luthier.ir.graph import Graph
 from luthier.ir.interpret.loops import run_func
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.lowbit.lut_gemv import pack_planes, trits
 from luthier.schedules.lowbit.lut_wide import ENTRIES, pack_quintuples
 from luthier.schedules.select import Kernels, Record
@@ -69,7 +68,7 @@ def test_product_under_emulation(bits: int, group: int, form: str, tmp_path: Pat
 def test_machine_code() -> None:
     graph, _ = product(128, 256, 64, 1, 32, 1, np.random.default_rng(0))
     k = candidates(graph)[0]
-    text = assembly(kernel_text(legalize_dtype(lower_subbyte(k.funcs[-1]), LLVM_RULES), TARGET)[1], TARGET)
+    text = assembly(kernel_text(legalize_llvm(k.funcs[-1]), TARGET)[1], TARGET)
     assert "vpermi2b" in text or "vpermt2b" in text
 
 

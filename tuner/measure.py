@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.llvm.backend import Library, compile_text, kernel_text
+from luthier.codegen.llvm.printer import legalize_llvm
 from luthier.codegen.program.sharing import parallel_loop
 from luthier.codegen.targets.target import Target, parse_target
 from luthier.errors import LuthierError, TuningError
@@ -38,8 +39,6 @@ from luthier.ir.expr import Expr
 from luthier.ir.interpret.loops import evaluate_expr
 from luthier.ir.loop import Buffer, Func
 from luthier.ir.parser import parse_funcs
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.select import Kernels
 
 Array = np.ndarray[Any, Any]
@@ -214,7 +213,7 @@ class _Job:
         # [thread][set of constants]: calls. A kernel without a parallel loop is the first thread's
         self.calls: list[list[list[tuple[Any, tuple[Any, ...]]]]] = [[[] for _ in self.sets] for _ in range(self.threads)]
         for f in funcs.values():
-            symbol, text = kernel_text(legalize_dtype(lower_subbyte(f), LLVM_RULES), target)
+            symbol, text = kernel_text(legalize_llvm(f), target)
             lib = Library([compile_text(text.replace("define hidden", "define"), target)], [symbol])
             self.libraries.append(lib)
             env = {v: job["dims"][v.attr[0]] for v in f.scalars}

@@ -39,6 +39,8 @@ from luthier.ir.loop import (
     walk_stmts,
 )
 from luthier.passes.loop.check_bounds import is_checked
+from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
+from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.schedules.base.capabilities import LOCAL_BYTES
 
 
@@ -308,6 +310,11 @@ class KernelPrinter(MemoryPrinter, ExprPrinter):
         self.start(exit_)
         for n in names:
             self.regs[n] = self.ins(f"phi {self.reg_types[n]} [ {then_regs[n]}, %{then_end} ], [ {start[n]}, %{pre} ]")
+
+
+def legalize_llvm(f: Func) -> Func:
+    """A kernel of the shared passes in the types that LLVM has: what is printed, for every CPU."""
+    return legalize_dtype(lower_subbyte(f), LLVM_RULES)
 
 
 def print_kernels(funcs: Iterable[tuple[str, Func]], target: Target, noalias: bool = True) -> str:

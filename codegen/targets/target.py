@@ -1,28 +1,24 @@
 """Targets as data: what schedules may ask for and what printers need to know. No other file asks for a target by name.
 
-Every kind of target is one file, ``codegen/target_KIND.py``, entered in ``KINDS``. It has ``parse(text) -> Target`` for what
-follows ``KIND:`` (empty for the kind alone; TargetError for what it does not know) and ``KNOWN``, the names it takes. What turns
-a Program into a Module for a kind is entered in ``luthier/targets.py``.
+Every kind of target is one file, ``codegen/targets/KIND.py``, and belongs to the backend of that name (:mod:`luthier.codegen.targets.backend`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
+import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from luthier.errors import TargetError
+from luthier.codegen.targets.backend import Backend, backend_of
 from luthier.schedules.base.capabilities import Capabilities
-
-KINDS = {kind: f"luthier.codegen.targets.{kind}" for kind in ("cpu", "wasm", "webgpu", "cuda")}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """``name``: what the user wrote. ``triple``, ``cpu``, ``features``: LLVM's words, empty where LLVM has no part. ``caps``: what
-    schedules may use. ``flags``: the processor features that are on. ``kind``: the entry of the registry that made it."""
+    schedules may use. ``flags``: the processor features that are on. ``kind``: its backend's name."""
 
     name: str
     triple: str
@@ -31,6 +27,10 @@ class Target:
     caps: Capabilities
     flags: frozenset[str] = frozenset()
     kind: str = "cpu"
+
+    @property
+    def backend(self) -> Backend:
+        return backend_of(self.kind)
 
     @property
     def is_x86(self) -> bool:
@@ -54,11 +54,7 @@ class Target:
 @functools.lru_cache(maxsize=64)
 def parse_target(text: str = "cpu") -> Target:
     """``KIND`` or ``KIND:DETAILS``, as the files of the kinds say. Raises TargetError naming the known ones."""
-    kind, _, rest = text.strip().partition(":")
-    if kind not in KINDS:
-        names = [n for m in KINDS.values() for n in importlib.import_module(m).KNOWN]
-        raise TargetError(f"no target {text!r}", hint="known: " + ", ".join(names))
-    target = importlib.import_module(KINDS[kind]).parse(rest)
+    target = pkgutil.resolve_name(backend_of(text).parse)(text.strip().partition(":")[2])
     assert isinstance(target, Target)
     return target
 

@@ -12,6 +12,7 @@ from luthier.backends.native import ABI_VERSION, EXPORTS, aligned
 from luthier.cache import ObjectCache
 from luthier.codegen.llvm.backend import Library, Objects, assembly, compile_texts, kernel_text
 from luthier.codegen.llvm.main import DTYPE_CODES, print_main, runtime_text
+from luthier.codegen.llvm.printer import legalize_llvm
 from luthier.codegen.program.sharing import resolve
 from luthier.codegen.program.steps import DEFAULT
 from luthier.codegen.targets.target import Target, parse_target
@@ -21,14 +22,9 @@ from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt
 from luthier.ir.program import Program
 from luthier.module import Module
 from luthier.passes.loop.check_bounds import check_bounds
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.passes.program.plan_memory import roots
 
-__all__ = ["CHECKS_BOUNDS", "MEASURES", "build_module"]
-
-MEASURES = True  # kernels run in the isolated measurer
-CHECKS_BOUNDS = True  # kernels report an index out of range
+__all__ = ["build_module"]
 
 
 class Ahead:
@@ -56,12 +52,8 @@ class Ahead:
         """(symbol, LLVM module) of a kernel whose arguments do not share memory, printed once."""
         known = self.texts.get(id(f.body))
         if known is None or known[0].params != f.params:
-            known = self.texts[id(f.body)] = (f, *kernel_text(_legal(f), self.target))
+            known = self.texts[id(f.body)] = (f, *kernel_text(legalize_llvm(f), self.target))
         return known[1:]
-
-
-def _legal(f: Func) -> Func:
-    return legalize_dtype(lower_subbyte(f), LLVM_RULES)
 
 
 def build_module(program: Program, target: Target | str = "cpu", threads: int | None = None, ahead: Ahead | None = None) -> Module:
@@ -73,13 +65,13 @@ def build_module(program: Program, target: Target | str = "cpu", threads: int | 
         with Ahead(chosen) as ahead:
             return build_module(program, chosen, threads, ahead)
     if program.checked:
-        program = replace(program, kernels={name: check_bounds(_legal(f)) for name, f in program.kernels.items()})
+        program = replace(program, kernels={name: check_bounds(legalize_llvm(f)) for name, f in program.kernels.items()})
     symbols: dict[str, str] = {}
     texts: dict[str, str] = {}
     aliased = aliased_kernels(program)
     for name, f in program.kernels.items():
         try:
-            symbols[name], text = kernel_text(_legal(f), chosen, False) if name in aliased else ahead.text(f)
+            symbols[name], text = kernel_text(legalize_llvm(f), chosen, False) if name in aliased else ahead.text(f)
         except LuthierError as error:  # backends know kernels; a user knows nodes
             raise error.at(op=name).at(node=_nodes_of(program, name)) from None
         texts[symbols[name]] = text

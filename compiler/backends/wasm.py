@@ -26,9 +26,6 @@ from luthier.schedules.select import Record
 __all__ = ["build_module", "probes"]
 
 
-RETILES = True  # build_module takes ``record``
-
-
 def build_module(
     program: Program, target: Target, threads: int | None = None, record: Record | None = None
 ) -> WasmModule:

@@ -24,6 +24,7 @@ from luthier.cli.quantize import quantize_options
 from luthier.cli.terminal import console, echo, printable
 from luthier.cli.tools import COMMANDS
 from luthier.cli.tuning import print_tuning, tune_command, tuning_progress
+from luthier.codegen.targets.backend import all_backends
 from luthier.errors import InputError, LuthierError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ _debug = click.option(
 )  # fmt: skip
 _model = click.argument("model", type=click.Path(path_type=Path))
 _compile_options = _options(
-    click.option("--target", default="cpu", show_default=True, help="cpu, cpu:x86-64-v3, wasm, webgpu, cuda:sm_90, ..."),
+    click.option("--target", default="cpu", show_default=True, help=f"{', '.join(all_backends())}, or one with details such as cpu:x86-64-v3."),
     click.option("--shape", "shapes", type=ShapeParam(), multiple=True, help="Pin the shape of an input; repeatable."),
     click.option("--threads", type=click.IntRange(1), help="Worker threads; default: the cores this process may use."),
 )

@@ -58,19 +58,19 @@ def knob_table(model: Path, target: str, shapes: Mapping[str, Any]) -> list[str]
 
 
 def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets`.
+    """Header and rows of operator x target: operators of the registry, registered backends.
 
     A cell is what was measured: ``12/12`` are tests of the ONNX backend suite for this operator alone that pass and that there are,
     from the saved artifact in a fresh process (``benchmarks/conformance.py``, kept in ``conformance.json``); ``untested``: the
     target builds modules, and no such test was run. With ``missing``, the ONNX operators of the default
     domain that have no entry follow: ``by its definition`` where the standard defines them by others (the importer expands
     those), or ``no``."""
+    from luthier.codegen.targets.backend import all_backends
     from luthier.ir.op import REGISTRY, load_all
-    from luthier.targets import BUILDERS
 
     load_all()
     measured = conformance()["targets"]
-    targets = [*BUILDERS]
+    targets = [*all_backends()]
 
     def cell(op: str, target: str) -> str:
         counts = measured.get(target, {}).get(op)

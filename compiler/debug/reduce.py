@@ -138,13 +138,11 @@ def kernel_check(target: str = "cpu", timeout: float = 20.0) -> Check[Func]:
     def check(f: Func) -> str | None:
         def attempt() -> None:
             from luthier.codegen.llvm.backend import compile_text
-            from luthier.codegen.llvm.printer import print_kernels
+            from luthier.codegen.llvm.printer import legalize_llvm, print_kernels
             from luthier.codegen.targets.target import parse_target
-            from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-            from luthier.passes.loop.lower_subbyte import lower_subbyte
 
             t = parse_target(target)
-            compile_text(print_kernels([(f.name, legalize_dtype(lower_subbyte(f), LLVM_RULES))], t), t)
+            compile_text(print_kernels([(f.name, legalize_llvm(f))], t), t)
 
         return outcome(attempt, timeout)
 

@@ -93,7 +93,7 @@ def analyse(
     from luthier.pipeline import compile_program
 
     chosen = parse_target(target)
-    if chosen.kind != "cpu" or chosen.missing_here():
+    if not chosen.backend.measures_ceilings or chosen.missing_here():
         raise TargetError(f"the ceilings of {target} cannot be measured on this machine", hint="name a cpu target that runs here")
     program = compile_program(import_onnx(model, shapes), chosen.caps)
     module = Module.from_program(program, chosen, threads)

@@ -129,10 +129,13 @@ def compile_onnx(
     if chunk < 1:
         raise InputError(f"a chunk of {chunk} tokens is too short")
     d = decoder_graph(path, n, all_logits)
-    kind = parse_target(target).kind
-    if kind != "cpu" and (d.by != "past" or d.given):
+    backend = parse_target(target).backend
+    if not backend.keeps_any_state and (d.by != "past" or d.given):
         why = f"has the further inputs {', '.join(d.given)}" if d.given else "keeps no cache in place"
-        raise TargetError(f"{path.name} {why}, which language models on {kind} cannot have", hint="compile it for cpu, or as an ordinary model with luthier compile")
+        raise TargetError(
+            f"{path.name} {why}, which language models on {backend.kind} cannot have",
+            hint="compile it for cpu, or as an ordinary model with luthier compile",
+        )
     parameters = sum(int(v.data.size) for m in d.graph.nodes for v in m.inputs[1:2] if m.op in ("MatMul", "Gemm") and v is not None and v.data is not None)
     state = [v for v in d.graph.inputs if v.name in d.state]
     module = compile_graph(d.graph, target, threads, tune)

@@ -67,7 +67,7 @@ def analyse_language(
     from luthier.llm import model as llm
 
     chosen = parse_target(target)
-    if chosen.kind != "cpu" or chosen.missing_here():
+    if not chosen.backend.measures_ceilings or chosen.missing_here():
         raise TargetError(f"the ceilings of {target} cannot be measured on this machine", hint="name a cpu target that runs here")
     c = config(read_gguf(path))
     lengths = [n for n in contexts or (1, 256, 1024, 2048) if n <= c.context]

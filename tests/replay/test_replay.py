@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from luthier.codegen.llvm.backend import compile_text
-from luthier.codegen.llvm.printer import print_kernels
+from luthier.codegen.llvm.printer import legalize_llvm, print_kernels
 from luthier.codegen.targets.target import parse_target
 from luthier.importers.onnx.importer import import_onnx
 from luthier.ir.loop import Buffer
@@ -22,8 +22,6 @@ from luthier.ir.parser import parse_funcs
 from luthier.ir.printer import const_buffers, format_func, format_stmt
 from luthier.ir.program import Program
 from luthier.ir.verify import verify
-from luthier.passes.loop.legalize_dtype import LLVM_RULES, legalize_dtype
-from luthier.passes.loop.lower_subbyte import lower_subbyte
 from luthier.pipeline import compile_program
 from tests.replay.models import MODELS, model
 
@@ -104,7 +102,7 @@ def test_kept_texts_parse_print_and_compile(name: str) -> None:
         assert format_func(f).splitlines() == sections(text)[f.name]
         verify(f)
         f.data.update({b.name: np.zeros([int(e.attr) for e in b.shape], np.uint8).repeat(_bytes(b)) for b in const_buffers(f.body)})
-    printed = print_kernels([(f"k{k}", legalize_dtype(lower_subbyte(f), LLVM_RULES)) for k, f in enumerate(funcs)], target)
+    printed = print_kernels([(f"k{k}", legalize_llvm(f)) for k, f in enumerate(funcs)], target)
     assert len(compile_text(printed, target, 0)) > 1000
 
 
