@@ -268,6 +268,23 @@ def test_on_a_busy_machine_nothing_is_chosen_or_kept(tmp_path: Path) -> None:
         assert k.gain > 1.06
 
 
+def test_a_large_gain_is_not_kept_where_the_default_differs_from_itself(tmp_path: Path) -> None:
+    ((_, _, default),) = made(matmul())
+    fast, turn = slow_unless(FAST), [0]
+
+    def seconds(k: Kernels) -> float:
+        if _texts(k) != _texts(default):
+            return fast(k)
+        turn[0] += 1
+        return 2e-3 * (1.1 if turn[0] % 2 else 1.0)
+
+    t, _ = tuned(Clock(seconds), tmp_path / "t.sqlite", exhaust=True)
+    (k,) = t.kernels
+    assert k.best is None and k.why.startswith("the machine is busy")
+    with Database(tmp_path / "t.sqlite") as db:
+        assert db.chosen(k.key, t.device, 0.0) is None
+
+
 def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
     fast, asked = slow_unless(FAST), [0]
 

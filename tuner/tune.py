@@ -329,14 +329,14 @@ class Tuner:
             base = min(times[:2])
             best = min(range(len(ranked)), key=lambda i: times[2 + i])
             gain = base / times[2 + best] if times[2 + best] > 0 else 0.0
+            if apart > MARGIN:
+                k.why = f"the machine is busy: the default differs from itself by {100 * apart:.0f} %"
+                return
             if gain > 1 + max(MARGIN, 2 * apart):
                 k.why = self._differs(k, made[ranked[best]])
                 if not k.why:
                     self._choose(k, ranked[best], gain)
                     return
-            elif apart > MARGIN:
-                k.why = f"the machine is busy: the default differs from itself by {100 * apart:.0f} %"
-                return
         self._choose(k, default, 1.0)
 
     def _choose(self, k: Kernel, point: Point, gain: float) -> None:
