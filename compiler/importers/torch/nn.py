@@ -393,16 +393,16 @@ def _adaptive(e: Emitter, x: Value, n: int) -> Value:
     have = x.shape[-n:]
     if all(w is h for w, h in zip(want, have, strict=True)):
         return x
-    if any(v.op != "const" for v in (*want, *have)):
-        raise UnsupportedOperator("adaptive pooling of open extents to more than one element", hint="pin height and width")
-    sizes = [(h.attr, w.attr) for h, w in zip(have, want, strict=True)]
-    if all(h % w == 0 for h, w in sizes):
+    if any(v.op != "const" for v in want) or max(v.attr for v in want) > 64 and any(v.op != "const" for v in have):
+        raise UnsupportedOperator("adaptive pooling of open extents to open or many elements", hint="pin height and width")
+    sizes = [(h, w.attr) for h, w in zip(have, want, strict=True)]
+    if all(h.op == "const" and h.attr % w == 0 for h, w in sizes):
         y, single = _batched(e, x, n)
-        k = tuple(h // w for h, w in sizes)
+        k = tuple(h.attr // w for h, w in sizes)
         out = e.op("AveragePool", y, kernel_shape=k, strides=k)
         return e.reshape(out, out.shape[1:]) if single else out
     for axis, (h, w) in enumerate(sizes, x.rank - n):
-        parts = [e.reduce("ReduceMean", e.slice(x, axis, k * h // w, -((k + 1) * -h // w)), [axis], True) for k in range(w)]
+        parts = [e.reduce("ReduceMean", e.slice(x, axis, h * k // w, (h * (k + 1) + w - 1) // w), [axis], True) for k in range(w)]
         x = e.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
     return x
 
