@@ -13,6 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'luthier[torch]'")
 from torch import nn  # noqa: E402
+from torch._higher_order_ops import while_loop  # noqa: E402
+from torch._higher_order_ops.scan import scan  # noqa: E402
 from torch.export import Dim  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 
@@ -176,6 +178,40 @@ def test_positions_that_depend_on_data() -> None:
     c = luthier.compile(m, args=(x,))
     for y in (x, torch.tensor([[-1.0, -1.0], [3.0, 4.0]])):
         agree(c(y), f(None, y))
+
+
+def test_branches() -> None:
+    m = seeded(Fn(lambda s, x: torch.cond(x.sum() > 0, lambda x: (s.m[0](x), x + 1), lambda x: (x * 2, x - 1), (x,)), nn.Linear(4, 4)))
+    x = torch.randn(2, 4).abs()
+    c = luthier.compile(m, args=(x,))
+    for y in (x, -x):
+        agree(c(y), m(y))
+
+
+def test_loops() -> None:
+    def until(s: Any, x: torch.Tensor) -> Any:
+        return while_loop(lambda i, y: (i < 20) & (y.sum() < 50), lambda i, y: (i + 1, y * x), (torch.zeros((), dtype=torch.int64), x))
+
+    x = torch.rand(2, 4) + 1
+    c = luthier.compile(Fn(until), args=(x,))
+    for y in (x, x + 2, x - 1):
+        agree(c(y), until(None, y))
+    h, xs = torch.zeros(4), torch.randn(5, 4)
+
+    def recurrent(s: Any, xs: torch.Tensor, h: torch.Tensor) -> Any:
+        return scan(lambda a, x: (torch.tanh(a * 0.5 + x), a * 2), h, xs, dim=0)
+
+    agree(luthier.compile(Fn(recurrent), args=(xs, h))(xs, h), recurrent(None, xs, h))
+
+
+def test_bodies_without_gradients_are_part_of_the_program() -> None:
+    def f(s: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return y + x
+
+    x = torch.randn(3)
+    agree(luthier.compile(Fn(f), args=(x,))(x), f(None, x))
 
 
 @pytest.mark.parametrize("target", ["cpu", "wasm"])
