@@ -43,7 +43,15 @@ LANGUAGE = (
     "albert bart bert bloom clip deberta-v2 depth_anything detr dinov2 distilbert electra falcon gemma2 gpt2 gpt_neox granitemoe llama mamba "
     "mixtral modernbert mpnet opt phi3 qwen2 qwen3 roberta segformer siglip swin2sr t5 vit wav2vec2 whisper yolos"
 ).split()
+SCHEMAS: list[Any] = []  # kept: a library takes its operators with it
 Inputs = Callable[[int, int], tuple[tuple[Any, ...], dict[str, Any]]]  # of a batch and a length: arguments and keywords
+
+
+def define_schemas() -> None:
+    """Of operators that torchvision asks for, beside a torch for which its extension was not built."""
+    SCHEMAS.append(torch.library.Library("torchvision", "FRAGMENT"))
+    for op in ("nms", "qnms"):
+        SCHEMAS[-1].define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def vision(name: str) -> tuple[Any, Inputs]:
@@ -217,9 +225,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    schemas = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):  # torchvision beside a torch without its extension asks for them
-        schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define_schemas()
     names = args.names or VISION + TIMM + LANGUAGE
     args.json.parent.mkdir(parents=True, exist_ok=True)
     kept = [json.loads(line) for line in args.json.read_text().splitlines()] if args.json.exists() and not args.names else []
