@@ -14,5 +14,5 @@ for package, folder in FOLDERS.items():
 setup(
     packages=packages,
     package_dir=FOLDERS,
-    package_data={"": ["py.typed", "*.ll", "*.h", "*.c", "*.js", "*.mjs", "*.html", "*.css", "*.json", "*.txt", "templates/*.j2"]},
+    package_data={"": ["py.typed", "*.ll", "*.h", "*.c", "*.cpp", "*.js", "*.mjs", "*.html", "*.css", "*.json", "*.txt", "templates/*.j2"]},
 )

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import SettingError
 
-__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "check_indices", "color", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
+__all__ = ["Setting", "all_settings", "cache_dir", "cache_size", "check_indices", "color", "cuda_checks", "cxx", "debug", "dump", "override", "repro_dir", "spin_us", "threads", "toolchain", "webgpu_features", "winograd"]
 
 T = TypeVar("T")
 _REGISTRY: list[Setting[object]] = []
@@ -107,6 +107,13 @@ def _gpu_features(text: str) -> frozenset[str]:
     return frozenset(words)
 
 
+def _cuda_checks(text: str) -> frozenset[str]:
+    words = {w.strip() for w in text.split(",") if w.strip()} - {"none"}
+    if words - {"orders", "races"}:
+        raise ValueError("expected orders, races or none")
+    return frozenset(words)
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -157,6 +164,12 @@ webgpu_features = _declare(
     "Optional WebGPU features that modules run in Python may use, with commas (none: not any); default: all that the adapter has",
 )  # fmt: skip
 toolchain = _declare("LUTHIER_CC", str, None, "Linker driver used by save (cc, clang, ld.lld, ...); default: the first one found")
+cxx = _declare("LUTHIER_CXX", str, None, "C++ compiler that compiles CUDA kernels for cuda:emulate; default: the first of c++, g++, clang++")
+cuda_checks = _declare(
+    "LUTHIER_CUDA_CHECKS", _cuda_checks, frozenset({"orders"}),
+    "What cuda:emulate looks for beside indices out of bounds and divergent barriers, with commas: orders (every launch runs twice, threads forwards "
+    "and backwards, and must give the same bits), races (every access is looked at, slow), or none",
+)  # fmt: skip
 color = _declare("NO_COLOR", bool, False, "Any value: the command line prints without colours")
 winograd = _declare(
     "LUTHIER_WINOGRAD", _count, 4, "Largest tile of Winograd's 3x3 convolutions: 4, 2 (smaller error), 0 for direct sums only"

@@ -11,8 +11,10 @@ from typing import Any
 
 from luthier.errors import ArtifactError, TargetError
 
-BUILDERS = {"cpu": "luthier.backends.cpu", "wasm": "luthier.backends.wasm", "webgpu": "luthier.backends.webgpu"}
-LOADERS = {"cpu": "luthier.module", "wasm": "luthier.backends.wasm_module", "webgpu": "luthier.backends.webgpu_module"}
+BUILDERS = {"cpu": "luthier.backends.cpu", "wasm": "luthier.backends.wasm", "webgpu": "luthier.backends.webgpu", "cuda": "luthier.backends.cuda"}
+LOADERS = {
+    "cpu": "luthier.module", "wasm": "luthier.backends.wasm_module", "webgpu": "luthier.backends.webgpu_module", "cuda": "luthier.backends.cuda_module",
+}  # fmt: skip
 
 
 def builder(kind: str) -> Any:

@@ -15,7 +15,8 @@
 
 ``For.kind``: ``serial``, ``parallel`` (iterations independent, distributed over threads), ``vectorize`` (iterations
 independent, become lanes), ``unroll``, ``block.x|y|z`` and ``thread.x|y|z`` (GPU grid and group), ``subgroup`` (all threads of a
-group run it alike, to merge the same partial results into an accumulator that holds the neutral element before).
+group run it alike, to merge the same partial results into an accumulator that holds the neutral element before),
+``matrix`` (a reduction whose products a subgroup may compute together, with matrix instructions).
 ``Buffer.scope``: ``param`` (argument), ``global`` (scratch in the arena), ``shared`` (one per thread group), ``local`` (one
 per thread; rank 0 means a register variable, possibly of vector type), ``const`` (compile-time data).
 A buffer is dense and row-major over ``shape``; after ``flatten`` it has one dimension and one index.
@@ -32,7 +33,7 @@ import numpy as np
 from luthier.ir.dtypes import DType, types_in
 from luthier.ir.expr import Expr, as_expr, free_vars, is_const, load, rewrite, substitute
 
-KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup")
+KINDS = ("serial", "parallel", "vectorize", "unroll", "block.x", "block.y", "block.z", "thread.x", "thread.y", "thread.z", "subgroup", "matrix")
 SCOPES = ("param", "global", "shared", "local", "const")
 
 

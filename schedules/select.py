@@ -21,6 +21,7 @@ from luthier.ir.compute import Compute, LetStmt, Pull, buffers_of, defined, let_
 from luthier.ir.expr import Expr, load, load_parts, loads, rewrite
 from luthier.ir.loop import Buffer, Func
 from luthier.passes.gpu.privatize_threads import privatize_threads
+from luthier.passes.gpu.use_matrix import pad_tiles, use_matrix
 from luthier.passes.loop.expand_math import expand_math
 from luthier.passes.loop.flatten import flatten
 from luthier.passes.loop.load_spans import load_spans
@@ -69,10 +70,11 @@ class Kernels:
 
 def loop_passes(caps: Capabilities) -> list[Callable[[Func], Func]]:
     """The shared passes between a schedule and every printer, in order."""
-    group = [privatize_threads, place_barriers] if caps.gpu else []
+    group = [privatize_threads, place_barriers, pad_tiles] if caps.gpu else []
+    matrix = [use_matrix] if caps.gpu else []
     narrow = [functools.partial(split_vectors, bits=caps.vector_bits)] if caps.whole_registers else []
     blocks: list[Callable[[Func], Func]] = [transpose_blocks, load_spans] if caps.shuffles else []
-    return [*group, flatten, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
+    return [*group, flatten, *matrix, vectorize, unroll, *blocks, promote_locals, functools.partial(expand_math, native=caps.native), *narrow, place_lets]
 
 
 def build_kernel(f: Func, caps: Capabilities) -> Func:

@@ -138,7 +138,7 @@ def test_ops_shows_what_was_measured() -> None:
     from luthier.targets import BUILDERS
 
     header, rows = operator_matrix(missing=True)
-    assert header == ["operator", "kind", *BUILDERS, "cuda"]
+    assert header == ["operator", "kind", *BUILDERS]
     cells = {row[0]: dict(zip(header[2:], row[2:], strict=True)) for row in rows}
     measured = conformance()["targets"]
     assert {"cpu", "wasm"} <= set(measured)
@@ -147,6 +147,6 @@ def test_ops_shows_what_was_measured() -> None:
             assert 0 <= passed <= run
             if op in cells:
                 assert cells[op][target] == f"{passed}/{run}"
-    assert cells["MatMul"]["cuda"] == "no" and cells["luthier::Require"]["cpu"] == "untested"
+    assert cells["luthier::Require"]["cpu"] == "untested"
     done = cli("ops", "--missing")
     assert done.returncode == 0 and "tested operators pass all their tests" in done.stdout and "MatMul" in done.stdout

@@ -249,7 +249,7 @@ def test_results(name: str) -> None:
 @pytest.mark.parametrize("name", ["softmax", "softmax, odd", "layer norm", "product", "product, odd", "vector", "vector, rows", "attention", "attention, one row"])
 def test_cuda(name: str) -> None:
     """The same kernels compile to a cubin; those of whole vectors take pointers to them, and rows sum with shuffles."""
-    from luthier.codegen.gpu.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_kernel, library
 
     try:
         library()
@@ -259,7 +259,7 @@ def test_cuda(name: str) -> None:
         k = print_cuda(legalize_cuda(f))
         assert ("float4* __restrict__" in k.source) == ("odd" not in name)
         assert ("__shfl_xor_sync" in k.source) == (name in ROWS)
-        assert compile_cubin(k.source, name=f.name)[:4] == b"\x7fELF"
+        assert compile_kernel(k.source, name=f.name).cubin[:4] == b"\x7fELF"
 
 
 # ---------------------------------------------------------------- elements narrower than a word

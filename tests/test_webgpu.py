@@ -278,7 +278,7 @@ def test_shaders_are_accepted_by_dawn() -> None:
 
 def test_constant_larger_than_a_binding(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bindings of 4 KB: a matrix in three pieces, one of another size beside it."""
-    monkeypatch.setattr("luthier.codegen.gpu.webgpu.BINDING_BYTES", 4096)
+    monkeypatch.setattr("luthier.codegen.gpu.webgpu.WebGpuBuilder.binding", 4096)
     w, b = normal(50, 60), normal(60)
     m = graph([h.make_node("MatMul", ["x", "w"], ["a"]), h.make_node("Add", ["a", "b"], ["y"])], {"x": (F, [20, 50])}, ["y"], {"w": w, "b": b})
     g = build(m)

@@ -56,7 +56,7 @@ class Database:
                 db.execute("pragma synchronous=normal")
                 db.executescript(SCHEMA)
                 return db
-            except sqlite3.OperationalError as e:  # no room, no rights, locked: tuning goes on without it
+            except (OSError, sqlite3.OperationalError) as e:  # no room, no rights, locked: tuning goes on without it
                 warnings.warn(f"{self.path}: {e}; what is measured now is not kept", stacklevel=3)
                 break
             except sqlite3.DatabaseError as e:

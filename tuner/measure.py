@@ -188,7 +188,7 @@ def serve() -> None:
             answer: dict[str, Any] = {}
             if job.get("results"):
                 ready.once(1)
-                np.savez(job["base"] + ".out.npz", **{n: ready.rest[n] for n in job["results"]})
+                np.savez(job["base"] + ".out.npz", **{n: ready.rest[n] for n in job["results"]})  # type: ignore[arg-type]
             else:
                 answer["seconds"] = ready.times(job["repeats"], job["least"])
             kept = {**kept, job["base"]: ready} if job["keep"] else {}

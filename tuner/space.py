@@ -7,6 +7,7 @@ The wide space crosses all knobs: the yardstick of ``benchmarks/tuner.py``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,25 +15,36 @@ from typing import Any
 from luthier.ir.compute import Compute
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
-from luthier.schedules.select import Point, template_module
+from luthier.schedules.base.schedule import ScheduleError
+from luthier.schedules.select import Constants, Point, build, template_module
 
 LITE = 64
 # templates whose patterns overlap: where one is the default, the others are worth a try
 ALTERNATIVES = (("winograd", "contract"), ("byte_products", "winograd_integer", "contract_integer"), ("contract_half", "contract"))
 
 
-def lite(template: str, compute: Compute, caps: Capabilities) -> list[Point]:
+def lite(template: str, compute: Compute, caps: Capabilities, constants: Constants) -> list[Point]:
     """At most ``LITE`` points, the default first. ``template``: what is taken by default."""
-    others = [t for group in ALTERNATIVES if template in group for t in group if t != template]
-    found = dict.fromkeys([Point(template), *(Point(t) for t in others), *itertools.chain(*(_lite(t, compute, caps) for t in (template, *others)))])
+    names = (template, *alternatives(template, compute, caps, constants))
+    found = dict.fromkeys([*(Point(t) for t in names), *itertools.chain(*(_lite(t, compute, caps) for t in names))])
     return list(found)[:LITE]
 
 
-def wide(template: str, compute: Compute, caps: Capabilities) -> list[Point]:
+def wide(template: str, compute: Compute, caps: Capabilities, constants: Constants) -> list[Point]:
     """All combinations of all knobs of the template and its alternatives, the default first."""
-    others = [t for group in ALTERNATIVES if template in group for t in group if t != template]
-    found = [p for t in (template, *others) for p in _crossed(t, template_module(t).KNOBS, compute, caps)]
+    names = (template, *alternatives(template, compute, caps, constants))
+    found = [p for t in names for p in _crossed(t, template_module(t).KNOBS, compute, caps)]
     return list(dict.fromkeys([Point(template), *found]))
+
+
+def alternatives(template: str, compute: Compute, caps: Capabilities, constants: Constants) -> list[str]:
+    """Other templates that fit the Compute."""
+    out = []
+    for t in dict.fromkeys(t for group in ALTERNATIVES if template in group for t in group if t != template):
+        with contextlib.suppress(ScheduleError):
+            build(compute, caps, constants, template=t)
+            out.append(t)
+    return out
 
 
 def _lite(template: str, compute: Compute, caps: Capabilities) -> Iterator[Point]:

@@ -38,7 +38,7 @@ from luthier.tuner.choose import SPREAD
 from luthier.tuner.database import Database, fingerprint, signature
 from luthier.tuner.features import features
 from luthier.tuner.measure import Measurement, Measurer, compare
-from luthier.tuner.model import order
+from luthier.tuner.model import describe, shipped
 from luthier.tuner.space import lite
 
 __all__ = ["BUDGET", "Kernel", "Progress", "Tuner", "Tuning"]
@@ -46,6 +46,8 @@ __all__ = ["BUDGET", "Kernel", "Progress", "Tuner", "Tuning"]
 BUDGET = 10.0  # seconds where none is named
 MARGIN = 0.03
 FINALISTS, TURNS = 3, 5
+BUILDING = 0.5  # share of a kernel's time after which no more candidates are built
+PATIENCE = 8  # candidates in a row that are no faster than the best so far
 SMALL = 0.005  # share of the model's time below which a kernel is left alone
 UNKNOWN = 16  # a scalar that only the run knows
 AGREE = 1e-3  # of the largest magnitude: sums of floats in another order
@@ -269,41 +271,55 @@ class Tuner:
     def _kernel(self, k: Kernel, budget: float) -> None:
         known = self.database.measured(k.key, self._device(k))
         end = time.monotonic() + budget
-        points = lite(k.default.template, k.compute, self.target.caps)[1:]
-        made: dict[Point, Kernels] = {}
-        texts = {_text(k.default)}
         k.tried = {"default": k.seconds}
-        for p in order(points, k.compute, self.target.caps):
-            if time.monotonic() > end and not self.tuning.exhaust:
+        made = self._candidates(k, end - (1 - BUILDING) * budget, known)
+        since = 0
+        for p, candidate in made.items():
+            if (time.monotonic() > end or since >= PATIENCE) and not self.tuning.exhaust:
                 break
             earlier = known.get(str(p))
-            if earlier is not None and (earlier[0] is None or earlier[0] > k.seconds * (1 + MARGIN)):
-                k.tried[str(p)] = float("inf") if earlier[0] is None else earlier[0]
-                continue  # no finalist
-            try:
-                candidate = build(k.compute, self.target.caps, k.constants, template=p.template, **dict(p.knobs))
-            except (ScheduleError, AssertionError, ValueError, KeyError, TypeError, NotImplementedError, ZeroDivisionError) as e:
-                self.database.add(k.key, self._device(k), str(p), None, f"{type(e).__name__}: {e}")
-                continue
-            text = _text(candidate)
-            if text in texts:
-                continue
-            texts.add(text)
-            self.tried += 1
             if earlier is None:
                 self.measurer.timeout = max(5.0, 200 * k.seconds)
                 m = self._measure(k, candidate, str(p))
                 took = min(m.seconds, default=float("inf"))
             else:
-                took = earlier[0] or 0.0
+                took = float("inf") if earlier[0] is None else earlier[0]
+            since = 0 if took < min(k.tried.values()) else since + 1
             k.tried[str(p)] = took
-            made[p] = candidate
+            self.tried += 1
             self._tell(-1, -1, k)
         self._decide(k, made)
 
+    def _candidates(self, k: Kernel, end: float, known: Mapping[str, tuple[float | None, str]]) -> dict[Point, Kernels]:
+        """Kernels of the points that differ from each other and from the default, the likely fast ones first."""
+        caps = self.target.caps
+        texts, rows = {_text(k.default)}, []
+        made: dict[Point, Kernels] = {}
+        base = features(k.default, caps, k.dims)
+        for p in lite(k.default.template, k.compute, caps, k.constants)[1:]:
+            if time.monotonic() > end and not self.tuning.exhaust:
+                break
+            if known.get(str(p), (0.0, ""))[0] is None:  # it failed before
+                continue
+            try:
+                candidate = build(k.compute, caps, k.constants, template=p.template, **dict(p.knobs))
+            except (ScheduleError, AssertionError, ValueError, KeyError, TypeError, NotImplementedError, ZeroDivisionError) as e:
+                self.database.add(k.key, self._device(k), str(p), None, f"{type(e).__name__}: {e}")
+                continue
+            text = _text(candidate)
+            if text not in texts:
+                texts.add(text)
+                made[p] = candidate
+                rows.append(describe(features(candidate, caps, k.dims), base))
+        ranker = shipped()
+        if ranker is None or not rows:
+            return made
+        score = ranker.score(np.array(rows))
+        return {p: made[p] for _, p in sorted(zip(score, made, strict=True), key=lambda x: x[0])}
+
     def _decide(self, k: Kernel, made: Mapping[Point, Kernels]) -> None:
         """The finalists in turns with the default, which runs twice."""
-        ranked = sorted((p for p in made if k.tried[str(p)] < k.seconds * (1 + MARGIN)), key=lambda p: k.tried[str(p)])[:FINALISTS]
+        ranked = sorted((p for p in made if k.tried.get(str(p), float("inf")) < k.seconds * (1 + MARGIN)), key=lambda p: k.tried[str(p)])[:FINALISTS]
         default = Point(k.default.template)
         if ranked:
             both = [k.default, k.default, *(made[p] for p in ranked)]

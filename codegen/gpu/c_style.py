@@ -103,7 +103,11 @@ class CStyle:
     def declare_array(self, b: Buffer, n: int) -> str:
         raise NotImplementedError
 
-    def for_head(self, v: str, lo: str, hi: str) -> str:
+    def let(self, v: Expr, value: str) -> str:
+        """A variable of the function."""
+        return self.declare(self.name(v), v.dtype, value)
+
+    def for_head(self, v: Expr, lo: str, hi: str) -> str:
         raise NotImplementedError
 
     def barrier(self, scope: str) -> str:
@@ -272,7 +276,7 @@ class CStyle:
             if s.var not in self.live:
                 return
             v = self.expr(s.value)
-            self.put(self.declare(self.name(s.var), s.var.dtype, v))
+            self.put(self.let(s.var, v))
         elif isinstance(s, Store):
             if s.buf.rank and outside(s.buf, s.idx[0]):
                 return
@@ -314,7 +318,7 @@ class CStyle:
         if "." in s.kind:
             at = self.position(s.kind)
             lo = "" if s.lo.op == "const" and s.lo.attr == 0 else f" + {self.expr(s.lo)}"
-            self.put(self.declare(self.name(s.var), s.var.dtype, f"{at}{lo}"))
+            self.put(self.let(s.var, f"{at}{lo}"))
             short = s.kind.startswith("thread") and not prove(const(self.group[s.kind]) <= s.extent)
             if short:
                 if any(isinstance(x, Barrier) for x in walk_stmts(s.body)):
@@ -330,7 +334,7 @@ class CStyle:
             h = self.name(f"{s.var.attr[0]}.end~{len(self.used)}")
             self.put(self.declare(h, s.var.dtype, hi))
             hi = h
-        self.put(self.for_head(self.name(s.var), self.expr(s.lo), hi) + " {")
+        self.put(self.for_head(s.var, self.expr(s.lo), hi) + " {")
         self.body(s.body)
         self.put("}")
 

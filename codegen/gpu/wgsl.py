@@ -220,8 +220,9 @@ class _Wgsl(CStyle):
             raise CompilationError(f"WGSL kernels cannot allocate global memory ({b.name})", op=self.f.name)
         return f"var {self.name(b.name)}: {t};"
 
-    def for_head(self, v: str, lo: str, hi: str) -> str:
-        return f"for (var {v}: i32 = {lo}; {v} < {hi}; {v}++)"
+    def for_head(self, v: Expr, lo: str, hi: str) -> str:
+        n = self.name(v)
+        return f"for (var {n}: i32 = {lo}; {n} < {hi}; {n}++)"
 
     def barrier(self, scope: str) -> str:
         return "workgroupBarrier();" if scope != "global" else "storageBarrier();"

@@ -16,7 +16,7 @@ from pathlib import Path
 from luthier.errors import TargetError
 from luthier.schedules.base.capabilities import Capabilities
 
-KINDS = {"cpu": "luthier.codegen.targets.cpu", "wasm": "luthier.codegen.targets.wasm", "webgpu": "luthier.codegen.targets.webgpu"}
+KINDS = {kind: f"luthier.codegen.targets.{kind}" for kind in ("cpu", "wasm", "webgpu", "cuda")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,20 +18,17 @@ from typing import Any
 import numpy as np
 
 from luthier import settings
+from luthier.backends.host_run import FORMATS, Counters, HostRun, element
 from luthier.codegen.gpu.webgpu_features import LOOP_ANSWER, LOOP_PROBE, NATIVE, choose, in_use
-from luthier.errors import CompilationError, InputError, KernelError, OutOfMemoryError, TargetError
+from luthier.errors import CompilationError, KernelError, OutOfMemoryError, TargetError
 
 CHUNK = 1 << 16
 ALIGN = 256
-MAX_ROUNDS = 1_000_000
 LOOP_LIMIT = 65535  # rounds after which an adapter that ends loops does so
 OPTIONAL = ("timestamp-query",)  # asked for where the adapter has them; nothing needs them
 TIMED = 2048  # dispatches whose times one query set holds
 LARGER = ("max-buffer-size", "max-storage-buffer-binding-size")  # as much as the adapter has: temporaries may be larger than the default
 SMALLER = "use smaller inputs, another adapter, or the targets cpu and wasm"
-FORMATS = {
-    "bool": "?", "u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "u64": "Q", "i64": "q", "f16": "e", "f32": "f", "f64": "d",
-}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,16 +137,6 @@ class Pipelines:
 
 
 @dataclass(slots=True)
-class Counters:
-    """What the last run did: dispatches, command submits, crossings, bytes that kernels were bound to."""
-
-    dispatches: int = 0
-    submits: int = 0
-    crossings: int = 0
-    bytes_bound: int = 0
-
-
-@dataclass(slots=True)
 class _Chunk:
     """A piece of the stream of uniforms and host values."""
 
@@ -201,14 +188,6 @@ class Runner:
         return self.weights
 
     # ------------------------------------------------------------ a run
-
-    def within(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, list[int], list[int], str]]:
-        """(number of an input, least, greatest elements that it may hold, what they are) for these inputs; one pair, or one for each place
-        along the last axis."""
-        if not self.host.get("within"):
-            return []
-        one = _Run(self, arrays, [], _Recorded())
-        return [(j, [int(one.value(e)) for e in low], [int(one.value(e)) for e in high], what) for j, low, high, what in self.host["within"]]
 
     def timed(self, arrays: Sequence[np.ndarray[Any, Any]], raw: Sequence[np.ndarray[Any, Any]]) -> dict[int, float]:
         """A run whose dispatches are timed one by one: {call number: ms}."""
@@ -274,13 +253,10 @@ class _Recorded:
     bytes_bound: int = 0
 
 
-class _Run:
+class _Run(HostRun):
     def __init__(self, r: Runner, arrays: Sequence[np.ndarray[Any, Any]], weights: list[Any], rec: _Recorded) -> None:
-        self.r, self.arrays, self.weights, self.rec = r, arrays, weights, rec
-        self.env: dict[str, Any] = {}
-        self.mirrors: list[dict[int, Any]] = [{} for _ in range(r.host["mirrors"])]
-        self.counters = Counters()
-        self.flat: dict[int, np.ndarray[Any, Any]] = {}
+        super().__init__(r.host, arrays)
+        self.r, self.weights, self.rec = r, weights, rec
         self.chunk: _Chunk | None = None
         self.fresh_chunks: list[_Chunk] = []
         self.seen: dict[bytes, tuple[_Chunk, int]] = {}
@@ -288,37 +264,11 @@ class _Run:
 
     # statements --------------------------------------------------
 
-    def block(self, stmts: Sequence[Any]) -> None:
-        for s in stmts:
-            getattr(self, f"do_{s[0]}")(*s[1:])
-
-    def do_let(self, name: str, e: Any) -> None:
-        self.env[name] = self.value(e)
-
     def do_buffer(self, k: int, size: Any) -> None:
         self.r.temporaries[k] = self.r.buffer(int(self.value(size)), self.r.temporaries.get(k))
 
-    def do_mirror(self, k: int, i: Any, v: Any) -> None:
-        self.mirrors[k][int(self.value(i))] = self.value(v)
-
-    def do_check(self, got: Any, want: Any, what: str) -> None:
-        a, b = self.value(got), self.value(want)
-        if a != b:
-            raise InputError(f"{what} is {a}, the model needs {b} here")
-
-    def do_if(self, cond: Any, then: Any, orelse: Any) -> None:
-        self.block(then if self.value(cond) else orelse)
-
-    def do_while(self, cond: Any, body: Any) -> None:
-        rounds = 0
-        while self.value(cond):
-            self.block(body)
-            rounds += 1
-            if rounds > MAX_ROUNDS:
-                raise KernelError("a loop ran for more than a million rounds")
-
     def do_write(self, mem: Any, offset: Any, dtype: str, values: Sequence[Any]) -> None:
-        data = b"".join(struct.pack("<" + FORMATS[dtype], _fit(self.value(v), dtype)) for v in values)
+        data = b"".join(element(self.value(v), dtype) for v in values)
         chunk, at = self.stream(data, 4)
         self.rec.commands.append(("c", chunk.buffer, at, self.memory(mem), int(self.value(offset)), -(-len(data) // 4) * 4))
 
@@ -373,32 +323,6 @@ class _Run:
                 raise KernelError(f"temporary {k} is used before its size is known")
             return b
         return self.weights[k] if kind == "w" else self.r.inputs[k]
-
-    def value(self, e: Any) -> Any:
-        if not isinstance(e, list):
-            return self.env[e] if isinstance(e, str) else e
-        op = e[0]
-        if op == "dim":
-            return self.arrays[e[1]].shape[e[2]]
-        if op == "peek":
-            a = self.flat.get(e[1])
-            if a is None:
-                a = self.flat[e[1]] = np.ascontiguousarray(self.arrays[e[1]]).reshape(-1)
-            return a[int(self.value(e[2]))].item()
-        if op == "mirror":
-            return self.mirrors[e[1]][int(self.value(e[2]))]
-        if op == "read":
-            return self.read(self.memory(e[1]), int(self.value(e[2])), e[3])
-        if op == "?":
-            return self.value(e[2]) if self.value(e[1]) else self.value(e[3])
-        if op == "and":
-            return bool(self.value(e[1])) and bool(self.value(e[2]))
-        if op == "or":
-            return bool(self.value(e[1])) or bool(self.value(e[2]))
-        if op == "wrap":
-            v = int(self.value(e[1])) & ((1 << e[2]) - 1)
-            return v - (1 << e[2]) if e[3] and v >> (e[2] - 1) else v
-        return OPS[op](*(self.value(a) for a in e[1:]))
 
     def read(self, b: Any, offset: int, dtype: str) -> Any:
         """A crossing: everything recorded so far is submitted, then the host waits."""
@@ -567,43 +491,3 @@ class _Waits:
             device().queue.read_buffer(self.word)
             if c[0] == "d":
                 self.times[c[3]] = self.times.get(c[3], 0.0) + (time.perf_counter() - start) * 1e3
-
-
-def _fit(v: Any, dtype: str) -> Any:
-    """A host value as an element of ``dtype``."""
-    if dtype == "bool":
-        return bool(v)
-    if dtype[0] == "f":
-        return float(v)
-    bits = int(dtype[1:])
-    n = int(v) & ((1 << bits) - 1)
-    return n - (1 << bits) if dtype[0] == "i" and n >> (bits - 1) else n
-
-
-def _div(a: Any, b: Any) -> Any:
-    return 0 if b == 0 else a // b
-
-
-def _mod(a: Any, b: Any) -> Any:
-    return 0 if b == 0 else a % b
-
-
-def _tdiv(a: Any, b: Any) -> Any:
-    return 0 if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-
-
-def _trem(a: Any, b: Any) -> Any:
-    return 0 if b == 0 else a - b * _tdiv(a, b)
-
-
-def _fdiv(a: Any, b: Any) -> Any:
-    return float(np.float64(a) / np.float64(b))
-
-
-OPS: dict[str, Any] = {
-    "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "//": _div, "%": _mod, "trunc/": _tdiv, "trunc%": _trem,
-    "/": _fdiv, "min": lambda a, b: a if a < b else b, "max": lambda a, b: a if a > b else b, "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b, "not": lambda a: not a, "neg": lambda a: -a,
-    "abs": abs, "floor": math.floor, "ceil": math.ceil, "int": int, "bool": bool,
-    "bits": lambda a: struct.unpack("<i", struct.pack("<f", a))[0],
-}  # fmt: skip

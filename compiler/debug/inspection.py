@@ -43,27 +43,26 @@ def knob_table(model: Path, target: str, shapes: Mapping[str, Any]) -> list[str]
     record = Record(everything=True)
     compile_program(import_onnx(str(model), dict(shapes) or None), caps, record=record)
     made: dict[str, list[Any]] = {}
-    for compute, _, kernels in record.made:
+    for compute, constants, kernels in record.made:
         if "+" not in kernels.template:
-            made.setdefault(kernels.template, []).append(compute)
+            made.setdefault(kernels.template, []).append((compute, constants))
     lines = []
     for template, computes in sorted(made.items()):
-        points = {len(lite(template, c, caps)) for c in computes}
+        points = {len(lite(template, c, caps, constants)) for c, constants in computes}
         count = str(min(points)) if len(points) == 1 else f"{min(points)} to {max(points)}"
-        lines.append(f"{template}: {len(computes)} kernels ({', '.join(dict.fromkeys(c.name for c in computes))}), {count} points")
+        lines.append(f"{template}: {len(computes)} kernels ({', '.join(dict.fromkeys(c.name for c, _ in computes))}), {count} points")
         for k in template_module(template).KNOBS:
-            default, *values = k.worth(caps, computes[0])
+            default, *values = k.worth(caps, computes[0][0])
             lines.append(f"  {k.name} = {default if default is not None else 'its own choice'}; {', '.join(map(str, values)) or 'nothing else is tried'}: {k.about}")
     return lines
 
 
 def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets` and ``cuda``, which prints
-    kernels but builds no module.
+    """Header and rows of operator x target: operators of the registry, targets of :mod:`luthier.targets`.
 
     A cell is what was measured: ``12/12`` are tests of the ONNX backend suite for this operator alone that pass and that there are,
     from the saved artifact in a fresh process (``benchmarks/conformance.py``, kept in ``conformance.json``); ``untested``: the
-    target builds modules, and no such test was run; ``no``: it builds none. With ``missing``, the ONNX operators of the default
+    target builds modules, and no such test was run. With ``missing``, the ONNX operators of the default
     domain that have no entry follow: ``by its definition`` where the standard defines them by others (the importer expands
     those), or ``no``."""
     from luthier.ir.op import REGISTRY, load_all
@@ -71,11 +70,9 @@ def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:
 
     load_all()
     measured = conformance()["targets"]
-    targets = [*BUILDERS, *(t for t in ("cuda",) if t not in BUILDERS)]
+    targets = [*BUILDERS]
 
     def cell(op: str, target: str) -> str:
-        if target not in BUILDERS:
-            return "no"
         counts = measured.get(target, {}).get(op)
         return "untested" if counts is None else f"{counts[0]}/{counts[1]}"
 

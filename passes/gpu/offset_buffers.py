@@ -19,7 +19,7 @@ def offset_buffers(f: Func, names: Iterable[str], units: Mapping[str, int] | Non
     wanted = list(names)
     if not wanted:
         return f
-    scalars = {n: var(f"{n}.at", lo=0) for n in wanted}
+    scalars = dict(zip(wanted, offset_scalars(f, wanted), strict=True))
     at = {n: v * (units or {}).get(n, 1) for n, v in scalars.items()}
     new = {b: replace(b, shape=(b.size() + at[b.name],)) for b in f.buffers if b.name in at}
     by_name = {b.name: nb for b, nb in new.items()}
@@ -45,3 +45,8 @@ def offset_buffers(f: Func, names: Iterable[str], units: Mapping[str, int] | Non
     body = map_exprs(st(f.body), lambda e: rewrite(e, fix, memo))
     params = tuple(new.get(p, p) if isinstance(p, Buffer) else p for p in f.params)
     return replace(f, params=(*params, *scalars.values()), body=body)
+
+
+def offset_scalars(f: Func, names: Iterable[str]) -> tuple[Expr, ...]:
+    """The scalars that :func:`offset_buffers` adds."""
+    return tuple(var(f"{n}.at", lo=0) for n in names)

@@ -9,7 +9,7 @@ Rules (each is data in :class:`Rules`):
 * 64-bit integers where there are none: values that are known to fit (:mod:`luthier.passes.loop.integer_ranges`) are carried in 32 bits, all
   others as two words (:mod:`luthier.passes.gpu.wide_words`). Memory keeps 64 bits: the low word is read of what fits, both are written.
 * ``f64`` where there is none: two words, computed with integers.
-* memory without 8- and 16-bit elements: a parameter (of elements down to one bit) becomes 32-bit words, a load extracts its part, a store is
+* memory without 8- and 16-bit elements, or without those below a byte: a parameter becomes 32-bit words, a load extracts its part, a store is
   ``atomic_store_bits(word, mask, bits)``, because another thread may own the rest of the word. Elements that are vectors of whole
   words (:mod:`luthier.passes.loop.combine_accesses`) are stored as such. Buffers of a kernel's own get 32-bit elements.
 * dot products of bytes in words (:mod:`luthier.ir.words`) without the instruction: the bytes are taken apart.
@@ -61,7 +61,7 @@ from luthier.passes.loop.integer_ranges import IntegerRanges
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own, in memory as well; ``subbyte``: values of 2 and 4 bits;
-    ``small_memory``: loads and stores of 8 and 16 bits. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
+    ``word_memory``: elements of fewer bits are parts of words in memory, stored atomically. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
     floats need not be taken apart wherever there are some. ``dots``: dot products of the bytes of two words are instructions."""
 
     int64: bool = True
@@ -69,13 +69,14 @@ class Rules:
     half: bool = False
     bfloat: bool = False
     subbyte: bool = True
-    small_memory: bool = True
+    word_memory: int = 0
     codes: bool = False
     dots: bool = True
 
 
-WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, small_memory=False, codes=True, dots=False)
+WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, word_memory=32, codes=True, dots=False)
 DEFAULT_RULES = Rules()
+CUDA_RULES = Rules(word_memory=8, codes=True)
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
 
@@ -231,7 +232,7 @@ class _Legalizer:
             return 0
         if d.scalar is f16 and self.r.half:  # a type of its own is one of memory, too
             return 1
-        return 32 // d.bits if not self.r.small_memory and d.bits < 32 else 1
+        return 32 // d.bits if d.bits < self.r.word_memory else 1
 
     def needed(self) -> bool:
         def bad(d: DType) -> bool:
@@ -261,7 +262,7 @@ class _Legalizer:
                 nb = replace(b, dtype=PAIR)
             else:
                 c = self.carried(d)
-                if not self.r.small_memory and c.bits < 32 and b.rank and not (c.scalar is f16 and self.r.half):
+                if c.bits < self.r.word_memory and b.rank and not (c.scalar is f16 and self.r.half):
                     c = (i32 if c.kind == "i" else u32).vec(c.lanes)
                 nb = replace(b, dtype=c)
             self.bufs[b] = nb
@@ -292,6 +293,8 @@ class _Legalizer:
             return e if c is d else self.vars.setdefault(e, var(e.attr[0], c, e.attr[1], e.attr[2]))
         if op == "load":
             return self.load(e)
+        if op == "bitcast" and self.bits_in_memory(e):
+            return self.load_bits(e)
         args = tuple(self.expr(a) for a in e.args)
         if wide or any(a.dtype is PAIR for a in args):
             return self.wide_expr(e, args, wide)
@@ -422,6 +425,15 @@ class _Legalizer:
         bits = [binary("shr", parts[k // w], k % w * (32 // w)) & ((1 << (32 // w)) - 1) for k in range(d.lanes)]
         vs = [self.decode(x, d.scalar) for x in bits]
         return shuffle(vs if one is None or other is None else [select(one, v, extract(other, k)) for k, v in enumerate(vs)], range(d.lanes))
+
+    def bits_in_memory(self, e: Expr) -> bool:
+        """Whether a bitcast takes what memory holds of a short float."""
+        x = e.args[0]
+        return x.op == "load" and self.soft(x.dtype) and x.attr[0].scope == "param" and self.words(x.attr[0].dtype) == 1 and load_parts(x)[3] is None
+
+    def load_bits(self, e: Expr) -> Expr:
+        b, idx, mask, _ = load_parts(e.args[0])
+        return bitcast(load(self.buffer(b), tuple(self.expr(i) for i in idx), None if mask is None else self.expr(mask)), e.dtype)
 
     # statements --------------------------------------------------
 

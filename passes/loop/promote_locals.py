@@ -14,6 +14,7 @@ from luthier.ir.expr import Expr, load, load_parts, rewrite_loads
 from luthier.ir.loop import (
     Alloc,
     Buffer,
+    Call,
     For,
     Func,
     Stmt,
@@ -53,6 +54,10 @@ def promote_locals(f: Func) -> Func:
         if isinstance(s, Store) and s.buf in pieces:
             stores[s.buf] = stores.get(s.buf, 0) + 1
             _note(pieces, s.buf, _piece(s.idx))
+        elif isinstance(s, Call):  # takes the whole of it
+            for a in s.args:
+                if isinstance(a, Buffer) and a in pieces:
+                    pieces[a] = None
     for x in loads_of(f.body):
         if x.attr[0] in pieces:
             b, idx, m, _ = load_parts(x)

@@ -311,7 +311,7 @@ def annotate(s: Schedule, loop: str, kind: str) -> Schedule:
     if kind not in KINDS:
         raise ScheduleError(f"no loop kind {kind!r}; kinds are {KINDS}")
     st, i = s.stage_of(loop)
-    if st.loops[i].reduce and kind not in ("serial", "unroll", "vectorize", "subgroup"):
+    if st.loops[i].reduce and kind not in ("serial", "unroll", "vectorize", "subgroup", "matrix"):
         raise ScheduleError(f"{loop} is a reduction: make its partial results private first (stage with private=)")
     loops = (*st.loops[:i], replace(st.loops[i], kind=kind), *st.loops[i + 1 :])
     return s.put(replace(st, loops=loops), "annotate", loop, kind)

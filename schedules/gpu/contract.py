@@ -15,8 +15,25 @@ from dataclasses import replace
 from typing import Any
 
 from luthier.ir.compute import Pull, axis, reduce_
-from luthier.ir.expr import UNARY, Expr, const, free_vars, is_const, load, load_parts, loads, rewrite, select, substitute, walk
+from luthier.ir.dtypes import DType, f32, u16
+from luthier.ir.expr import (
+    UNARY,
+    Expr,
+    bitcast,
+    cast,
+    const,
+    free_vars,
+    is_const,
+    load,
+    load_parts,
+    loads,
+    rewrite,
+    select,
+    substitute,
+    walk,
+)
 from luthier.ir.loop import Buffer
+from luthier.passes.gpu.use_matrix import MMA
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, inline, pull_stage, reorder, split, stage
@@ -27,6 +44,7 @@ from luthier.schedules.gpu.elementwise import LANES, fuse_all, whole
 from luthier.schedules.lowbit.packed_words import factors, pack_words
 
 ROWS = 8  # threads of a group in each direction
+WARPS = 4  # of a group whose products are matrix instructions, no more; 8 by 4 threads each
 FEW_ROWS = 4  # up to so many rows of output the product is one of a matrix and a vector
 STEP = 16  # tile of the reduction
 SHORT = 24  # nodes of an epilogue that is written out for every element of the register tile
@@ -57,6 +75,11 @@ def apply(
     length = _reduced(s, acc)
     if length is not None and length < 8:
         return None
+    half = _halves(s.stages[acc]) if "mma" in caps.features and min(rows or 1 << 20, cols or 1 << 20) >= 16 and (length or 1 << 20) >= 16 else None
+    if half is not None:
+        s, m, n = _normal_form(s, acc, out, us, vs, 32, half)
+        warps = next((w for w in (1, 2) if (rows or 512) <= 16 * w), WARPS)
+        return _tile(s, acc, out, m, n, 2 if (rows or 512) <= 96 else 4, 8 if (cols or 512) <= 32 else 16, 32, caps, warps)
     s = pack_words(s, acc, out, caps, constants)
     auto_m, auto_n = tile(rows, cols, _product(s, acc, [i for i in range(len(s.stages[acc].axes)) if i not in (*us, *vs)]))
     tm, tn = tm or auto_m, tn or auto_n
@@ -86,6 +109,14 @@ def sum_of_products(s: Schedule, caps: Capabilities) -> tuple[Schedule, str, str
     else:
         s, acc = split_epilogue(s, out)
     return s, acc, out
+
+
+def _halves(st: Stage) -> DType | None:
+    """The 16-bit float type whose elements a sum in f32 multiplies, or None."""
+    kinds = {f.args[0].dtype if f.op == "cast" and f.dtype is f32 else None for f in factors(st)}
+    red = st.reduction
+    assert red is not None
+    return kinds.pop() if len(kinds) == 1 and kinds <= MMA.keys() and red.args[0].op == "mul" and len(red.args) == 1 else None
 
 
 def _step(tm: int, tn: int, length: int | None) -> int:
@@ -151,9 +182,9 @@ def _reduced(s: Schedule, acc: str) -> int | None:
 # ---------------------------------------------------------------- the normal form
 
 
-def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], step: int) -> tuple[Schedule, int, int]:
+def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], step: int, half: DType | None = None) -> tuple[Schedule, int, int]:
     """Runs of axes become one axis in accumulator and output, the reduction axes become one, the factors become tensors ``acc.A`` and
-    ``acc.B``. Returns the positions of m and n."""
+    ``acc.B``, of their bits where they are ``half``. Returns the positions of m and n."""
     stages = {acc: s.stages[acc], out: s.stages[out]}
     for run in sorted((us, vs), key=lambda r: -r[0]):
         for _ in range(len(run) - 1):
@@ -184,16 +215,16 @@ def _normal_form(s: Schedule, acc: str, out: str, us: list[int], vs: list[int], 
     value = red.args[0]
     for tag, f in (("A", p), ("B", q)):
         own = [a for a in a_st.axes if a.var in free_vars(f)]
-        x = substitute(f, env)
+        x = substitute(f if half is None else bitcast(f.args[0], u16), env)
         if inside is not None:
             x = select(inside, guard_loads(x, inside), const(0, x.dtype))
         ax = [axis(f"{a.name}{tag.lower()}", a.extent) for a in own]
         ka = axis(f"k{tag.lower()}", padded)
         x = substitute(x, {k.var: ka.var, **{a.var: b.var for a, b in zip(own, ax, strict=True)}})
-        buf = Buffer(f"{acc}.{tag}", f.dtype, (padded, *(a.extent for a in ax)), "shared")
+        buf = Buffer(f"{acc}.{tag}", x.dtype, (padded, *(a.extent for a in ax)), "shared")
         new[buf.name] = pull_stage(Pull(buf, (ka, *ax), x), ext)
         ld = load(buf, [k.var, *(a.var for a in own)])
-        value = _replace_once(value, f, ld)
+        value = _replace_once(value, f, ld if half is None else cast(bitcast(ld, half), f32))
     if len(red.args) > 1:  # a condition of the reduction: only over axes that the factors carry
         value = select(substitute(red.args[1], env), value, const(0, value.dtype))
     a_st = pull_stage(Pull(a_st.buf, a_st.axes, reduce_("sum", [k], value)), ext)
@@ -245,11 +276,14 @@ def _merge(st: Stage, i: int) -> Stage:
 # ---------------------------------------------------------------- tiling
 
 
-def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, step: int, caps: Capabilities) -> Schedule:
+def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, step: int, caps: Capabilities, warps: int = 0) -> Schedule:
+    """``warps``: of a group, whose threads and register tiles are as matrix instructions want them (:data:`luthier.passes.gpu.use_matrix.MMA`)."""
+    group = (8 * warps, 4) if warps else (ROWS, ROWS)
     names = [lp.name for lp in s.stages[out].loops]
-    vm, vn = (LANES if t % LANES == 0 else 1 for t in (tm, tn))
-    s = _share(s, names[m], ROWS * tm, f"{out}.m", vm)
-    s = _share(s, names[n], ROWS * tn, f"{out}.n", vn)
+    fill = [LANES if t % LANES == 0 else 1 for t in (tm, tn)]
+    vm, vn = (1, 2) if warps else fill
+    s = _turns(split(s, names[m], group[0] * tm, into=(f"{out}.mo", f"{out}.mi")), f"{out}.mi", f"{out}.m", group[0], vm)
+    s = _turns(split(s, names[n], group[1] * tn, into=(f"{out}.no", f"{out}.ni")), f"{out}.ni", f"{out}.n", group[1], vn)
     outer = [x for i, x in enumerate(names) if i not in (m, n)]
     s = reorder(s, *outer, *(f"{out}.{x}" for x in ("mo", "no", "mt", "nt", "mr", "mv", "nr", "nv")))
     if outer:
@@ -265,32 +299,26 @@ def _tile(s: Schedule, acc: str, out: str, m: int, n: int, tm: int, tn: int, ste
     a = s.stages[acc]
     loops = [lp.name for lp in a.loops if not lp.reduce]
     k = next(lp.name for lp in a.loops if lp.reduce)
-    s = _turns(s, loops[m], f"{acc}.m", vm)
-    s = _turns(s, loops[n], f"{acc}.n", vn)
+    s = _turns(s, loops[m], f"{acc}.m", group[0], vm)
+    s = _turns(s, loops[n], f"{acc}.n", group[1], vn)
     s = split(s, k, step, into=(f"{acc}.ko", f"{acc}.ki"))
     rest = [x for i, x in enumerate(loops) if i not in (m, n)]
     s = reorder(s, *rest, *(f"{acc}.{x}" for x in ("ko", "mt", "nt", "ki", "mr", "mv", "nr", "nv")))
-    for loop, kind in (("mt", "thread.y"), ("nt", "thread.x"), ("mr", "unroll"), ("mv", "unroll"), ("nr", "unroll"), ("nv", "vectorize")):
+    for loop, kind in (("mt", "thread.y"), ("nt", "thread.x"), ("mr", "unroll"), ("mv", "unroll"), ("nr", "unroll"), ("nv", "vectorize"), ("ki", "matrix" if warps else "serial")):
         s = annotate(s, f"{acc}.{loop}", kind)
     for x in [x for x in loads(a.expr) if x.attr[0].name in (f"{acc}.A", f"{acc}.B")]:
         last = load_parts(x)[1][-1]
-        s = _fill(s, x.attr[0].name, f"{acc}.ko", vm if last is a.axes[m].var else vn if last is a.axes[n].var else 1)
+        s = _fill(s, x.attr[0].name, f"{acc}.ko", group, fill[0] if last is a.axes[m].var else fill[1] if last is a.axes[n].var else 1)
     return s
 
 
-def _share(s: Schedule, loop: str, size: int, base: str, v: int) -> Schedule:
-    """``loop`` becomes blocks ``o`` of ``size``, each shared out to ROWS threads."""
-    s = split(s, loop, size, into=(f"{base}o", f"{base}i"))
-    return _turns(s, f"{base}i", base, v)
-
-
-def _turns(s: Schedule, loop: str, base: str, v: int) -> Schedule:
-    """``loop`` is shared out to ROWS threads ``t`` that take turns ``r``, with ``v`` neighbours each."""
-    s = split(s, loop, ROWS * v, into=(f"{base}r", f"{base}x"))
+def _turns(s: Schedule, loop: str, base: str, threads: int, v: int) -> Schedule:
+    """``loop`` is shared out to ``threads`` ``t`` that take turns ``r``, with ``v`` neighbours each."""
+    s = split(s, loop, threads * v, into=(f"{base}r", f"{base}x"))
     return split(s, f"{base}x", v, into=(f"{base}t", f"{base}v"))
 
 
-def _fill(s: Schedule, name: str, at: str, v: int) -> Schedule:
+def _fill(s: Schedule, name: str, at: str, group: tuple[int, int], v: int) -> Schedule:
     """A tile is filled by all threads, neighbours side by side along the axis that memory walks; it is stored in vectors of ``v``."""
     st = s.stages[name]
     s = stage(s, name, at=at, scope="shared")
@@ -313,7 +341,7 @@ def _fill(s: Schedule, name: str, at: str, v: int) -> Schedule:
         s = reorder(s, *loops, *inner)
         s = annotate(s, inner[-1], "vectorize" if whole(last.extent) else "unroll")
     s, loop = fuse_all(s, loops)
-    s = split(s, loop, ROWS * ROWS)
-    s = split(s, f"{loop}.1", ROWS)
+    s = split(s, loop, group[0] * group[1])
+    s = split(s, f"{loop}.1", group[1])
     s = annotate(s, f"{loop}.1.0", "thread.y")
     return annotate(s, f"{loop}.1.1", "thread.x")

@@ -11,10 +11,12 @@ import pytest
 from luthier.codegen.gpu.cuda import legalize_cuda, print_cuda
 from luthier.codegen.gpu.wgsl import legalize_wgsl, print_wgsl
 from luthier.errors import CompilationError, TargetError
-from luthier.ir.dtypes import DType, boolean, f16, f32, i8, i64, u8, u16
+from luthier.ir.dtypes import DType, boolean, f16, f32, i4, i8, i64, u4, u8, u16
 from luthier.ir.expr import Expr, cast, const, free_vars, load, select, var
 from luthier.ir.interpret.loops import evaluate_expr, run_func
 from luthier.ir.loop import Alloc, Barrier, Buffer, For, Func, If, Store, block
+from luthier.passes.loop.lower_subbyte import is_subbyte, pack_array, unpack_array
+from tests.cuda import need_compiler, run_cuda
 from tests.gate import dawn
 
 
@@ -96,6 +98,22 @@ def test_wgsl_runs(f: Func) -> None:
         np.testing.assert_array_equal(got[k], want[k], err_msg=k)
 
 
+@pytest.mark.parametrize("f", [*ALL, packed(u4, u4), packed(i4, i4)], ids=lambda f: f.name)
+def test_cuda_runs(f: Func) -> None:
+    """Elements of four bits are parts of words, of which two threads store."""
+    need_compiler()
+    dims = {"rows": 5}
+    want = arrays_of(f, dims)
+    got = {b.name: pack_array(want[b.name], b.dtype) if is_subbyte(b.dtype) else want[b.name].copy() for b in f.buffers}
+    run_func(f, want, dims)
+    k = print_cuda(legalize_cuda(f))
+    run_cuda(k, got, dims)
+    for b in f.buffers:
+        a = unpack_array(got[b.name], b.dtype, want[b.name].shape) if is_subbyte(b.dtype) else got[b.name]
+        np.testing.assert_array_equal(a, want[b.name].astype(a.dtype), err_msg=b.name)
+    assert ("atomicOr" in k.source) == any(is_subbyte(b.dtype) for b in f.buffers)
+
+
 def test_sum_is_the_sum() -> None:
     """The interpreter's tree sum against numpy."""
     f, dims = tree_sum(), {"rows": 3}
@@ -111,16 +129,16 @@ def test_dawn_accepts() -> None:
 
 
 def test_nvrtc_accepts() -> None:
-    from luthier.codegen.gpu.nvrtc import compile_cubin, library
+    from luthier.codegen.gpu.nvrtc import compile_kernel, library
 
     try:
         library()
     except TargetError as e:
         pytest.skip(str(e))
     for f in ALL:
-        assert compile_cubin(print_cuda(legalize_cuda(f)).source, name=f.name)[:4] == b"\x7fELF"
+        assert compile_kernel(print_cuda(legalize_cuda(f)).source, name=f.name).cubin[:4] == b"\x7fELF"
     with pytest.raises(CompilationError, match="undefined"):
-        compile_cubin("__global__ void k() { nothing_of_this_name(); }")
+        compile_kernel("__global__ void k() { nothing_of_this_name(); }")
 
 
 def test_launch_shape() -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda import need_compiler
+
 ROOT = Path(__file__).resolve().parents[2]
 PASSING = frozenset((Path(__file__).parent / "passing.txt").read_text().split())
 SAMPLE, SEED = 240, 20261122
@@ -28,6 +30,29 @@ def run(folder: Path, *arguments: str) -> dict[str, dict[str, str]]:
     assert done.returncode in (0, 1), done.stderr + done.stdout
     with open(table) as file:
         return {row["test"]: row for row in csv.DictReader(file)}
+
+
+def drawn(kind: str, count: int) -> list[str]:
+    """A sample of what passes on a target."""
+    names = sorted((Path(__file__).parent / f"passing-{kind}.txt").read_text().split())
+    return random.Random(SEED).sample([n for n in names if not n.startswith("light/")], count)  # whole networks take long without a GPU
+
+
+CUDA = drawn("cuda", 300)
+
+
+@pytest.fixture(scope="module")
+def cuda_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    need_compiler()
+    folder = tmp_path_factory.mktemp("conformance-cuda")
+    (folder / "tests.txt").write_text("\n".join(CUDA))
+    return run(folder, "--target", "cuda:emulate", "--tests", str(folder / "tests.txt"))
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_still_passes_on_cuda(name: str, cuda_rows: dict[str, dict[str, str]]) -> None:
+    row = cuda_rows[name]
+    assert row["status"] == "pass", f"{row['status']} in {row['phase']}: {row['message']}"
 
 
 @pytest.fixture(scope="module")

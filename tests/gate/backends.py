@@ -1,4 +1,4 @@
-"""The five ways to run or to accept a gate kernel. Each backend is a Runner made by a function that says why it is missing."""
+"""The six ways to run or to accept a gate kernel. Each backend is a Runner made by a function that says why it is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from luthier.codegen.gpu.cuda import CudaKernel, legalize_cuda, print_cuda
-from luthier.codegen.gpu.nvrtc import compile_cubin
+from luthier.codegen.gpu.nvrtc import compile_kernel
 from luthier.codegen.gpu.wgsl import Shader, legalize_wgsl, print_wgsl
 from luthier.codegen.wasm.printer import legalize_wasm
 from luthier.codegen.wasm.run import run_wasm
@@ -17,6 +17,7 @@ from luthier.ir.loop import Func
 from luthier.passes.loop.lower_subbyte import is_subbyte, lower_subbyte, pack_array, unpack_array
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.select import build_kernel
+from tests.cuda import run_cuda
 
 WASM = Capabilities(vector_bits=128, registers=15, index_bits=32, features=frozenset({"relaxed_simd"}))
 GPU = Capabilities(vector_bits=32, registers=64, gpu=True, index_bits=32)
@@ -67,8 +68,15 @@ def cuda_kernel(f: Func) -> CudaKernel:
     return print_cuda(legalize_cuda(printable(f, GPU)))
 
 
+def cuda(f: Func, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> None:
+    """Emulated."""
+    memory = packed(f, arrays)
+    run_cuda(cuda_kernel(f), memory, scalars)
+    unpacked(f, memory, arrays)
+
+
 def cubin(f: Func) -> bytes:
-    return compile_cubin(cuda_kernel(f).source, name=f"{f.name}.cu")
+    return compile_kernel(cuda_kernel(f).source, name=f"{f.name}.cu").cubin
 
 
 # ---------------------------------------------------------------- LLVM

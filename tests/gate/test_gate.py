@@ -13,6 +13,7 @@ from luthier.ir.printer import format_func, format_stmt
 from luthier.passes.gpu.privatize_threads import privatize_threads
 from luthier.passes.loop.place_barriers import place_barriers
 from luthier.schedules.base.capabilities import Capabilities
+from tests.cuda import need_compiler
 from tests.gate import backends, dawn
 from tests.gate.harness import Runner, check, funcs_of, interpret, run_case
 from tests.gate.kernels import Case, cases
@@ -112,6 +113,15 @@ def test_dawn_refuses_what_is_wrong() -> None:
 
     s = backends.shader(funcs_of(CASES[0])[0])
     assert "bool" in dawn.refused([replace(s, source=s.source.replace("0.0f", "true"))])[s.name]
+
+
+@BY_NAME
+@pytest.mark.parametrize("scheduled", [False, True], ids=["plain", "scheduled"])
+@pytest.mark.parametrize("checks", ["orders", "races"])
+def test_cuda_runs_emulated(case: Case, scheduled: bool, checks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_compiler()
+    monkeypatch.setenv("LUTHIER_CUDA_CHECKS", checks)
+    run(case, gpu(case) if scheduled else None, backends.cuda)
 
 
 @BY_NAME
