@@ -31,7 +31,7 @@ class TorchModule:
         inputs: dict[str, Any] = {n: to_array(v) for n, v in zip(x.names, leaves, strict=True) if n is not None}
         results = self.module.run(inputs | self.state)
         for name, new in x.program.updates.items():
-            np.copyto(self.state.get(name, inputs.get(name)), results[new])
+            np.copyto(self.state[name] if name in self.state else inputs[name], results[new])
         for name, v in zip(x.names, leaves, strict=True):
             if name in x.program.changed and not v.is_contiguous():  # what was changed is a copy of it
                 v.copy_(to_tensor(inputs[name]))

@@ -85,8 +85,8 @@ def grouped_mm(
     rows = e.op("Range", e.number(0, i64), e.number(x.shape[0], i64), e.number(1, i64))
     past = e.op("LessOrEqual", e.cast(offs, i64), e.reshape(rows, [x.shape[0], 1]))
     group = e.reduce("ReduceSum", e.cast(past, i64), [1], True)
-    y = e.op("luthier::ExpertProduct", x, group, e.transpose(w, [0, 2, 1]))
-    y = e.reshape(y, [x.shape[0], w.shape[2]])
+    y = e.op("luthier::ExpertProduct", e.cast(x, D.f32), group, e.transpose(w, [0, 2, 1]))
+    y = e.cast(e.reshape(y, [x.shape[0], w.shape[2]]), e.dtype)
     return e.op("Where", e.op("Less", group, e.number(w.shape[0], i64)), y, e.number(0, y.dtype))
 
 
