@@ -160,7 +160,14 @@ def fits(program: Any, args: Any, kwargs: Any) -> bool:
     given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     taken = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
     taken = [v for v in taken if isinstance(v, torch.Tensor)]
-    return all(not isinstance(e, int) or e == s for t, v in zip(given, taken, strict=True) for s, e in zip(t.shape, v.shape, strict=True))
+    ranges = program.range_constraints
+
+    def takes(s: int, e: Any) -> bool:
+        symbol = e if isinstance(e, int) else e.node.expr
+        r = ranges.get(symbol)
+        return s == int(symbol) if isinstance(e, int) or symbol.is_number else r is None or r.upper >= s and (r.lower <= 2 or r.lower <= s)
+
+    return all(takes(s, e) for t, v in zip(given, taken, strict=True) for s, e in zip(t.shape, v.shape, strict=True))
 
 
 def check(name: str) -> dict[str, Any]:
