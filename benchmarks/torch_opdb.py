@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import random
+import re
 import signal
 import sys
 import warnings
@@ -151,7 +152,10 @@ def report(rows: list[Row]) -> str:
         f"({100 * len(good) / max(len(ops), 1):.1f} %); rows (operator and type): " + ", ".join(f"{k} {n}" for k, n in sorted(kinds.items())) + ".",
         "", "| operator | type | what | why |", "|---|---|---|---|",
     ]  # fmt: skip
-    lines += [f"| {r['op']} | {r['dtype']} | {r['status']} | {r['why'].splitlines()[0][:160].replace('|', '/') if r['why'] else ''} |" for r in counted if r["status"] != "pass"]
+    for r in counted:
+        if r["status"] != "pass":
+            why = re.sub(r" \(\S*\.py:\d+\)", "", r["why"].partition(";")[0].partition("\n")[0])
+            lines.append(f"| {r['op']} | {r['dtype']} | {r['status']} | {why[:160].replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,20 +29,22 @@ def compile(
 def compile(
     model: Any, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ..., debug: str | None = ...,
     tune: bool | str | float | Tuning = ..., overridable: bool | Sequence[str] | None = ..., *, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ...,
-    dynamic_shapes: Any = ...,
+    dynamic_shapes: Any = ..., weights: str | os.PathLike[str] | None = ...,
 ) -> Module | TorchModule: ...
 
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
     debug: str | None = None, tune: bool | str | float | Tuning = False, overridable: bool | Sequence[str] | None = None, *, args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None,
+    kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None, weights: str | os.PathLike[str] | None = None,
 ) -> Module | TorchModule:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm.model`; a Graph,
-    such as ``luthier.quantize`` gives; a ``torch.export.ExportedProgram``, or an ``nn.Module``, which is exported for the example arguments
-    ``args`` and ``kwargs`` with ``dynamic_shapes`` as :func:`torch.export.export` takes them) for ``target``.
+    such as ``luthier.quantize`` gives; a ``torch.export.ExportedProgram``, the path of one that was saved (``.pt2``), or an ``nn.Module``,
+    which is exported for the example arguments ``args`` and ``kwargs`` with ``dynamic_shapes`` as :func:`torch.export.export` takes them) for
+    ``target``.
 
-    A torch program gives a :class:`luthier.torch_module.TorchModule`, which is called as the module was.
+    A torch program gives a :class:`luthier.torch_module.TorchModule`, which is called as the module was; ``weights`` names a file
+    (``.safetensors``, or ``.pt`` with tensors only) whose tensors are used for its parameters and buffers, by name. No file is unpickled.
 
     ``target``: ``cpu`` (this machine), ``wasm`` or a name such as ``cpu:x86-64-v3``. ``shapes``: {input name: extents} pins symbolic
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
@@ -71,15 +73,16 @@ def compile(
 
         return compile_gguf(os.fspath(model), target, shapes, threads, debug, tune)
     exported = None
-    if "torch" in sys.modules and hasattr(model, "state_dict"):
+    saved = isinstance(model, (str, os.PathLike)) and os.fspath(model).endswith(".pt2")
+    if saved or "torch" in sys.modules and hasattr(model, "state_dict"):
         from luthier.importers.torch.exported import export
 
         if shapes is not None or overridable is not None:
             raise InputError("shapes and overridable are for models in ONNX", hint="a torch program's shapes are those of its export: dynamic_shapes")
-        exported = export(model, args, kwargs, dynamic_shapes)
+        exported = export(model, args, kwargs, dynamic_shapes, weights)
         model = exported.program.graph
-    elif args is not None or kwargs is not None or dynamic_shapes is not None:
-        raise InputError("args, kwargs and dynamic_shapes are for torch programs", hint="pin dimensions of other models with shapes")
+    elif args is not None or kwargs is not None or dynamic_shapes is not None or weights is not None:
+        raise InputError("args, kwargs, dynamic_shapes and weights are for torch programs", hint="pin dimensions of other models with shapes")
     chosen = parse_target(target)
     checked = "bounds" in (settings.debug.get() if debug is None else settings.debug.read(debug))
     if checked and not chosen.backend.checks_bounds:

@@ -7,6 +7,7 @@ with an operator that has no rule runs as eager torch runs it, with one warning 
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from luthier.importers.torch.program import import_graph, missing_operators
 from luthier.torch_module import to_array, to_tensor
 
 OPTIONS = {"threads", "tune"}
+_ADDRESS, _VERSION = torch.Tensor.data_ptr, operator.attrgetter("_version")
 
 
 def luthier(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -32,7 +34,7 @@ def luthier(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mappi
         raise InputError(f"the backend luthier has no option {unknown[0]!r}", hint=f"its options: {', '.join(sorted(OPTIONS))}")
 
     def compiler(frozen: bool) -> Callable[..., Any]:
-        return lambda graph, inputs: make_boxed_func(_compile(graph, frozen, chosen))
+        return lambda graph, inputs: _compile(graph, frozen, chosen)
 
     made = aot_autograd(fw_compiler=compiler(False), inference_compiler=compiler(True), keep_inference_input_mutations=True)
     return made(gm, example_inputs)  # type: ignore[no-any-return]
@@ -50,43 +52,62 @@ def _compile(gm: fx.GraphModule, frozen: bool, options: Mapping[str, Any]) -> Ca
 
 def _fall_back(gm: fx.GraphModule, why: str) -> Callable[..., Any]:
     warnings.warn(f"luthier: this graph runs as eager torch runs it: {why}", stacklevel=2)
-    return gm.forward
+    return make_boxed_func(gm.forward)  # type: ignore[no-any-return]
 
 
 class _Lazy:
-    """Compiled at the first call, when parameters have their values. ``static``: positions of arguments that are parameters or buffers."""
+    """Compiled at the first call, when parameters have their values. ``static``: positions of arguments that are parameters or buffers; one
+    that has changed for the second time is an input from then on. Called with a list of arguments, as AOTAutograd's boxed functions."""
 
     def __init__(self, gm: fx.GraphModule, static: Sequence[int], options: Mapping[str, Any]) -> None:
+        self._boxed_call = True  # of the instance: torch's wrappers copy those
         self.gm, self.options = gm, options
         self.places = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.static = [k for k in static if k < len(self.places) and isinstance(self.places[k].meta.get("val"), torch.Tensor)]
         self.call: Callable[..., Any] | None = None
-        self.versions: list[tuple[int, int, int]] = []
+        self.held: Callable[[Any], Sequence[Any]] = lambda args: ()  # the arguments that are constants of the code
+        self.constants: list[int] = []  # their positions
+        self.known: tuple[list[int], list[int]] = ([], [])  # their addresses and versions
+        self.changes: dict[int, int] = {}
 
-    def __call__(self, *args: Any) -> Any:
-        if self.call is None or any(args[k].data_ptr() != p or args[k]._version != v for k, p, v in self.versions):
+    def __call__(self, args: list[Any]) -> Any:
+        if self.call is None:
             self.call = self.build(args)
-        return self.call(*args)
+        elif self.constants:
+            held = self.held(args)
+            now = list(map(_ADDRESS, held)), list(map(_VERSION, held))
+            if now != self.known:
+                for k, a, b in zip(self.constants, zip(*now, strict=True), zip(*self.known, strict=True), strict=True):
+                    self.changes[k] = self.changes.get(k, 0) + (a != b)
+                self.static = [k for k in self.static if self.changes.get(k, 0) < 2]
+                self.call = self.build(args)
+        results = self.call(args)
+        args.clear()
+        return results
 
     def build(self, args: Sequence[Any]) -> Callable[..., Any]:
-        self.versions = []
         given = {self.places[k].name: args[k] for k in self.static}
         try:
             program = import_graph(self.gm, "torch", given)
             module = compile_graph(program.graph, "cpu", threads=self.options.get("threads"), tune=bool(self.options.get("tune", False)))
         except LuthierError as error:
+            self.constants = []
             return _fall_back(self.gm, str(error))
         names = {v.name for v in program.graph.inputs}
         position = {n.name: k for k, n in enumerate(self.places)}
         order = [position[v.name] for v in program.graph.inputs]
-        self.versions = [(k, args[k].data_ptr(), args[k]._version) for k in self.static if self.places[k].name not in names]
+        self.constants = [k for k in self.static if self.places[k].name not in names]
+        if self.constants:
+            pick = operator.itemgetter(*self.constants)
+            self.held = pick if len(self.constants) > 1 else lambda args: (pick(args),)
+            held = self.held(args)
+            self.known = list(map(_ADDRESS, held)), list(map(_VERSION, held))
         where = {name: k for k, name in enumerate(program.graph.output_names)}
         updates = [(position[n], where[o]) for n, o in program.updates.items()]
         results = list(zip(program.results, program.is_output, [_kind(n) for n in _outputs(self.gm)], strict=True))
-
         here = [k for k in order if self.places[k].name in program.in_place]
 
-        def call(*args: Any) -> Any:
+        def call(args: list[Any]) -> Any:
             arrays = [to_array(args[k]) for k in order]
             outs = module(*arrays)
             for k, o in updates:

@@ -31,7 +31,7 @@ class TorchModule:
         inputs: dict[str, Any] = {n: to_array(v) for n, v in zip(x.names, leaves, strict=True) if n is not None}
         results = self.module.run(inputs | self.state)
         for name, new in x.program.updates.items():
-            np.copyto(self.state.get(name, inputs.get(name)), results[new])
+            np.copyto(self.state[name] if name in self.state else inputs[name], results[new])
         for name, v in zip(x.names, leaves, strict=True):
             if name in x.program.changed and not v.is_contiguous():  # what was changed is a copy of it
                 v.copy_(to_tensor(inputs[name]))
@@ -44,9 +44,11 @@ class TorchModule:
 
 
 def to_array(v: Any) -> Any:
-    """A tensor as an array over the same memory."""
+    """A tensor as an array over the same memory, a copy where it is not contiguous."""
     if not isinstance(v, torch.Tensor):
         return np.asarray(v)
+    if v.dtype in _PLAIN and v.is_contiguous() and v.is_cpu:
+        return v.detach().numpy() if v.requires_grad else v.numpy()
     if v.device.type != "cpu":
         raise InputError(f"a tensor on {v.device} was given", hint="copy it to the CPU")
     return array(v)
@@ -56,7 +58,10 @@ def to_tensor(v: Any) -> Any:
     """An array as a tensor over the same memory; anything else as it is."""
     if not isinstance(v, np.ndarray):
         return v
-    if v.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"):
-        words = {1: np.uint8, 2: np.int16}[v.dtype.itemsize]
-        return torch.from_numpy(v.view(words)).view(getattr(torch, v.dtype.name))
-    return torch.from_numpy(v)
+    if v.dtype.kind in "fiub" and v.dtype.isbuiltin == 1:
+        return torch.from_numpy(v)
+    words = {1: np.uint8, 2: np.int16}[v.dtype.itemsize]
+    return torch.from_numpy(v.view(words)).view(getattr(torch, v.dtype.name))
+
+
+_PLAIN = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}

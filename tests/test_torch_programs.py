@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import math
 import random
+import struct
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'luthier[torch]'")
 from torch import nn  # noqa: E402
+from torch._higher_order_ops import while_loop  # noqa: E402
+from torch._higher_order_ops.scan import scan  # noqa: E402
 from torch.export import Dim  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 
@@ -178,6 +184,40 @@ def test_positions_that_depend_on_data() -> None:
         agree(c(y), f(None, y))
 
 
+def test_branches() -> None:
+    m = seeded(Fn(lambda s, x: torch.cond(x.sum() > 0, lambda x: (s.m[0](x), x + 1), lambda x: (x * 2, x - 1), (x,)), nn.Linear(4, 4)))
+    x = torch.randn(2, 4).abs()
+    c = luthier.compile(m, args=(x,))
+    for y in (x, -x):
+        agree(c(y), m(y))
+
+
+def test_loops() -> None:
+    def until(s: Any, x: torch.Tensor) -> Any:
+        return while_loop(lambda i, y: (i < 20) & (y.sum() < 50), lambda i, y: (i + 1, y * x), (torch.zeros((), dtype=torch.int64), x))
+
+    x = torch.rand(2, 4) + 1
+    c = luthier.compile(Fn(until), args=(x,))
+    for y in (x, x + 2, x - 1):
+        agree(c(y), until(None, y))
+    h, xs = torch.zeros(4), torch.randn(5, 4)
+
+    def recurrent(s: Any, xs: torch.Tensor, h: torch.Tensor) -> Any:
+        return scan(lambda a, x: (torch.tanh(a * 0.5 + x), a * 2), h, xs, dim=0)
+
+    agree(luthier.compile(Fn(recurrent), args=(xs, h))(xs, h), recurrent(None, xs, h))
+
+
+def test_bodies_without_gradients_are_part_of_the_program() -> None:
+    def f(s: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x * 2
+        return y + x
+
+    x = torch.randn(3)
+    agree(luthier.compile(Fn(f), args=(x,))(x), f(None, x))
+
+
 @pytest.mark.parametrize("target", ["cpu", "wasm"])
 def test_a_transformer_block_and_a_convolutional_one(target: str) -> None:
     layer = seeded(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True))
@@ -240,6 +280,62 @@ def test_the_module_stays_in_its_mode_and_training_is_refused() -> None:
     assert m.training
 
 
+# ---------------------------------------------------------------- files
+
+
+def test_saved_programs_and_weights_by_name(tmp_path: Any) -> None:
+    m, other = seeded(nn.Linear(3, 2)), nn.Linear(3, 2).eval()
+    x = torch.randn(5, 3)
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(m, (x,), dynamic_shapes=({0: Dim("n")},)), path)
+    agree(luthier.compile(path)(x[:2]), m(x[:2]))
+    tensors = {k: v.detach().numpy() for k, v in other.state_dict().items()}
+    head, at = {}, 0
+    for k, v in tensors.items():
+        head[k] = {"dtype": "F32", "shape": list(v.shape), "data_offsets": [at, at + v.nbytes]}
+        at += v.nbytes
+    text = json.dumps(head | {"__metadata__": {"made": "here"}}).encode()
+    plain = tmp_path / "w.safetensors"
+    plain.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(v.tobytes() for v in tensors.values()))
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    for file in (plain, tmp_path / "w.pt"):
+        agree(luthier.compile(path, weights=file)(x), other(x))
+    plain.write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(luthier.LuthierError, match="cannot be read"):
+        luthier.compile(path, weights=plain)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("code of a file has run",))
+
+
+def test_files_run_no_code(tmp_path: Any) -> None:
+    torch.save({"weight": Evil()}, tmp_path / "w.pt")
+    m = nn.Linear(3, 2)
+    with pytest.raises(luthier.LuthierError, match="more than tensors"):
+        luthier.compile(m, args=(torch.zeros(1, 3),), weights=tmp_path / "w.pt")
+    torch.export.save(torch.export.export(m, (torch.zeros(4, 3),), dynamic_shapes=({0: Dim("n")},)), tmp_path / "net.pt2")
+    bad = io.BytesIO()
+    torch.save((Evil(),), bad)
+
+    def changed(change: Any) -> Any:
+        with zipfile.ZipFile(tmp_path / "net.pt2") as z, zipfile.ZipFile(tmp_path / "bad.pt2", "w") as out:
+            for name in z.namelist():
+                out.writestr(name, change(name, z.read(name)))
+        return tmp_path / "bad.pt2"
+
+    cases = [
+        lambda n, b: b.replace(b'"use_pickle": false', b'"use_pickle": true'),
+        lambda n, b: bad.getvalue() if "sample_inputs" in n else b,
+        lambda n, b: b.replace(b"Symbol(", b"print("),
+        lambda n, b: b[:-7] if n.endswith("model.json") else b,
+    ]
+    for case in cases:
+        with pytest.raises(luthier.LuthierError):
+            luthier.compile(changed(case))
+
+
 # ---------------------------------------------------------------- torch.compile
 
 
@@ -277,7 +373,7 @@ def test_backend_falls_back_with_one_warning_that_names_the_operators() -> None:
         agree(c(x), torch.linalg.ldl_factor(x @ x.T)[0])
         c(x)
     ours = [str(w.message) for w in seen if "luthier" in str(w.message)]
-    assert len(ours) == 1 and "ldl_factor" in ours[0]
+    assert len(ours) == 1 and "ldl_factor" in ours[0] and "test_torch_programs.py" in ours[0]
 
 
 def test_backend_changes_inputs_in_place_and_refuses_unknown_options() -> None:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.importers.torch.emitter import decomposed
-
-Tensor = torch.Tensor
 
 
 def _reduced(v: Tensor, reduction: int) -> Tensor:
@@ -253,7 +252,8 @@ def histogram(x: Tensor, bins: Any = 100, *, range: Any = None, weight: Tensor |
         inside = (y >= edges[0]) & (y <= edges[-1])
         counts = torch.zeros(n, dtype=x.dtype).index_add(0, at, torch.where(inside, 1.0 if w is None else w, 0.0).to(x.dtype))
     else:
-        low, high = _range(y, *(range or (0.0, 0.0)), 0.5)
+        given = range or (0.0, 0.0)
+        low, high = _range(y, given[0], given[1], 0.5)
         edges = torch.lerp(torch.as_tensor(low, dtype=x.dtype), torch.as_tensor(high, dtype=x.dtype), torch.linspace(0, 1, bins + 1, dtype=x.dtype))
         counts = _bins(y, bins, low, high, w)
     return (counts / (counts.sum() * edges.diff()) if density else counts), edges

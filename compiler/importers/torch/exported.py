@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from luthier.errors import InputError
+from luthier.importers.torch.archive import load_program, with_weights
 from luthier.importers.torch.program import Program, import_graph
 from luthier.ir.errors import InvalidModel
 
@@ -27,10 +29,15 @@ class Exported:
     out_spec: Any
 
 
-def export(model: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> Exported:
-    """``model``: an ``ExportedProgram``, or an ``nn.Module`` that is exported for these arguments first, in the mode that it is in.
+def export(
+    model: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, dynamic_shapes: Any, weights: str | os.PathLike[str] | None = None,
+) -> Exported:
+    """``model``: an ``ExportedProgram``, the path of one that was saved, or an ``nn.Module`` that is exported for these arguments first, in
+    the mode that it is in; ``weights``: a file whose tensors are its parameters and buffers.
 
-    Raises InputError without arguments or with needless ones, and the errors of :func:`import_exported`."""
+    Raises InputError without arguments or with needless ones, and the errors of :func:`import_exported` and of the readers of files."""
+    if isinstance(model, (str, os.PathLike)):
+        model = load_program(os.fspath(model))
     if isinstance(model, torch.nn.Module):
         if args is None and kwargs is None:
             raise InputError("an nn.Module is compiled for example arguments", hint="luthier.compile(model, args=(x,))")
@@ -38,17 +45,18 @@ def export(model: Any, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | N
             model = torch.export.export(model, tuple(args or ()), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     elif args is not None or kwargs is not None or dynamic_shapes is not None:
         raise InputError("an exported program has its arguments and shapes already")
-    return import_exported(model)
+    return import_exported(model, None if weights is None else with_weights(dict(model.state_dict), weights))
 
 
-def import_exported(ep: torch.export.ExportedProgram, name: str = "main") -> Exported:
-    """Raises UnsupportedOperator, ShapeError, TypeMismatch, InvalidModel."""
+def import_exported(ep: torch.export.ExportedProgram, weights: Mapping[str, Any] | None = None, name: str = "main") -> Exported:
+    """``weights``: in place of the program's own. Raises UnsupportedOperator, ShapeError, TypeMismatch, InvalidModel."""
+    own = ep.state_dict if weights is None else weights
     tensors: dict[str, Any] = {}
     names: list[str | None] = []
     for s in ep.graph_signature.input_specs:
         if s.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             assert s.target is not None
-            tensors[s.arg.name] = ep.state_dict[s.target] if s.target in ep.state_dict else ep.constants[s.target]
+            tensors[s.arg.name] = own[s.target] if s.target in own else ep.constants[s.target]
         elif s.kind == InputKind.CONSTANT_TENSOR:
             assert s.target is not None
             tensors[s.arg.name] = ep.constants[s.target]

@@ -163,7 +163,8 @@ def unique_dim(
 def _unique(e: Emitter, x: Value, axis: int | None, inverse: bool, counts: bool) -> tuple[Value, ...]:
     v = e.cast(x, D.u8) if x.dtype.is_bool else x
     v = e.reshape(v, [-1]) if axis is None else v
-    y, _, where, times = e.ops("Unique", 4, v, sorted=1, **({} if axis is None else {"axis": axis}))
+    how: dict[str, Any] = {"sorted": 1} | ({} if axis is None else {"axis": axis})
+    y, _, where, times = e.ops("Unique", 4, v, **how)
     empty = e.const("none", np.zeros(0, np.int64))
     return e.cast(y, x.dtype), (e.reshape(where, x.shape) if axis is None else where) if inverse else empty, times if counts else empty
 

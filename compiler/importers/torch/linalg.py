@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.importers.torch.emitter import Emitter, aten, decomposed
 from luthier.importers.torch.shapes import eye_of
 from luthier.ir import dtypes as D
 from luthier.ir.graph import Value
-
-Tensor = torch.Tensor
 
 # ---------------------------------------------------------------- kernels
 

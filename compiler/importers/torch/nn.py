@@ -85,8 +85,8 @@ def grouped_mm(
     rows = e.op("Range", e.number(0, i64), e.number(x.shape[0], i64), e.number(1, i64))
     past = e.op("LessOrEqual", e.cast(offs, i64), e.reshape(rows, [x.shape[0], 1]))
     group = e.reduce("ReduceSum", e.cast(past, i64), [1], True)
-    y = e.op("luthier::ExpertProduct", x, group, e.transpose(w, [0, 2, 1]))
-    y = e.reshape(y, [x.shape[0], w.shape[2]])
+    y = e.op("luthier::ExpertProduct", e.cast(x, D.f32), group, e.transpose(w, [0, 2, 1]))
+    y = e.cast(e.reshape(y, [x.shape[0], w.shape[2]]), e.dtype)
     return e.op("Where", e.op("Less", group, e.number(w.shape[0], i64)), y, e.number(0, y.dtype))
 
 
@@ -393,16 +393,16 @@ def _adaptive(e: Emitter, x: Value, n: int) -> Value:
     have = x.shape[-n:]
     if all(w is h for w, h in zip(want, have, strict=True)):
         return x
-    if any(v.op != "const" for v in (*want, *have)):
-        raise UnsupportedOperator("adaptive pooling of open extents to more than one element", hint="pin height and width")
-    sizes = [(h.attr, w.attr) for h, w in zip(have, want, strict=True)]
-    if all(h % w == 0 for h, w in sizes):
+    if any(v.op != "const" for v in want) or max(v.attr for v in want) > 64 and any(v.op != "const" for v in have):
+        raise UnsupportedOperator("adaptive pooling of open extents to open or many elements", hint="pin height and width")
+    sizes = [(h, w.attr) for h, w in zip(have, want, strict=True)]
+    if all(h.op == "const" and h.attr % w == 0 for h, w in sizes):
         y, single = _batched(e, x, n)
-        k = tuple(h // w for h, w in sizes)
+        k = tuple(h.attr // w for h, w in sizes)
         out = e.op("AveragePool", y, kernel_shape=k, strides=k)
         return e.reshape(out, out.shape[1:]) if single else out
     for axis, (h, w) in enumerate(sizes, x.rank - n):
-        parts = [e.reduce("ReduceMean", e.slice(x, axis, k * h // w, -((k + 1) * -h // w)), [axis], True) for k in range(w)]
+        parts = [e.reduce("ReduceMean", e.slice(x, axis, h * k // w, (h * (k + 1) + w - 1) // w), [axis], True) for k in range(w)]
         x = e.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
     return x
 

@@ -15,6 +15,7 @@ from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from luthier.importers.torch import composed, elementwise, indexing, linalg, nn, reductions, shapes, special
+from luthier.importers.torch.control import HIGHER
 from luthier.importers.torch.emitter import (
     ALIASES,
     DECOMPOSITIONS,
@@ -76,7 +77,7 @@ def import_graph(
         raise UnsupportedOperator(f"{len(missing)} operators have no rule: {listed}", op=next(iter(missing)), hint="decompose them before the export, or write them with others")
     kept = set(states)
     for _ in range(2):
-        walk = _Walk(graph_module, name, given, Symbols(ranges), kept)
+        walk = Walk(graph_module, name, given, Symbols(ranges), kept)
         program = walk.run(becomes or {})
         late = walk.constants_written()
         if not late:
@@ -98,7 +99,7 @@ def missing_operators(graph_module: fx.GraphModule) -> dict[str, str]:
                 inner = {str(t): ""} if parts is None else missing_operators(parts)
                 for name in inner:
                     out.setdefault(name if name == str(t) else f"{name} of {t}", source_line(n))
-            elif n.op == "call_function" and isinstance(t, torch._ops.HigherOrderOperator):
+            elif n.op == "call_function" and isinstance(t, torch._ops.HigherOrderOperator) and t.name() not in HIGHER:
                 out.setdefault(t.name(), source_line(n))
             elif n.op in ("call_module", "call_method"):
                 out.setdefault(f"{n.op} {t}", source_line(n))
@@ -130,7 +131,9 @@ def source_line(n: fx.Node) -> str:
     return f"{parts[0][6:-1]}:{parts[1].removeprefix('line ')}"
 
 
-class _Walk:
+class Walk:
+    """One way through a program's nodes. ``env``: what each node is, a :class:`Ref`, an index expression, a number or several."""
+
     def __init__(self, gm: fx.GraphModule, name: str, given: dict[str, Any], symbols: Symbols, states: set[str]) -> None:
         self.gm, self.given, self.states = gm, given, states
         self.e = Emitter(name, symbols)
@@ -272,6 +275,8 @@ class _Walk:
         e.where, e.label = source_line(n), n.name
         if t is operator.getitem:
             return self.look(n.args[0])[n.args[1]]
+        if isinstance(t, torch._ops.HigherOrderOperator):
+            return self.wrap(HIGHER[t.name()](self, *self.look(list(n.args)), **self.look(dict(n.kwargs))), val)
         if not isinstance(t, torch._ops.OpOverload):
             return self.scalar(n, val)
         packet = t.name().partition(".")[0]

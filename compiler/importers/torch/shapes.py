@@ -481,7 +481,8 @@ def logspace(e: Emitter, start: Any, end: Any, steps: int, base: float = 10.0) -
 
 @aten("eye")
 def eye(e: Emitter, n: Any, m: Any = None) -> Value:
-    return eye_of(e, *e.shape, e.dtype)
+    rows, columns = e.shape
+    return eye_of(e, rows, columns, e.dtype)
 
 
 def eye_of(e: Emitter, rows: Any, columns: Any, dtype: D.DType) -> Value:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier.importers.torch import cephes as C
 from luthier.importers.torch.emitter import decomposed
 
-Tensor = torch.Tensor
 nan, inf, pi = math.nan, math.inf, math.pi
 
 
