@@ -237,3 +237,24 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(TargetError, match="sm_90"):
         luthier.compile("m.onnx", target="cuda:sm_20")
+
+
+@pytest.mark.parametrize(("k", "vector"), [(4096, True), (1024, True), (512, False), (256, False), (96, False)])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_matrix_vector_of_few_bits(k: int, vector: bool, bits: int) -> None:
+    """Weights are loaded 16 bytes a thread where rows are long enough, whole words where they are not."""
+    n, block, per = 40, 32, 8 // bits
+    rng = np.random.default_rng(k)
+    w, scales = rng.integers(0, 256, (n, k // block, block // per)).astype(np.uint8), rng.standard_normal((n, k // block)).astype(np.float32)
+    node = h.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
+    ins = [h.make_tensor_value_info("x", T.FLOAT, [1, k])]
+    constants = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(scales.reshape(-1), "s")]
+    g = h.make_graph([node], "g", ins, [h.make_tensor_value_info("y", T.FLOAT, [1, n])], constants)
+    opsets = [h.make_opsetid("", 21), h.make_opsetid("com.microsoft", 1)]
+    m = luthier.compile(h.make_model(g, opset_imports=opsets, ir_version=10), target="cuda:emulate")
+    values = np.stack([w >> bits * j & (1 << bits) - 1 for j in range(per)], -1).reshape(n, k // block, block).astype(np.float64)
+    matrix = ((values - (1 << bits - 1)) * scales[..., None]).reshape(n, k)
+    x = rng.standard_normal((1, k)).astype(np.float32)
+    np.testing.assert_allclose(m.run({"x": x})["y"], x @ matrix.T, rtol=1e-4, atol=1e-3)
+    assert isinstance(m, CudaModule)
+    assert not (vector and bits == 4) or "lt_span<const uint4>" in m.source

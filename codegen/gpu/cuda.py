@@ -423,7 +423,8 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    f = combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), CUDA_RULES))
+    f = combine_accesses(scalarize(map_parallel(flatten(f))), fits=lambda b: b.scope == "param" and 8 <= b.dtype.bits < 32)  # whole words
+    f = combine_accesses(legalize_dtype(f, CUDA_RULES))
     return place_lets(legalize_arithmetic(clamp_loads(f), index_bits=64))
 
 
