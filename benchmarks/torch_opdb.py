@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import logging
 import random
@@ -19,6 +20,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -31,6 +33,7 @@ KEPT = ROOT / "build" / "torch_opdb.jsonl"
 SECONDS = 120  # of an OpInfo and a type
 # which operand the positions that an operator gives point into, where equal elements may stand in another order
 ORDERED = {"sort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode", "msort"}
+UP_TO_SIGNS = {"linalg.eigh"}  # of vectors
 UNDEFINED = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted", "resize_", "resize_as_")
 Row = dict[str, Any]
 
@@ -60,6 +63,28 @@ class Call(torch.nn.Module):
     def fresh(self) -> list[Any]:
         return [t.clone() for t in self.tensors]
 
+    def run(self, f: Any) -> tuple[list[Any], list[Any]]:
+        """The results of a call with copies of the tensors, and these copies after it."""
+        tensors = self.fresh()
+        return pytree.tree_leaves(f(*tensors)), tensors
+
+
+def as_good(case: Call, k: int, got: Any, want: Any) -> bool:
+    """Whether result ``k`` lies no further from that of the same call in f64 than twice what eager's own does: a sum that cancels."""
+    if got.dtype != torch.float32 or got.shape != want.shape or not got.numel():
+        return False
+    case = copy.copy(case)
+    case.tensors = [t.double() if t.is_floating_point() else t for t in case.tensors]
+    exact = case.run(case)[0][k]
+    return bool((got - exact).abs().max() <= 2 * (want - exact).abs().max())
+
+
+def unseeded(case: Call) -> list[Any]:
+    """The results of a call in which seeds that the sample's own function sets do not count."""
+    torch.rand(1)
+    with mock.patch.object(torch, "manual_seed", lambda seed: None):
+        return case.run(case)[0]
+
 
 def name_of(op: Any) -> str:
     return op.name + (f".{op.variant_test_name}" if op.variant_test_name else "")
@@ -67,8 +92,8 @@ def name_of(op: Any) -> str:
 
 def equal(got: Any, want: Any) -> str:
     """Why two results differ; empty when they do not."""
-    if got is None and want is None:
-        return ""
+    if got is None or want is None:
+        return "" if got is want else "no result" if got is None else "a result where eager gives none"
     if got.dtype != want.dtype or got.shape != want.shape:
         return f"{got.dtype}{list(got.shape)} for {want.dtype}{list(want.shape)}"
     if torch.allclose(got, want, rtol=1e-4, atol=1e-4, equal_nan=True):
@@ -83,31 +108,35 @@ def check(op: Any, dtype: torch.dtype, samples: int, target: str = "cpu") -> Row
         cases = [Call(op.op, s) for s in list(op.sample_inputs("cpu", dtype, requires_grad=False))[:samples]]
     except Exception as error:  # a sample generator of torch's
         return row | {"status": "no-sample", "why": str(error)[:200]}
-    done = 0
+    programs = []
     for case in cases:
         try:
             with torch.no_grad():
-                want, again = (pytree.tree_leaves(case(*case.fresh())) for _ in range(2))
+                want, changed = case.run(case)
+                again = unseeded(case)
                 if not all(isinstance(t, torch.Tensor) for t in want) or op.name in UNDEFINED or any(equal(a, b) for a, b in zip(again, want, strict=True)):
                     return row | {"status": "random", "why": ""}
-                program = torch.export.export(case, tuple(case.fresh()))
+                programs.append((case, torch.export.export(case, tuple(case.fresh())), want, changed))
         except Exception as error:  # torch's own refusals, of many types
             return row | {"status": "no-export", "why": f"{type(error).__name__}: {error}"[:200]}
+    for done, (case, program, want, changed) in enumerate(programs):
         try:
-            got = pytree.tree_leaves(luthier.compile(program, target=target, threads=1)(*case.fresh()))
+            got, inputs = case.run(luthier.compile(program, target=target, threads=1))
         except luthier.LuthierError as error:
             return row | {"status": "refused", "why": str(error)[:400], "done": done}
         except Slow:
             raise
         except Exception as error:
             return row | {"status": "crash", "why": f"{type(error).__name__}: {error}"[:400], "done": done}
+        why = next((w for a, b in zip(inputs, changed, strict=True) if (w := equal(a, b))), "")
+        if why:
+            return row | {"status": "wrong", "why": f"an input that the operator changes: {why}", "done": done}
         for k, (a, b) in enumerate(zip(got, want, strict=True)):
             positions = op.name in ORDERED and b.dtype == torch.int64 and (k == 1 or op.name == "argsort")
             why = "" if positions and a.shape == b.shape else equal(a, b)
-            if why:
+            if why and not (op.name in UP_TO_SIGNS and not equal(a.abs(), b.abs())) and not as_good(case, k, a, b):
                 return row | {"status": "wrong", "why": why, "done": done}
-        done += 1
-    return row | {"status": "pass", "done": done}
+    return row | {"status": "pass", "done": len(programs)}
 
 
 def report(rows: list[Row]) -> str:

@@ -15,26 +15,27 @@ if TYPE_CHECKING:
     from luthier.ir.graph import Graph
     from luthier.module import Module
     from luthier.torch_module import TorchModule
+    from luthier.tuner.tune import Tuning
 
 
 @overload
 def compile(
     model: str | os.PathLike[str] | Graph, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ...,
-    debug: str | None = ..., tune: bool = ..., overridable: bool | Sequence[str] | None = ...,
+    debug: str | None = ..., tune: bool | str | float | Tuning = ..., overridable: bool | Sequence[str] | None = ...,
 ) -> Module: ...
 
 
 @overload
 def compile(
     model: Any, target: str = ..., shapes: Mapping[str, Sequence[Any]] | None = ..., threads: int | None = ..., debug: str | None = ...,
-    tune: bool = ..., overridable: bool | Sequence[str] | None = ..., *, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ...,
+    tune: bool | str | float | Tuning = ..., overridable: bool | Sequence[str] | None = ..., *, args: Sequence[Any] | None = ..., kwargs: Mapping[str, Any] | None = ...,
     dynamic_shapes: Any = ...,
 ) -> Module | TorchModule: ...
 
 
 def compile(
     model: Any, target: str = "cpu", shapes: Mapping[str, Sequence[Any]] | None = None, threads: int | None = None,
-    debug: str | None = None, tune: bool = False, overridable: bool | Sequence[str] | None = None, *, args: Sequence[Any] | None = None,
+    debug: str | None = None, tune: bool | str | float | Tuning = False, overridable: bool | Sequence[str] | None = None, *, args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = None,
 ) -> Module | TorchModule:
     """Compile ``model`` (path of an ONNX file or an ``onnx.ModelProto``; path of a GGUF file, see :mod:`luthier.llm.model`; a Graph,
@@ -47,8 +48,8 @@ def compile(
     dimensions; None or -1 leaves one open. ``threads``: worker threads of the module (default: the cores this process may use).
     ``debug="bounds"``: every access of every kernel is checked, and a call raises KernelError naming kernel, buffer, index, extent
     and node instead of touching other memory (slower; also the setting LUTHIER_DEBUG=bounds).
-    ``tune``: where several templates fit a kernel, they are measured on this machine, once (:mod:`luthier.tuner.choose`); without it, and for
-    a target whose code does not run here (a warning says so), the one that was fastest where it was written is taken.
+    ``tune``: a time such as ``"30s"`` (True: ten seconds), or a :class:`luthier.tuner.tune.Tuning`: kernels are built in several ways and measured on this machine,
+    once (``docs/tuning.md``); without it, and for a target whose code does not run here (a warning says so), each has its default.
     ``overridable``: initializers that the model lists among its inputs (from IR version 4) are defaults, and a call may replace those named
     here; True all, False none. Without it all, when together they are no more than 64 KiB: larger ones are weights that an exporter listed.
     Raises InvalidModel, UnsupportedOperator, ShapeError, TypeMismatch, TargetError or SettingError (all LuthierError). Any other

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from luthier.module import Module
 
 
-def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False, tune: bool = False) -> Module:
-    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks, ``tune`` for measurements."""
+def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None = None, checked: bool = False, tune: object = False) -> Module:
+    """All of a compilation but the errors' wrapping: ``graph`` imports, ``checked`` asks for bounds checks, ``tune`` for measurements (a time
+    such as ``"30s"``, True, or a :class:`luthier.tuner.tune.Tuning`)."""
     from luthier.pipeline import compile_program
     from luthier.schedules.select import Record
     from luthier.targets import builder
@@ -31,6 +32,10 @@ def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None 
             from luthier.tuner.choose import Chooser
 
             choose = stack.enter_context(Chooser(target, threads=threads))
+            if not checked:
+                from luthier.tuned import build_tuned
+
+                return build_tuned(graph, target, threads, choose, tune)
         stack.enter_context(collection_paused())
         record = Record(choose) if choose is not None or getattr(make, "RETILES", False) else None
         if hasattr(make, "Ahead") and not checked:
@@ -43,8 +48,9 @@ def build_graph(graph: Callable[[], Graph], target: Target, threads: int | None 
     return module
 
 
-def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None, tune: bool = False) -> Module:
+def compile_graph(graph: Graph, target: str = "cpu", threads: int | None = None, tune: object = False) -> Module:
     """A graph to a module, as :func:`luthier.compile` does for a model. Raises its errors."""
     from luthier.codegen.targets.target import parse_target
+    from luthier.passes.graph.copy_graph import copy_graph
 
-    return build_graph(lambda: graph, parse_target(target), threads, tune=tune)
+    return build_graph((lambda: copy_graph(graph)[0]) if tune else lambda: graph, parse_target(target), threads, tune=tune)

@@ -84,10 +84,16 @@ class _Lazy:
         updates = [(position[n], where[o]) for n, o in program.updates.items()]
         results = list(zip(program.results, program.is_output, [_kind(n) for n in _outputs(self.gm)], strict=True))
 
+        here = [k for k in order if self.places[k].name in program.in_place]
+
         def call(*args: Any) -> Any:
-            outs = module(*[to_array(args[k]) for k in order])
+            arrays = [to_array(args[k]) for k in order]
+            outs = module(*arrays)
             for k, o in updates:
                 args[k].copy_(to_tensor(outs[o]))
+            for k in here:
+                if not args[k].is_contiguous():  # what was changed is a copy of it
+                    args[k].copy_(to_tensor(arrays[order.index(k)]))
             return [kind(outs[r]) if is_output else r for r, is_output, kind in results]
 
         return call

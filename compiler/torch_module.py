@@ -30,12 +30,14 @@ class TorchModule:
         leaves = flatten(x.in_spec, args, kwargs)
         inputs: dict[str, Any] = {n: to_array(v) for n, v in zip(x.names, leaves, strict=True) if n is not None}
         results = self.module.run(inputs | self.state)
+        for name, new in x.program.updates.items():
+            np.copyto(self.state.get(name, inputs.get(name)), results[new])
+        for name, v in zip(x.names, leaves, strict=True):
+            if name in x.program.changed and not v.is_contiguous():  # what was changed is a copy of it
+                v.copy_(to_tensor(inputs[name]))
         outputs = list(results.values())
-        for name, own in {**self.state, **{n: inputs[n] for n in x.program.updates if n in inputs}}.items():
-            np.copyto(own, results[x.program.updates[name]])
         found = [outputs[r] if is_output else r for r, is_output in zip(x.program.results, x.program.is_output, strict=True)]
-        tensors = [to_tensor(found[k]) for k in x.results]
-        return pytree.tree_unflatten(tensors, x.out_spec)
+        return pytree.tree_unflatten([to_tensor(v) for v in found], x.out_spec)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)

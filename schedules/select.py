@@ -7,6 +7,7 @@ they are tried. The last one fits everything.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from luthier.passes.loop.transpose_blocks import transpose_blocks
 from luthier.passes.loop.unroll import unroll
 from luthier.passes.loop.vectorize import vectorize
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import check
 from luthier.schedules.base.lower import lower
 from luthier.schedules.base.schedule import Schedule, ScheduleError, schedule
 from luthier.schedules.base.simplify_axes import drop_units
@@ -89,16 +91,30 @@ TILED = frozenset({"winograd_integer", "byte_products", "contract_integer", "con
 Constants = Mapping[str, np.ndarray[Any, Any]]
 
 
+@dataclass(frozen=True)
+class Point:
+    """A template with values of its knobs, those that differ from its own choice: a place in the space of a tuner."""
+
+    template: str
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.template, *(f"{n}={v}" for n, v in self.knobs)])
+
+
 @dataclass
 class Record:
-    """The Computes whose tiles depend on the number of registers, with the constants and what was made of them. ``choose``: picks among
-    the kernels of templates that fit one pattern (:mod:`luthier.tuner.choose`)."""
+    """The Computes whose tiles depend on the number of registers (``everything``: all), with the constants and what was made of them.
+    ``choose``: picks among the kernels of templates that fit one pattern (:mod:`luthier.tuner.choose`); ``tuned``: the point of a Compute
+    that was found before (:mod:`luthier.tuner.tune`), None for the default."""
 
     choose: Callable[[Sequence[Kernels]], Kernels] | None = None
+    tuned: Callable[[Compute, Constants], Point | None] | None = None
+    everything: bool = False
     made: list[tuple[Compute, Constants, Kernels]] = field(default_factory=list)
 
     def note(self, compute: Compute, constants: Constants, k: Kernels) -> Kernels:
-        if k.template in TILED:
+        if self.everything or k.template in TILED:
             self.made.append((compute, constants, k))
         return k
 
@@ -123,7 +139,8 @@ def build(
     """Schedules, lowers and prepares ``compute`` for printing. ``constants``: contents of parameters known now; ``record``: notes what
     register tiles decide.
 
-    ``pieces``: a long reduction may be cut. ``knobs`` go to the template (``template="name"`` forces one)."""
+    ``pieces``: a long reduction may be cut. ``knobs`` go to the templates that declare them (``template="name"`` forces one). Raises
+    ScheduleError for a knob that none declares, and where a template that was asked for does not fit."""
     return _build(split_scan(compute) if caps.gpu else compute, caps, constants or {}, record or Record(), pieces, knobs)
 
 
@@ -131,6 +148,13 @@ def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Reco
     slim = drop_units(split_arg(compute, anywhere=caps.gpu))
     s0 = schedule(slim)
     forced = knobs.pop("template", None)
+    names = (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES
+    if knobs:
+        check(forced or "any", tuple(k for n in names for k in template_module(n).KNOBS), knobs)
+    point = record.tuned(compute, consts) if record.tuned is not None and not forced and not knobs else None
+    if point is not None:
+        with contextlib.suppress(ScheduleError):  # not for what the point was found on: the default
+            return record.note(compute, consts, _build(compute, caps, consts, Record(), pieces, {"template": point.template, **dict(point.knobs)}))
 
     def parts(groups: list[list[LetStmt]]) -> Kernels:
         numbers = [[sum(map(len, groups[:i])) + j for j in range(len(g))] for i, g in enumerate(groups)]
@@ -140,14 +164,15 @@ def _build(compute: Compute, caps: Capabilities, consts: Constants, record: Reco
     long = split_long(slim) if pieces and not forced and not caps.gpu else None
     if long is not None:
         return parts(long)
-    for name in (forced,) if forced else GPU_TEMPLATES if caps.gpu else TEMPLATES:
+    for name in names:
         if name in RIVALS and not forced and not knobs and record.choose is not None and len(found := rivals(s0, caps, consts)) > 1:
             return record.note(compute, consts, record.choose(found))
         with whole:
             t = template_module(name)
-        s = t.apply(s0, caps, consts, **(knobs or defaults(name, caps)))
+        own = {k.name: knobs[k.name] for k in t.KNOBS if k.name in knobs}
+        s = t.apply(s0, caps, consts, **(own or defaults(name, caps)))
         if s is None and name in ("attention", "rowwise") and slim is not compute:  # a single row is still a row
-            s = t.apply(schedule(compute), caps, consts, **knobs)
+            s = t.apply(schedule(compute), caps, consts, **own)
         if isinstance(s, Kernels):  # a template whose loops are no schedule of the Compute's own
             return record.note(compute, consts, s)
         if s is not None:

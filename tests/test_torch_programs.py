@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import random
 import warnings
 from typing import Any
@@ -101,6 +103,70 @@ def test_inputs_that_the_program_changes_are_changed() -> None:
     agree(a, b)
 
 
+class Attending(nn.Module):
+    """One head over a cache of fixed capacity; ``early``: reads the cache before it writes to it."""
+
+    def __init__(self, early: bool = False) -> None:
+        super().__init__()
+        self.early = early
+        self.register_buffer("keys", torch.zeros(1, 2, 8, 4))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.keys.sum() if self.early else torch.zeros(())
+        at = torch.arange(x.shape[2]) + self.filled
+        self.keys.index_copy_(2, at, x)
+        self.filled.add_(x.shape[2])
+        return (self.keys * (torch.arange(8) < self.filled)[:, None]).sum(2) + before
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_rows_are_written_into_a_cache_in_place(early: bool) -> None:
+    m, c = Attending(early), luthier.compile(Attending(early), args=(torch.zeros(1, 2, 1, 4),))
+    for _ in range(4):
+        x = torch.randn(1, 2, 1, 4)
+        agree(c(x), m(x))
+    np.testing.assert_allclose(c.state["b_keys"], m.keys.numpy())
+    moved = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in c.module.outputs)
+    assert moved == 2 * 4 * 4 + 8 + (early and 2 * 8 * 4 * 4)  # the result and the counter; the cache too where its old value is read
+
+
+def test_an_input_that_is_no_array_of_its_own_is_written_to() -> None:
+    def f(s: Any, cache: torch.Tensor, at: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        cache.index_copy_(0, at, x)
+        return cache.sum(0)
+
+    at, x, a, b = torch.tensor([3, 1]), torch.randn(2, 4), torch.zeros(4, 6).T, torch.zeros(4, 6).T
+    c = luthier.compile(Fn(f), args=(torch.zeros(6, 4), at, x))
+    agree(c(a, at, x), f(None, b, at, x))
+    agree(a, b)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_generation_with_a_static_cache_gives_eagers_tokens(name: str) -> None:
+    if importlib.util.find_spec("torchvision"):  # beside a torch without its extension it asks for these
+        schemas = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, op):
+                schemas.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    config = {
+        "llama": small | {"max_position_embeddings": 64}, "qwen3": small | {"head_dim": 16, "max_position_embeddings": 64},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    }[name]  # fmt: skip
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    m = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, vocab_size=200, **config)).eval()
+    ids = torch.randint(3, 200, (1, 6))
+    how = {"max_new_tokens": 10, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0, "disable_compile": True}
+    want = m.generate(ids, **how)
+    m.forward = torch.compile(m.forward, backend=backend)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="luthier")
+        assert torch.equal(m.generate(ids, **how), want)
+
+
 def test_positions_that_depend_on_data() -> None:
     def f(s: Any, x: torch.Tensor) -> Any:
         return x[x > 0].sum(), torch.nonzero(x)
@@ -141,11 +207,11 @@ def test_types_stay(dtype: torch.dtype) -> None:
 
 
 def test_all_missing_operators_are_named_with_the_users_lines() -> None:
-    m = Fn(lambda s, x: (torch.linalg.eigh(x @ x.T)[0], torch.linalg.qr(x)[0]))
+    m = Fn(lambda s, x: (torch.linalg.ldl_factor(x)[0], torch.hash_tensor(x).to(torch.float32)))
     with pytest.raises(luthier.LuthierError) as error:
         luthier.compile(m, args=(torch.randn(3, 3),))
     text = str(error.value)
-    assert "eigh" in text and "qr" in text and "test_torch_programs.py" in text
+    assert "ldl_factor" in text and "hash_tensor" in text and "test_torch_programs.py" in text
 
 
 def test_a_module_needs_arguments_and_calls_need_the_same_structure() -> None:
@@ -204,14 +270,14 @@ def test_backend_gradients() -> None:
 
 def test_backend_falls_back_with_one_warning_that_names_the_operators() -> None:
     torch._dynamo.reset()
-    c = torch.compile(lambda x: torch.linalg.eigh(x @ x.T)[0], backend=backend)
+    c = torch.compile(lambda x: torch.linalg.ldl_factor(x @ x.T)[0], backend=backend)
     x = torch.randn(3, 3)
     with warnings.catch_warnings(record=True) as seen, torch.no_grad():
         warnings.simplefilter("always")
-        agree(c(x), torch.linalg.eigh(x @ x.T)[0])
+        agree(c(x), torch.linalg.ldl_factor(x @ x.T)[0])
         c(x)
     ours = [str(w.message) for w in seen if "luthier" in str(w.message)]
-    assert len(ours) == 1 and "eigh" in ours[0]
+    assert len(ours) == 1 and "ldl_factor" in ours[0]
 
 
 def test_backend_changes_inputs_in_place_and_refuses_unknown_options() -> None:
@@ -242,4 +308,5 @@ def test_a_sample_of_torchs_operators_equals_eager() -> None:
     chosen = random.Random(SEED).sample(list(op_db), COUNT)
     rows = [check(op, torch.float32, 2) for op in chosen if torch.float32 in op.dtypes]
     assert not [r for r in rows if r["status"] in ("wrong", "crash")], [name_of(op) for op in chosen]
-    assert sum(r["status"] == "pass" for r in rows) >= 25
+    counted = [r for r in rows if r["status"] in ("pass", "refused")]
+    assert sum(r["status"] == "pass" for r in counted) >= 0.9 * len(counted) and len(counted) >= 30

@@ -23,6 +23,7 @@ from luthier.cli.options import ShapeParam
 from luthier.cli.quantize import quantize_options
 from luthier.cli.terminal import console, echo, printable
 from luthier.cli.tools import COMMANDS
+from luthier.cli.tuning import print_tuning, tune_command, tuning_progress
 from luthier.errors import InputError, LuthierError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def luthier() -> None:
 @_compile_options
 @click.option("--output", "-o", type=click.Path(path_type=Path), help="Artifact folder; default: MODEL's stem + .luthier.")
 @click.option("--precision", "-p", help="Quantize first: w8 .. w1, ternary (w4a8: activations as well), int8, f16, bf16, auto.")
-@click.option("--tune", is_flag=True, help="Measure kernels on this machine where several templates fit.")
+@click.option("--tune", metavar="[TIME]", is_flag=False, flag_value="10s", help="Measure kernels on this machine, for 10s or another time (docs/tuning.md).")
 @click.option("--name", help="What npm calls a web package; default: the name of its folder.")
 @click.option("--version", help="The version of a web package; default: 1.0.0.")
 @click.option("--shard-mb", type=float, help="The most megabytes of a file of weights of a web package; default: 24.")
@@ -109,7 +110,7 @@ def luthier() -> None:
 @quantize_options
 @_debug
 def compile_command(
-    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, tune: bool, language: bool, debug: str | None,
+    model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, output: Path | None, precision: str | None, tune: str | None, language: bool, debug: str | None,
     name: str | None, version: str | None, shard_mb: float | None, **quantization: Any,
 ) -> None:
     """Compile an ONNX MODEL (or a GGUF language model) into an artifact: a folder that runs without Python."""
@@ -127,15 +128,16 @@ def compile_command(
     start = time.perf_counter()
     if language and precision is not None:
         raise InputError("--language and --precision exclude each other", hint="quantize the export first: luthier quantize")
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings(record=True) as notes, tuning_progress(tune) as chosen:
         if language:
             from luthier.llm.model import compile_gguf
 
-            module = compile_gguf(model, target, dict(shapes), threads, _checks(debug), tune)
+            module = compile_gguf(model, target, dict(shapes), threads, _checks(debug), chosen)
         else:
-            module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=tune)
+            module = package.compile(source, target=target, shapes=dict(shapes) or None, threads=threads, debug=_checks(debug), tune=chosen)
     for note in notes:
         echo(f"note: {note.message}", err=True)
+    print_tuning(chosen)
     compiled = time.perf_counter() - start
     module.save(out, shard_mb, name, version)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
@@ -265,14 +267,19 @@ def _print_profile(rows: Sequence[Mapping[str, Any]], top: int) -> None:
 @click.option("--stage", multiple=True, help="Show only these stages (as named in the listing); repeatable.")
 @click.option("--kernel", help="Show only what mentions this kernel or node.")
 @click.option("--list", "listing", is_flag=True, help="List the stages instead of printing them.")
+@click.option("--knobs", is_flag=True, help="List the templates of the kernels with their knobs and the values that a tuner tries.")
 @_debug
 def inspect(
     model: Path, target: str, shapes: tuple[Any, ...], threads: int | None, stage: tuple[str, ...], kernel: str | None,
-    listing: bool, debug: str | None,
+    listing: bool, knobs: bool, debug: str | None,
 ) -> None:  # fmt: skip
     """Show how MODEL compiles: graph, groups, kernels, loop IR, source."""
-    from luthier.debug.inspection import stages
+    from luthier.debug.inspection import knob_table, stages
 
+    if knobs:
+        for line in knob_table(_existing(model), target, dict(shapes)):
+            echo(printable(line))
+        return
     for name, text in stages(_existing(model), target, dict(shapes), threads):
         if stage and not any(s in name for s in stage):
             continue
@@ -395,7 +402,7 @@ def entry(command: click.Command, arguments: Sequence[str] | None = None) -> NoR
     sys.exit(code if isinstance(code, int) else 0)
 
 
-for _tool in COMMANDS:
+for _tool in (*COMMANDS, tune_command):
     luthier.add_command(_tool)
 main: Callable[[], NoReturn] = functools.partial(entry, luthier)
 compile_main: Callable[[], NoReturn] = functools.partial(entry, compile_command)

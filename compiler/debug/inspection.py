@@ -11,7 +11,7 @@ from typing import Any
 
 from luthier import settings
 
-__all__ = ["conformance", "operator_matrix", "stages"]
+__all__ = ["conformance", "knob_table", "operator_matrix", "stages"]
 
 
 def stages(model: Path, target: str, shapes: Mapping[str, Any], threads: int | None) -> list[tuple[str, str]]:
@@ -26,6 +26,35 @@ def stages(model: Path, target: str, shapes: Mapping[str, Any], threads: int | N
             luthier.compile(model, target=target, shapes=dict(shapes) or None, threads=threads)
         files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
         return [(str(p.relative_to(folder).with_suffix("")), p.read_text(encoding="utf-8", errors="replace")) for p in files]
+
+
+def knob_table(model: Path, target: str, shapes: Mapping[str, Any]) -> list[str]:
+    """Lines: each template that makes kernels of ``model``, these kernels, its knobs with what they mean and the values that a tuner tries,
+    and the number of points. Raises what ``luthier.compile`` raises."""
+    from luthier.codegen.targets.target import parse_target
+    from luthier.importers.onnx.importer import import_onnx
+    from luthier.ir.op import load_all
+    from luthier.pipeline import compile_program
+    from luthier.schedules.select import Record, template_module
+    from luthier.tuner.space import lite
+
+    load_all()
+    caps = parse_target(target).caps
+    record = Record(everything=True)
+    compile_program(import_onnx(str(model), dict(shapes) or None), caps, record=record)
+    made: dict[str, list[Any]] = {}
+    for compute, constants, kernels in record.made:
+        if "+" not in kernels.template:
+            made.setdefault(kernels.template, []).append((compute, constants))
+    lines = []
+    for template, computes in sorted(made.items()):
+        points = {len(lite(template, c, caps, constants)) for c, constants in computes}
+        count = str(min(points)) if len(points) == 1 else f"{min(points)} to {max(points)}"
+        lines.append(f"{template}: {len(computes)} kernels ({', '.join(dict.fromkeys(c.name for c, _ in computes))}), {count} points")
+        for k in template_module(template).KNOBS:
+            default, *values = k.worth(caps, computes[0][0])
+            lines.append(f"  {k.name} = {default if default is not None else 'its own choice'}; {', '.join(map(str, values)) or 'nothing else is tried'}: {k.about}")
+    return lines
 
 
 def operator_matrix(missing: bool) -> tuple[list[str], list[list[str]]]:

@@ -258,7 +258,7 @@ class LanguageModel:
 
 def compile_model(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: bool = False,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: object = False,
 ) -> Module:
     """A GGUF file or an ONNX decoder (:mod:`luthier.importers.onnx.language`) as a Module that :class:`LanguageModel` runs and ``save`` writes.
 
@@ -341,7 +341,7 @@ def _sizes(graph: Graph) -> dict[str, int]:
     return {"parameters": parameters, "picked_bytes": picked, "cache_bytes": cache}
 
 
-def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None, tune: bool = False) -> Module:
+def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug: str | None, tune: object = False) -> Module:
     """What ``luthier.compile`` does for a GGUF file (and ``luthier compile --language`` for an ONNX decoder): :func:`compile_model` with the extents that ``shapes`` may pin: ``cache`` (positions)
     and ``tokens`` (of one call). Raises its errors, InputError for other names."""
     given = {k: tuple(v) for k, v in (shapes or {}).items()}
@@ -356,7 +356,7 @@ def compile_gguf(path: Any, target: str, shapes: Any, threads: int | None, debug
 
 def load(
     path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, exact: bool = False,
-    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: bool = False,
+    all_logits: bool = False, cache_bits: int = 16, precision: str | None = None, weights: Weights | None = None, tune: object = False,
 ) -> LanguageModel:
     """A GGUF file or an ONNX decoder compiled by :func:`compile_model`, whose arguments these are, or the folder of one that was saved. Raises its errors,
     ArtifactError."""

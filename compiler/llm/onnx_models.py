@@ -111,7 +111,7 @@ def _chat(folder: Path, found: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def compile_onnx(
-    path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, all_logits: bool = False, tune: bool = False,
+    path: str | Path, target: str = "cpu", threads: int | None = None, capacity: int | None = None, chunk: int = 256, all_logits: bool = False, tune: object = False,
 ) -> Module:
     """An ONNX decoder as a Module that ``LanguageModel`` runs, with ``tokenizer.json`` and the configuration of the folder it lies in.
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from luthier.ir.compute import Compute
-from luthier.ir.expr import load
+from luthier.ir.dtypes import i64, index
+from luthier.ir.expr import cast, land, load
 from luthier.ir.graph import Node, TensorType
 from luthier.ir.loop import Buffer, If, block
 from luthier.ir.op import Kernel, Op, op
-from luthier.ir.ops.common import Array, axes_of, define, differ, make, must, need, shape_error, static, type_error
-from luthier.ir.ops.kernels import flat, for_, get, kernel, put
+from luthier.ir.ops.common import Array, axes_of, define, differ, make, must, need, product, shape_error, static, type_error
+from luthier.ir.ops.kernels import Reg, flat, for_, get, kernel, put, with_regs
 
 LANES = 8
 
@@ -66,6 +67,51 @@ class AppendToCache(Op):
         n = min(new.shape[2], cache.shape[2] - past)
         cache[:, :, past : past + n] = new[:, :, :n]
         return [cache]
+
+
+@op("luthier::IndexCopy")
+class IndexCopy(Op):
+    """(x, positions i64 [M], rows) -> x with ``rows`` at the positions of dimension ``axis``; positions outside of it are dropped. ``in_place``:
+    the output is the first input, and only the rows are written."""
+
+    def infer(self, node: Node) -> Sequence[TensorType]:
+        x, where, rows = (need(node, i) for i in range(3))
+        a = int(node.attrs["axis"])
+        if where.rank != 1 or where.dtype is not i64 or rows.rank != x.rank or not 0 <= a < x.rank or rows.dtype is not x.dtype:
+            raise type_error(node, "takes x, i64 positions [M] and rows of the rank and type of x")
+        if any(differ(p, q) for k, (p, q) in enumerate(zip(x.shape, rows.shape, strict=True)) if k != a) or differ(rows.shape[a], where.shape[0]):
+            raise shape_error(node, "rows and x differ outside of the axis, or rows and positions in number")
+        return [x.type]
+
+    def compute(self, node: Node, ins: Sequence[Buffer | None], outs: Sequence[Buffer]) -> Kernel:
+        x_, a, here = must(ins, 0), int(node.attrs["axis"]), bool(node.attrs.get("in_place", 0))
+        outer, n, inner = product(x_.shape[:a]), x_.shape[a], product(x_.shape[a + 1 :])
+        x, where, rows, y, m = flat(x_), flat(must(ins, 1)), flat(must(ins, 2)), flat(outs[0]), must(ins, 1).shape[0]
+        at = Reg("at")
+
+        def copied(src: Any, start: Any, dst: Any, size: Any) -> Any:
+            vectors = for_("o", size // LANES, lambda o: for_("i", LANES, lambda i: put(y, dst + o * LANES + i, get(src, start + o * LANES + i)), kind="vectorize"))
+            return block(vectors, for_("r", size, lambda i: put(y, dst + i, get(src, start + i)), lo=size // LANES * LANES))
+
+        def row(h: Any, s: Any) -> Any:
+            inside = land(at() >= 0, at() < n)
+            return block(at.set(cast(get(where, s), index)), If(inside, copied(rows, (h * m + s) * inner, (h * n + at()) * inner, inner)))
+
+        def plane(h: Any) -> Any:
+            writes = for_("s", m, lambda s: with_regs([at], row(h, s)))
+            return writes if here else block(copied(x, h * n * inner, h * n * inner, n * inner), writes)
+
+        k = kernel(node, [ins[1], ins[2]] if here else ins, outs, (), for_("h", outer, plane, kind="parallel"))
+        k.in_place = {outs[0].name: 0} if here else {}
+        return k
+
+    def reference(self, node: Node, *arrays: Any) -> Sequence[Array]:
+        x, where, rows = np.array(arrays[0]), np.asarray(arrays[1]), np.asarray(arrays[2])
+        a = int(node.attrs["axis"])
+        keep = (where >= 0) & (where < x.shape[a])
+        for w, r in zip(where[keep], np.moveaxis(rows, a, 0)[keep], strict=True):
+            np.moveaxis(x, a, 0)[w] = r
+        return [x]
 
 
 @op("luthier::FilledCache")

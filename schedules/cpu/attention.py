@@ -15,6 +15,7 @@ from typing import Any
 from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, rewrite
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.reduction import use_lanes
 from luthier.schedules.base.schedule import Schedule, annotate, fuse, pull_stage, reorder, split, stage
 from luthier.schedules.cpu.contract import as_product, factors_of, tile, unroll_lanes
@@ -22,6 +23,9 @@ from luthier.schedules.cpu.elementwise import flat, stride
 from luthier.schedules.cpu.rowwise import positions
 
 MANY_ROWS = 256  # for fewer of them a copy of the keys in memory costs more than it saves
+
+
+KNOBS = (Knob("rows", "query rows whose scores are kept at once", (1, 2, 4, 6, 8, 12)),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows: int | None = None) -> Schedule | None:

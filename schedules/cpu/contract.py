@@ -32,6 +32,7 @@ from luthier.ir.expr import (
     vars_outside_loads,
 )
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import (
     Schedule,
     Stage,
@@ -53,6 +54,15 @@ ROWS = (7, 10, 14, 20, 28, 40, 56, 80)  # what a number of rows may be that only
 LONG, RUN_OF_TILE = 1 << 14, 2048  # products of a sum from where on it goes in runs, and their length: a register tile is added up seldom
 
 
+KNOBS = (
+    Knob("mu", "rows of the register tile", (1, 2, 3, 4, 5, 6, 8, 10, 12), group="tile"),
+    Knob("nv", "columns of the register tile", lambda caps, _: tuple(n * caps.lanes(32) for n in (1, 2, 3, 4)), group="tile"),
+    Knob("ku", "rounds of the innermost reduction loop that are unrolled", (1, 4), 2),
+    Knob("mblock", "rows that all panels of columns pass over while they are in the cache; 0: all", (0, 48, 192)),
+    Knob("order", "the outer loop: rows or panels of columns", ("rows", "panels")),
+)
+
+
 def apply(
     s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, mu: int | None = None, nv: int | None = None, ku: int = 2,
     mblock: int | None = None, order: str | None = None,
@@ -62,6 +72,15 @@ def apply(
         return None
     s, acc, out = prepared
     return product(s, acc, out, caps, constants, mu=mu, nv=nv, ku=ku, mblock=mblock, order=order)
+
+
+def plausible(knobs: Mapping[str, Any], caps: Capabilities) -> bool:
+    """Whether a register tile fits the registers and fills half of them at least; only one side of it is no tile."""
+    if not (knobs.get("mu") and knobs.get("nv")):
+        return not (knobs.get("mu") or knobs.get("nv"))
+    vectors = knobs["nv"] // caps.lanes(32)
+    used = knobs["mu"] * vectors + vectors + 1
+    return bool(min(caps.registers, 16) // 2 <= used < caps.registers)
 
 
 def product(

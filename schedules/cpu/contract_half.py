@@ -16,10 +16,13 @@ from luthier.ir.dtypes import bf16, f32
 from luthier.ir.expr import Expr, cast, free_vars, substitute
 from luthier.ir.intrin import Instruction
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, pull_stage
 from luthier.schedules.cpu import contract
 from luthier.schedules.cpu.contract_integer import Operand, blocked, group_axis, schedule_pads, widened_copy
 from luthier.schedules.intrin import usable
+
+KNOBS = (*contract.KNOBS, Knob("instr", "the instruction of the target; its own choice where it is left out"))
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, instr: Instruction | None = None, **knobs: Any) -> Schedule | None:

@@ -36,6 +36,7 @@ from luthier.ir.expr import (
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, annotate, pack, pull_stage, reorder, split, stage, tensorize
 from luthier.schedules.base.simplify_axes import split_reduced_axes
 from luthier.schedules.cpu import contract
@@ -69,6 +70,15 @@ class Operand:
         if zl is None or zh is None:
             zl, zh = lo, hi
         return max(abs(lo - zh), abs(hi - zl))
+
+
+KNOBS = (
+    Knob("mu", "rows of the register tile", (1, 2, 3, 4, 5, 6, 8, 10, 12), group="tile"),
+    Knob("nv", "columns of the register tile", lambda caps, _: tuple(n * caps.lanes(32) for n in (1, 2, 3, 4)), group="tile"),
+    Knob("ku", "rounds of the innermost reduction loop that are unrolled", (1, 2), 4),
+    Knob("order", "the outer loop: rows or panels of columns", ("rows", "panels")),
+    Knob("instr", "the instruction of the target; its own choice where it is left out"),
+)
 
 
 def apply(
@@ -105,6 +115,11 @@ def apply(
         if ready is not None:
             return blocked(ready[0], acc, out, ready[2], ready[1], i, caps, mu, nv, ku, order)
     return None
+
+
+def plausible(knobs: Mapping[str, Any], caps: Capabilities) -> bool:
+    """As for sums of floats."""
+    return contract.plausible(knobs, caps)
 
 
 def operand(e: Expr) -> Operand | None:

@@ -14,13 +14,17 @@ from luthier.ir.compute import Pull, axis
 from luthier.ir.expr import Expr, const, free_vars, load, load_parts, loads, rewrite, substitute, walk
 from luthier.passes.loop.flatten import flat_index
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, pull_stage, reorder, split
 from luthier.schedules.cpu.tabulate import tabulate
 
 PIECE = 1024  # elements of a row that a transposition walks before it takes the next rows
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096, unroll: int = 1) -> Schedule | None:
+KNOBS = (Knob("grain", "elements of a chunk that one thread takes", (1024, 16384, 65536), 4096),)
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, grain: int = 4096) -> Schedule | None:
     s = in_runs(s)
     for name, st in list(s.stages.items()):
         if st.at is None and st.fold is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from luthier.ir.expr import bounds, free_vars, is_const, load_parts, loads
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, annotate, fuse, in_runs, inline, reorder, split, stage
 from luthier.schedules.cpu.contract import pad_input, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride, widest_bits
@@ -22,7 +23,10 @@ from luthier.schedules.cpu.rowwise import positions
 UNROLLED = 112  # terms of straight code
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16, **_: Any) -> Schedule | None:
+KNOBS = (Knob("local_bytes", "the largest local copy of a padded plane or of rows, in bytes", (1 << 13, 1 << 18), 1 << 16),)
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, local_bytes: int = 1 << 16) -> Schedule | None:
     """``local_bytes``: the largest local copy of a padded plane or of rows."""
     if caps.gpu or len(s.compute.outs) != 1 or any(st.push or st.fold for st in s.stages.values()):
         return None

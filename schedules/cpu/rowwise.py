@@ -13,9 +13,12 @@ from typing import Any
 from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, free_vars, is_const, load_parts, loads, rewrite
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.reduction import contiguity, use_lanes
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, inline, reorder, split, stage
 from luthier.schedules.cpu.elementwise import widest_bits
+
+KNOBS = (Knob("row_bytes", "of an intermediate row that is kept; a longer one is computed again where it is read", (0, 1 << 12, 1 << 16)),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, row_bytes: int | None = None) -> Schedule | None:

@@ -19,6 +19,9 @@ from luthier.schedules.cpu.elementwise import widest_bits
 ROWS = 8  # running sums that go on side by side in straight code
 
 
+KNOBS = elementwise.KNOBS
+
+
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], **knobs: Any) -> Schedule | None:
     """None when the Compute has no Fold."""
     hosts = {n for n, st in s.stages.items() if st.fold is not None}

@@ -36,6 +36,7 @@ from luthier.ir.dtypes import f32
 from luthier.ir.expr import Expr, const, is_const, land, load, load_parts, loads, select
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Packing, Schedule, annotate, fuse, inline, reorder, schedule, split, stage
 from luthier.schedules.cpu.contract import as_product, is_box, pack_panel, register_tile
 from luthier.schedules.cpu.contract import tile as tile_of
@@ -101,7 +102,13 @@ class Conv:
     lo: tuple[int, int]
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile: int | None = None, block: int | None = None, **_: Any) -> Schedule | None:
+KNOBS = (
+    Knob("tile", "outputs along one side of a transformed tile: 2 or 4", (2, 4), group="form"),
+    Knob("block", "tiles of a block whose three steps are one kernel, 0: three kernels", (0, 12, 24, 48), group="form"),
+)
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile: int | None = None, block: int | None = None) -> Schedule | None:
     """``tile``: m, else the fastest of what ``LUTHIER_WINOGRAD`` allows; ``block``: tiles of a block, 0 for three kernels."""
     if caps.gpu or (tile is None and settings.winograd.get() == 0):
         return None

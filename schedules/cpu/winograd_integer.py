@@ -25,6 +25,7 @@ from luthier.ir.expr import Expr, cast, const, is_const, land, load, load_parts
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Packing, Schedule, annotate, fuse, inline, pack, reorder, schedule, split, stage
 from luthier.schedules.cpu import contract, contract_integer
 from luthier.schedules.cpu.contract_integer import Operand, operand
@@ -108,7 +109,13 @@ class Conv:
     lo: tuple[int, int]
 
 
-def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile: int | None = None, block: int | None = None, **_: Any) -> Schedule | None:
+KNOBS = (
+    Knob("tile", "outputs along one side of a transformed tile: 2 or 4", (2, 4), group="form"),
+    Knob("block", "tiles of a block whose three steps are one kernel, 0: three kernels", (0, 12, 24, 48), group="form"),
+)
+
+
+def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tile: int | None = None, block: int | None = None) -> Schedule | None:
     """``tile``: m, else the fastest of what ``LUTHIER_WINOGRAD`` allows; ``block``: tiles of a block, 0 for three kernels."""
     if caps.gpu or (tile is None and settings.winograd.get() == 0):
         return None

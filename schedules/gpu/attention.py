@@ -39,6 +39,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule, ScheduleError, inline
 from luthier.schedules.cpu.contract import as_product, factors_of
@@ -67,6 +68,9 @@ class Attention:
     ratio: Expr
     out: Expr
     buf: Buffer
+
+
+KNOBS = (Knob("rows", "query rows of a group", (8, 16)),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, rows: int | None = None) -> Any:

@@ -35,6 +35,7 @@ from luthier.ir.expr import (
 from luthier.ir.loop import Buffer
 from luthier.passes.gpu.use_matrix import MMA
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, inline, pull_stage, reorder, split, stage
 from luthier.schedules.cpu.contract import accumulator_of, split_epilogue
 from luthier.schedules.cpu.elementwise import flat, stride
@@ -47,6 +48,13 @@ WARPS = 4  # of a group whose products are matrix instructions, no more; 8 by 4 
 FEW_ROWS = 4  # up to so many rows of output the product is one of a matrix and a vector
 STEP = 16  # tile of the reduction
 SHORT = 24  # nodes of an epilogue that is written out for every element of the register tile
+
+
+KNOBS = (
+    Knob("tm", "rows of a thread's register tile", (4, 8), group="tile"),
+    Knob("tn", "columns of a thread's register tile", (4, 8), group="tile"),
+    Knob("step", "of the reduction that is staged in shared memory at once", (8, 16, 32)),
+)
 
 
 def apply(

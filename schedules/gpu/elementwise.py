@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.ir.expr import Expr, linear
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.reduction import contiguity
 from luthier.schedules.base.schedule import Schedule, Stage, annotate, fuse, in_runs, split
 from luthier.schedules.cpu.elementwise import collapse
@@ -19,6 +20,9 @@ from luthier.schedules.cpu.elementwise import collapse
 THREADS = 64
 LANES = 4  # elements of a vector in memory
 ENOUGH = 4096  # points from which on fewer threads still fill a machine
+
+
+KNOBS = (Knob("threads", "of a group", (32, 64, 128, 256), THREADS),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, threads: int = THREADS) -> Schedule | None:

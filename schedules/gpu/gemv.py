@@ -15,6 +15,7 @@ from luthier.ir.compute import Pull, axis, reduce_
 from luthier.ir.expr import Expr, const, free_vars, is_const, load, load_parts, loads, prove, select, substitute
 from luthier.ir.loop import Buffer
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, annotate, pull_stage, reorder, split, stage
 from luthier.schedules.cpu.contract import factors_of
 from luthier.schedules.cpu.elementwise import flat, stride
@@ -24,6 +25,9 @@ from luthier.schedules.gpu.elementwise import LANES, fuse_all, whole
 COLUMNS = 8  # threads side by side
 DEPTH = 32  # threads along k
 SHORTEST = 64  # steps of a sum that are worth sharing out
+
+
+KNOBS: tuple[Knob, ...] = ()
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> Schedule | None:

@@ -21,6 +21,7 @@ from luthier.ir.compute import MONOIDS, Axis
 from luthier.ir.dtypes import f32, i32, i64, u32
 from luthier.ir.expr import Expr, as_expr, free_vars, is_const, loads, var, walk
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.reduction import contiguity
 from luthier.schedules.base.schedule import Loop, Schedule, Stage, annotate, in_runs, inline, reorder, split, stage
 from luthier.schedules.cpu.rowwise import contractions, positions
@@ -33,6 +34,9 @@ LONG = 1 << 15  # elements of a row from which on it is reduced in parts, when r
 PARTS = 64  # of a row, about
 PART = 1 << 12  # elements of a part, at least
 UNKNOWN = 1 << 20  # what an extent that only the run knows is taken for
+
+
+KNOBS = (Knob("threads", "of a group", (32, 64, 128, 256)),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, threads: int | None = None) -> Schedule | None:

@@ -12,10 +12,14 @@ from typing import Any
 
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.fold_nest import FOLD_THREADS
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule, annotate, split, stage
 from luthier.schedules.gpu.elementwise import fuse_all, points
 
 WIDE = 16  # elements of a state from which a group is worth it
+
+
+KNOBS: tuple[Knob, ...] = ()
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any]) -> Schedule | None:

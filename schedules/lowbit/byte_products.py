@@ -40,6 +40,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, For, If, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.cpu import contract
@@ -112,8 +113,16 @@ class ChainPacking:
 _latest: tuple[Any, Any, Chains] | None = None
 
 
+KNOBS = (
+    Knob("planes", "forms of a quad of bytes, 1 to 3", (1, 2, 3), group="tile"),
+    Knob("rows", "of a register tile", (2, 4, 6, 8, 12), group="tile"),
+    Knob("tiles", "register tiles of a block of rows", (1, 2, 4, 8)),
+    Knob("always", "whatever the number of operations", (), False),
+)
+
+
 def apply(
-    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, planes: int | None = None, rows: int | None = None, tiles: int | None = None, always: bool = False, **_: Any,
+    s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, planes: int | None = None, rows: int | None = None, tiles: int | None = None, always: bool = False,
 ) -> Any:
     """Kernels of a matching Compute, or None. ``planes``: forms of a quad (1 to 3); ``rows``: of a register tile; ``always``: whatever
     the number of operations."""

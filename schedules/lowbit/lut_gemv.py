@@ -48,6 +48,7 @@ from luthier.ir.expr import (
 )
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.intrin.byte_vectors import FEATURE, SPELLING, lookup_bytes, madd_small, sign_bytes
@@ -56,6 +57,12 @@ from luthier.schedules.lowbit.quantized_gemv import Body, GemvBuilder
 
 Array = np.ndarray[Any, Any]
 AHEAD = 8192  # bytes that are fetched ahead of the loads
+
+
+KNOBS = (
+    Knob("widths", "bits of weights that are looked up", ((1, 2, 3),), (1, 2)),
+    Knob("streams", "places of the weights that a loop walks at once", (1, 2, 4)),
+)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, widths: tuple[int, ...] = (1, 2)) -> Any:

@@ -24,6 +24,7 @@ from luthier.ir.dtypes import f32, i8, i32, u8
 from luthier.ir.expr import Expr, bcast, bitcast, cast, compare, const, load, ramp, select, shuffle, unary
 from luthier.ir.loop import Buffer, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.intrin.byte_vectors import lookup_wide
 from luthier.schedules.lowbit.layouts import match, pad_rows
@@ -31,6 +32,9 @@ from luthier.schedules.lowbit.lut_gemv import Array, TableBuilder, lane_order, p
 from luthier.schedules.lowbit.quantized_gemv import Body
 
 WIDTH, ENTRIES = 512, 128
+
+
+KNOBS = (Knob("streams", "places of the weights that a loop walks at once", (1, 4)),)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None) -> Any:

@@ -41,6 +41,7 @@ from luthier.ir.expr import (
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Let, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.intrin import usable
@@ -50,6 +51,12 @@ from luthier.schedules.lowbit.packed_layout import fields, pack_words, pieces
 
 UNIT = 32
 PREFETCH = 4096  # bytes ahead in every stream
+
+
+KNOBS = (
+    Knob("streams", "places of the weights that a loop walks at once", (2, 4)),
+    Knob("rows", "of the activations whose sums are in registers at once", (1, 2, 4)),
+)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, rows: int | None = None) -> Any:

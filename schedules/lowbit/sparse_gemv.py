@@ -46,6 +46,7 @@ from luthier.ir.expr import (
 from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, If, Stmt, Store, block
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.make_func import make_func
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.intrin import usable
@@ -68,6 +69,12 @@ PREFETCH = 1024  # bytes ahead in every stream: four of them also keep the hardw
 TASK_STEPS = 64  # a task is worth handing out from here on
 MAX_TASKS = 64
 ROUND_STEPS = 64  # stored lengths are rounded up, so that layers of about the same density share kernels
+
+
+KNOBS = (
+    Knob("tasks", "pieces of the stream of weights that threads share out", (2, 4, 8, 16, 32)),
+    Knob("rows", "of the activations whose sums are in registers at once", (1, 2, 4)),
+)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, tasks: int | None = None, rows: int | None = None) -> Any:

@@ -23,6 +23,7 @@ from luthier.ir.intrin import Instruction
 from luthier.ir.loop import Buffer, Store
 from luthier.ir.ops.two_of_four import kept_places
 from luthier.schedules.base.capabilities import Capabilities
+from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.schedule import Schedule
 from luthier.schedules.intrin.byte_vectors import FEATURE, lookup_bytes, madd_small
 from luthier.schedules.lowbit.layouts import LowbitPacking, match
@@ -32,6 +33,12 @@ from luthier.schedules.lowbit.quantized_gemv import UNIT, Body, GemvBuilder
 Array = np.ndarray[Any, Any]
 STEP = 8  # columns of a table
 STEPS = UNIT // STEP
+
+
+KNOBS = (
+    Knob("streams", "places of the weights that a loop walks at once", (1, 2, 4)),
+    Knob("rows", "of the activations whose sums are in registers at once", (1, 2, 4)),
+)
 
 
 def apply(s: Schedule, caps: Capabilities, constants: Mapping[str, Any], *, streams: int | None = None, rows: int | None = None) -> Any:

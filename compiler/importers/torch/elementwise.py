@@ -508,7 +508,7 @@ def tanhshrink(e: Emitter, x: Value) -> Value:
 def prelu(e: Emitter, x: Value, weight: Value) -> Value:
     if weight.rank == 1 and x.rank > 1:
         weight = e.reshape(weight, [1, weight.shape[0], *[1] * (x.rank - 2)])
-    return e.op("PRelu", x, weight)
+    return e.reshape(e.op("PRelu", x, weight), x.shape)
 
 
 @aten("glu")
@@ -539,3 +539,21 @@ def view_dtype(e: Emitter, x: Value, dtype: torch.dtype) -> Value:
     if to.bits != x.dtype.bits:
         raise UnsupportedOperator(f"a view of {x.dtype} as {to}: the widths differ")
     return e.op("BitCast", x, to=to)
+
+
+# ---------------------------------------------------------------- loops an element
+
+
+def _looped(name: str, op: str, kind: Kind = FLOAT) -> None:
+    @aten(name)
+    def rule(e: Emitter, x: Any, other: Any = None, n: Any = None) -> Value:
+        a, b = e.promoted(kind, x, other if n is None else n)
+        return e.op(op, e.expand(a, e.shape), e.expand(b, e.shape))
+
+
+for _n in ("zeta", "hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"):
+    _looped(f"special_{_n}", f"aten::{_n}")
+_looped("igamma", "aten::igamma")
+_looped("igammac", "aten::igammac")
+_looped("gcd", "aten::gcd", SAME)
+alias(special_gammainc="igamma", special_gammaincc="igammac")

@@ -21,7 +21,7 @@ from luthier.ir.expr import Expr
 from luthier.ir.graph import MAX_CONTENT, Node, TensorType, Value
 from luthier.passes.graph.fold_constants import fold_node
 
-__all__ = ["ALIASES", "RULES", "VIEWS", "Emitter", "Kind", "Ref", "alias", "aten", "array", "dtype_of", "view"]
+__all__ = ["ALIASES", "DECOMPOSITIONS", "RULES", "VIEWS", "Emitter", "Kind", "Ref", "WRITERS", "alias", "array", "aten", "decomposed", "dtype_of", "view", "writer"]
 
 DTYPES: dict[torch.dtype, DType] = {
     torch.float32: D.f32, torch.float64: D.f64, torch.float16: D.f16, torch.bfloat16: D.bf16, torch.int64: D.i64, torch.int32: D.i32,
@@ -36,8 +36,10 @@ _BITS = {torch.bfloat16: (torch.uint16, ml_dtypes.bfloat16), torch.float8_e4m3fn
 
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+WRITERS: set[Rule] = set()  # rules that write to operands themselves, by the emitter's ``refs``
 VIEWS: set[str] = set()  # operators whose result shares memory with their first operand
 ALIASES: dict[str, str] = {}
+DECOMPOSITIONS: dict[str, Callable[..., Any]] = {}  # operators written with others, before torch's own decompositions of them
 # arguments that say where and how memory lies, which a compiled graph decides itself, and types, which results tell
 IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "generator", "requires_grad", "copy", "sparse_grad", "dtype"}
 
@@ -54,10 +56,30 @@ def aten(*names: str) -> Callable[[Rule], Rule]:
     return wrap
 
 
+def writer(*names: str) -> Callable[[Rule], Rule]:
+    """The same for operators that write to operands, by the emitter's ``refs``, besides giving results."""
+
+    def wrap(rule: Rule) -> Rule:
+        WRITERS.add(rule)
+        return aten(*names)(rule)
+
+    return wrap
+
+
 def view(*names: str) -> Callable[[Rule], Rule]:
     """The same for operators that give views."""
     VIEWS.update(names)
     return aten(*names)
+
+
+def decomposed(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function of torch's that computes an ATen operator by others; it is traced for the operands of a use."""
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        DECOMPOSITIONS.update(dict.fromkeys(names, f))
+        return f
+
+    return wrap
 
 
 def alias(**names: str) -> None:
@@ -91,9 +113,22 @@ class Ref:
 
     def __init__(self, value: Value, base: Ref | None = None, again: Callable[[Value], Any] | None = None, example: Any = None) -> None:
         self.value, self.base, self.again, self.example = value, base, again, example
-        self.root: Ref = self if base is None else base.root
         self.version = 0  # of a root: writes so far
         self.seen = self.root.version
+
+    @property
+    def root(self) -> Ref:
+        return self if self.base is None else self.base.root
+
+    def behind(self) -> Ref:
+        """Another tensor over the same memory, that this one may become a view of."""
+        r = Ref(self.value, self.base, self.again, self.example)
+        r.version, r.seen = self.version, self.seen
+        return r
+
+    def become(self, view: Ref) -> None:
+        """This tensor takes another shape in place: its views go on seeing its memory."""
+        self.value, self.base, self.again, self.seen = view.value, view.base, view.again, view.seen
 
     def read(self) -> Value:
         if self.base is not None and self.seen != self.root.version:
@@ -117,7 +152,7 @@ class Emitter(GraphBuilder):
         super().__init__(name)
         self.symbols = symbols
         self.out: Any = None
-        self.examples: dict[str, Any] = {}
+        self.refs: dict[str, Any] = {}  # the operands of the operator by their names in its schema
         self.where = ""
         self.label = ""
 

@@ -18,12 +18,11 @@ from luthier.ir.errors import InvalidModel
 @dataclass
 class Exported:
     """``program``; ``names``: of the tensors that a call brings, in the order of its flat arguments (None: a constant that is not passed
-    on); ``state``: {input of the graph: its first value} that calls change and keep; ``results``: which results are the user's."""
+    on); ``state``: {input of the graph: its first value} that calls change and keep."""
 
     program: Program
     names: list[str | None]
     state: dict[str, torch.Tensor]
-    results: list[int]
     in_spec: Any
     out_spec: Any
 
@@ -62,26 +61,18 @@ def import_exported(ep: torch.export.ExportedProgram, name: str = "main") -> Exp
             raise InvalidModel(f"the exported program has an input of kind {s.kind.name}, which is not supported")
     written = set(ep.graph_signature.buffers_to_mutate.values())
     states = {s.arg.name for s in ep.graph_signature.input_specs if s.target in written}
-    program = import_graph(ep.graph_module, name, tensors, dict(ep.range_constraints), states)
-    state = {n: tensors[n] for n in program.updates if n in tensors}
-    results, targets = [], {s.target: s.arg.name for s in ep.graph_signature.input_specs if s.target is not None}
-    for k, s in enumerate(ep.graph_signature.output_specs):
-        if s.kind == OutputKind.USER_OUTPUT:
-            results.append(k)
-        elif s.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
-            _alias(program, k, targets.get(s.target, s.target), tensors, state)
-        else:
-            raise InvalidModel(f"the exported program has an output of kind {s.kind.name}, which is not supported")
+    becomes: dict[int, str] = {}
+    targets = {s.target: s.arg.name for s in ep.graph_signature.input_specs if s.target is not None}
+    for k, o in enumerate(ep.graph_signature.output_specs):
+        if o.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+            assert o.target is not None
+            becomes[k] = targets.get(o.target, o.target)
+        elif o.kind != OutputKind.USER_OUTPUT:
+            raise InvalidModel(f"the exported program has an output of kind {o.kind.name}, which is not supported")
+    program = import_graph(ep.graph_module, name, tensors, dict(ep.range_constraints), states, becomes)
+    state = {n: tensors[n] for n in (*program.updates, *program.in_place) if n in tensors}
     spec = ep.call_spec
-    return Exported(program, names, state, results, spec.in_spec, spec.out_spec)
-
-
-def _alias(program: Program, k: int, name: str | None, tensors: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
-    """Result ``k`` is what input ``name`` becomes."""
-    assert name is not None
-    program.updates[name] = program.graph.output_names[program.results[k]]
-    if name in tensors:
-        state[name] = tensors[name]
+    return Exported(program, names, state, spec.in_spec, spec.out_spec)
 
 
 def flatten(spec: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

@@ -10,6 +10,8 @@ import numpy as np
 from luthier.importers.torch.emitter import Emitter, aten
 from luthier.ir import dtypes as D
 from luthier.ir.dtypes import i64
+from luthier.ir.errors import UnsupportedOperator
+from luthier.ir.expr import minimum
 from luthier.ir.graph import Value
 
 _REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", None: "none"}
@@ -38,9 +40,11 @@ def index_select(e: Emitter, x: Value, dim: int, index: Value) -> Value:
 @aten("gather")
 def gather(e: Emitter, x: Value, dim: int, index: Value) -> Value:
     if x.rank == 0:
-        return x
-    if index.rank < x.rank:
         return e.expand(x, e.out.shape)
+    if index.rank < x.rank:  # one number into a vector
+        return e.op("Gather", x, index, axis=0)
+    if index.rank > x.rank:  # of no elements
+        return e.expand(e.number(0, x.dtype), e.out.shape)
     return e.op("GatherElements", x, index, axis=dim % x.rank)
 
 
@@ -100,7 +104,9 @@ def scatter_add(e: Emitter, x: Value, dim: int, index: Value, src: Value) -> Val
 
 @aten("index_copy")
 def index_copy(e: Emitter, x: Value, dim: int, index: Value, source: Value) -> Value:
-    return _along(e, x, dim, index, source, "none")
+    if x.rank == 0 or x.dtype.bits < 8 or x.dtype.is_bool:
+        return _along(e, x, dim, index, source, "none")
+    return e.op("luthier::IndexCopy", x, e.cast(e.reshape(index, [-1]), i64), e.cast(source, x.dtype), axis=dim % x.rank)
 
 
 @aten("index_add")
@@ -131,12 +137,79 @@ def _along(e: Emitter, x: Value, dim: int, index: Value, source: Value, reductio
 
 @aten("nonzero")
 def nonzero(e: Emitter, x: Value) -> Value:
+    if x.rank == 0:
+        return e.slice(e.transpose(e.op("NonZero", e.reshape(x, [1])), [1, 0]), 1, 0, 0)
     return e.transpose(e.op("NonZero", x), [1, 0])
 
 
-@aten("nonzero_numpy", "argwhere")
+@aten("nonzero_static")
+def nonzero_static(e: Emitter, x: Value, size: Any, fill_value: int = -1) -> Value:
+    fill = e.expand(e.number(fill_value, i64), [size, x.rank])
+    return e.slice(e.op("Concat", nonzero(e, x), fill, axis=0), 0, 0, size)
+
+
+@aten("_unique2")
+def unique(e: Emitter, x: Value, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False) -> tuple[Value, ...]:
+    return _unique(e, x, None, return_inverse, return_counts)
+
+
+@aten("unique_dim")
+def unique_dim(
+    e: Emitter, x: Value, dim: int, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False,
+) -> tuple[Value, ...]:
+    return _unique(e, x, dim % x.rank, return_inverse, return_counts)
+
+
+def _unique(e: Emitter, x: Value, axis: int | None, inverse: bool, counts: bool) -> tuple[Value, ...]:
+    v = e.cast(x, D.u8) if x.dtype.is_bool else x
+    v = e.reshape(v, [-1]) if axis is None else v
+    y, _, where, times = e.ops("Unique", 4, v, sorted=1, **({} if axis is None else {"axis": axis}))
+    empty = e.const("none", np.zeros(0, np.int64))
+    return e.cast(y, x.dtype), (e.reshape(where, x.shape) if axis is None else where) if inverse else empty, times if counts else empty
+
+
+@aten("unique_consecutive")
+def unique_consecutive(e: Emitter, x: Value, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> tuple[Value, ...]:
+    """Heads of runs: where an element differs from the one before."""
+    if dim is not None and x.rank != 1:
+        raise UnsupportedOperator("unique_consecutive along a dimension is not supported", hint="without dim it takes all elements in a row")
+    v = e.reshape(x, [-1])
+    n = v.shape[0]
+    empty = e.const("none", np.zeros(0, np.int64))
+    differs = e.op("Not", e.op("Equal", e.slice(v, 0, 1, 1 << 62), e.slice(v, 0, 0, -1)))
+    head = e.op("Concat", e.expand(e.const("first", np.array(True)), [minimum(n, 1)]), differs, axis=0)
+    at = e.op("NonZero", head)
+    at = e.reshape(at, [at.shape[1]])
+    y = e.op("Gather", v, at, axis=0)
+    inverse, counts = empty, empty
+    if return_inverse:
+        order = e.op("CumSum", e.cast(head, i64), e.const("axis", np.array(0, np.int64)))
+        inverse = e.reshape(e.op("Sub", order, e.number(1, i64)), x.shape)
+    if return_counts:
+        end = e.op("Concat", e.slice(at, 0, 1, 1 << 62), e.expand(e.number(n, i64), [minimum(at.shape[0], 1)]), axis=0)
+        counts = e.op("Sub", end, at)
+    return y, inverse, counts
+
+
+@aten("bincount")
+def bincount(e: Emitter, x: Value, weights: Value | None = None, minlength: Any = 0) -> Value:
+    """As many as the largest number says, which the run finds."""
+    top = e.op("Concat", x, e.reshape(e.number(-1, x.dtype), [1]), axis=0)
+    size = e.op("Max", e.op("Add", e.cast(e.reduce("ReduceMax", top, [0], False), i64), e.number(1, i64)), e.number(minlength, i64))
+    zero = e.op("Expand", e.number(0, e.dtype), e.reshape(size, [1]))
+    one = e.expand(e.number(1, e.dtype), x.shape) if weights is None else e.cast(weights, e.dtype)
+    return e.op("ScatterElements", zero, e.cast(x, i64), one, axis=0, reduction="add")
+
+
+@aten("argwhere")
 def argwhere(e: Emitter, x: Value) -> Value:
     return nonzero(e, x)
+
+
+@aten("nonzero_numpy")
+def nonzero_numpy(e: Emitter, x: Value) -> tuple[Value, ...]:
+    found = e.op("NonZero", e.reshape(x, [1]) if x.rank == 0 else x)
+    return tuple(e.reshape(e.slice(found, 0, k, k + 1), [found.shape[1]]) for k in range(max(x.rank, 1)))
 
 
 @aten("masked_select")

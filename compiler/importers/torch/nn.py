@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.importers.torch.emitter import Emitter, Kind, aten
-from luthier.importers.torch.reductions import norm
+from luthier.importers.torch.emitter import Emitter, Kind, aten, writer
+from luthier.importers.torch.reductions import count, norm
 from luthier.importers.torch.shapes import pad as pad_rule
 from luthier.ir import dtypes as D
 from luthier.ir.dtypes import i64
@@ -70,6 +70,24 @@ def _added(name: str, first: str, second: str) -> None:
 
 for _n, _a, _b in (("addmm", "mat1", "mat2"), ("addmv", "mat", "vec"), ("addbmm", "batch1", "batch2"), ("baddbmm", "batch1", "batch2"), ("addr", "vec1", "vec2")):
     _added(_n, _a, _b)
+
+
+@aten("transformers::grouped_mm_fallback", "_grouped_mm")
+def grouped_mm(
+    e: Emitter, x: Value, weight: Value | None = None, mat2: Value | None = None, offs: Value | None = None, bias: Value | None = None,
+    out_dtype: Any = None,
+) -> Value:
+    """Row t of ``x`` [S, K] times the matrix [K, N] of the group that it lies in; group g ends before row offs[g], later rows give zeros."""
+    w = weight if weight is not None else mat2
+    assert w is not None
+    if x.rank != 2 or w.rank != 3 or offs is None or bias is not None:
+        raise UnsupportedOperator("grouped products are supported of rows by matrices [groups, K, N], without bias")
+    rows = e.op("Range", e.number(0, i64), e.number(x.shape[0], i64), e.number(1, i64))
+    past = e.op("LessOrEqual", e.cast(offs, i64), e.reshape(rows, [x.shape[0], 1]))
+    group = e.reduce("ReduceSum", e.cast(past, i64), [1], True)
+    y = e.op("luthier::ExpertProduct", x, group, e.transpose(w, [0, 2, 1]))
+    y = e.reshape(y, [x.shape[0], w.shape[2]])
+    return e.op("Where", e.op("Less", group, e.number(w.shape[0], i64)), y, e.number(0, y.dtype))
 
 
 @aten("outer")
@@ -207,27 +225,46 @@ def rms_norm(e: Emitter, x: Value, normalized_shape: Sequence[Any], weight: Valu
     return (y, None) if isinstance(e.out, (tuple, list)) else y
 
 
-@aten("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_impl_index")
+def _moved(e: Emitter, running_mean: Value | None, running_var: Value | None, mean: Value, var: Value, n: Value, momentum: float) -> None:
+    """Running statistics go towards those of ``n`` elements each, the variance without bias, in place."""
+    unbiased = e.op("Mul", var, e.op("Div", n, e.op("Sub", n, e.number(1, var.dtype))))
+    for name, old, new in (("running_mean", running_mean, mean), ("running_var", running_var, unbiased)):
+        if old is not None:
+            kept = e.op("Mul", old, e.number(1 - momentum, old.dtype))
+            e.refs[name].write(e, e.op("Add", kept, e.cast(e.op("Mul", new, e.number(momentum, new.dtype)), old.dtype)))
+
+
+@writer("batch_norm", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_impl_index")
 def batch_norm(
     e: Emitter, x: Value, weight: Value | None = None, bias: Value | None = None, running_mean: Value | None = None, running_var: Value | None = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, cudnn_enabled: bool = True, **_: Any,
 ) -> Any:
+    """In training the statistics of the batch count, and the running ones are moved towards them in place (the variance without bias)."""
+    if x.rank < 2:  # of no elements: torch takes no others
+        return x if not isinstance(e.out, (tuple, list)) else (x, *(e.const("none", np.zeros(0, np.float32)) for _ in range(2)))
     c = [x.shape[1]]
-    if training or running_mean is None or running_var is None:
-        if running_mean is not None and training:
-            raise UnsupportedOperator("batch normalisation in training mode changes its statistics", hint="call model.eval()")
+    own = training or running_mean is None or running_var is None
+    mean, var = running_mean, running_var
+    if own:
         axes = [0, *range(2, x.rank)]
-        mean = e.reduce("ReduceMean", x, axes, True)
-        d = e.op("Sub", x, mean)
-        var = e.reduce("ReduceMean", e.op("Mul", d, d), axes, True)
-        running_mean, running_var = e.reshape(mean, c), e.reshape(var, c)
-    scale = weight if weight is not None else _ones(e, c, running_mean.dtype, 1.0)
-    shift = bias if bias is not None else _ones(e, c, running_mean.dtype, 0.0)
-    y = e.op("BatchNormalization", x, scale, shift, running_mean, running_var, epsilon=float(eps))
-    return (y, running_mean, running_var) if isinstance(e.out, (tuple, list)) else y
+        center = e.reduce("ReduceMean", x, axes, True)
+        d = e.op("Sub", x, center)
+        spread = e.reduce("ReduceMean", e.op("Mul", d, d), axes, True)
+        mean, var = e.reshape(center, c), e.reshape(spread, c)
+        if training:
+            _moved(e, running_mean, running_var, mean, var, count(e, x, axes, var.dtype), momentum)
+    assert mean is not None and var is not None
+    scale = weight if weight is not None else _ones(e, c, mean.dtype, 1.0)
+    shift = bias if bias is not None else _ones(e, c, mean.dtype, 0.0)
+    y = e.op("BatchNormalization", x, scale, shift, mean, var, epsilon=float(eps))
+    if not isinstance(e.out, (tuple, list)):
+        return y
+    if not own:
+        return y, e.const("none", np.zeros(0, np.float32)), e.const("none", np.zeros(0, np.float32))
+    return y, mean, e.op("aten::rsqrt", e.op("Add", var, e.number(eps, var.dtype)))
 
 
-@aten("instance_norm")
+@writer("instance_norm")
 def instance_norm(
     e: Emitter, x: Value, weight: Value | None = None, bias: Value | None = None, running_mean: Value | None = None, running_var: Value | None = None,
     use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, cudnn_enabled: bool = True,
@@ -235,6 +272,12 @@ def instance_norm(
     if not use_input_stats:
         return batch_norm(e, x, weight, bias, running_mean, running_var, False, momentum, eps)  # type: ignore[no-any-return]
     c = [x.shape[1]]
+    if running_mean is not None or running_var is not None:
+        axes = list(range(2, x.rank))
+        d = e.op("Sub", x, e.reduce("ReduceMean", x, axes, True))
+        mean = e.reduce("ReduceMean", x, [0, *axes], False)
+        var = e.reduce("ReduceMean", e.op("Mul", d, d), [0, *axes], False)
+        _moved(e, running_mean, running_var, mean, var, count(e, x, axes, var.dtype), momentum)
     scale, shift = weight or _ones(e, c, x.dtype, 1.0), bias or _ones(e, c, x.dtype, 0.0)
     return e.op("InstanceNormalization", x, scale, shift, epsilon=float(eps))
 
@@ -245,8 +288,15 @@ def group_norm(
 ) -> Any:
     c = [x.shape[1]]
     scale, shift = weight or _ones(e, c, x.dtype, 1.0), bias or _ones(e, c, x.dtype, 0.0)
-    y = e.op("GroupNormalization", x, scale, shift, num_groups=num_groups or group, epsilon=float(eps))
-    return (y, None, None) if isinstance(e.out, (tuple, list)) else y
+    groups = num_groups or group
+    y = e.op("GroupNormalization", x, scale, shift, num_groups=groups, epsilon=float(eps))
+    if not isinstance(e.out, (tuple, list)):
+        return y
+    parts = e.reshape(x, [x.shape[0], groups, -1])
+    mean = e.reduce("ReduceMean", parts, [2], True)
+    d = e.op("Sub", parts, mean)
+    var = e.reduce("ReduceMean", e.op("Mul", d, d), [2], False)
+    return y, e.reshape(mean, var.shape), e.op("aten::rsqrt", e.op("Add", var, e.number(eps, var.dtype)))
 
 
 @aten("local_response_norm")
@@ -332,19 +382,14 @@ def _avg_pool(n: int) -> None:
 
     @aten(f"adaptive_avg_pool{n}d", f"_adaptive_avg_pool{n}d")
     def adaptive(e: Emitter, x: Value, output_size: Any) -> Value:
-        return _adaptive(e, x, n, "ReduceMean", "AveragePool")
-
-    @aten(f"adaptive_max_pool{n}d")
-    def adaptive_max(e: Emitter, x: Value, output_size: Any) -> Any:
-        return _adaptive(e, x, n, "ReduceMax", "MaxPool"), None
+        return _adaptive(e, x, n)
 
 
-def _adaptive(e: Emitter, x: Value, n: int, reduction: str, pool: str) -> Value:
+def _adaptive(e: Emitter, x: Value, n: int) -> Value:
     """Windows from floor(k n / m) to ceil((k + 1) n / m): equal ones where m divides n, else an axis at a time by slices."""
-    first = e.out[0] if isinstance(e.out, (tuple, list)) else e.out
-    want = e.dims(first.shape)[-n:]
+    want = e.dims(e.out.shape)[-n:]
     if all(w.op == "const" and w.attr == 1 for w in want):
-        return e.reduce(reduction, x, range(x.rank - n, x.rank), True)
+        return e.reduce("ReduceMean", x, range(x.rank - n, x.rank), True)
     have = x.shape[-n:]
     if all(w is h for w, h in zip(want, have, strict=True)):
         return x
@@ -354,10 +399,10 @@ def _adaptive(e: Emitter, x: Value, n: int, reduction: str, pool: str) -> Value:
     if all(h % w == 0 for h, w in sizes):
         y, single = _batched(e, x, n)
         k = tuple(h // w for h, w in sizes)
-        out = e.op(pool, y, kernel_shape=k, strides=k)
+        out = e.op("AveragePool", y, kernel_shape=k, strides=k)
         return e.reshape(out, out.shape[1:]) if single else out
     for axis, (h, w) in enumerate(sizes, x.rank - n):
-        parts = [e.reduce(reduction, e.slice(x, axis, k * h // w, -((k + 1) * -h // w)), [axis], True) for k in range(w)]
+        parts = [e.reduce("ReduceMean", e.slice(x, axis, k * h // w, -((k + 1) * -h // w)), [axis], True) for k in range(w)]
         x = e.op("Concat", *parts, axis=axis) if len(parts) > 1 else parts[0]
     return x
 
@@ -463,6 +508,8 @@ def _upsample(names: Sequence[str], mode: str, **more: Any) -> None:
         scales_d: float | None = None, scales_h: float | None = None, scales_w: float | None = None,
     ) -> Value:
         n = x.rank - 2
+        if align_corners and more.get("antialias"):
+            raise UnsupportedOperator("resizing with antialiasing and aligned corners is not supported", hint="align_corners=False")
         found = list(scale_factors) if scale_factors else [scales] if n == 1 else [scales_d, scales_h, scales_w][3 - n :]
         return _resized(e, x, mode, align_corners, found if output_size is None or scale_factors is None else [None], **more)
 
@@ -472,8 +519,8 @@ _upsample(["_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_
           coordinate_transformation_mode="half_pixel", nearest_mode="round_prefer_ceil")  # fmt: skip
 _upsample(["upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d"], "linear")
 _upsample(["upsample_bicubic2d"], "cubic")
-_upsample(["_upsample_bilinear2d_aa"], "linear", antialias=1)
-_upsample(["_upsample_bicubic2d_aa"], "cubic", antialias=1, cubic_coeff_a=-0.5)
+_upsample(["_upsample_bilinear2d_aa"], "linear", antialias=1, exclude_outside=1)
+_upsample(["_upsample_bicubic2d_aa"], "cubic", antialias=1, cubic_coeff_a=-0.5, exclude_outside=1)
 
 
 @aten("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,8 +14,19 @@ from torch import fx
 from torch._decomp import decomposition_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from luthier.importers.torch import elementwise, indexing, nn, reductions, shapes
-from luthier.importers.torch.emitter import ALIASES, VIEWS, Emitter, Ref, array, call_rule, dtype_of, find_rule
+from luthier.importers.torch import composed, elementwise, indexing, linalg, nn, reductions, shapes, special
+from luthier.importers.torch.emitter import (
+    ALIASES,
+    DECOMPOSITIONS,
+    VIEWS,
+    WRITERS,
+    Emitter,
+    Ref,
+    array,
+    call_rule,
+    dtype_of,
+    find_rule,
+)
 from luthier.importers.torch.symbols import Symbols
 from luthier.ir.dtypes import f64, i64
 from luthier.ir.errors import InvalidModel, LuthierError, UnsupportedOperator
@@ -24,11 +35,12 @@ from luthier.ir.graph import Graph, Node, Value, content_or_symbols
 
 __all__ = ["Program", "import_graph", "missing_operators", "RULE_FILES"]
 
-RULE_FILES = (elementwise, indexing, nn, reductions, shapes)
-# statements about sizes that torch proved or that the index expressions carry themselves
+RULE_FILES = (composed, elementwise, indexing, linalg, nn, reductions, shapes, special)
+# statements about sizes that torch proved or that the index expressions carry themselves; singular matrices give inf and NaN, not an error
 ASSERTIONS = {
     "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range", "aten::sym_constrain_range_for_size", "aten::_assert_tensor_metadata",
     "aten::_functional_assert_async", "aten::_functional_sym_constrain_range", "aten::_functional_sym_constrain_range_for_size",
+    "aten::_linalg_check_errors",
 }  # fmt: skip
 _FLOATS = {operator.truediv: "Div", operator.mul: "Mul", operator.add: "Add", operator.sub: "Sub", operator.pow: "Pow"}
 
@@ -36,18 +48,26 @@ _FLOATS = {operator.truediv: "Div", operator.mul: "Mul", operator.add: "Add", op
 @dataclass
 class Program:
     """``graph``; for each result of the FX graph the number of the graph's output, or a constant; ``updates``: {input that calls change: the
-    output that it becomes}."""
+    output that it becomes}; ``in_place``: inputs whose own memory a call changes."""
 
     graph: Graph
     results: list[int | Any] = field(default_factory=list)
     is_output: list[bool] = field(default_factory=list)
     updates: dict[str, str] = field(default_factory=dict)
+    in_place: set[str] = field(default_factory=set)
+
+    @property
+    def changed(self) -> set[str]:
+        """All inputs that a call changes."""
+        return self.in_place | self.updates.keys()
 
 
 def import_graph(
     graph_module: fx.GraphModule, name: str, given: dict[str, Any], ranges: dict[Any, Any] | None = None, states: Iterable[str] = (),
+    becomes: Mapping[int, str] | None = None,
 ) -> Program:
-    """``given``: {placeholder: its tensor} of constants; ``states``: those of them that are inputs all the same, since calls write to them.
+    """``given``: {placeholder: its tensor} of constants; ``states``: those of them that are inputs all the same, since calls write to them;
+    ``becomes``: {number of a result: the placeholder that has it as its new value}, which are no results of the program.
 
     Raises UnsupportedOperator naming all operators that have no rule, ShapeError, TypeMismatch."""
     missing = missing_operators(graph_module)
@@ -57,7 +77,7 @@ def import_graph(
     kept = set(states)
     for _ in range(2):
         walk = _Walk(graph_module, name, given, Symbols(ranges), kept)
-        program = walk.run()
+        program = walk.run(becomes or {})
         late = walk.constants_written()
         if not late:
             return program
@@ -91,6 +111,9 @@ def _known(t: Any) -> bool:
 
 
 def _decomposition(t: Any) -> Callable[..., Any] | None:
+    own = DECOMPOSITIONS.get(find_rule(t)[1])
+    if own is not None:
+        return own
     if t in decomposition_table:
         return decomposition_table[t]  # type: ignore[no-any-return]
     if t._can_decompose():
@@ -116,13 +139,18 @@ class _Walk:
         self.constants: dict[str, Ref] = {}
         self.attributes: dict[str, Ref] = {}
 
-    def run(self) -> Program:
+    def run(self, becomes: Mapping[int, str]) -> Program:
         for n in self.gm.graph.nodes:
             if n.op == "placeholder":
                 self.placeholder(n)
         results = self.body(self.gm)
         e, program = self.e, Program(None)  # type: ignore[arg-type]
+        for k, name in becomes.items():
+            if results[k] is not self.inputs[name]:
+                self.inputs[name].write(e, results[k].read())
         for k, r in enumerate(results):
+            if k in becomes:
+                continue
             if isinstance(r, Ref):
                 r = r.read()
             elif isinstance(r, Expr) and r.op != "const":
@@ -131,12 +159,37 @@ class _Walk:
             program.results.append(len(e.outputs) if isinstance(r, Value) else r.attr if isinstance(r, Expr) else r)
             if isinstance(r, Value):
                 e.output(f"output_{k}", r)
-        for name, ref in self.inputs.items():
-            if ref.version:
+        changed = {name: e.expand(ref.read(), ref.example.shape) for name, ref in self.inputs.items() if ref.version}
+        for name, new in changed.items():
+            if self.written_here(name, new, changed):
+                program.in_place.add(name)
+            else:
                 program.updates[name] = f"{name}.next"
-                e.output(f"{name}.next", e.expand(ref.read(), ref.example.shape), alias=name)
+                e.output(f"{name}.next", new, alias=name)
         program.graph = e.graph()
         return program
+
+    def written_here(self, name: str, new: Value, changed: Mapping[str, Value]) -> bool:
+        """Whether rows are written into the input's own memory: where its old value is used for nothing but that, and the new one by what
+        the results need."""
+        old = next(v for v in self.e.inputs if v.name == name)
+        makers = {v: n for n in self.e.nodes for v in n.outputs}
+        writer = makers.get(new)
+        users = [n for n in self.e.nodes for v in n.inputs if v is old]
+        if writer is None or writer.op != "luthier::IndexCopy" or writer.inputs[0] is not old or users != [writer]:
+            return False
+        if any(v is old for _, v in self.e.outputs):
+            return False
+        needed, seen = [v for _, v in self.e.outputs] + [v for k, v in changed.items() if k != name], set()
+        while needed:
+            n = makers.get(needed.pop())
+            if n is not None and id(n) not in seen:
+                seen.add(id(n))
+                needed += [v for v in n.inputs if v is not None]
+        if not any(id(n) in seen and new in n.inputs for n in self.e.nodes):
+            return False
+        writer.attrs["in_place"] = 1
+        return True
 
     def constants_written(self) -> set[str]:
         return {n for n, r in self.constants.items() if r.version}
@@ -233,17 +286,30 @@ class _Walk:
     def operator(self, n: fx.Node, t: Any, args: Any, kwargs: Any, val: Any) -> Any:
         e = self.e
         rule, name = find_rule(t)
-        if rule is None:
-            return self.decomposed(n)
         written = [a.name for a in t._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         refs = {a.name: r for a, r in zip(t._schema.arguments, self.look(list(args)), strict=False)} | dict(self.look(dict(kwargs)))
-        e.out = val
+        if rule is None:
+            result = self.decomposed(n)
+            for r, v in zip(*(list(x) if isinstance(x, (tuple, list)) else [x] for x in (result, val)), strict=False):
+                if isinstance(r, Ref) and isinstance(v, torch.Tensor):
+                    e.symbols.bind(v.shape, r.read().shape)
+            if written and name in DECOMPOSITIONS:
+                refs[written[0]].write(e, result.read())
+                return refs[written[0]]
+            return result
+        e.out, e.refs = val, refs
         if written:
             ref = refs[written[0]]
             if name == "detach":
                 return ref
-            if name in VIEWS or len(written) > 1 or not isinstance(ref, Ref):
-                raise UnsupportedOperator(f"{t} changes the shape of a tensor in place", hint="use the form that gives a new tensor")
+            if name in VIEWS and isinstance(ref, Ref):
+                view = self.views(n, t, name, call_rule(e, t, self.read(args), dict(self.read(dict(kwargs)))), ref.behind(), val)
+                ref.become(view)
+                return ref
+            if rule in WRITERS:
+                return self.wrap(call_rule(e, t, self.read(args), dict(self.read(dict(kwargs)))), val)
+            if len(written) > 1 or not isinstance(ref, Ref):
+                raise UnsupportedOperator(f"{t} changes several tensors", hint="use the form that gives new ones")
             before = ref.read()
             new = call_rule(e, t, self.read(args), dict(self.read(dict(kwargs))))
             ref.write(e, e.expand(e.cast(new, before.dtype), before.shape))

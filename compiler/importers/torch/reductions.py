@@ -249,14 +249,3 @@ def kthvalue(e: Emitter, x: Value, k: Any, dim: int = -1, keepdim: bool = False)
     at = e.vector([as_expr(k) - 1])
     pair = [e.op("Gather", v, at, axis=dim % x.rank) for v in sort(e, x, dim)]
     return tuple(v if keepdim else e.reshape(v, o.shape) for v, o in zip(pair, e.out, strict=True))
-
-
-@aten("median")
-def median(e: Emitter, x: Value) -> Value:
-    """The lower of the two in the middle, NaN where there is one: it is the largest in a sort."""
-    flat = e.reshape(x, [-1])
-    v = e.op("Gather", sort(e, flat, 0)[0], e.reshape(e.vector([(flat.shape[0] - 1) // 2]), []), axis=0)
-    if not x.dtype.is_float:
-        return v
-    nan = e.cast(e.reduce("ReduceMax", e.cast(e.op("IsNaN", flat), D.u8), [0], False), D.boolean)
-    return e.op("Where", nan, e.number(math.nan, x.dtype), v)

@@ -11,7 +11,6 @@ import torch
 from luthier.importers.torch.emitter import Emitter, aten, view
 from luthier.ir import dtypes as D
 from luthier.ir.dtypes import i64
-from luthier.ir.errors import UnsupportedOperator
 from luthier.ir.expr import Expr, as_expr, maximum, minimum
 from luthier.ir.graph import Value
 
@@ -286,14 +285,18 @@ def repeat(e: Emitter, x: Value, repeats: Sequence[Any] = (), dims: Sequence[Any
 
 @aten("repeat_interleave")
 def repeat_interleave(e: Emitter, x: Value, repeats: Any = None, dim: int | None = None, output_size: Any = None) -> Value:
-    if isinstance(repeats, Value) or repeats is None:
-        if isinstance(repeats, Value) and repeats.data is not None and repeats.data.size == 1:
-            repeats = int(repeats.data.reshape(-1)[0])
-        elif isinstance(repeats, Value) and repeats.data is not None:
-            where = e.const("index", np.repeat(np.arange(len(repeats.data)), repeats.data))
-            return e.op("Gather", e.reshape(x, [-1]) if dim is None else x, where, axis=0 if dim is None else dim % x.rank)
-        else:
-            raise UnsupportedOperator("repeat_interleave with numbers of repeats that are computed: the size of the result depends on data")
+    if repeats is None:  # the form that gives the indices of its one operand
+        x, repeats = e.op("Range", e.number(0, i64), e.number(x.shape[0], i64), e.number(1, i64)), x
+    if isinstance(repeats, Value) and repeats.data is not None and repeats.data.size == 1:
+        repeats = int(repeats.data.reshape(-1)[0])
+    if isinstance(repeats, Value):  # the k-th of the result is the element before whose end k lies
+        x, d = (e.reshape(x, [-1]), 0) if dim is None else (x, dim % x.rank)
+        times = e.expand(e.cast(e.reshape(repeats, [-1]), i64), [x.shape[d]])
+        ends = e.op("CumSum", times, e.const("axis", np.array(0, np.int64)))
+        size = e.reduce("ReduceSum", times, [0], False) if output_size is None else e.number(output_size, i64)
+        k = e.op("Range", e.number(0, i64), size, e.number(1, i64))
+        past = e.op("LessOrEqual", ends, e.reshape(k, [k.shape[0], 1]))
+        return e.op("Gather", x, e.reduce("ReduceSum", e.cast(past, i64), [1], False), axis=d)
     if dim is None:
         x, dim = e.reshape(x, [-1]), 0
     d = dim % x.rank
@@ -365,6 +368,9 @@ def pad(e: Emitter, x: Value, pad: Sequence[Any], mode: str = "constant", value:
     if all(isinstance(p, int) and p == 0 for pair in pairs for p in pair):
         return x
     amounts = e.vector([b for b, _ in pairs] + [a for _, a in pairs])
+    if mode == "circular" and any(isinstance(p, int) and p < 0 for p in pad):  # what is left turns around
+        x = globals()["pad"](e, x, [min(p, 0) for p in pad])
+        return globals()["pad"](e, x, [max(p, 0) for p in pad], mode)  # type: ignore[no-any-return]
     name = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
     if x.dtype.is_bool:
         return e.cast(e.op("Pad", e.cast(x, D.u8), amounts, e.number(value or 0, D.u8), e.vector(axes), mode=name), D.boolean)
@@ -475,10 +481,13 @@ def logspace(e: Emitter, start: Any, end: Any, steps: int, base: float = 10.0) -
 
 @aten("eye")
 def eye(e: Emitter, n: Any, m: Any = None) -> Value:
-    rows, columns = e.shape
+    return eye_of(e, *e.shape, e.dtype)
+
+
+def eye_of(e: Emitter, rows: Any, columns: Any, dtype: D.DType) -> Value:
     k = e.op("Range", e.number(0, i64), e.number(rows, i64), e.number(1, i64))
     j = e.op("Range", e.number(0, i64), e.number(columns, i64), e.number(1, i64))
-    return e.cast(e.op("Equal", e.reshape(k, [rows, 1]), j), e.dtype)
+    return e.cast(e.op("Equal", e.reshape(k, [rows, 1]), j), dtype)
 
 
 @aten("meshgrid")

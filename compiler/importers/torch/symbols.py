@@ -28,9 +28,11 @@ class Symbols:
         self.ranges = dict(ranges or {})
 
     def open(self, symbol: Any) -> Expr:
-        """A new variable for an extent that calls bring, with the bounds that torch proved."""
+        """A new variable for an extent that calls bring, with the bounds that torch proved: from 2 on means no 0 or 1 in the trace, and
+        a call with 1 is as good, in torch as here."""
         r = self.ranges.get(symbol)
         lo = int(r.lower) if r is not None and r.lower.is_finite and r.lower > 0 else 0
+        lo = 1 if lo == 2 else lo
         hi = int(r.upper) if r is not None and r.upper.is_finite and r.upper < HUGE else None
         self.known[symbol] = var(str(symbol), lo=lo, hi=hi)
         return self.known[symbol]
