@@ -258,3 +258,19 @@ def test_matrix_vector_of_few_bits(k: int, vector: bool, bits: int) -> None:
     np.testing.assert_allclose(m.run({"x": x})["y"], x @ matrix.T, rtol=1e-4, atol=1e-3)
     assert isinstance(m, CudaModule)
     assert not (vector and bits == 4) or "lt_span<const uint4>" in m.source
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_products_of_bytes(signed: bool) -> None:
+    """Four at a time by ``__dp4a``, exact."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, (33, 250)).astype(np.int8) if signed else rng.integers(0, 256, (33, 250)).astype(np.uint8)
+    w, zero = rng.integers(-128, 128, (250, 120)).astype(np.int8), np.array(-7 if signed else 117, x.dtype)
+    g = h.make_graph(
+        [h.make_node("MatMulInteger", ["x", "w", "z"], ["y"])], "g",
+        [h.make_tensor_value_info("x", T.INT8 if signed else T.UINT8, ["n", 250])], [h.make_tensor_value_info("y", T.INT32, None)],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(zero, "z")],
+    )  # fmt: skip
+    m = luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), target="cuda:emulate")
+    assert isinstance(m, CudaModule) and "__dp4a" in m.source
+    np.testing.assert_array_equal(m.run({"x": x})["y"], (x.astype(np.int32) - int(zero)) @ w.astype(np.int32))

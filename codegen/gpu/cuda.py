@@ -15,6 +15,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, const
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
+from luthier.ir.words import WORDS
 from luthier.passes.gpu.clamp_loads import clamp_loads
 from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
@@ -320,6 +321,9 @@ class _Cuda(CStyle):
     def instruction(self, e: Expr) -> str:
         name = e.attr[0]
         args = ", ".join(self.expr(a) for a in e.args)
+        if name in WORDS:  # an int accumulator takes signed bytes, an unsigned one the others
+            spelling, t = WORDS[name].spelling["cuda"][32], "int" if WORDS[name].a.is_signed else "unsigned"
+            return f"{spelling}({', '.join(f'({t})({self.expr(a)})' for a in e.args)}, ({t})0)"
         if name in _HALF:
             self.device.add(_HALF[name])
             return f"{_HALF[name]}({args})"

@@ -51,7 +51,7 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
-from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of, nodes_of
 from luthier.ir.words import WORD, WORDS, word_dot, word_of_bytes
 from luthier.passes.gpu.wide_words import PAIR, compare_pairs, is_wide, narrow_of, operate, pair, to_odd, wide_const, wide_of
 from luthier.passes.loop import float8
@@ -243,6 +243,8 @@ class _Legalizer:
             return self.soft(s) or self.narrow(s) or (s is f64 and not self.r.float64) or (s.is_int and s.bits == 64 and not self.r.int64)
 
         if any(bad(b.dtype) or self.words(b.dtype) != 1 for b in self.f.buffers):
+            return True
+        if any(e.op == "call" and (e.attr[0] == WORD or e.attr[0] in WORDS) for e in nodes_of(self.f.body)):
             return True
         inside = contents_of(self.f.body)
         return any(bad(b.dtype) or self.words(b.dtype) != 1 for b in inside.allocated) or any(bad(d) for d in inside.dtypes)
