@@ -274,3 +274,23 @@ def test_products_of_bytes(signed: bool) -> None:
     m = luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), target="cuda:emulate")
     assert isinstance(m, CudaModule) and "__dp4a" in m.source
     np.testing.assert_array_equal(m.run({"x": x})["y"], (x.astype(np.int32) - int(zero)) @ w.astype(np.int32))
+
+
+def test_a_whole_network() -> None:
+    """silero, three steps with the state carried, against onnxruntime."""
+    ort = pytest.importorskip("onnxruntime")
+    from benchmarks.models import model_dir
+
+    path = model_dir() / "silero.onnx"
+    if not path.exists():
+        pytest.skip(f"{path} is not there (benchmarks/models.py makes it)")
+    theirs = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ours = luthier.compile(str(path), target="cuda:emulate")
+    a = b = np.zeros((2, 1, 128), np.float32)
+    for k in range(3):
+        x = {"input": normal(1, 576, seed=k) / 10, "sr": np.array(16000)}
+        want, a = theirs.run(["output", "stateN"], {**x, "state": a})
+        got = ours.run({**x, "state": b})
+        b = got["stateN"]
+        np.testing.assert_allclose(got["output"], want, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)
