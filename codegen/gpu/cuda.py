@@ -362,7 +362,7 @@ class _Cuda(CStyle):
         self.device |= {"lt_ldmatrix", f"lt_mma_{kind}"}
         self.helpers[s.callee] = MATRIX.format(kind=kind)
         places = [
-            f"{self.name(x.name)} + {self.expr(i)}, {', '.join(self.expr(p) for p in pitches)}"
+            f"(const unsigned short*){self.name(x.name)} + {self.expr(i)}, {', '.join(self.expr(p) for p in pitches)}"
             for x, i, pitches in ((a, at, (am, ak)), (b, bt, (bk,)))
         ]
         return f"matrix_{kind}<{n['mi']}, {n['ni']}>({self.name(acc.name)}, {', '.join(places)});"

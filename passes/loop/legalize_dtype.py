@@ -20,6 +20,7 @@ Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -434,19 +435,25 @@ class _Legalizer:
     def bits_in_memory(self, e: Expr) -> bool:
         """Whether a bitcast takes what memory holds of a short float."""
         x = e.args[0].args[0] if e.args[0].op == "extract" else e.args[0]
-        if x.op != "load" or not self.soft(x.dtype) or x.attr[0].scope != "param" or load_parts(x)[3] is not None:
+        if x.op != "load" or not self.soft(x.dtype) or x.attr[0].scope != "param":
+            return False
+        other = load_parts(x)[3]
+        other = other.args[0] if other is not None and other.op == "bcast" else other
+        if other is not None and not (other.op == "const" and other.attr == 0 and math.copysign(1, other.attr) > 0):
             return False
         return self.words(x.attr[0].dtype) == (1 if x is e.args[0] else 2)
 
     def load_bits(self, e: Expr) -> Expr:
         x, lane = (e.args[0].args[0], e.args[0].attr) if e.args[0].op == "extract" else (e.args[0], None)
-        b, idx, mask, _ = load_parts(x)
+        b, idx, mask, other = load_parts(x)
         at, m = self.expr(idx[0]), None if mask is None else self.expr(mask)
         if lane is None:
-            return bitcast(load(self.buffer(b), (at,), m), e.dtype)
-        one = m if m is None or m.dtype.lanes == 1 else extract(m, 0)
-        word = load(self.buffer(b), (at * (b.dtype.lanes // 2) + lane // 2,), one)
-        return bitcast(cast(binary("shr", word, lane % 2 * 16) & 0xFFFF, u16), e.dtype)
+            bits = bitcast(load(self.buffer(b), (at,), m), e.dtype)
+        else:
+            m = m if m is None or m.dtype.lanes == 1 else extract(m, 0)
+            word = load(self.buffer(b), (at * (b.dtype.lanes // 2) + lane // 2,), m)
+            bits = bitcast(cast(binary("shr", word, lane % 2 * 16) & 0xFFFF, u16), e.dtype)
+        return bits if m is None or other is None else select(m, bits, const(0, e.dtype))
 
     # statements --------------------------------------------------
 
