@@ -400,10 +400,10 @@ class _Cuda(CStyle):
             before.append(f"__device__ const {self.type(d)} {self.name(name)}[{np.asarray(a).size}] = {{{vals}}};")
         symbol = self.name(("kernel_" + f.name).replace(".", "_"))
         self.stmt(f.body)
-        group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
+        x, y, z = (self.group.get(f"thread.{d}", 1) for d in "xyz")
         if self.shares:
             self.lines.insert(0, "  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
-        grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
+        bx, by, bz = (self.grid.get(f"block.{d}", const(1)) for d in "xyz")
         return CudaKernel(
             f.name,
             symbol,
@@ -413,9 +413,9 @@ class _Cuda(CStyle):
             tuple(self.lines),
             buffers,
             f.scalars,
-            grid,
-            group,
-            exclusive,  # type: ignore[arg-type]
+            (bx, by, bz),
+            (x, y, z),
+            exclusive,
         )
 
 
