@@ -62,7 +62,7 @@ class Kernel:
         ins = [helper.make_tensor_value_info(n, KINDS[a.dtype.name], list(a.shape)) for n, a in self.inputs.items()]
         out = helper.make_tensor_value_info("y", next(iter(KINDS[a.dtype.name] for a in self.inputs.values())), None)
         g = helper.make_graph(self.nodes, "g", ins, [out], [numpy_helper.from_array(a, n) for n, a in self.weights.items()])
-        return helper.make_model(g, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+        return helper.make_model(g, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)], ir_version=11)
 
 
 def normal(*shape: int, kind: Any = np.float32) -> np.ndarray[Any, Any]:
@@ -82,6 +82,19 @@ def half_product(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any]) -> np.ndarray
     return (x.astype(np.float32) @ w.astype(np.float32)).astype(np.float16)
 
 
+def four_bits(n: int) -> Kernel:
+    """A product of a row and a matrix of 4 bits in blocks of 32, zero point 8."""
+    rng = np.random.default_rng(n)
+    w, scales = rng.integers(0, 256, (n, n // 32, 16)).astype(np.uint8), rng.standard_normal(n * n // 32).astype(np.float32)
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=n, N=n, bits=4, block_size=32)
+
+    def want(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any], s: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        values = np.stack([w & 15, w >> 4], -1).reshape(n, n // 32, 32).astype(np.float32) - 8
+        return x @ (values * s.reshape(n, -1, 1)).reshape(n, n).T
+
+    return Kernel("4-bit matrix-vector", [node], {"x": normal(1, n)}, {"w": w, "s": scales}, want, "", 1e-2)
+
+
 def kernels(n: int = 1024) -> list[Kernel]:
     """``n``: extent of the square ones."""
     make, half = helper.make_node, np.float16
@@ -98,6 +111,7 @@ def kernels(n: int = 1024) -> list[Kernel]:
         Kernel("f16 product", [make("MatMul", ["x", "w"], ["y"])], {"x": normal(n, n, kind=half)}, {"w": normal(n, n, kind=half)}, half_product, "a @ b", 1e-1),
         Kernel("f32 matrix-vector", [make("MatMul", ["x", "w"], ["y"])], {"x": normal(1, 4 * n)}, {"w": normal(4 * n, 4 * n)}, lambda x, w: x @ w, "a @ b", 1e-2),
         Kernel("attention", attention, q, {}, lambda q, k, v: softmax(q @ k.transpose(0, 1, 3, 2) / 8) @ v, "F.scaled_dot_product_attention(a, b, c)"),
+        four_bits(4 * n),
     ]  # fmt: skip
 
 
@@ -195,7 +209,7 @@ def beside(k: Kernel) -> str:
         from torch.nn import functional
     except ImportError:
         return ""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not k.torch:
         return ""
     values = dict(zip("abc", (torch.from_numpy(a).cuda() for a in (*k.inputs.values(), *k.weights.values())), strict=False))
 

@@ -34,7 +34,7 @@ REMEDIES = (
     (r"adapter|[Vv]ulkan", "apt-get install mesa-vulkan-drivers"),
     (r"npm package|playwright|node_modules", "python benchmarks/setup_web.py --tests"),
     (r"node is not installed", "apt-get install nodejs npm"),
-    (r"no (C )?compiler|no cc|no c\+\+", "apt-get install g++"),
+    (r"no (C )?compiler|no cc|no c\+\+|C\+\+ compiler", "apt-get install g++"),
     (r"torch", "pip install torch"),
     (r"could not import '([\w.]+)'", r"pip install 'luthier[dev]'"),
 )

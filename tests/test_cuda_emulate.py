@@ -237,3 +237,60 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_architecture() -> None:
     with pytest.raises(TargetError, match="sm_90"):
         luthier.compile("m.onnx", target="cuda:sm_20")
+
+
+@pytest.mark.parametrize(("k", "vector"), [(4096, True), (1024, True), (512, False), (256, False), (96, False)])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_matrix_vector_of_few_bits(k: int, vector: bool, bits: int) -> None:
+    """Weights are loaded 16 bytes a thread where rows are long enough, whole words where they are not."""
+    n, block, per = 40, 32, 8 // bits
+    rng = np.random.default_rng(k)
+    w, scales = rng.integers(0, 256, (n, k // block, block // per)).astype(np.uint8), rng.standard_normal((n, k // block)).astype(np.float32)
+    node = h.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
+    ins = [h.make_tensor_value_info("x", T.FLOAT, [1, k])]
+    constants = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(scales.reshape(-1), "s")]
+    g = h.make_graph([node], "g", ins, [h.make_tensor_value_info("y", T.FLOAT, [1, n])], constants)
+    opsets = [h.make_opsetid("", 21), h.make_opsetid("com.microsoft", 1)]
+    m = luthier.compile(h.make_model(g, opset_imports=opsets, ir_version=10), target="cuda:emulate")
+    values = np.stack([w >> bits * j & (1 << bits) - 1 for j in range(per)], -1).reshape(n, k // block, block).astype(np.float64)
+    matrix = ((values - (1 << bits - 1)) * scales[..., None]).reshape(n, k)
+    x = rng.standard_normal((1, k)).astype(np.float32)
+    np.testing.assert_allclose(m.run({"x": x})["y"], x @ matrix.T, rtol=1e-4, atol=1e-3)
+    assert isinstance(m, CudaModule)
+    assert not (vector and bits == 4) or "lt_span<const uint4>" in m.source
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_products_of_bytes(signed: bool) -> None:
+    """Four at a time by ``__dp4a``, exact."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, (33, 250)).astype(np.int8) if signed else rng.integers(0, 256, (33, 250)).astype(np.uint8)
+    w, zero = rng.integers(-128, 128, (250, 120)).astype(np.int8), np.array(-7 if signed else 117, x.dtype)
+    g = h.make_graph(
+        [h.make_node("MatMulInteger", ["x", "w", "z"], ["y"])], "g",
+        [h.make_tensor_value_info("x", T.INT8 if signed else T.UINT8, ["n", 250])], [h.make_tensor_value_info("y", T.INT32, None)],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(zero, "z")],
+    )  # fmt: skip
+    m = luthier.compile(h.make_model(g, opset_imports=[h.make_opsetid("", 21)], ir_version=10), target="cuda:emulate")
+    assert isinstance(m, CudaModule) and "__dp4a" in m.source
+    np.testing.assert_array_equal(m.run({"x": x})["y"], (x.astype(np.int32) - int(zero)) @ w.astype(np.int32))
+
+
+def test_a_whole_network() -> None:
+    """silero, three steps with the state carried, against onnxruntime."""
+    ort = pytest.importorskip("onnxruntime")
+    from benchmarks.models import model_dir
+
+    path = model_dir() / "silero.onnx"
+    if not path.exists():
+        pytest.skip(f"{path} is not there (benchmarks/models.py makes it)")
+    theirs = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    ours = luthier.compile(str(path), target="cuda:emulate")
+    a = b = np.zeros((2, 1, 128), np.float32)
+    for k in range(3):
+        x = {"input": normal(1, 576, seed=k) / 10, "sr": np.array(16000)}
+        want, a = theirs.run(["output", "stateN"], {**x, "state": a})
+        got = ours.run({**x, "state": b})
+        b = got["stateN"]
+        np.testing.assert_allclose(got["output"], want, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4)

@@ -15,6 +15,7 @@ from luthier.ir.dtypes import DType, i32
 from luthier.ir.errors import CompilationError
 from luthier.ir.expr import Expr, bounds, const
 from luthier.ir.loop import Alloc, Buffer, Call, For, Func, Store, walk_stmts
+from luthier.ir.words import WORDS
 from luthier.passes.gpu.clamp_loads import clamp_loads
 from luthier.passes.gpu.map_parallel import map_parallel
 from luthier.passes.gpu.spread_subgroups import spread_subgroups
@@ -320,6 +321,9 @@ class _Cuda(CStyle):
     def instruction(self, e: Expr) -> str:
         name = e.attr[0]
         args = ", ".join(self.expr(a) for a in e.args)
+        if name in WORDS:  # an int accumulator takes signed bytes, an unsigned one the others
+            spelling, t = WORDS[name].spelling["cuda"][32], "int" if WORDS[name].a.is_signed else "unsigned"
+            return f"{spelling}({', '.join(f'({t})({self.expr(a)})' for a in e.args)}, ({t})0)"
         if name in _HALF:
             self.device.add(_HALF[name])
             return f"{_HALF[name]}({args})"
@@ -358,7 +362,7 @@ class _Cuda(CStyle):
         self.device |= {"lt_ldmatrix", f"lt_mma_{kind}"}
         self.helpers[s.callee] = MATRIX.format(kind=kind)
         places = [
-            f"{self.name(x.name)} + {self.expr(i)}, {', '.join(self.expr(p) for p in pitches)}"
+            f"(const unsigned short*){self.name(x.name)} + {self.expr(i)}, {', '.join(self.expr(p) for p in pitches)}"
             for x, i, pitches in ((a, at, (am, ak)), (b, bt, (bk,)))
         ]
         return f"matrix_{kind}<{n['mi']}, {n['ni']}>({self.name(acc.name)}, {', '.join(places)});"
@@ -396,10 +400,10 @@ class _Cuda(CStyle):
             before.append(f"__device__ const {self.type(d)} {self.name(name)}[{np.asarray(a).size}] = {{{vals}}};")
         symbol = self.name(("kernel_" + f.name).replace(".", "_"))
         self.stmt(f.body)
-        group = tuple(self.group.get(f"thread.{d}", 1) for d in "xyz")
+        x, y, z = (self.group.get(f"thread.{d}", 1) for d in "xyz")
         if self.shares:
             self.lines.insert(0, "  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;")
-        grid = tuple(self.grid.get(f"block.{d}", const(1)) for d in "xyz")
+        bx, by, bz = (self.grid.get(f"block.{d}", const(1)) for d in "xyz")
         return CudaKernel(
             f.name,
             symbol,
@@ -409,9 +413,9 @@ class _Cuda(CStyle):
             tuple(self.lines),
             buffers,
             f.scalars,
-            grid,
-            group,
-            exclusive,  # type: ignore[arg-type]
+            (bx, by, bz),
+            (x, y, z),
+            exclusive,
         )
 
 
@@ -423,7 +427,8 @@ def legalize_cuda(f: Func) -> Func:
             size[s.kind] = max(size.get(s.kind, 1), s.extent.attr if s.extent.op == "const" else 1)
     if math.prod(size.values()) % 32:  # the last warp would be a part of one
         f = spread_subgroups(f)
-    f = combine_accesses(legalize_dtype(scalarize(map_parallel(flatten(f))), CUDA_RULES))
+    f = combine_accesses(scalarize(map_parallel(flatten(f))), fits=lambda b: b.scope == "param" and 8 <= b.dtype.bits < 32)  # whole words
+    f = combine_accesses(legalize_dtype(f, CUDA_RULES))
     return place_lets(legalize_arithmetic(clamp_loads(f), index_bits=64))
 
 

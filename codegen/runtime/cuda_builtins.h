@@ -85,6 +85,15 @@ static inline long long __double_as_longlong(double x) { return lt_bits<long lon
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 
+static inline int __dp4a(int a, int b, int c) {
+    for (int k = 0; k < 32; k += 8) c += (int)(signed char)(a >> k) * (signed char)(b >> k);
+    return c;
+}
+static inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+    for (int k = 0; k < 32; k += 8) c += (a >> k & 255) * (b >> k & 255);
+    return c;
+}
+
 /* conversions stop at the ends of the range, NaN is 0 (of 64 bits: the printer asks for it) */
 #define LT_CONVERT(T, F, I, N, LO, HI, END) \
     static inline I __##F##2##N##_rz(T x) { return x != x ? 0 : x <= (T)LO ? (I)LO : x >= (T)END ? (I)HI : (I)x; }

@@ -14,7 +14,7 @@ ALIGN = 16  # bytes of the widest access: an argument that starts elsewhere is g
 
 # 48 KB of shared memory a block are what a kernel has without asking for more
 CAPS = Capabilities(
-    vector_bits=32, registers=128, features=frozenset({"fma", "mma"}), l1=128 << 10, l2=4 << 20, l3=40 << 20, gpu=True,
+    vector_bits=32, registers=128, features=frozenset({"dp4a", "fma", "mma"}), l1=128 << 10, l2=4 << 20, l3=40 << 20, gpu=True,
     max_threads_per_block=256,
     shared_bytes=48 << 10, index_bits=64, merge_siblings=True, printer="cuda",
 )  # fmt: skip

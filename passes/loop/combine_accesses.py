@@ -46,6 +46,7 @@ from luthier.ir.loop import (
     stmts_of,
     walk_stmts,
 )
+from luthier.passes.gpu.use_matrix import MMA
 
 Place = tuple[Expr, int]  # index without its constant, number of the vector behind it
 
@@ -72,8 +73,12 @@ class _Combiner:
                 if s.var in self.lets:
                     again.add(s.var)
                 self.lets[s.var] = s.value
-            elif isinstance(s, Call):
-                calls |= {a.name if isinstance(a, Buffer) else a[0].name for a in s.args if not isinstance(a, Expr)}
+            elif isinstance(s, Call):  # a tile of a matrix instruction is memory to it, whatever its elements are
+                tiles = s.callee in MMA.values()
+                calls |= {
+                    a.name if isinstance(a, Buffer) else a[0].name for a in s.args
+                    if not isinstance(a, Expr) and not (tiles and isinstance(a, Buffer) and a.scope == "shared")
+                }  # fmt: skip
         self.names = {v.attr[0] for v in self.lets}
         for v in again:
             del self.lets[v]
@@ -264,6 +269,8 @@ class _Combiner:
                     out.append(self.one_store(last[id(x)], ex))
                 elif id(x) not in inside:
                     x = map_own_exprs(x, ex)
+                    if isinstance(x, Call):
+                        x = replace(x, args=tuple(self.new.get(a, a) if isinstance(a, Buffer) else a for a in x.args))
                     out.append(x if isinstance(x, (Store, Let)) else map_children(self.alloc(x), st))
                     if isinstance(x, Let) and self.shares.get(x.var) is not None:
                         v, q = self.shares[x.var], self.part(self.lets[x.var])

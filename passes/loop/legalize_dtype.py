@@ -20,6 +20,7 @@ Before (WGSL): ``Y: bool[n]``, ``Y[i] = X[i] < 0``. After: ``Y: u32[(n + 3) // 4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +52,7 @@ from luthier.ir.expr import (
     var,
     vreduce,
 )
-from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of
+from luthier.ir.loop import Alloc, Block, Buffer, Call, For, Func, If, Let, Stmt, Store, While, block, contents_of, nodes_of
 from luthier.ir.words import WORD, WORDS, word_dot, word_of_bytes
 from luthier.passes.gpu.wide_words import PAIR, compare_pairs, is_wide, narrow_of, operate, pair, to_odd, wide_const, wide_of
 from luthier.passes.loop import float8
@@ -61,7 +62,8 @@ from luthier.passes.loop.integer_ranges import IntegerRanges
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What a target has. ``half``, ``bfloat``: f16 and bf16 as types of its own, in memory as well; ``subbyte``: values of 2 and 4 bits;
-    ``word_memory``: elements of fewer bits are parts of words in memory, stored atomically. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
+    ``word_memory``: elements of fewer bits are parts of words in memory, stored atomically; ``whole_words``: vectors of
+    short elements are words as well. ``codes``: the printer knows the intrinsics ``CODES``, so that bits of short
     floats need not be taken apart wherever there are some. ``dots``: dot products of the bytes of two words are instructions."""
 
     int64: bool = True
@@ -70,13 +72,14 @@ class Rules:
     bfloat: bool = False
     subbyte: bool = True
     word_memory: int = 0
+    whole_words: bool = False
     codes: bool = False
     dots: bool = True
 
 
 WGSL_RULES = Rules(int64=False, float64=False, subbyte=False, word_memory=32, codes=True, dots=False)
 DEFAULT_RULES = Rules()
-CUDA_RULES = Rules(word_memory=8, codes=True)
+CUDA_RULES = Rules(word_memory=8, whole_words=True, codes=True)
 LLVM_RULES = Rules(half=True, bfloat=True, subbyte=False)
 
 
@@ -232,7 +235,8 @@ class _Legalizer:
             return 0
         if d.scalar is f16 and self.r.half:  # a type of its own is one of memory, too
             return 1
-        return 32 // d.bits if d.bits < self.r.word_memory else 1
+        most = 32 if d.lanes > 1 and self.r.whole_words else self.r.word_memory
+        return 32 // d.bits if d.bits < most else 1
 
     def needed(self) -> bool:
         def bad(d: DType) -> bool:
@@ -240,6 +244,8 @@ class _Legalizer:
             return self.soft(s) or self.narrow(s) or (s is f64 and not self.r.float64) or (s.is_int and s.bits == 64 and not self.r.int64)
 
         if any(bad(b.dtype) or self.words(b.dtype) != 1 for b in self.f.buffers):
+            return True
+        if any(e.op == "call" and (e.attr[0] == WORD or e.attr[0] in WORDS) for e in nodes_of(self.f.body)):
             return True
         inside = contents_of(self.f.body)
         return any(bad(b.dtype) or self.words(b.dtype) != 1 for b in inside.allocated) or any(bad(d) for d in inside.dtypes)
@@ -428,12 +434,26 @@ class _Legalizer:
 
     def bits_in_memory(self, e: Expr) -> bool:
         """Whether a bitcast takes what memory holds of a short float."""
-        x = e.args[0]
-        return x.op == "load" and self.soft(x.dtype) and x.attr[0].scope == "param" and self.words(x.attr[0].dtype) == 1 and load_parts(x)[3] is None
+        x = e.args[0].args[0] if e.args[0].op == "extract" else e.args[0]
+        if x.op != "load" or not self.soft(x.dtype) or x.attr[0].scope != "param":
+            return False
+        other = load_parts(x)[3]
+        other = other.args[0] if other is not None and other.op == "bcast" else other
+        if other is not None and not (other.op == "const" and other.attr == 0 and math.copysign(1, other.attr) > 0):
+            return False
+        return self.words(x.attr[0].dtype) == (1 if x is e.args[0] else 2)
 
     def load_bits(self, e: Expr) -> Expr:
-        b, idx, mask, _ = load_parts(e.args[0])
-        return bitcast(load(self.buffer(b), tuple(self.expr(i) for i in idx), None if mask is None else self.expr(mask)), e.dtype)
+        x, lane = (e.args[0].args[0], e.args[0].attr) if e.args[0].op == "extract" else (e.args[0], None)
+        b, idx, mask, other = load_parts(x)
+        at, m = self.expr(idx[0]), None if mask is None else self.expr(mask)
+        if lane is None:
+            bits = bitcast(load(self.buffer(b), (at,), m), e.dtype)
+        else:
+            m = m if m is None or m.dtype.lanes == 1 else extract(m, 0)
+            word = load(self.buffer(b), (at * (b.dtype.lanes // 2) + lane // 2,), m)
+            bits = bitcast(cast(binary("shr", word, lane % 2 * 16) & 0xFFFF, u16), e.dtype)
+        return bits if m is None or other is None else select(m, bits, const(0, e.dtype))
 
     # statements --------------------------------------------------
 

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from luthier.ir.compute import MONOIDS
+from luthier.ir.compute import MONOIDS, Axis
 from luthier.ir.dtypes import f32, i32, i64, u32
-from luthier.ir.expr import Expr, as_expr, is_const, loads, var
+from luthier.ir.expr import Expr, as_expr, free_vars, is_const, loads, var, walk
 from luthier.schedules.base.capabilities import Capabilities
 from luthier.schedules.base.knobs import Knob
 from luthier.schedules.base.reduction import contiguity
@@ -143,7 +143,7 @@ def _long(st: Stage) -> bool:
 def _along(st: Stage) -> bool:
     """Whether a reduction walks memory along a row."""
     assert st.reduction is not None
-    return any(contiguity(st, a.var)[0] and not contiguity(st, a.var)[1] for a in st.reduction.attr[1])
+    return any(_in_bytes(st, a) or (contiguity(st, a.var)[0] and not contiguity(st, a.var)[1]) for a in st.reduction.attr[1])
 
 
 def _length(s: Schedule, name: str) -> int:
@@ -223,12 +223,33 @@ def _partial(s: Schedule, name: str, k: str, size: int) -> Schedule:
     assert st.reduction is not None
     a = next(a for a in st.reduction.attr[1] if st.subst[a.var].attr[0] == k)
     good, bad = contiguity(st, a.var)
+    packed = _packed(st, a, size)
+    if packed is not None:
+        few, n = packed
+        s = split(split(s, k, n * few), f"{k}.1", few, into=(f"{k}.t", f"{k}.v"))
+        s = stage(s, name, private=f"{k}.t")
+        return annotate(s, [lp.name for lp in s.stages[_last_partial(s, name)].loops if lp.reduce][-1], "unroll")
     if not whole(a.extent) or not good or bad:
         return stage(split(s, k, size), name, private=f"{k}.1")
     s = split(split(s, k, size * LANES), f"{k}.1", LANES, into=(f"{k}.t", f"{k}.v"))
     s = stage(s, name, private=f"{k}.t")
     p = s.stages[_last_partial(s, name)]
     return annotate(s, [lp.name for lp in p.loops if lp.reduce][-1], "vectorize")
+
+
+def _in_bytes(st: Stage, a: Axis) -> bool:
+    """Whether neighbours along ``a`` are parts of bytes."""
+    assert st.reduction is not None
+    shifts = [e for e in walk(st.reduction) if e.op == "shr" and a.var in free_vars(e.args[1])]
+    return any(ld.attr[0].dtype.bits == 8 for e in shifts for ld in loads(e.args[0]))
+
+
+def _packed(st: Stage, a: Axis, size: int) -> tuple[int, int] | None:
+    """(neighbours along ``a`` that a thread takes, threads) where they are parts of bytes: 16 bytes or fewer, whole words; else None."""
+    if not _in_bytes(st, a) or a.extent.op != "const":
+        return None
+    counts = [(few, n) for few in (32, 16, 8) for n in range(size // 32 * 32, 0, -32)]
+    return next((c for c in counts if a.extent.attr % (c[0] * c[1]) == 0), None)
 
 
 def _last_partial(s: Schedule, name: str) -> str:
