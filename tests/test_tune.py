@@ -285,6 +285,21 @@ def test_a_large_gain_is_not_kept_where_the_default_differs_from_itself(tmp_path
         assert db.chosen(k.key, t.device, 0.0) is None
 
 
+def test_a_default_timed_in_a_quiet_moment_is_no_winner(tmp_path: Path) -> None:
+    """The machine gets busy after the default's turn: the candidates' times say nothing about them."""
+    asked = [0]
+
+    def seconds(k: Kernels) -> float:
+        asked[0] += 1
+        return 1e-3 if asked[0] == 1 else 3e-3
+
+    t, _ = tuned(Clock(seconds), tmp_path / "t.sqlite")
+    (k,) = t.kernels
+    assert k.best is None and "busy" in k.why
+    with Database(tmp_path / "t.sqlite") as db:
+        assert db.chosen(k.key, t.device, 0.0) is None
+
+
 def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
     fast, asked = slow_unless(FAST), [0]
 
@@ -390,6 +405,15 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- the cost model
+
+
+def test_versions_of_the_templates_are_not_mixed() -> None:
+    from luthier.tuner.train import groups
+
+    numbers = json.dumps([0.0] * len(NAMES))
+    rows = [{"kernel": "k", "device": "d", "version": v, "point": p, "seconds": 1.0, "features": numbers} for v in "ab" for p in ("x", "default", "y", "z")]
+    found = groups(rows)
+    assert len(found) == 2 and all(len(g) == 4 and g[0][0] == "default" for g in found.values())
 
 
 def test_the_shipped_model() -> None:

@@ -21,13 +21,14 @@ LEAST = 4  # points of a kernel from which anything can be learned
 
 
 def groups(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[tuple[str, float, list[float]]]]:
-    """{(kernel, device): [(point, seconds, features)]}, the default first; kernels without a default or with few points are left out."""
+    """{(kernel, device and version of the templates): [(point, seconds, features)]}, the default first; kernels without a default or with few
+    points are left out."""
     out: dict[tuple[str, str], list[tuple[str, float, list[float]]]] = {}
     for r in rows:
         if r["seconds"] is not None and r["features"]:
             found = json.loads(r["features"])
             if len(found) == len(NAMES):
-                out.setdefault((r["kernel"], r["device"]), []).append((r["point"], r["seconds"], found))
+                out.setdefault((r["kernel"], f"{r['device']} {r['version']}"), []).append((r["point"], r["seconds"], found))
     for points in out.values():
         points.sort(key=lambda p: p[0] != "default")
     return {k: p for k, p in out.items() if len(p) >= LEAST and p[0][0] == "default"}

@@ -323,7 +323,8 @@ class Tuner:
         default = Point(k.default.template)
         if ranked:
             both = [k.default, k.default, *(made[p] for p in ranked)]
-            results = compare(self.measurer, both, self._inputs(k, k.default), k.dims, TURNS, self._spread(k.default))
+            constants = {n: a for m in both for n, a in self._inputs(k, m).items()}
+            results = compare(self.measurer, both, constants, k.dims, TURNS, self._spread(k.default))
             times = [m.median for m in results]
             apart = abs(times[0] / times[1] - 1) if times[1] < float("inf") else float("inf")
             base = min(times[:2])
@@ -337,6 +338,11 @@ class Tuner:
                 if not k.why:
                     self._choose(k, ranked[best], gain)
                     return
+        elif made:  # was the default's own time taken in a quiet moment, and those of the others in a busy one?
+            again = min(self.measurer.measure(k.default, self._inputs(k, k.default), k.dims, self._spread(k.default)).seconds, default=float("inf"))
+            if again > k.seconds * (1 + 2 * MARGIN):
+                k.why = f"the machine is busy: the default takes {again / k.seconds:.2f} times what it took"
+                return
         self._choose(k, default, 1.0)
 
     def _choose(self, k: Kernel, point: Point, gain: float) -> None:
