@@ -22,7 +22,7 @@ tools: env
 	  case $$p in nodejs) command -v node >/dev/null && continue;; npm) command -v npm >/dev/null && continue;; esac; \
 	  dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$wanted" ]; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted >/dev/null; fi
-	$(PIP) 'torch==2.13.0'
+	$(PIP) 'torch==2.13.0' 'transformers==5.24.0' 'xgboost>=3.2'
 
 lint: $(VENV)/.luthier-dev
 	$(VENV)/bin/ruff check .

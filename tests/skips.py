@@ -35,7 +35,7 @@ REMEDIES = (
     (r"npm package|playwright|node_modules", "python benchmarks/setup_web.py --tests"),
     (r"node is not installed", "apt-get install nodejs npm"),
     (r"no (C )?compiler|no cc|no c\+\+|C\+\+ compiler", "apt-get install g++"),
-    (r"torch", "pip install torch"),
+    (r"torch|transformers|xgboost", "pip install torch transformers xgboost (make tools)"),
     (r"could not import '([\w.]+)'", r"pip install 'luthier[dev]'"),
 )
 
