@@ -166,7 +166,7 @@ def keep(title: str, lines: Sequence[str]) -> None:
     text = RESULT.read_text() if RESULT.exists() else "# The autotuner (`python benchmarks/tuner.py`)\n"
     parts = [p for p in text.split("\n## ") if not p.startswith(title[3:] + "\n")]
     m = machine()
-    parts.append(f"{title[3:]}\n\n{m['cpu']}, {m['date']}. " + "\n".join(lines) + "\n")
+    parts.append(f"{title[3:]}\n\n{m['cpu']}, {m['date']}.\n\n" + "\n".join(lines) + "\n")
     RESULT.write_text("\n## ".join(p.rstrip("\n") + "\n" for p in parts))
 
 
