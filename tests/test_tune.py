@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,10 +203,6 @@ def tuned(clock: Clock, store: Path, graph: Callable[[], Graph] = matmul, **opti
     return t, program
 
 
-def tile(k: Kernels) -> str:
-    return next((str(x) for x in k.trace if x[0] == "tile" or "mu" in str(x)), str(k.trace))
-
-
 def slow_unless(point: Point, graph: Callable[[], Graph] = matmul) -> Callable[[Kernels], float]:
     ((compute, constants, _),) = made(graph())
     best = _texts(build(compute, parse_target(CPU).caps, constants, template=point.template, **dict(point.knobs)))
@@ -232,6 +227,18 @@ def test_the_fastest_point_is_taken_and_measured_once(tmp_path: Path) -> None:
     other = Clock(lambda k: 1e-3)
     tuned(other, tmp_path / "t.sqlite", lambda: matmul(13))
     assert other.asked > 0  # another extent is another kernel
+
+
+def test_more_time_starts_from_the_default(tmp_path: Path) -> None:
+    """What less time had found is not taken for the default: its time would be stored as the default's."""
+    fast = slow_unless(FAST)
+    with Tuner(parse_target(CPU), Tuning(5.0, exhaust=True, store=tmp_path / "t.sqlite"), 1, measurer=Clock(fast)) as t:  # type: ignore[arg-type]
+        t.tune(lambda record: compile_program(matmul(), parse_target(CPU).caps, record=record))
+    assert t.kernels[0].best == FAST
+    for options in ({}, {"exhaust": True}):
+        t, _ = tuned(Clock(fast), tmp_path / "t.sqlite", **options)
+        (k,) = t.kernels
+        assert _texts(k.default) == _texts(build(k.compute, parse_target(CPU).caps, k.constants)) and k.seconds == 2e-3 and k.best == FAST
 
 
 def test_a_hair_is_no_reason_to_leave_the_default(tmp_path: Path) -> None:
@@ -452,7 +459,6 @@ def test_training_without_xgboost_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     from luthier.errors import TuningError
     from luthier.tuner.train import fit
 
-    monkeypatch.setitem(sys.modules, "xgboost", types.ModuleType("gone"))
     monkeypatch.setitem(sys.modules, "xgboost", None)  # type: ignore[arg-type]
     with pytest.raises(TuningError, match=r"luthier\[tune\]"):
         fit([])

@@ -190,12 +190,10 @@ class Tuner:
         """For a compilation with the points that are known."""
 
         def tuned(compute: Compute, constants: Constants) -> Point | None:
-            key = self._key(compute, constants)
-            known = next((k for k in self.kernels if k.key == key), None)
-            if known is not None:
-                return known.best
-            found = self.database.chosen(key, self.device, 0.0)
-            return None if found is None or found[1] == 1.0 else found[0]
+            key = signature(compute, constants)
+            mine = next((k for k in self.kernels if k.key == key), None)
+            found = self._chosen(key) if mine is None else (mine.best, mine.gain)
+            return None if found is None else found[0]
 
         return Record(self.choose, tuned, everything=True)
 
@@ -210,8 +208,10 @@ class Tuner:
             h.update(f"{k.key} {k.calls} {k.best}\n".encode())
         return h.hexdigest()
 
-    def _key(self, compute: Compute, constants: Constants) -> str:
-        return signature(compute, constants)
+    def _chosen(self, key: str) -> tuple[Point | None, float] | None:
+        """(point, None for the default, gain) of a kernel on which this much time was spent before; None for another."""
+        found = None if self.tuning.exhaust else self.database.chosen(key, self.device, self.tuning.budget)
+        return None if found is None else (found[0] if found[1] != 1.0 else None, found[1])
 
     def _kernels(self, record: Record, program: Program) -> list[Kernel]:
         values: dict[Expr, int] = {v: int(self.tuning.sizes.get(v.attr[0], 1 if k == 0 else 64)) for v, (_, k) in program.dims.items()}
@@ -227,14 +227,14 @@ class Tuner:
             if not called or not k.template or "+" in k.template or k.template in RIVALS:
                 continue
             dims = {n: v for c in called for n, v in c[0].items()}
-            key = self._key(compute, constants)
+            key = signature(compute, constants)
             if key in out:
                 out[key].calls += max(map(len, called))
             else:
                 x = out[key] = Kernel(compute, constants, k, max(map(len, called)), dims, key)
-                found = self.database.chosen(key, self.device, self.tuning.budget)
-                if found is not None and not self.tuning.exhaust:
-                    x.known, x.gain, x.best = True, found[1], None if found[1] == 1.0 else found[0]
+                found = self._chosen(key)
+                if found is not None:
+                    x.known, x.best, x.gain = True, *found
         return list(out.values())
 
     # ------------------------------------------------------------ a kernel
