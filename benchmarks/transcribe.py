@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,16 @@ def samples(path: Path) -> Array:
         rate = file.getframerate()
     at = np.arange(int(data.size * RATE / rate)) * rate / RATE
     return np.interp(at, np.arange(data.size), data).astype(np.float32)
+
+
+def clips(files: Sequence[Path], sentences: Sequence[str]) -> Iterator[tuple[str, Array]]:
+    """(name, samples) of each file; without files, of each sentence, spoken."""
+    for p in files:
+        yield str(p), samples(p)
+    if not files:
+        with tempfile.TemporaryDirectory() as folder:
+            for text in sentences:
+                yield text, samples(spoken(text, Path(folder) / "spoken.wav"))
 
 
 def transcribe(run: dict[str, Runner], features: Array) -> list[int]:
@@ -98,25 +108,22 @@ def main() -> int:
         "onnxruntime": {part: ort_runner(get(part).path, args.threads) for part in PARTS},
     }
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        clips: list[tuple[str, Callable[[], Path]]] = [(str(p), lambda p=p: p) for p in args.files]
-        clips = clips or [(t, lambda t=t, k=k: spoken(t, Path(folder) / f"{k}.wav")) for k, t in enumerate(SPOKEN)]
-        for name, file in clips:
-            features = whisper_features(samples(file()))
-            results, seconds = {}, {}
-            for label, run in runtimes.items():
-                started = time.perf_counter()
-                results[label] = transcribe(run, features)
-                seconds[label] = time.perf_counter() - started
-            same = results["luthier"] == results["onnxruntime"]
-            wrong += not same
-            times = ", ".join(f"{label} {s:.2f} s" for label, s in seconds.items())
-            print(
-                f"{name}\n  {text_of(results['luthier'])}\n"
-                f"  {len(results['luthier'])} tokens, {'equal' if same else 'DIFFERENT'}; {times}"
-            )
-            if not same:
-                print(f"  onnxruntime: {text_of(results['onnxruntime'])}")
+    for name, sound in clips(args.files, SPOKEN):
+        features = whisper_features(sound)
+        results, seconds = {}, {}
+        for label, run in runtimes.items():
+            started = time.perf_counter()
+            results[label] = transcribe(run, features)
+            seconds[label] = time.perf_counter() - started
+        same = results["luthier"] == results["onnxruntime"]
+        wrong += not same
+        times = ", ".join(f"{label} {s:.2f} s" for label, s in seconds.items())
+        print(
+            f"{name}\n  {text_of(results['luthier'])}\n"
+            f"  {len(results['luthier'])} tokens, {'equal' if same else 'DIFFERENT'}; {times}"
+        )
+        if not same:
+            print(f"  onnxruntime: {text_of(results['onnxruntime'])}")
     return 1 if wrong else 0
 
 

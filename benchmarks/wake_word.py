@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if p not in ("", str(ROOT))] + [str(ROOT)]
 from benchmarks.compare_models import Runner, ort_runner  # noqa: E402
 from benchmarks.models import Array, npm_file  # noqa: E402
-from benchmarks.transcribe import samples, spoken  # noqa: E402
+from benchmarks.transcribe import clips  # noqa: E402
 
 KEYWORDS = {"alexa": 16, "hey_jarvis": 16, "hey_mycroft": 16, "hey_rhasspy": 16, "timer": 34, "weather": 22}  # and their embeddings
 CHAIN = ("melspectrogram", "embedding_model", "silero_vad", *(f"{k}_v0.1" for k in KEYWORDS))
@@ -71,22 +69,21 @@ def main() -> int:
         "onnxruntime": {p: ort_runner(f, args.threads) for p, f in files.items()},
     }
     wrong = 0
-    with tempfile.TemporaryDirectory() as folder:
-        clips: list[tuple[str, Callable[[], Path]]] = [(str(p), lambda p=p: p) for p in args.files]
-        clips = clips or [(t, lambda t=t, k=k: spoken(t, Path(folder) / f"{k}.wav")) for k, t in enumerate(SAID)]
-        for name, file in clips:
-            wave = samples(file())
-            results, seconds, calls = {}, {k: [] for k in runtimes}, 0
-            for label in (*runtimes, *reversed(runtimes), *runtimes):
-                started = time.perf_counter()
-                results[label], calls = chain(runtimes[label], wave)
-                seconds[label].append(time.perf_counter() - started)
-            gaps = {k: max((float(np.abs(a - b).max()) for a, b in zip(v, results["onnxruntime"][k], strict=True)), default=0.0) for k, v in results["luthier"].items()}
-            best = {k: max((float(a.max()) for a in v), default=0.0) for k, v in results["luthier"].items()}
-            wrong += max(gaps.values()) > BAR
-            times = ", ".join(f"{label} {min(s):.3f} s" for label, s in seconds.items())
-            print(f"{name}\n  {calls} calls; {times}")
-            print("  " + ", ".join(f"{k} {best[k]:.3f} (off by {gaps[k]:.1e})" for k in best))
+    for name, wave in clips(args.files, SAID):
+        results: dict[str, dict[str, list[Array]]] = {}
+        seconds: dict[str, list[float]] = {k: [] for k in runtimes}
+        calls = 0
+        for label in (*runtimes, *reversed(runtimes), *runtimes):
+            started = time.perf_counter()
+            results[label], calls = chain(runtimes[label], wave)
+            seconds[label].append(time.perf_counter() - started)
+        ours, theirs = results["luthier"], results["onnxruntime"]
+        gaps = {k: max((float(np.abs(a - b).max()) for a, b in zip(v, theirs[k], strict=True)), default=0.0) for k, v in ours.items()}
+        best = {k: max((float(a.max()) for a in v), default=0.0) for k, v in ours.items()}
+        wrong += max(gaps.values()) > BAR
+        times = ", ".join(f"{label} {min(s):.3f} s" for label, s in seconds.items())
+        print(f"{name}\n  {calls} calls; {times}")
+        print("  " + ", ".join(f"{k} {best[k]:.3f} (off by {gaps[k]:.1e})" for k in best))
     return 1 if wrong else 0
 
 
